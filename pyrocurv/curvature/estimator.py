@@ -1,0 +1,133 @@
+"""The running average of a block's curvature over a training run.
+
+A block's state is a frozen value; `update` gives the next one and leaves the old as it was, so a
+step that fails has changed nothing. All structures here are per datum: a mean over examples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrocurv.blocks import Block
+from pyrocurv.capture import Call
+from pyrocurv.curvature import reduce
+from pyrocurv.curvature.pullback import Observation, pullback
+from pyrocurv.curvature.reduce import Pairs, check_batch, gather
+from pyrocurv.curvature.spec import Curvature
+from pyrocurv.priors import Units
+from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+
+EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """After `count` estimates: the curvature, and for Kronecker structures the averaged factors.
+
+    `curvature` is in the units of the prior that held at the last estimate, `units`, if any.
+    """
+
+    count: int
+    curvature: Structure
+    factors: Kronecker | None = None
+    units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        factors = None if self.factors is None else self.factors.state()
+        return {
+            "count": self.count, "curvature": self.curvature.state(), "factors": factors,
+            "units": self.units,
+        }
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Running:
+        """The way back from `state`."""
+        factors = None if state["factors"] is None else Structure.from_state(state["factors"])
+        curvature = Structure.from_state(state["curvature"])
+        return Running(state["count"], curvature, factors, state["units"])  # type: ignore[arg-type]
+
+
+def observe(
+    spec: Curvature, step: int, blocks: Sequence[Block], running: Sequence[Running | None],
+    terms: Sequence[Observation], calls: Sequence[Call], rows: int,
+    units: Sequence[Units | None],
+) -> list[Running]:
+    """The running curvature of all blocks with one more estimate averaged in.
+
+    Args:
+        terms, calls: the likelihood and the layers' ops of one forward pass over `rows` examples.
+        units: of the blocks' priors. The eigenbasis of a block that has any is reckoned in them;
+            when they change, the eigenvalues of EK-FAC are carried over as they were.
+    """
+    check_batch(calls, rows)
+    count = rows if spec.batch is None else min(spec.batch, rows)
+    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
+    fresh = []
+    with torch.no_grad():
+        for block, old, unit in zip(blocks, running, units, strict=True):
+            pairs = gather(block, calls, gradients, count)
+            number = 1 if old is None else old.count + 1
+            turn = number in EARLY or step % spec.eigen_every < spec.every
+            roots = None if unit is None else unit.roots
+            fresh.append(update(old, block.structure, pairs, spec.decay, turn, roots))
+    return fresh
+
+
+def update(
+    running: Running | None, structure: str, pairs: Pairs, decay: float, refresh: bool,
+    units: tuple[Tensor, Tensor] | None = None,
+) -> Running:
+    """Average one more estimate in, with weight max(1 - decay, 1/count).
+
+    `refresh` asks for new eigenvectors of Kronecker factors. An estimate that is not finite is left
+    out, with a warning.
+    """
+    count = 1 if running is None else running.count + 1
+    weight = max(1 - decay, 1 / count)
+    new = reduce.PLAIN[structure](pairs).scale(1 / len(pairs[0][0]))
+    if not bool(torch.isfinite(new.trace())):
+        if running is None:
+            raise FloatingPointError("the first curvature estimate is not finite")
+        warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=2)
+        return running
+    if not isinstance(new, Kronecker):
+        return Running(count, new if running is None else running.curvature.lerp(new, weight))
+    factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]
+    if running is None or refresh or not _same(units, running.units):
+        curvature = _eigen(factors, units, running)
+    else:
+        curvature = running.curvature  # type: ignore[assignment]
+    if structure == "ekfac":
+        moment = reduce.kronecker_eigen(_in_units(pairs, units), curvature)
+        moment = moment.scale(1 / len(pairs[0][0]))
+        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
+    return Running(count, curvature, factors, units)
+
+
+def _eigen(
+    factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
+) -> KroneckerEigen:
+    try:
+        return (factors if units is None else factors.rescaled(*units)).eigen()
+    except torch.linalg.LinAlgError as error:
+        if running is None or not _same(units, running.units):
+            raise
+        warnings.warn(f"the eigenvectors stay as they are: {error}", stacklevel=3)
+        return running.curvature  # type: ignore[return-value]
+
+
+def _in_units(pairs: Pairs, units: tuple[Tensor, Tensor] | None) -> Pairs:
+    return pairs if units is None else [(a / units[1], g / units[0]) for a, g in pairs]
+
+
+def _same(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,138 @@
+"""Which vectors are pulled back through the network: Gauss-Newton, Fisher and empirical Fisher.
+
+All three are sum_n sum_k Jᵀ v v ᵀJ with J the Jacobian of the likelihood's parameters in the
+weights; they differ in the vectors v alone (Martens 2020, arXiv:1412.1193):
+
+    ggn        v_k = sqrt(p(y_k)) ∇ log p(y_k) over a finite support, or a root in closed form
+    fisher     v_k = ∇ log p(ỹ_k) / sqrt(K), ỹ_k drawn from the likelihood
+    empirical  v   = ∇ log p(y) at the data
+
+A vector is given as a scalar for each example, whose gradient it is: so masks, several axes and any
+`Distribution` need nothing special, and `torch.autograd.grad` does the pulling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from pyrocurv.capture import Call
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """A likelihood term: its distribution (batch axis first), the data, and its weight.
+
+    `weight` (a scalar, or broadcastable to the log density) multiplies the log likelihood, 1 unless
+    tempered; a `mask` (boolean) drops examples.
+    """
+
+    likelihood: Distribution
+    value: Tensor
+    weight: float | Tensor = 1.0
+    mask: Tensor | bool | None = None
+
+
+@singledispatch
+def root(likelihood: Distribution) -> Iterator[Tensor]:
+    """Scalars whose gradients are a root of the Fisher information; register your own family.
+
+    Yields tensors of the likelihood's batch shape [B, *R]; the entries are independent variables.
+    """
+    if not likelihood.has_enumerate_support:
+        raise ValueError(
+            f"curvature='ggn' knows likelihoods of finite support and the normal, got "
+            f"{type(likelihood).__name__}: use 'fisher', which samples its targets"
+        )
+    for value in likelihood.enumerate_support(expand=False):
+        log_prob = likelihood.log_prob(value)
+        yield (log_prob.detach() / 2).exp() * log_prob
+
+
+@root.register
+def _(likelihood: Independent) -> Iterator[Tensor]:
+    yield from root(likelihood.base_dist)
+
+
+@root.register
+def _(likelihood: Normal) -> Iterator[Tensor]:
+    scale = likelihood.scale.detach()
+    if likelihood.loc.requires_grad:
+        yield likelihood.loc / scale
+    if likelihood.scale.requires_grad:  # the information in log scale is 2
+        yield math.sqrt(2) * likelihood.scale / scale
+
+
+def _ggn(term: Observation, num_samples: int) -> Iterator[Tensor]:
+    for scalar in root(term.likelihood):
+        scalar = scalar.reshape(scalar.shape[0], -1) if scalar.dim() else scalar.reshape(1, 1)
+        weight = _root_weight(term, scalar)
+        for position in range(scalar.shape[1]):  # independent: a vector for each
+            column = torch.zeros_like(scalar)
+            column[:, position] = weight[:, position]
+            yield (scalar * column).sum(-1)
+
+
+def _root_weight(term: Observation, scalar: Tensor) -> Tensor:
+    """sqrt(weight · mask) as [B, R] beside a flattened scalar."""
+    shape = term.likelihood.batch_shape
+    weight = torch.as_tensor(term.weight, dtype=scalar.dtype, device=scalar.device)
+    if term.mask is not None:
+        weight = weight * torch.as_tensor(term.mask, device=scalar.device)
+    if weight.dim():
+        weight = weight.expand(shape).reshape(scalar.shape[0], -1)
+        weight = weight.repeat_interleave(scalar.shape[1] // weight.shape[1], -1)
+    return weight.sqrt().expand(scalar.shape)
+
+
+def _weighted(term: Observation, value: Tensor) -> Tensor:
+    log_prob = term.likelihood.log_prob(value)
+    if term.mask is not None:
+        log_prob = torch.where(torch.as_tensor(term.mask, device=log_prob.device), log_prob, 0.0)
+    weight = term.weight
+    root = weight.sqrt() if isinstance(weight, Tensor) else math.sqrt(weight)
+    return log_prob if root == 1.0 else log_prob * root
+
+
+def _fisher(term: Observation, num_samples: int) -> Iterator[Tensor]:
+    for _ in range(num_samples):
+        with torch.no_grad():
+            target = term.likelihood.sample()
+        yield _weighted(term, target) / math.sqrt(num_samples)
+
+
+def _empirical(term: Observation, num_samples: int) -> Iterator[Tensor]:
+    yield _weighted(term, term.value)
+
+
+VECTORS: dict[str, Callable[[Observation, int], Iterator[Tensor]]] = {
+    "ggn": _ggn,
+    "fisher": _fisher,
+    "empirical": _empirical,
+}
+
+
+def pullback(
+    kind: str, terms: Sequence[Observation], calls: Sequence[Call], count: int, num_samples: int
+) -> list[Tensor]:
+    """Output gradients of the first `count` examples, one [K, count, S, O] for each call.
+
+    The graph is kept; nobody's `.grad` is touched.
+    """
+    edges = [call.edge for call in calls]
+    if None in edges:
+        raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
+    pulled: list[list[Tensor]] = [[] for _ in calls]
+    for term in terms:
+        for scalar in VECTORS[kind](term, num_samples):
+            total = scalar[:count].sum() if scalar.dim() else scalar
+            found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            for gradients, call, gradient in zip(pulled, calls, found, strict=True):
+                gradients.append(call.gradients(gradient, count))
+    return [torch.stack(gradients) for gradients in pulled]

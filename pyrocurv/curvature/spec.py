@@ -1,0 +1,67 @@
+"""What curvature to estimate, and when: one frozen value for all users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("ggn", "fisher", "empirical")
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Which curvature of the negative log likelihood, how often, from how many examples.
+
+    Args:
+        kind: "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood,
+            computed in closed form), "fisher" (the same by sampled targets) or "empirical"
+            (gradients at the data; a cheap relative, not an estimate of the other two).
+        every: steps from one estimate to the next.
+        eigen_every: steps between eigendecompositions of Kronecker factors; the 1st, 2nd, 4th, 8th
+            and 16th estimate have one besides.
+        batch: examples of a mini-batch that an estimate reads, the first ones; None for all.
+        decay: weight of the past in the running average, per estimate; the first 1/(1 - decay)
+            estimates are averaged equally.
+        initial: an isotropic curvature per datum at the start, that fades as (1 - ρ)^step with
+            ρ = min(0.05, B/N). Without it the first samples of a network's posterior are so wide
+            that training explodes.
+        num_samples: sampled targets for each example (kind "fisher" only).
+
+    Raises:
+        ValueError: an unknown kind, or a number out of its range.
+
+    Example:
+        >>> from pyrocurv.curvature import Curvature
+        >>> Curvature("ggn", every=1, batch=None).kind
+        'ggn'
+    """
+
+    kind: str
+    every: int = 20
+    eigen_every: int = 200
+    batch: int | None = 32
+    decay: float = 0.95
+    initial: float = 0.1
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"curvature={self.kind!r}: choose one of {', '.join(KINDS)}")
+        for name in ("every", "eigen_every", "batch", "num_samples"):
+            value = getattr(self, name)
+            if name == "batch" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Curvature({name}={value!r}): a whole number from 1 is needed")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"Curvature(decay={self.decay!r}): a number in [0, 1) is needed")
+        if not self.initial >= 0:
+            raise ValueError(f"Curvature(initial={self.initial!r}): a number from 0 is needed")
+
+
+def as_curvature(curvature: str | Curvature) -> Curvature:
+    """A string is short for `Curvature(kind)`."""
+    if isinstance(curvature, str):
+        return Curvature(curvature)
+    if not isinstance(curvature, Curvature):
+        raise TypeError(f"curvature: a name or a Curvature is needed, got {curvature!r}")
+    return curvature

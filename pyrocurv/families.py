@@ -1,0 +1,133 @@
+"""A Gaussian over one block of weights whose parameters live in Pyro.
+
+Location and scales are `PyroParam`s, so plain `SVI` can train them; natural gradients write them in
+place through `write`. The basis of a Kronecker family is a buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pyrocurv.blocks import Block
+from pyrocurv.distributions import StructuredNormal
+from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Structure
+from pyrocurv.structures.linalg import scale_tril
+
+
+class Family(PyroModule):
+    """N(loc, precision⁻¹) over a block's packed weights [P]."""
+
+    def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
+        super().__init__()
+        self.block = block
+        self.loc = PyroParam(loc.clone(), event_dim=1)
+
+    @property
+    def raw_loc(self) -> Tensor:
+        """The parameter under `loc`, to be read and written in place."""
+        return self.loc_unconstrained
+
+    def distribution(self) -> Distribution:
+        """The Gaussian, differentiable in the parameters."""
+        raise TypeError(f"{type(self).__name__} has no distribution")
+
+    def precision(self) -> Structure:
+        """Its precision matrix."""
+        raise TypeError(f"{type(self).__name__} has no precision")
+
+    @torch.no_grad()
+    def write(self, loc: Tensor, precision: Structure | None) -> None:
+        """Take on another location [P] and, unless None, another precision, in place."""
+        self.raw_loc.copy_(loc)
+        if precision is not None:
+            self._write_precision(precision)
+
+    def _write_precision(self, precision: Structure) -> None:
+        raise TypeError(f"{type(self).__name__} cannot hold {type(precision).__name__}")
+
+
+class DiagonalFamily(Family):
+    """Independent weights, `scale` [P]."""
+
+    def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
+        super().__init__(block, loc, init_scale)
+        self.scale = PyroParam(torch.full_like(loc, init_scale), constraints.positive, event_dim=1)
+
+    def distribution(self) -> Distribution:
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+    def precision(self) -> Diagonal:
+        return Diagonal(self.scale.square().reciprocal())
+
+    def _write_precision(self, precision: Structure) -> None:
+        self.scale_unconstrained.copy_(precision.diag().log() / -2)
+
+
+class DenseFamily(Family):
+    """All weights correlated, `scale_tril` [P, P] the lower Cholesky factor of the covariance."""
+
+    def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
+        super().__init__(block, loc, init_scale)
+        self.scale_tril = PyroParam(
+            torch.eye(block.size).to(loc) * init_scale, constraints.lower_cholesky, event_dim=2
+        )
+
+    def distribution(self) -> Distribution:
+        return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+
+    def precision(self) -> Dense:
+        return Dense(torch.cholesky_inverse(self.scale_tril))
+
+    def _write_precision(self, precision: Structure) -> None:
+        transform = torch.distributions.transform_to(constraints.lower_cholesky)
+        self.scale_tril_unconstrained.copy_(transform.inv(scale_tril(precision.dense())))
+
+
+class KroneckerFamily(Family):
+    """Weights correlated through Q_G ⊗ Q_A: `scale` [O, I] are the standard deviations there.
+
+    `output_root`, `input_root` are the units of the prior (ones unless weights differ in it):
+    W = (Q_G (Z ∘ scale) Q_Aᵀ) / (output_root input_rootᵀ) + loc.
+    """
+
+    def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
+        super().__init__(block, loc, init_scale)
+        (layer,) = block.layers
+        shape = (layer.rows, layer.columns)
+        self.scale = PyroParam(loc.new_full(shape, init_scale), constraints.positive, event_dim=2)
+        for side, size in zip(("output", "input"), shape, strict=True):
+            self.register_buffer(f"{side}_basis", torch.eye(size).to(loc))
+            self.register_buffer(f"{side}_root", loc.new_ones(size))
+
+    def distribution(self) -> Distribution:
+        return StructuredNormal(self.loc, self.precision())
+
+    def precision(self) -> KroneckerEigen | Rescaled:
+        spectrum = self.scale.square().reciprocal()
+        eigen = KroneckerEigen(self.output_basis, self.input_basis, spectrum)
+        root = torch.outer(self.output_root, self.input_root).flatten()
+        return eigen if bool((root == 1).all()) else Rescaled(eigen, root)
+
+    def _write_precision(self, precision: Structure) -> None:
+        root = precision.root if isinstance(precision, Rescaled) else None
+        eigen = precision.inner if isinstance(precision, Rescaled) else precision
+        assert isinstance(eigen, KroneckerEigen)
+        self.scale_unconstrained.copy_(eigen.spectrum.log() / -2)
+        self.output_basis.copy_(eigen.output_basis)
+        self.input_basis.copy_(eigen.input_basis)
+        root = torch.ones_like(eigen.spectrum) if root is None else root.view_as(eigen.spectrum)
+        self.output_root.copy_(root[:, 0])
+        self.input_root.copy_(root[0] / root[0, 0])
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "full": DenseFamily,
+    "block": DenseFamily,
+    "diag": DiagonalFamily,
+    "kfac": KroneckerFamily,
+    "ekfac": KroneckerFamily,
+}

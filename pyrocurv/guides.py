@@ -1,0 +1,345 @@
+"""Pyro guides over network weights with a structured Gaussian posterior.
+
+At its first call a guide runs the model once, sees which latents a supported op consumes as
+weights, and lays out a Gaussian for each block of them. What is left goes to a `fallback` guide.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide, AutoNormal
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyrocurv.blocks import check_structure, partition, positions
+from pyrocurv.distributions import StructuredNormal
+from pyrocurv.families import FAMILIES
+from pyrocurv.layers import Layer
+from pyrocurv.priors import Prior, read_prior
+from pyrocurv.prototype import Site, frozen_buffers, inspect
+from pyrocurv.structures import BlockDiagonal
+
+_instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
+
+
+def init_to_network(site: Site) -> Tensor:
+    """Start at the weight that `bayesianize` replaced (its prior's `initial`), or at a sample."""
+    initial = getattr(site["fn"], "initial", None)
+    return init_to_sample(site) if initial is None else initial.detach().clone()
+
+
+class StructuredGuide(AutoGuide):
+    """A Gaussian posterior over network weights, block by block in one structure.
+
+    Args:
+        model: a Pyro model with an observed site; the weights are latents with normal priors.
+        init_loc_fn: where the mean starts, site -> value; by default the network's own weights
+            (see `pyrocurv.nn.bayesianize`), or a sample from the prior.
+        init_scale: standard deviation of each weight before any training. `NGVI` takes its first
+            step at the mean and sets the scale from the curvature there.
+        fallback: the guide for the latents that no supported op consumes, model -> AutoGuide.
+        create_plates: as Pyro's guides have it.
+
+    Raises at the first call, before anything is set up:
+        ValueError: the model has no observed site (were the data left out of the call?), a discrete
+            latent, or no latent at all.
+
+    A latent without a supported op or without a normal prior is named in one warning when it goes
+    to the fallback by way of an unsupported op.
+    """
+
+    structure: ClassVar[str]
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Callable[[Site], Tensor] = init_to_network,
+        init_scale: float = 0.01,
+        fallback: Callable[[Any], AutoGuide] = AutoNormal,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if not init_scale > 0:
+            raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
+        check_structure(self.structure)
+        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        number = next(_instances[type(self).__name__])
+        if number:  # a name of its own in Pyro's parameter store
+            self._pyro_name = f"{type(self).__name__}_{number}"
+        self._base_model = (model,)
+        self._init_scale = init_scale
+        self._make_fallback = fallback
+        self._fallback_state: dict[str, Any] = {}
+        self._priors: list[Prior] = []
+        self.sites: dict[str, tuple[int, ...]] = {}
+        self.fallback_sites: tuple[str, ...] = ()
+        self.blocks = PyroModule[nn.ModuleList]([])
+
+    # ---- the first call -------------------------------------------------------------------------
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        partial = self.master is not None
+        found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs)
+        names = {name for layer in found.layers for name in layer.tensors}
+        weights = {name: site for name, site in found.latents.items() if name in names}
+        if self.sites:
+            self._check_layout(found.layers)
+        else:
+            values = {name: site["value"].detach() for name, site in weights.items()}
+            self._build(found.layers, values)
+        self._event_dims = {name: site["fn"].event_dim for name, site in weights.items()}
+        priors = {name: site["fn"] for name, site in weights.items()}
+        self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
+        self._prototype_frames = {
+            frame.name: frame
+            for site in found.latents.values() for frame in site["cond_indep_stack"]
+        }
+        rest = tuple(name for name in found.latents if name not in names)
+        for name in rest:
+            if name in found.missed:
+                warnings.warn(
+                    f"latent {name!r} goes to the fallback guide: {found.missed[name]} is not "
+                    "supported", stacklevel=2,
+                )
+        self._set_fallback(rest, args, kwargs)
+        self.prototype_trace = found.trace
+        if self.master is not None:
+            self.master()._check_prototype(found.trace)
+
+    def _check_layout(self, layers: Sequence[Layer]) -> None:
+        have = {name: s for family in self.blocks for name, s in family.block.tensors.items()}
+        want = {name: s for layer in layers for name, s in layer.tensors.items()}
+        if have != want:
+            raise ValueError(f"the loaded guide has weights {have}, the model {want}")
+
+    def _build(self, layers: Sequence[Layer], values: Mapping[str, Tensor]) -> None:
+        for block in partition(layers, self.structure):
+            family = FAMILIES[block.structure](block, block.pack(values), self._init_scale)
+            self.blocks.append(family)
+        self.sites = {name: tuple(value.shape) for name, value in values.items()}
+
+    def _set_fallback(self, rest: tuple[str, ...], args: Any, kwargs: Any) -> None:
+        if not rest:
+            return
+        self.fallback = self._make_fallback(poutine.block(self._base_model[0], expose=list(rest)))
+        self._create_plates(*args, **kwargs)
+        with torch.no_grad(), frozen_buffers(self._base_model[0]):
+            poutine.block(self.fallback)(*args, **kwargs)
+        self.fallback_sites = rest
+        if self._fallback_state:
+            self.fallback.load_state_dict(self._fallback_state)
+
+    def _check_prototype(self, trace: Any) -> None:
+        """Asked by the fallback guide, whose sites are this guide's by construction."""
+
+    # ---- the guide ------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample all latents at Pyro sites of the model's names; the model's arguments."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        self._create_plates(*args, **kwargs)
+        values: dict[str, Tensor] = {}
+        for number, family in enumerate(self.blocks):
+            packed = pyro.sample(
+                f"_{self._pyro_name}_{number}", family.distribution(), infer={"is_auxiliary": True}
+            )
+            values.update(family.block.unpack(packed))
+        result = {
+            name: pyro.sample(name, dist.Delta(values[name], event_dim=self._event_dims[name]))
+            for name in self.sites
+        }
+        if self.fallback_sites:
+            result.update(self.fallback(*args, **kwargs))
+        return result
+
+    def observe_priors(self, priors: Sequence[Prior]) -> None:
+        """Remember the priors of the blocks' weights, for `kl`."""
+        self._priors = list(priors)
+
+    # ---- the posterior --------------------------------------------------------------------------
+
+    def _ready(self) -> None:
+        if not self.sites and not self.fallback_sites:
+            raise RuntimeError("the guide has not seen its model: call it once, guide(x, y)")
+
+    @property
+    def posterior(self) -> StructuredNormal:
+        """The Gaussian over all weights: `.loc` [P] and `.precision` follow `.sites`, row-major."""
+        self._ready()
+        blocks = [family.block for family in self.blocks]
+        device = self.blocks[0].loc.device
+        index = tuple(rows.to(device) for rows in positions(blocks, self.sites))
+        precision = BlockDiagonal(tuple(family.precision() for family in self.blocks), index)
+        return StructuredNormal(precision.join([f.loc for f in self.blocks]), precision)
+
+    def _unpack(self, packed: Sequence[Tensor]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        for family, part in zip(self.blocks, packed, strict=True):
+            values.update(family.block.unpack(part))
+        return {name: values[name] for name in self.sites}
+
+    @torch.no_grad()
+    def sample_posterior(self, n: int) -> dict[str, Tensor]:
+        """n draws of every latent, {site: [n, *shape]}."""
+        self._ready()
+        samples = self._unpack([f.distribution().sample((n,)) for f in self.blocks])
+        if self.fallback_sites:
+            draws = [poutine.block(self.fallback)() for _ in range(n)]
+            samples.update({s: torch.stack([d[s] for d in draws]) for s in self.fallback_sites})
+        return samples
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The posterior median of every latent, {site: [*shape]}."""
+        self._ready()
+        medians = self._unpack([family.loc.clone() for family in self.blocks])
+        if self.fallback_sites:
+            medians.update(self.fallback.median(*args, **kwargs))
+        return medians
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: float | Sequence[float], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The marginal quantiles of every latent, {site: [len(quantiles), *shape]}."""
+        self._ready()
+        result = {}
+        for name in self.sites:
+            marginal = self.get_posterior(name).base_dist
+            levels = torch.as_tensor(quantiles).to(marginal.loc)
+            result[name] = marginal.icdf(levels.reshape(-1, *[1] * marginal.loc.dim()))
+        if self.fallback_sites:
+            listed = [quantiles] if isinstance(quantiles, float) else list(quantiles)
+            result.update(self.fallback.quantiles(listed, *args, **kwargs))
+        return result
+
+    @torch.no_grad()
+    def get_posterior(self, site: str) -> dist.Independent:
+        """The exact marginals of one site's weights: independent normals [*shape].
+
+        Raises ValueError for a site that is not among `.sites`.
+        """
+        for family in self.blocks:
+            if site in family.block.tensors:
+                deviations = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
+                loc = family.block.unpack(family.loc)[site]
+                return dist.Normal(loc, deviations).to_event(loc.dim())
+        raise ValueError(f"no site {site!r} here: {', '.join(self.sites)} exist")
+
+    def kl(self) -> Tensor:
+        """KL(q ‖ prior) over `.sites` in nats; the priors as the model last gave them."""
+        self._ready()
+        if not self._priors:
+            raise RuntimeError("the guide has not seen the priors: call it once, guide(x, y)")
+        parts = zip(self.blocks, self._priors, strict=True)
+        return torch.stack([
+            StructuredNormal(family.loc, family.precision()).kl(prior.loc, prior.precision)
+            for family, prior in parts
+        ]).sum()
+
+    def summary(self) -> str:
+        """A table of every latent: site, shape, structure, how many numbers."""
+        self._ready()
+        structure = {n: f.block.structure for f in self.blocks for n in f.block.tensors}
+        kind = type(getattr(self, "fallback", None)).__name__
+        rows = [("site", "shape", "structure", "numbers")]
+        for name, value in self.median().items():
+            shape = str(tuple(value.shape))
+            rows.append((name, shape, structure.get(name, kind), str(value.numel())))
+        width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], width, strict=False)),
+                       row[3].rjust(width[3])])
+            for row in rows
+        )
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_base_model": None, "master": None}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The layout, in plain values, so that a fresh guide can be loaded without data."""
+        layers = [
+            {"weight": layer.weight, "bias": layer.bias, "shape": list(layer.shape)}
+            for family in self.blocks for layer in family.block.layers
+        ]
+        sites = {name: list(shape) for name, shape in self.sites.items()}
+        return {"structure": self.structure, "layers": layers, "sites": sites}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Used by `load_state_dict`; the work is done before, in `_load_from_state_dict`."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        layout = state_dict.get(prefix + "_extra_state")
+        if layout and layout["structure"] != self.structure:
+            raise ValueError(
+                f"the state is of a guide with structure {layout['structure']!r}, this one is "
+                f"{self.structure!r}"
+            )
+        if layout and not self.sites:
+            layers = [Layer(d["weight"], d["bias"], tuple(d["shape"])) for d in layout["layers"]]
+            like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
+            self._build(layers, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
+        if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
+            start = prefix + "fallback."
+            for key in [key for key in state_dict if key.startswith(start)]:
+                self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class DiagonalGuide(StructuredGuide):
+    """Independent weights (mean field)."""
+
+    structure = "diag"
+
+
+class KFACGuide(StructuredGuide):
+    """Matrix-normal-like weights for each layer: the precision is (N/T)(G ⊗ A) + δ, exactly.
+
+    Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
+    arXiv:1712.02390; here without their factored damping, so the prior enters exactly.
+
+    Example:
+        >>> import torch, pyrocurv
+        >>> net = pyrocurv.nn.bayesianize(torch.nn.Linear(4, 3))
+        >>> guide = KFACGuide(pyrocurv.nn.Classifier(net, num_data=10))
+        >>> weights = guide(torch.randn(10, 4), torch.randint(3, (10,)))
+        >>> guide.sites
+        {'net.weight': (3, 4), 'net.bias': (3,)}
+    """
+
+    structure = "kfac"
+
+
+class EKFACGuide(StructuredGuide):
+    """As `KFACGuide`, with the eigenvalues re-estimated in the Kronecker eigenbasis.
+
+    Reference: Bae, Zhang & Grosse 2018, "Eigenvalue corrected noisy natural gradient",
+    arXiv:1811.12565.
+    """
+
+    structure = "ekfac"
+
+
+class BlockGuide(StructuredGuide):
+    """A dense Gaussian for each layer: P² numbers, for layers of up to some thousand weights."""
+
+    structure = "block"
+
+
+class FullGuide(StructuredGuide):
+    """One dense Gaussian over all layers: P² numbers, for up to some thousand weights."""
+
+    structure = "full"

@@ -1,0 +1,105 @@
+"""One run of a Pyro model with given latents, seen by one light messenger.
+
+Tracing a model and scoring all of it costs more than the network; a natural-gradient step needs the
+observed sites, the priors of the weights and the parameters, and takes the rest in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyrocurv.curvature.pullback import Observation
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What a sample statement said: its distribution, value, scale and mask."""
+
+    name: str
+    fn: Distribution
+    value: Tensor
+    scale: float | Tensor
+    mask: Tensor | bool | None
+    batch: int  # data in this call, over all plates
+    num_data: int  # data in all, over all plates
+
+    @property
+    def rows(self) -> int:
+        """Length of the likelihood's first axis, the examples."""
+        return (*self.fn.batch_shape, *self.value.shape, 1)[0]
+
+    def log_prob(self) -> Tensor:
+        """The scaled and masked log density, summed."""
+        log_prob = self.fn.log_prob(self.value)
+        if self.mask is not None:
+            mask = torch.as_tensor(self.mask, device=log_prob.device)
+            log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
+        return (log_prob * self.scale).sum()
+
+    def observation(self, num_data: int) -> Observation:
+        """As a term of the curvature per datum, of `num_data`; a mean over rows.
+
+        The plate's scale N/B is taken out; what is left of the scale is the user's own tempering.
+        """
+        fn, mask = self.fn, self.mask
+        while isinstance(fn, MaskedDistribution):
+            inner = torch.as_tensor(fn._mask)
+            mask = inner if mask is None else inner & torch.as_tensor(mask)
+            fn = fn.base_dist
+        tempering = self.scale * (self.batch / self.num_data)
+        weight = tempering * (self.num_data / num_data) * (self.rows / self.batch)
+        return Observation(fn, self.value, weight, mask)
+
+
+class Replay(Messenger):
+    """Runs a model at `values` {site: tensor} and keeps what the model said.
+
+    Raises ValueError for a latent that `values` does not have.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.observed: list[Site] = []
+        self.latents: dict[str, Site] = {}
+        self.params: list[Tensor] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = self.values.get(msg["name"])
+        if value is not None and not (site_is_subsample(msg) and msg["value"] is not None):
+            msg["value"], msg["done"] = value, True
+        elif not msg["is_observed"] and not site_is_subsample(msg):
+            raise ValueError(
+                f"site {msg['name']!r} is neither observed in this call nor a latent of the guide, "
+                f"which knows {', '.join(self.values) or 'none'}: was an argument left out?"
+            )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
+        if not sizes and msg["is_observed"]:
+            rows = len(msg["value"]) if msg["value"].dim() else 1
+            sizes = [(rows, rows)]
+        site = Site(
+            msg["name"], msg["fn"], msg["value"], msg["scale"], msg["mask"],
+            math.prod(size for size, _ in sizes), math.prod(full for _, full in sizes),
+        )
+        if msg["is_observed"]:
+            self.observed.append(site)
+        else:
+            self.latents[msg["name"]] = site
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        param = msg["value"]
+        self.params.append(param.unconstrained() if hasattr(param, "unconstrained") else param)

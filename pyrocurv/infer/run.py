@@ -1,0 +1,103 @@
+"""One run of a model at given weights: what it costs and what else it wants trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrocurv.capture import Capture
+from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.replay import Replay
+from pyrocurv.priors import as_normal
+from pyrocurv.prototype import modules
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A model run at `weights`, the leaves of its graph, and at a sample of the fallback guide."""
+
+    weights: Mapping[str, Tensor]
+    replay: Replay
+    fallback: Any  # the fallback guide's trace, or None
+    capture: Capture | None
+    model_params: list[Tensor]  # of the model, unconstrained
+
+    @property
+    def num_data(self) -> int:
+        """N."""
+        return max(site.num_data for site in self.replay.observed)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return max(site.batch for site in self.replay.observed)
+
+    def energy(self, temperature: float) -> Tensor:
+        """N nll, plus T (log q - log p) of the latents that the fallback guide has.
+
+        Priors of the weights that hang on those latents, or on parameters, pull at them here,
+        with no value: the weights' own KL is reckoned elsewhere, in closed form.
+        """
+        energy = -sum(site.log_prob() for site in self.replay.observed)
+        for name in self.weights:
+            site = self.replay.latents[name]
+            normal = as_normal(site.fn)
+            if normal is not None and (normal.loc.requires_grad or normal.scale.requires_grad):
+                log_prior = normal.log_prob(site.value.detach()).sum()
+                energy = energy - temperature * (log_prior - log_prior.detach())
+        if self.fallback is None:
+            return energy  # type: ignore[return-value]
+        latents = self.replay.latents.items()
+        prior = sum(site.log_prob() for name, site in latents if name not in self.weights)
+        self.fallback.compute_log_prob()
+        sites = [site for site in self.fallback.nodes.values() if site["type"] == "sample"]
+        return energy + temperature * (sum(site["log_prob_sum"] for site in sites) - prior)
+
+    def guide_params(self) -> list[Tensor]:
+        """The fallback guide's parameters, unconstrained."""
+        nodes = [] if self.fallback is None else self.fallback.nodes.values()
+        return [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
+
+
+def run_model(
+    model: Callable[..., Any], guide: StructuredGuide, packed: list[Tensor],
+    args: Any, kwargs: Any, watch: bool = False,
+) -> Run:
+    """Run the model at the packed weights of the guide's blocks; `watch` its ops for curvature.
+
+    Raises ValueError where nothing is observed, or a plate is smaller than the batch in it.
+    """
+    weights: dict[str, Tensor] = {}
+    for family, value in zip(guide.blocks, packed, strict=True):
+        weights.update(family.block.unpack(value))
+    weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
+    values, fallback = dict(weights), None
+    if guide.fallback_sites:
+        guide._create_plates(*args, **kwargs)
+        fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
+        values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
+    capture = Capture(dict(weights)) if watch else None
+    with torch.enable_grad() if watch else nullcontext(), Replay(values) as replay:
+        with capture or nullcontext():
+            model(*args, **kwargs)
+    _check(replay)
+    own = [p for part in modules(model) for p in part._parameters.values() if p is not None]
+    params = [p for p in [*own, *replay.params] if p.requires_grad]
+    return Run(weights, replay, fallback, capture, list({id(p): p for p in params}.values()))
+
+
+def _check(replay: Replay) -> None:
+    if not replay.observed:
+        raise ValueError("the model has no observed site in this call: were the data left out?")
+    for site in replay.observed:
+        if site.batch > site.num_data:
+            raise ValueError(
+                f"site {site.name!r} has {site.batch} rows in a plate of size {site.num_data}: the "
+                "plate's size is the number of data in all"
+            )

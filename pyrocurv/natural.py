@@ -1,0 +1,78 @@
+"""The natural-gradient update of a Gaussian over one block of weights, as functions of tensors.
+
+With C the running curvature per datum, N data, T the temperature, δ the prior precision, g the
+gradient of the negative log likelihood per datum at sampled weights, e a fading initial curvature:
+
+    posterior   Λ = (N/T)(C + e) + δ                      exact: the prior enters as it is
+    momentum    m ← β m + (1-β) g,   h = m/(1-βᵗ) + (δT/N)(M - M₀)
+    direction   d = (C + e + δT/N + damping)⁻¹ h          damping never shrinks the posterior
+    mean        M ← M - lr ν d,      ν = min(1, sqrt(κ / (lr₀² Σ <d, h>)))   over all blocks
+
+Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562; the clip is that of Ba, Grosse &
+Martens 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyrocurv.distributions import StructuredNormal
+from pyrocurv.priors import BlockPrior, Prior
+from pyrocurv.structures import Rescaled, Structure
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """What the curvature gives a block until its next estimate."""
+
+    precision: Structure  # Λ, of the posterior
+    preconditioner: Structure  # C + e + δT/N + damping, of the mean's step
+
+
+def metric(
+    curvature: Structure, faint: float, prior: BlockPrior, ratio: float, damping: float
+) -> Metric:
+    """Λ and the preconditioner, with ratio = N/T and faint = e; in the prior's units, if it has."""
+    units = prior.units
+    delta = prior.packed.precision if units is None else units.delta
+    precision = curvature.scale(ratio).shift(delta + ratio * faint)
+    preconditioner = curvature.shift(delta / ratio + (faint + damping))
+    root = None if units is None else units.root
+    if root is None:
+        return Metric(precision, preconditioner)
+    return Metric(Rescaled(precision, root), Rescaled(preconditioner, root))
+
+
+def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
+    """m, a new tensor [P]."""
+    if momentum is None:
+        return gradient * (1 - beta)
+    return momentum.lerp(gradient, 1 - beta)
+
+
+def slope(
+    momentum: Tensor, step: int, beta: float, deviation: Tensor, prior: Prior, ratio: float
+) -> Tensor:
+    """h [P], for the `step`-th momentum (from 1) and deviation = M - M₀."""
+    return momentum / (1 - beta**step) + deviation * (prior.precision / ratio)
+
+
+def trust(inner: float, lr: float, kl_clip: float | None) -> float:
+    """ν, from inner = Σ <d, h> and the base learning rate."""
+    if kl_clip is None or inner <= 0:
+        return 1.0
+    return min(1.0, math.sqrt(kl_clip / (lr * lr * inner)))
+
+
+def surplus(
+    loc: Tensor, epsilon: Tensor | None, square: Tensor | None, precision: Structure, prior: Prior
+) -> Tensor:
+    """log q(w) - log p(w) at w = loc + epsilon, where square = εᵀΛε; without epsilon, KL(q ‖ p)."""
+    if epsilon is None or square is None:
+        return StructuredNormal(loc, precision).kl(prior.loc, prior.precision)
+    deviation = loc + epsilon - prior.loc
+    distance = (deviation.square() * prior.precision).sum()
+    return (precision.logdet() - prior.logdet(len(loc)) + distance - square) / 2

@@ -1,0 +1,241 @@
+"""Networks as Pyro models: weights become sample sites, with ready likelihoods around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroModule, PyroSample
+from pyro.nn.module import to_pyro_module_
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyrocurv.priors import as_normal, compact
+
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+Prior = float | str | Callable[[nn.Module, str], Distribution]
+
+
+class _NormalPrior:
+    """A normal prior whose numbers are buffers of the module, so they move with `.to`.
+
+    The distribution is built anew only when the buffers have been moved; it carries the weight that
+    it replaced as `.initial`, where guides start.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._made: tuple[tuple[Tensor, ...], Distribution] | None = None
+
+    def __call__(self, module: nn.Module) -> Distribution:
+        buffers: dict[str, Any] = module._buffers
+        parts = tuple(buffers[f"_{self.name}_{part}"] for part in ("loc", "scale", "initial"))
+        made = self._made
+        if made is None or any(a is not b for a, b in zip(made[0], parts, strict=True)):
+            loc, scale, initial = parts
+            fn = dist.Normal(loc.expand(initial.shape), scale.expand(initial.shape))
+            fn = fn.to_event(initial.dim())
+            fn.initial = initial
+            made = self._made = parts, fn
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "_made": None}
+
+
+def bayesianize(
+    net: nn.Module,
+    prior: Prior = "fan_in",
+    layers: Iterable[type[nn.Module] | str] | None = None,
+) -> nn.Module:
+    """Turn the weights of a network into latents of a Pyro model, in place.
+
+    Args:
+        net: any network. Its present weights are where `pyrocurv.guides` start.
+        prior: independent normals of mean 0: "fan_in" (variance 1/(fan_in + 1)), a standard
+            deviation, or a callable (module, parameter name) -> Distribution of that shape.
+        layers: which modules, by type or by name as in `net.named_modules()`; by default all
+            `Linear` and `Conv2d`. What is left out keeps point estimates.
+
+    Returns:
+        `net` itself, now a `PyroModule`; a site's name is that of its parameter.
+
+    Raises:
+        ValueError: a prior out of range or of another shape; a layer name that does not exist; no
+            layer that fits; a weight shared by two modules.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import bayesianize
+        >>> net = bayesianize(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)))
+        >>> list(net.parameters())
+        []
+    """
+    make = _prior_maker(prior)
+    chosen = _chosen(net, layers)
+    planned = [
+        (module, name, make(module, name), parameter)
+        for module in chosen for name, parameter in module.named_parameters(recurse=False)
+    ]
+    for module, name, fn, parameter in planned:
+        if fn.batch_shape + fn.event_shape != parameter.shape:
+            raise ValueError(
+                f"the prior of {type(module).__name__}.{name} has shape "
+                f"{tuple(fn.batch_shape + fn.event_shape)}, the parameter {tuple(parameter.shape)}"
+            )
+    to_pyro_module_(net)
+    for module, name, fn, parameter in planned:
+        _set_prior(module, name, fn, parameter)
+    return net
+
+
+def _prior_maker(prior: Prior) -> Callable[[nn.Module, str], Distribution]:
+    if callable(prior):
+        return prior
+    if prior == "fan_in":
+        return lambda module, name: _normal(module, name, 1 / math.sqrt(_fan_in(module) + 1))
+    if isinstance(prior, str) or not prior > 0:
+        raise ValueError(
+            f"prior={prior!r}: 'fan_in', a positive standard deviation or a callable "
+            "(module, name) -> Distribution is needed"
+        )
+    return lambda module, name: _normal(module, name, float(prior))
+
+
+def _fan_in(module: nn.Module) -> int:
+    return module.weight[0].numel()  # type: ignore[index,operator]
+
+
+def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
+    like = getattr(module, name)
+    zero, scale_ = like.new_zeros(()), like.new_full((), scale)
+    return dist.Normal(zero, scale_).expand(like.shape)
+
+
+def _chosen(net: nn.Module, layers: Iterable[type[nn.Module] | str] | None) -> list[nn.Module]:
+    named = dict(net.named_modules())
+    wanted = LAYERS if layers is None else tuple(layers)
+    types = tuple(want for want in wanted if isinstance(want, type))
+    names = [want for want in wanted if isinstance(want, str)]
+    for name in names:
+        if name not in named:
+            raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
+    chosen = [m for name, m in named.items() if isinstance(m, types) or name in names]
+    chosen = [m for m in chosen if any(True for _ in m.parameters(recurse=False))]
+    if not chosen:
+        raise ValueError(f"layers: nothing in {type(net).__name__} fits {wanted}")
+    owners: dict[int, str] = {}
+    for name, module in named.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{parameter_name}".lstrip(".")
+            if module in chosen and id(parameter) in owners:
+                raise ValueError(f"{owners[id(parameter)]} and {full} are one tied weight")
+            owners[id(parameter)] = full
+    return chosen
+
+
+def _set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
+    initial = parameter.detach().clone()
+    delattr(module, name)
+    normal = as_normal(fn)
+    if normal is None:
+        if fn.event_dim < initial.dim():
+            fn = fn.to_event(initial.dim() - fn.event_dim)
+        fn.initial = initial
+        setattr(module, name, PyroSample(fn))
+        return
+    loc, scale = compact(normal.loc.detach()), compact(normal.scale.detach())
+    for part, value in (("loc", loc), ("scale", scale), ("initial", initial)):
+        module.register_buffer(f"_{name}_{part}", value.to(initial).clone(), persistent=False)
+    setattr(module, name, PyroSample(_NormalPrior(name)))
+
+
+class Classifier(PyroModule):
+    """A network whose outputs are the logits of a categorical: (x, y=None) -> logits [B, C].
+
+    Args:
+        net: a network, bayesianized.
+        num_data: N, the number of training examples.
+
+    The sites are the network's weights under "net." and "obs", in the plate "data" of size N.
+    Raises ValueError for a batch of more than N targets.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import Classifier, bayesianize
+        >>> model = Classifier(bayesianize(torch.nn.Linear(4, 3)), num_data=100)
+        >>> model(torch.randn(5, 4)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, net: nn.Module, num_data: int) -> None:
+        super().__init__()
+        self.net, self.num_data = net, _check_num_data(num_data)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = self.net(x)
+        with _data_plate(self.num_data, logits, y):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+        return logits
+
+
+class Regressor(PyroModule):
+    """A network whose outputs are the means of normals: (x, y=None) -> mean [B] or [B, D].
+
+    Args:
+        net: a network, bayesianized. A single output [B, 1] is taken as [B].
+        num_data: N, the number of training examples.
+        noise: the standard deviation of the targets; None for a latent "sigma" with a
+            LogNormal(0, 1) prior, which suits standardised targets.
+
+    The sites are the network's weights under "net.", "obs" in the plate "data" of size N, and
+    "sigma". Raises ValueError for targets of another shape, or a batch of more than N.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import Regressor, bayesianize
+        >>> model = Regressor(bayesianize(torch.nn.Linear(4, 1)), num_data=100)
+        >>> model(torch.randn(5, 4)).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, net: nn.Module, num_data: int, noise: float | None = None) -> None:
+        super().__init__()
+        if noise is not None and not noise > 0:
+            raise ValueError(f"noise={noise!r}: a positive standard deviation, or None, is needed")
+        self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        mean = self.net(x)
+        if mean.dim() == 2 and mean.shape[-1] == 1:
+            mean = mean.squeeze(-1)
+            y = y.squeeze(-1) if y is not None and y.dim() == 2 and y.shape[-1] == 1 else y
+        if y is not None and y.shape != mean.shape:
+            raise ValueError(f"targets {tuple(y.shape)} do not fit means {tuple(mean.shape)}")
+        noise = self.noise
+        if noise is None:
+            zero = mean.new_zeros(())
+            noise = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
+        with _data_plate(self.num_data, mean, y):
+            normal = dist.Normal(mean, mean.new_ones(()) * noise)
+            pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
+        return mean
+
+
+def _check_num_data(num_data: int) -> int:
+    if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+        raise ValueError(f"num_data={num_data!r}: the number of training examples is needed")
+    return num_data
+
+
+def _data_plate(num_data: int, output: Tensor, y: Tensor | None) -> pyro.plate:
+    """The plate of the data; in prediction (no targets) it is as large as the batch."""
+    batch = len(output)
+    if y is not None and batch > num_data:
+        raise ValueError(f"a batch of {batch} targets, but num_data={num_data}")
+    indices = torch.arange(batch, device=output.device)
+    return pyro.plate("data", batch if y is None else num_data, subsample=indices, dim=-1)

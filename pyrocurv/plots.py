@@ -1,0 +1,173 @@
+"""Pictures of a predictive distribution: is it calibrated, and where is it unsure?
+
+The reliability diagram is that of Guo et al. 2017, "On Calibration of Modern Neural Networks".
+matplotlib is imported when a function is called, not before.
+Shapes: N examples, C classes, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+__all__ = ["reliability", "uncertain_images"]
+
+
+def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int = 15) -> Axes:
+    """Draw the reliability diagram of a classifier.
+
+    Blue is the accuracy in each bin of confidence, red the gap to the mean confidence there, grey
+    the share of the examples. Red weighted by grey is the expected calibration error (the title).
+
+    Args:
+        probs: predictive probabilities, [N, C]
+        labels: true classes, [N]
+        ax: where to draw; without it a new figure
+        bins: number of equal bins of confidence in [0, 1]
+
+    Returns:
+        The axes drawn on.
+
+    Raises:
+        ValueError: the shapes disagree, N is 0, rows of `probs` do not sum to 1, or `bins` < 1.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.55, 0.45]])
+        >>> ax = reliability(probs, torch.tensor([0, 1, 1]), bins=5)
+        >>> ax.get_title()
+        'ECE 0.3167'
+    """
+    if bins < 1:
+        raise ValueError(f"bins={bins}: at least one bin is needed")
+    probs = _checked_probs(probs)
+    labels = _checked_labels(labels, probs)
+    share, accuracy, gap = _calibration(probs, labels, bins)
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1]
+    left = [k / bins for k in range(bins)]
+    share_depth = -0.25 * share / share.max()
+    hatched = dict(color=(0.84, 0.15, 0.16, 0.25), edgecolor="tab:red", hatch="//")
+    for height, bottom, look in (
+        (accuracy, torch.zeros(bins), dict(color="tab:blue", edgecolor="white", label="accuracy")),
+        (gap, accuracy, dict(**hatched, label="gap to confidence")),
+        (share_depth, torch.zeros(bins), dict(color="0.7", label="share of examples")),
+    ):
+        ax.bar(left, height.tolist(), 1 / bins, bottom.tolist(), align="edge", **look)
+    ax.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.set(xlim=(0, 1), ylim=(-0.28, 1), xlabel="confidence", ylabel="accuracy")
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    ax.set_title(f"ECE {float(share @ gap.abs()):.4f}")
+    ax.legend(loc="upper left", fontsize="small")
+    return ax
+
+
+def uncertain_images(
+    images: Tensor,
+    probs: Tensor,
+    labels: Tensor | None = None,
+    figure: Figure | SubFigure | None = None,
+    n: int = 12,
+) -> list[Axes]:
+    """Show the images of highest predictive entropy, most uncertain first.
+
+    Beneath each stands the predicted class and its probability, and the true class if it differs.
+
+    Args:
+        images: grey [N, H, W] or [N, 1, H, W], or colour [N, 3, H, W]; any scale
+        probs: predictive probabilities, [N, C]
+        labels: true classes, [N]; without them only the prediction is written
+        figure: a figure or subfigure to fill; without it a new figure
+        n: how many images, at most N are shown
+
+    Returns:
+        One axes per image.
+
+    Raises:
+        ValueError: the shapes disagree, N is 0, rows of `probs` do not sum to 1, or `n` < 1.
+
+    Example:
+        >>> import torch
+        >>> images = torch.rand(3, 8, 8)
+        >>> probs = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.5, 0.5]])
+        >>> [ax.get_xlabel() for ax in uncertain_images(images, probs, n=2)]
+        ['0 (50 %)', '1 (70 %)']
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: at least one image is needed")
+    probs = _checked_probs(probs)
+    labels = None if labels is None else _checked_labels(labels, probs)
+    pictures = _checked_images(images, probs)  # [N, H, W, 1 or 3]
+    if figure is None:
+        import matplotlib.pyplot as plt
+
+        figure = plt.figure(layout="constrained")
+    order = torch.special.entr(probs).sum(-1).argsort(descending=True, stable=True)[:n].tolist()
+    columns = min(6, len(order))
+    rows = -(-len(order) // columns)
+    shown = []
+    for place, i in enumerate(order, start=1):
+        ax = figure.add_subplot(rows, columns, place)
+        ax.imshow(_unit_range(pictures[i]).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        probability, predicted = (float(v) for v in probs[i].max(-1))
+        caption = f"{predicted:.0f} ({probability:.0%})".replace("%", " %")
+        if labels is not None and int(labels[i]) != int(predicted):
+            caption += f", true {int(labels[i])}"
+        ax.set(xlabel=caption, xticks=[], yticks=[])
+        shown.append(ax)
+    return shown
+
+
+def _calibration(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of the examples, accuracy, and confidence minus accuracy in each bin, 3 x [bins]."""
+    confidence, predicted = probs.max(-1)  # [N], [N]
+    correct = (predicted == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (k/K, (k+1)/K]
+    count, correct_sum, confidence_sum = (
+        torch.zeros(bins, dtype=torch.double).index_add_(0, which, values)
+        for values in (torch.ones_like(correct), correct, confidence)
+    )
+    filled = count.clamp(min=1)
+    return count / len(probs), correct_sum / filled, (confidence_sum - correct_sum) / filled
+
+
+def _checked_probs(probs: Tensor) -> Tensor:
+    if probs.ndim != 2 or 0 in probs.shape:
+        raise ValueError(f"probs has shape {list(probs.shape)}: [N, C] with N, C > 0 is needed")
+    probs = probs.detach().cpu().double()
+    if not torch.allclose(probs.sum(-1), probs.new_ones(()), atol=1e-3) or bool((probs < 0).any()):
+        raise ValueError("probs must be >= 0 and sum to 1 in each row; are these logits?")
+    return probs
+
+
+def _checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
+    if labels.shape != probs.shape[:1]:
+        raise ValueError(f"labels has shape {list(labels.shape)} for {len(probs)} rows of probs")
+    return labels.detach().cpu()
+
+
+def _checked_images(images: Tensor, probs: Tensor) -> Tensor:
+    pictures = images.detach().cpu().float()
+    if pictures.ndim == 3:
+        pictures = pictures.unsqueeze(1)
+    if pictures.ndim != 4 or pictures.shape[1] not in (1, 3) or len(pictures) != len(probs):
+        raise ValueError(
+            f"images has shape {list(images.shape)} for {len(probs)} rows of probs: "
+            "[N, H, W], [N, 1, H, W] or [N, 3, H, W] is needed"
+        )
+    return pictures.permute(0, 2, 3, 1)
+
+
+def _unit_range(picture: Tensor) -> Tensor:
+    """Shift and scale to [0, 1]; a constant picture becomes 0."""
+    low, high = picture.min(), picture.max()
+    return (picture - low) / (high - low).clamp(min=1e-12)

@@ -1,0 +1,123 @@
+"""What a model says of its weights before the data: normal priors, read from their sample sites."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+from pyrocurv.blocks import Block
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """Independent normals over a block's weights; each tensor is a scalar or [P]."""
+
+    loc: Tensor
+    precision: Tensor
+
+    @cached_property
+    def _log_sum(self) -> Tensor:
+        return self.precision.log().sum()
+
+    def logdet(self, size: int) -> Tensor:
+        """log det of the precision over `size` weights."""
+        return self._log_sum if self.precision.dim() else self._log_sum * size
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """A prior precision taken apart as delta · p_i · r_j; `roots` are sqrt(p) [O] and sqrt(r) [I].
+
+    In the units sqrt(p_i r_j) · W a Kronecker block has one prior precision, `delta`.
+    """
+
+    delta: Tensor
+    roots: tuple[Tensor, Tensor] | None = None  # None where p = r = 1
+
+    @property
+    def root(self) -> Tensor | None:
+        """sqrt(p_i r_j) as [P], if they are not one."""
+        return None if self.roots is None else torch.outer(*self.roots).flatten()
+
+
+def as_normal(prior: Distribution) -> Normal | None:
+    """The normal under `Independent`, or None where the prior is no normal."""
+    while isinstance(prior, Independent):
+        prior = prior.base_dist
+    return prior if isinstance(prior, Normal) else None
+
+
+def compact(value: Tensor) -> Tensor:
+    """A tensor expanded from one number, as that number."""
+    axes = zip(value.stride(), value.shape, strict=True)
+    if all(stride == 0 or size == 1 for stride, size in axes):
+        return value[(0,) * value.dim()]
+    return value
+
+
+def read_prior(block: Block, priors: Mapping[str, Distribution]) -> Prior:
+    """The priors of a block's sites, packed; scalars where all weights share one."""
+    normals = {name: as_normal(priors[name]) for name in block.tensors}
+    locs = {name: normal.loc.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
+    scales = {name: normal.scale.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
+    return Prior(_pack(block, locs), _pack(block, scales).square().reciprocal())
+
+
+def _pack(block: Block, values: Mapping[str, Tensor]) -> Tensor:
+    numbers = [compact(value) for value in values.values()]
+    if all(n.dim() == 0 and bool(n == numbers[0]) for n in numbers):
+        return numbers[0]
+    return block.pack({name: values[name].expand(shape) for name, shape in block.tensors.items()})
+
+
+def units(block: Block, prior: Prior) -> Units:
+    """The precision as delta · p_i · r_j, the geometric mean in `delta`.
+
+    Exact where the precision has that form (one for each layer, each input, each output, weight and
+    bias apart); otherwise the nearest of that form in the logarithm, with a warning.
+    """
+    if prior.precision.dim() == 0:
+        return Units(prior.precision)
+    (layer,) = block.layers
+    log = prior.precision.log().view(layer.rows, layer.columns)
+    mean = log.mean()
+    output, input = log.mean(1) - mean, log.mean(0) - mean
+    if not torch.allclose(mean + output[:, None] + input, log, rtol=0, atol=1e-5):
+        warnings.warn(
+            f"the prior precision of {layer.weight!r} is no product of one for each output and one "
+            "for each input: the nearest product stands for it in the posterior",
+            stacklevel=2,
+        )
+    return Units(mean.exp(), ((output / 2).exp(), (input / 2).exp()))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPrior:
+    """A block's prior: packed, and taken apart where the block is a Kronecker product."""
+
+    sources: tuple[Distribution, ...]
+    packed: Prior
+    units: Units | None
+
+    @staticmethod
+    def read(block: Block, priors: Mapping[str, Distribution]) -> BlockPrior:
+        """From the distributions of the block's sites."""
+        packed = read_prior(block, priors)
+        kronecker = block.structure in ("kfac", "ekfac")
+        sources = tuple(priors[name] for name in block.tensors)
+        return BlockPrior(sources, packed, units(block, packed) if kronecker else None)
+
+    def still_holds(self, sources: Sequence[Distribution]) -> bool:
+        """Whether it was read from these very distributions, and they cannot have changed since."""
+        return all(a is b and not _varies(a) for a, b in zip(self.sources, sources, strict=True))
+
+
+def _varies(prior: Distribution) -> bool:
+    normal = as_normal(prior)
+    return normal is None or normal.loc.requires_grad or normal.scale.requires_grad

@@ -1,0 +1,142 @@
+"""What a guide learns from one run of its model: the latents, and which layers consume them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import nn
+
+from pyrocurv.capture import Capture
+from pyrocurv.layers import Layer
+from pyrocurv.priors import as_normal
+
+Site = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prototype:
+    """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
+
+    `missed` {site: why} are the latents that an op or a prior of another kind keeps from it.
+    """
+
+    trace: Any
+    latents: Mapping[str, Site]
+    layers: list[Layer]
+    missed: Mapping[str, str]
+
+
+class _Watch(Messenger):
+    """Shows a capture the latents as they appear, and counts the observed sites."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self.capture, self.observed = capture, 0
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        if msg["is_observed"]:
+            self.observed += 1
+        else:
+            self.capture.watch(msg["name"], msg["value"])
+
+
+def _unwrapped(model: Any) -> tuple[Any, bool]:
+    """What is under the `poutine` handlers around a model, and whether one hides sites."""
+    blocked = False
+    while not isinstance(model, nn.Module) and getattr(model, "args", None):
+        blocked = blocked or any(isinstance(part, poutine.block_messenger.BlockMessenger)
+                                 for part in (getattr(model.func, "__self__", None), *model.args))
+        model = model.args[-1]
+    return model, blocked
+
+
+def modules(model: Any) -> list[nn.Module]:
+    """The modules of a model, whatever `poutine` handlers are around it."""
+    module, _ = _unwrapped(model)
+    return list(module.modules()) if isinstance(module, nn.Module) else []
+
+
+def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """How to put the modules' persistent buffers (batch-norm statistics) back as they are now."""
+    saved = [
+        (buffer, buffer.clone())
+        for module in modules for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in saved:
+            buffer.copy_(value)
+
+    return restore
+
+
+@contextmanager
+def frozen_buffers(model: Any) -> Iterator[None]:
+    """Leave the model's persistent buffers as they were."""
+    restore = snapshot(modules(model))
+    try:
+        yield
+    finally:
+        restore()
+
+
+def inspect(
+    model: Callable[..., Any], hide: Callable[[Any], bool], partial: bool, args: Any, kwargs: Any
+) -> Prototype:
+    """Run the model once, without gradients, and look.
+
+    Args:
+        model: with initial values set (`InitMessenger`).
+        hide: which messages no guide is for.
+        partial: a guide for some of the sites only, beside others.
+
+    Raises:
+        ValueError: no observed site, no latent, or a discrete one.
+    """
+    capture = Capture()
+    watch = _Watch(capture)
+    with torch.no_grad(), frozen_buffers(model), capture:
+        trace = poutine.block(poutine.trace(poutine.block(watch(model), hide)).get_trace)(
+            *args, **kwargs
+        )
+    latents = dict(trace.iter_stochastic_nodes())
+    if not watch.observed and not partial and not _unwrapped(model)[1]:
+        raise ValueError(
+            "the model has no observed site in this call, its latents are "
+            f"{', '.join(latents) or 'none'}: were the data left out?"
+        )
+    if not latents:
+        raise ValueError("the model has no latent: has the network been bayesianized?")
+    for name, site in latents.items():
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"latent {name!r} is discrete ({type(site['fn']).__name__}): these guides need "
+                "continuous latents; enumerate it, or hide it with poutine.block"
+            )
+        if not all(frame.vectorized for frame in site["cond_indep_stack"]):
+            raise ValueError(f"latent {name!r} is in a sequential plate: use a vectorized one")
+    for layer in capture.layers():
+        for name in layer.tensors:
+            if reason := _refusal(latents.get(name)):
+                capture.missed.update(dict.fromkeys(layer.tensors, reason))
+    return Prototype(trace, latents, capture.layers(), capture.missed)
+
+
+def _refusal(site: Site | None) -> str:
+    """Why a layer's weight cannot have a Gaussian of ours, or ""."""
+    if site is None:
+        return "a weight hidden from the guide"
+    if as_normal(site["fn"]) is None:
+        return f"a {type(site['fn']).__name__} prior"
+    return "a weight inside a plate" if site["cond_indep_stack"] else ""

@@ -1,0 +1,11 @@
+"""Structured symmetric matrices: immutable values that act like the dense matrix they stand for."""
+
+from pyrocurv.structures.base import Structure
+from pyrocurv.structures.block_diagonal import BlockDiagonal
+from pyrocurv.structures.dense import Dense
+from pyrocurv.structures.diagonal import Diagonal, Rescaled
+from pyrocurv.structures.kronecker import Kronecker, KroneckerEigen
+
+__all__ = [
+    "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Structure",
+]

@@ -1,0 +1,127 @@
+"""A structured symmetric matrix: an immutable value with a dozen verbs.
+
+Every structure stands for one symmetric matrix M [P, P] and acts on the last axis of its arguments:
+
+    M @ x, solve(x) = M⁻¹x, rsqrt(z) (covariance M⁻¹ when z ~ N(0, I)), logdet, trace, diag,
+    inverse_diag, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp, map
+
+Signs and verbs keep their algebra; where a result is an approximation the docstring says so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+S = TypeVar("S", bound="Structure")
+
+
+class Structure(ABC):
+    """A symmetric matrix [P, P] in a structured form. Subclasses are frozen dataclasses."""
+
+    kinds: ClassVar[dict[str, type[Structure]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Structure.kinds[cls.__name__] = cls
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """P, the number of rows."""
+
+    @abstractmethod
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """M x, for x [..., P]."""
+
+    @abstractmethod
+    def solve(self, x: Tensor) -> Tensor:
+        """M⁻¹ x, for x [..., P]."""
+
+    @abstractmethod
+    def rsqrt(self, z: Tensor) -> Tensor:
+        """R z with R Rᵀ = M⁻¹, for z [..., P]: a sample when M is a precision and z ~ N(0, I)."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """log det M, a scalar."""
+
+    @abstractmethod
+    def diag(self) -> Tensor:
+        """The diagonal of M [P]."""
+
+    @abstractmethod
+    def inverse_diag(self) -> Tensor:
+        """The diagonal of M⁻¹ [P]: the marginal variances when M is a precision."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of M [P], ascending."""
+
+    @abstractmethod
+    def scale(self: S, factor: float | Tensor) -> S:
+        """factor · M, for a positive scalar."""
+
+    @abstractmethod
+    def shift(self, delta: float | Tensor) -> Structure:
+        """M + diag(delta), for a scalar or, where the structure allows it, a vector [P]."""
+
+    @abstractmethod
+    def lerp(self: S, other: S, weight: float) -> S:
+        """(1 - weight) M + weight · other, exactly or as near as the structure can come."""
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a scalar."""
+        return self.diag().sum()
+
+    def dense(self) -> Tensor:
+        """M as a tensor [P, P]."""
+        diagonal = self.diag()
+        return self @ torch.eye(self.size, dtype=diagonal.dtype, device=diagonal.device)
+
+    def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
+        """The same structure with `function` applied to each tensor it is made of."""
+        return replace(self, **{  # type: ignore[type-var]  # subclasses are dataclasses
+            field.name: _map(getattr(self, field.name), function) for field in fields(self)  # type: ignore[arg-type]
+        })
+
+    def state(self) -> dict[str, Any]:
+        """Plain dicts, lists and tensors, for `torch.save`; `from_state` is the way back."""
+        content = {field.name: _pack(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+        return {"kind": type(self).__name__, **content}
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Structure:
+        """The structure that `state` describes."""
+        content = {name: _unpack(value) for name, value in state.items() if name != "kind"}
+        return Structure.kinds[state["kind"]](**content)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Structure):
+        return value.map(function)
+    if isinstance(value, tuple):
+        return tuple(_map(item, function) for item in value)
+    return value
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, Structure):
+        return value.state()
+    if isinstance(value, tuple):
+        return [_pack(item) for item in value]
+    return value
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Structure.from_state(value)
+    if isinstance(value, list):
+        return tuple(_unpack(item) for item in value)
+    return value

@@ -1,0 +1,62 @@
+"""A dense symmetric matrix: no approximation, P² numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyrocurv.structures.base import Structure
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Structure):
+    """The matrix itself, [P, P]. `solve`, `rsqrt` and `logdet` want it positive definite."""
+
+    matrix: Tensor
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        return torch.linalg.cholesky(self.matrix)
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[-1]
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+    def solve(self, x: Tensor) -> Tensor:
+        return torch.cholesky_solve(x.unsqueeze(-1), self._cholesky).squeeze(-1)
+
+    def rsqrt(self, z: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(
+            self._cholesky.mT, z.unsqueeze(-1), upper=True
+        ).squeeze(-1)
+
+    def logdet(self) -> Tensor:
+        return 2 * self._cholesky.diagonal().log().sum()
+
+    def diag(self) -> Tensor:
+        return self.matrix.diagonal()
+
+    def inverse_diag(self) -> Tensor:
+        return torch.cholesky_inverse(self._cholesky).diagonal()
+
+    def eigenvalues(self) -> Tensor:
+        return torch.linalg.eigvalsh(self.matrix)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def scale(self, factor: float | Tensor) -> Dense:
+        return Dense(self.matrix * factor)
+
+    def shift(self, delta: float | Tensor) -> Dense:
+        diagonal = torch.as_tensor(delta, dtype=self.matrix.dtype, device=self.matrix.device)
+        return Dense(self.matrix + torch.diag(diagonal.expand(self.size)))
+
+    def lerp(self, other: Dense, weight: float) -> Dense:
+        return Dense(torch.lerp(self.matrix, other.matrix, weight))

@@ -1,0 +1,46 @@
+"""Linear algebra of dense symmetric matrices that does not fail in silence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n], ascending, and eigenvectors [n, n] of a symmetric matrix.
+
+    A failure in the matrix's own precision, or a device without the kernel, is tried once more in
+    float64 on the CPU. Raises `torch.linalg.LinAlgError` when that fails too, or when an entry is
+    not finite.
+    """
+    if not _finite(matrix):
+        raise torch.linalg.LinAlgError("eigh of a matrix with NaN or infinite entries")
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except (torch.linalg.LinAlgError, NotImplementedError):
+        values = vectors = matrix.new_full((), torch.nan)
+    if not _finite(vectors):  # LAPACK may also fail in silence: float32 of low rank does
+        values, vectors = torch.linalg.eigh(matrix.to("cpu", torch.float64))
+        if not _finite(vectors):
+            raise torch.linalg.LinAlgError(f"eigh found no eigenvectors for n = {len(matrix)}")
+    return values.to(matrix), vectors.to(matrix)
+
+
+def _finite(matrix: Tensor) -> bool:
+    return bool(torch.isfinite(matrix).all())
+
+
+def eigh_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`eigh` of a positive semi-definite matrix: rounding below zero is set to zero."""
+    values, vectors = eigh(matrix)
+    return values.clamp(min=0), vectors
+
+
+def scale_tril(precision: Tensor) -> Tensor:
+    """Lower Cholesky factor L of the covariance, L Lᵀ = precision⁻¹, without forming the inverse.
+
+    With J the exchange matrix and J Λ J = C Cᵀ, U = J C J is upper triangular, Λ = U Uᵀ, L = U⁻ᵀ.
+    """
+    upper = torch.linalg.cholesky(precision.flip(-2, -1)).flip(-2, -1)
+    identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
+    return torch.linalg.solve_triangular(upper.mT, identity, upper=False)

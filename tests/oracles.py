@@ -1,0 +1,356 @@
+"""Slow, dense, float64 truths that the tests compare against; imports torch alone.
+
+Everything loops over the examples, each a batch of one, and is a SUM over them of the curvature of
+the negative log likelihood. Rows follow `net.named_parameters()`, frozen ones left out, each
+flattened row-major. A likelihood is a name of `NLL` or a `callable(output) -> Distribution`.
+
+B examples, D outputs of one example, P parameters, K vectors, S positions, I inputs, O outputs.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution, MultivariateNormal, Normal
+
+Likelihood = str | Callable[[Tensor], Distribution]
+
+NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # the classes are the last axis of the logits; the axes before it are independent positions
+    "categorical": lambda f, y: F.cross_entropy(f.movedim(-1, 1), y, reduction="none"),
+    "bernoulli": lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="none"),
+    "normal": lambda f, y: (f - y).square() / 2 + math.log(2 * math.pi) / 2,
+}
+
+
+# --- the likelihood ---------------------------------------------------------------------------
+
+
+def nll(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
+    """-log p(y_n | f_n) of each example, [B], summed over the positions of the example."""
+    terms = NLL[likelihood](f, y) if isinstance(likelihood, str) else -likelihood(f).log_prob(y)
+    return terms.reshape(len(f), -1).sum(1)
+
+
+def output_hessian(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
+    """H = d^2 -log p(y | f) / df df^T of one example (f and y a batch of one), [D, D]."""
+
+    def loss(f: Tensor) -> Tensor:
+        return nll(likelihood, f, y).sum()
+
+    return torch.autograd.functional.hessian(loss, f.detach()).reshape(f.numel(), f.numel())
+
+
+def output_gradient(likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
+    """r_n = d -log p(y_n | f_n) / df_n, [B, D]."""
+    f = f.detach().requires_grad_()
+    return torch.autograd.grad(nll(likelihood, f, y).sum(), f)[0].reshape(len(f), -1)
+
+
+def outcomes(likelihood: Likelihood, f: Tensor, support: Tensor | None = None) -> Tensor:
+    """Every target that one example (f a batch of one) can have, [M, ...].
+
+    `support` holds the values at one position; a callable likelihood needs it, and may cut a tail.
+    """
+    if support is None:
+        support = torch.arange(f.shape[-1]) if likelihood == "categorical" else f.new_tensor([0, 1])
+    if isinstance(likelihood, str):
+        shape = f.shape[1:-1] if likelihood == "categorical" else f.shape[1:]
+    else:
+        shape = likelihood(f).batch_shape[1:]
+    return torch.cartesian_prod(*[support] * math.prod(shape)).reshape(-1, *shape)
+
+
+# --- derivatives in the parameters ------------------------------------------------------------
+
+
+def parameters(net: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters in the order of `net.named_parameters()`."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def flat_gradient(scalar: Tensor, net: nn.Module, create_graph: bool = False) -> Tensor:
+    """d scalar / d theta, [P]."""
+    gradients = torch.autograd.grad(
+        scalar,
+        parameters(net),
+        retain_graph=True,
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def jacobian(net: nn.Module, x: Tensor) -> Tensor:
+    """J_n = df_n / d theta with f_n the flattened output of example n, [B, D, P]."""
+
+    def one(x: Tensor) -> Tensor:
+        return torch.stack([flat_gradient(f, net) for f in net(x).flatten()])
+
+    return torch.stack([one(example) for example in x.split(1)])
+
+
+def ggn(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """sum_n J_n^T H_n J_n, [P, P]."""
+    examples = zip(jacobian(net, x), x.split(1), y.split(1), strict=True)
+    return sum_of(J.T @ output_hessian(likelihood, net(x), y) @ J for J, x, y in examples)
+
+
+def empirical(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """sum_n g_n g_n^T with g_n = d -log p(y_n | f_n) / d theta, [P, P]."""
+    examples = zip(x.split(1), y.split(1), strict=True)
+    gradients = [flat_gradient(nll(likelihood, net(x), y).sum(), net) for x, y in examples]
+    return sum_of(torch.outer(g, g) for g in gradients)
+
+
+def hessian(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """sum_n d^2 -log p(y_n | f_n) / d theta d theta^T, [P, P]."""
+
+    def one(x: Tensor, y: Tensor) -> Tensor:
+        gradient = flat_gradient(nll(likelihood, net(x), y).sum(), net, create_graph=True)
+        return torch.stack([flat_gradient(g, net) for g in gradient])
+
+    return sum_of(one(x, y) for x, y in zip(x.split(1), y.split(1), strict=True))
+
+
+def fisher_moments(
+    net: nn.Module, x: Tensor, likelihood: Likelihood, support: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and elementwise variance of sum_n u_n u_n^T, u_n = J_n^T v_n, v_n the score at one draw.
+
+    E = sum_n E[u u^T] and Var = sum_n E[(u u^T)^2] - E[u u^T]^2, squares elementwise, both [P, P];
+    the average of K independent draws has variance Var / K.
+    """
+
+    def one(J: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        if likelihood == "normal":
+            return _gaussian_moments(J)
+        return _enumerated_moments(J, likelihood, net(x).detach(), support)
+
+    moments = [one(J, example) for J, example in zip(jacobian(net, x), x.split(1), strict=True)]
+    return sum_of(mean for mean, _ in moments), sum_of(variance for _, variance in moments)
+
+
+def _gaussian_moments(J: Tensor) -> tuple[Tensor, Tensor]:
+    """u = J^T v, v ~ N(0, 1): C = J^T J and, by Isserlis, Var(u_i u_j) = C_ii C_jj + C_ij^2."""
+    C = J.T @ J
+    return C, torch.outer(C.diag(), C.diag()) + C.square()
+
+
+def _enumerated_moments(
+    J: Tensor, likelihood: Likelihood, f: Tensor, support: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same moments as sums over every outcome y, weighted by p(y | f)."""
+    y = outcomes(likelihood, f, support)
+    f = f.expand(len(y), *f.shape[1:])
+    p = torch.exp(-nll(likelihood, f, y))[:, None]
+    u = output_gradient(likelihood, f, y) @ J  # [M, P]
+    mean = u.T @ (p * u)
+    return mean, u.square().T @ (p * u.square()) - mean.square()
+
+
+def sum_of(terms: Any) -> Tensor:
+    """The sum of an iterable of tensors."""
+    return torch.stack(list(terms)).sum(0)
+
+
+# --- partitions of the parameters -------------------------------------------------------------
+
+
+def block_sizes(net: nn.Module) -> list[int]:
+    """Numbers of trained parameters per module: its own weight and bias are one block."""
+    own = [[p for p in m.parameters(recurse=False) if p.requires_grad] for m in net.modules()]
+    return [sum(p.numel() for p in block) for block in own if block]
+
+
+def blocks(matrix: Tensor, sizes: list[int]) -> Tensor:
+    """The matrix with everything outside its diagonal blocks put to zero."""
+    label = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return torch.where(label[:, None] == label, matrix, 0.0)
+
+
+# --- Kronecker factors ------------------------------------------------------------------------
+
+Pairs = list[tuple[Tensor, Tensor]]  # per example: inputs a [S, I], output gradients g [K, S, O]
+
+
+def kfac_dense(
+    net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, curvature: str = "ggn"
+) -> Tensor:
+    """K-FAC, expand convention (Martens & Grosse 2015; Eschenhagen et al. 2023), [P, P].
+
+    Per layer W = [weight | bias] the block is G kron A, reordered to [weight.flatten(), bias], with
+    A = 1/B sum_n sum_s a a^T and G = 1/S sum_n sum_k sum_s g g^T. k runs over the columns of a root
+    of the output Hessian ("ggn") or is the one gradient ("empirical"). The positions s are those of
+    every run of the layer, so a layer that runs twice on vectors has S = 2.
+    """
+
+    def block(pairs: Pairs) -> Tensor:
+        G, A = kronecker_factors(pairs)
+        return torch.kron(G, A)
+
+    return _layerwise(block, net, x, y, likelihood, curvature)
+
+
+def ekfac_dense(
+    net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, curvature: str = "ggn"
+) -> Tensor:
+    """EK-FAC (George et al. 2018), [P, P]: the eigenvectors of K-FAC with the best eigenvalues.
+
+    Per layer (Q_G kron Q_A) diag(Lambda) (Q_G kron Q_A)^T, reordered as in `kfac_dense`, with
+    Lambda = sum_n sum_k (Q_G^T (sum_s g a^T) Q_A)^2, the square elementwise.
+    """
+
+    def block(pairs: Pairs) -> Tensor:
+        Q_G, Q_A = (torch.linalg.eigh(factor).eigenvectors for factor in kronecker_factors(pairs))
+        rotated = [Q_G.T @ g.mT @ a @ Q_A for a, g in pairs]  # each [K, O, I]
+        Q, eigenvalues = torch.kron(Q_G, Q_A), sum_of(r.square().sum(0) for r in rotated)
+        return Q @ torch.diag(eigenvalues.flatten()) @ Q.T
+
+    return _layerwise(block, net, x, y, likelihood, curvature)
+
+
+def kronecker_factors(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """G = 1/S sum_n sum_k sum_s g g^T, [O, O], and A = 1/B sum_n sum_s a a^T, [I, I]."""
+    B, S = len(pairs), len(pairs[0][0])
+    G = sum_of(torch.einsum("kso,ksp->op", g, g) for _, g in pairs) / S
+    return G, sum_of(a.T @ a for a, _ in pairs) / B
+
+
+def _layerwise(
+    block: Callable[[Pairs], Tensor],
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    curvature: str,
+) -> Tensor:
+    """The block-diagonal matrix of every layer's `block`, from [W | bias] to parameter order."""
+    matrices = []
+    for layer, pairs in layer_pairs(net, x, y, likelihood, curvature).items():
+        order = parameter_order(pairs[0][1].shape[-1], pairs[0][0].shape[-1], _trains(layer.bias))
+        matrices.append(block(pairs)[order][:, order])
+    return torch.block_diag(*matrices)
+
+
+def parameter_order(rows: int, columns: int, bias: bool) -> Tensor:
+    """Where the entries of [weight.flatten(), bias] sit in [weight | bias].flatten()."""
+    index = torch.arange(rows * columns).reshape(rows, columns)
+    return torch.cat([index[:, :-1].flatten(), index[:, -1]]) if bias else index.flatten()
+
+
+def layer_pairs(
+    net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, curvature: str
+) -> dict[Any, Pairs]:
+    """Per trained layer and example: a [S, I] and g_k = (df / d output)^T v_k, [K, S, O]."""
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) and parameters(m)]
+    pairs: dict[Any, Pairs] = {layer: [] for layer in layers}
+    for example, target in zip(x.split(1), y.split(1), strict=True):
+        f, seen = _watch(net, layers, example)
+        vectors = output_vectors(curvature, likelihood, f, target)
+        for layer, runs in seen.items():
+            a = torch.cat([a for a, _ in runs])
+            g = torch.stack([_pull_back(f, v, layer, runs) for v in vectors])
+            pairs[layer].append((a, g))
+    return pairs
+
+
+def output_vectors(curvature: str, likelihood: Likelihood, f: Tensor, y: Tensor) -> Tensor:
+    """The v_k of one example, [K, D]: sum_k v v^T is its output Hessian, or r r^T (empirical)."""
+    if curvature == "empirical":
+        return output_gradient(likelihood, f, y)
+    eigenvalues, Q = torch.linalg.eigh(output_hessian(likelihood, f, y))
+    return (Q * eigenvalues.clamp(min=0).sqrt()).T
+
+
+def _watch(net: nn.Module, layers: list[Any], x: Tensor) -> tuple[Tensor, dict[Any, Any]]:
+    """The output at x, and of each run of a layer the inputs [S, I] and a zero added to its output.
+
+    The gradient in that zero is the gradient in the output, also when an in-place op follows.
+    """
+    seen: dict[Any, Any] = {layer: [] for layer in layers}
+
+    def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        zero = torch.zeros_like(output, requires_grad=True)
+        seen[layer].append((_inputs(layer, args[0].detach().clone()), zero))
+        return output + zero
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        return net(x), seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _inputs(layer: Any, x: Tensor) -> Tensor:
+    """The rows a of out = [weight | bias] a, [S, I]: a conv's patches, a one for the bias."""
+    if isinstance(layer, nn.Conv2d):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        x = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)[0].T
+    a = x.reshape(-1, x.shape[-1])
+    parts = [a] * _trains(layer.weight) + [torch.ones_like(a[:, :1])] * _trains(layer.bias)
+    return torch.cat(parts, dim=1)
+
+
+def _pull_back(f: Tensor, v: Tensor, layer: Any, runs: Any) -> Tensor:
+    """v pulled back to the outputs of every run of a layer, [S, O]."""
+    zeros = [zero for _, zero in runs]
+    gradients = torch.autograd.grad(
+        f, zeros, v.reshape(f.shape), retain_graph=True, materialize_grads=True
+    )
+    channels = 1 if isinstance(layer, nn.Conv2d) else -1
+    rows = [g.movedim(channels, -1) for g in gradients]
+    return torch.cat([g.reshape(-1, g.shape[-1]) for g in rows])
+
+
+def _trains(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+# --- conjugate Bayesian linear regression -----------------------------------------------------
+
+
+def linear_posterior(
+    X: Tensor, y: Tensor, noise: float, prior_mean: Tensor, prior_precision: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [P], covariance [P, P] and log evidence of w, for y ~ N(X w, noise^2).
+
+    Prior w ~ N(m_0, diag(p)^-1), so S = (diag(p) + X^T X / noise^2)^-1 and
+    m = S (p m_0 + X^T y / noise^2); by Bayes' rule log p(y) = log p(y | m) + log p(m) - log q(m).
+    `noise` is a standard deviation.
+    """
+    precision = torch.diag(prior_precision) + X.T @ X / noise**2
+    covariance = torch.linalg.inv(precision)
+    mean = covariance @ (prior_precision * prior_mean + X.T @ y / noise**2)
+    log_likelihood = Normal(X @ mean, noise).log_prob(y).sum()
+    log_prior = Normal(prior_mean, prior_precision.rsqrt()).log_prob(mean).sum()
+    log_posterior = MultivariateNormal(mean, precision_matrix=precision).log_prob(mean)
+    return mean, covariance, log_likelihood + log_prior - log_posterior
+
+
+def linear_layer_design(x: Tensor, outputs: int) -> Tensor:
+    """X with (x W^T + bias).flatten() = X [W.flatten(), bias] for x [B, I], [B O, O I + O]."""
+    eye = torch.eye(outputs, dtype=x.dtype)
+    weight = torch.einsum("bi,op->bopi", x, eye).reshape(len(x) * outputs, -1)
+    return torch.cat([weight, eye.repeat(len(x), 1)], dim=1)
+
+
+def linear_layer_posterior(
+    x: Tensor,
+    y: Tensor,
+    noise: float,
+    weight_precision: float,
+    bias_precision: float,
+    prior_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_posterior` of nn.Linear(I, O): x [B, I], y [B, O], rows [weight.flatten(), bias]."""
+    weights, outputs = x.shape[1] * y.shape[1], y.shape[1]
+    parts = x.new_full((weights,), weight_precision), x.new_full((outputs,), bias_precision)
+    precision = torch.cat(parts)
+    mean = torch.zeros_like(precision) if prior_mean is None else prior_mean
+    return linear_posterior(linear_layer_design(x, outputs), y.flatten(), noise, mean, precision)

@@ -1,0 +1,477 @@
+"""`pyrocurv.curvature.estimate` against the dense oracles, one table of small nets for all."""
+
+import math
+import re
+from collections.abc import Callable
+from functools import cache
+
+import oracles
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson
+
+from pyrocurv.curvature import Curvature, estimate
+
+# an even kernel with padding="same" is the case of uneven padding, and torch warns of a slow path
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
+STRUCTURES = ["full", "block", "diag", "kfac", "ekfac"]
+LIKELIHOODS = ["categorical", "bernoulli", "normal"]
+BATCH = 4
+
+
+class Twice(nn.Module):
+    """Weight sharing: one linear layer runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.inner(x).tanh()).tanh())
+
+
+class Functional(nn.Module):
+    """Weights without layers: the parameters go to the functional op."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class Scale(nn.Module):
+    """A parameter that only an elementwise product consumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.Tanh, **kwargs) -> nn.Sequential:
+    pairs = zip(widths[:-1], widths[1:], strict=True)
+    layers = [module for pair in pairs for module in (nn.Linear(*pair, **kwargs), activation())]
+    return nn.Sequential(*layers[:-1])
+
+
+def relu() -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+def conv_net(*convs: nn.Conv2d, features: int) -> nn.Sequential:
+    layers = [module for conv in convs for module in (conv, relu())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2))
+
+
+def strided() -> nn.Module:
+    convs = nn.Conv2d(1, 2, 3, stride=(2, 1), padding=(1, 0)), nn.Conv2d(2, 3, 2)
+    return conv_net(*convs, features=12)
+
+
+def image_to_image() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Conv2d(2, 2, 2))
+
+
+# name: (make the net, shape of one example, likelihoods); the nets are made with one seed
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = {
+    "tanh": (lambda: mlp(3, 4, 3), (3,), LIKELIHOODS),
+    "relu-inplace": (lambda: mlp(3, 6, 5, 3, activation=relu), (3,), LIKELIHOODS),
+    "no-bias": (lambda: mlp(3, 4, 2, bias=False), (3,), LIKELIHOODS),
+    "deep-linear": (lambda: mlp(3, 4, 2, activation=nn.Identity), (3,), LIKELIHOODS),
+    "sequence": (lambda: mlp(3, 4, 3), (2, 3), LIKELIHOODS),
+    "twice": (Twice, (3,), LIKELIHOODS),
+    "conv-stride": (strided, (1, 5, 5), LIKELIHOODS),
+    "conv-dilated": (
+        lambda: conv_net(nn.Conv2d(2, 2, 2, dilation=(2, 1), bias=False), features=12),
+        (2, 4, 4),
+        LIKELIHOODS,
+    ),
+    "conv-same": (
+        lambda: conv_net(nn.Conv2d(1, 2, (2, 3), padding="same"), features=24),
+        (1, 3, 4),
+        LIKELIHOODS,
+    ),
+    "conv-circular": (
+        lambda: conv_net(
+            nn.Conv2d(1, 2, (3, 2), padding=(1, 0), padding_mode="circular"), features=16
+        ),
+        (1, 4, 3),  # three rows would make A cyclic, with paired eigenvalues: no one eigenbasis
+        LIKELIHOODS,
+    ),
+    "conv-image": (image_to_image, (1, 3, 4), ["bernoulli", "normal"]),
+}
+CASES = [(name, likelihood) for name, row in MODELS.items() for likelihood in row[2]]
+ONE_POSITION = ["tanh", "relu-inplace", "no-bias", "deep-linear"]  # S = 1 in every layer
+every_case = pytest.mark.parametrize(("model", "likelihood"), CASES)
+both_curvatures = pytest.mark.parametrize("curvature", ["ggn", "empirical"])
+
+
+def make_net(model: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return MODELS[model][0]().double()
+
+
+def make_targets(likelihood: str, outputs: torch.Size) -> Tensor:
+    if likelihood == "categorical":
+        return torch.randint(outputs[-1], outputs[:-1])
+    y = torch.randn(outputs, dtype=torch.float64)
+    return y if likelihood == "normal" else (y > 0).double()
+
+
+@cache
+def case(model: str, likelihood: str, batch: int = BATCH) -> tuple[nn.Module, Tensor, Tensor]:
+    net = make_net(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        x = torch.randn(batch, *MODELS[model][1], dtype=torch.float64)
+        return net, x, make_targets(likelihood, net(x).shape)
+
+
+@cache
+def true_matrix(model: str, likelihood: str, curvature: str, batch: int = BATCH) -> Tensor:
+    return getattr(oracles, curvature)(*case(model, likelihood, batch), likelihood)
+
+
+def true_blocks(model: str, likelihood: str, curvature: str, batch: int = BATCH) -> Tensor:
+    sizes = oracles.block_sizes(make_net(model))
+    return oracles.blocks(true_matrix(model, likelihood, curvature, batch), sizes)
+
+
+def estimated(model: str, likelihood: str, batch: int = BATCH, **kwargs) -> Tensor:
+    return estimate(*case(model, likelihood, batch), likelihood=likelihood, **kwargs).dense()
+
+
+def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
+    """Equal relative to the norm of the whole, so exact zeros need no second tolerance."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert (actual - expected).norm() <= rtol * expected.norm()
+
+
+# --- exact ------------------------------------------------------------------------------------
+
+
+@every_case
+@both_curvatures
+def test_full(model: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(model, likelihood, curvature=curvature, structure="full")
+    assert_same(actual, true_matrix(model, likelihood, curvature))
+
+
+@every_case
+@both_curvatures
+def test_block(model: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(model, likelihood, curvature=curvature, structure="block")
+    assert_same(actual, true_blocks(model, likelihood, curvature))
+
+
+@every_case
+@both_curvatures
+def test_diag(model: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(model, likelihood, curvature=curvature, structure="diag")
+    assert_same(actual, torch.diag(true_matrix(model, likelihood, curvature).diag()))
+
+
+@every_case
+@both_curvatures
+def test_kfac(model: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(model, likelihood, curvature=curvature, structure="kfac")
+    net, x, y = case(model, likelihood)
+    assert_same(actual, oracles.kfac_dense(net, x, y, likelihood, curvature))
+
+
+@every_case
+@both_curvatures
+def test_ekfac(model: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(model, likelihood, curvature=curvature, structure="ekfac")
+    net, x, y = case(model, likelihood)
+    # eigenvectors answer to rounding divided by the gaps between eigenvalues
+    assert_same(actual, oracles.ekfac_dense(net, x, y, likelihood, curvature), rtol=1e-7)
+
+
+@every_case
+@both_curvatures
+def test_ekfac_is_no_farther_from_the_block_than_kfac(model, likelihood, curvature) -> None:
+    true = true_blocks(model, likelihood, curvature)
+    kfac, ekfac = (
+        estimated(model, likelihood, curvature=curvature, structure=structure) - true
+        for structure in ("kfac", "ekfac")
+    )
+    assert ekfac.norm() <= kfac.norm() + 1e-10 * true.norm()
+
+
+@pytest.mark.parametrize("model", ONE_POSITION)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+@both_curvatures
+def test_kronecker_is_exact_on_one_datum(model, likelihood, structure, curvature) -> None:
+    if likelihood not in MODELS[model][2]:
+        pytest.skip("not a likelihood of this net")
+    actual = estimated(model, likelihood, batch=1, curvature=curvature, structure=structure)
+    assert_same(actual, true_blocks(model, likelihood, curvature, batch=1))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_kronecker_is_exact_on_a_deep_linear_net_with_squared_error(structure: str) -> None:
+    actual = estimated("deep-linear", "normal", curvature="ggn", structure=structure)
+    assert_same(actual, true_blocks("deep-linear", "normal", "ggn"))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_verbs_agree_with_the_dense_matrix(structure: str) -> None:
+    """A linear layer on more data than inputs: positive definite in every structure."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = mlp(2, 2).double()
+        x, y = torch.randn(2, 8, 2, dtype=torch.float64)
+    matrix = estimate(net, x, y, likelihood="normal", curvature="ggn", structure=structure)
+    dense, v = matrix.dense(), torch.arange(6, dtype=torch.float64) - 1
+    assert_same(matrix.diag(), dense.diag())
+    assert_same(matrix @ v, dense @ v)
+    assert_same(matrix.solve(v), torch.linalg.solve(dense, v))
+    assert_same(torch.as_tensor(matrix.trace(), dtype=torch.float64), dense.trace())
+    assert_same(torch.as_tensor(matrix.logdet(), dtype=torch.float64), dense.logdet())
+
+
+# --- Monte Carlo ------------------------------------------------------------------------------
+
+NUM_SAMPLES = 1000
+
+
+@cache
+def moments(model: str, likelihood: str, batch: int = BATCH) -> tuple[Tensor, Tensor]:
+    net, x, _ = case(model, likelihood, batch)
+    return oracles.fisher_moments(net, x, likelihood)
+
+
+def sampled(*args, seed: int = 0, num_samples: int = NUM_SAMPLES, **kwargs) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return estimated(*args, curvature=Curvature("fisher", num_samples=num_samples), **kwargs)
+
+
+def assert_within_noise(actual: Tensor, mean: Tensor, variance: Tensor) -> None:
+    """|z| below the expected largest of n standard normals, sqrt(2 log n), and 3 more.
+
+    Elements that do not vary must be right up to rounding.
+    """
+    error = (variance / NUM_SAMPLES).clamp(min=0).sqrt()
+    bound = math.sqrt(2 * math.log(mean.numel())) + 3
+    assert ((actual - mean).abs() <= bound * error + 1e-10 * mean.norm()).all()
+
+
+@every_case
+def test_full_fisher_averages_to_the_ggn(model: str, likelihood: str) -> None:
+    actual = sampled(model, likelihood, structure="full")
+    assert_within_noise(actual, *moments(model, likelihood))
+
+
+@pytest.mark.parametrize("model", ["relu-inplace", "sequence", "twice", "conv-stride"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("structure", ["block", "diag"])
+def test_fisher_averages_to_the_ggn(model: str, likelihood: str, structure: str) -> None:
+    actual = sampled(model, likelihood, structure=structure)
+    net = make_net(model)
+    sizes = oracles.block_sizes(net) if structure == "block" else [1] * len(actual)
+    assert_within_noise(actual, *(oracles.blocks(m, sizes) for m in moments(model, likelihood)))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_kronecker_fisher_averages_to_the_ggn_on_one_datum(likelihood, structure) -> None:
+    """There both are sum_k u_k u_k^T of the layer, so the moments are those of the block."""
+    actual = sampled("tanh", likelihood, batch=1, structure=structure)
+    sizes = oracles.block_sizes(make_net("tanh"))
+    mean, variance = (oracles.blocks(m, sizes) for m in moments("tanh", likelihood, batch=1))
+    assert_within_noise(actual, mean, variance)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_fisher_samples_anew_and_repeats_with_the_seed(structure: str) -> None:
+    first, again, other = (
+        sampled("tanh", "normal", seed=seed, num_samples=1, structure=structure)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert (first - other).norm() > 1e-3 * first.norm()
+
+
+def test_fisher_is_short_for_one_sample() -> None:
+    net, x, y = case("tanh", "categorical")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        actual = estimate(net, x, y, likelihood="categorical", curvature="fisher", structure="full")
+    assert_same(actual.dense(), sampled("tanh", "categorical", num_samples=1, structure="full"))
+
+
+# --- likelihoods that are callables -----------------------------------------------------------
+
+
+def poisson(f: Tensor) -> Poisson:
+    return Poisson(f.exp())
+
+
+@cache
+def counts() -> tuple[nn.Module, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = mlp(2, 3, 1).double()
+        x = torch.randn(5, 2, dtype=torch.float64)
+        return net, x, poisson(net(x).detach()).sample()
+
+
+def test_empirical_fisher_of_a_callable() -> None:
+    args = counts()
+    actual = estimate(*args, likelihood=poisson, curvature="empirical", structure="full")
+    assert_same(actual.dense(), oracles.empirical(*args, poisson))
+
+
+def test_fisher_of_a_callable() -> None:
+    net, x, y = counts()
+    curvature = Curvature("fisher", num_samples=NUM_SAMPLES)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        actual = estimate(net, x, y, likelihood=poisson, curvature=curvature, structure="full")
+    support = torch.arange(60, dtype=torch.float64)
+    assert_within_noise(actual.dense(), *oracles.fisher_moments(net, x, poisson, support))
+
+
+CALLABLES = {
+    "categorical": lambda f: Categorical(logits=f),
+    "bernoulli": lambda f: Bernoulli(logits=f),
+    "normal": lambda f: Independent(Normal(f, 1.0), 1),
+}
+
+
+@pytest.mark.parametrize("model", ["tanh", "sequence"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@both_curvatures
+def test_a_callable_gives_what_its_name_gives(model, likelihood, curvature) -> None:
+    net, x, y = case(model, likelihood)
+    called = estimate(
+        net, x, y, likelihood=CALLABLES[likelihood], curvature=curvature, structure="full"
+    )
+    assert_same(called.dense(), true_matrix(model, likelihood, curvature))
+
+
+# --- what is left alone, left out or refused --------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical"])
+def test_the_users_net_and_gradients_are_untouched(structure: str, curvature: str) -> None:
+    net, (_, x, y) = make_net("tanh").eval(), case("tanh", "categorical")
+    first, *rest = net.parameters()
+    first.grad = kept = torch.ones_like(first)
+    before = [p.detach().clone() for p in net.parameters()]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        estimate(net, x, y, likelihood="categorical", curvature=curvature, structure=structure)
+    assert first.grad is kept and torch.equal(kept, torch.ones_like(first))
+    assert all(p.grad is None for p in rest)
+    assert all(p.requires_grad for p in net.parameters()) and not net.training
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+
+@both_curvatures
+def test_nothing_random_without_sampling(curvature: str) -> None:
+    state = torch.get_rng_state()
+    estimated("tanh", "categorical", curvature=curvature, structure="kfac")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_works_without_grad_mode_and_leaves_no_graph(structure: str) -> None:
+    net, x, y = case("tanh", "categorical")
+    kwargs = {"likelihood": "categorical", "curvature": "ggn", "structure": structure}
+    expected = estimate(net, x, y, **kwargs).dense()
+    with torch.no_grad():
+        actual = estimate(net, x, y, **kwargs).dense()
+    assert not expected.requires_grad
+    assert_same(actual, expected)
+
+
+BIAS_ALONE = pytest.param(
+    ["2.weight"],
+    marks=pytest.mark.xfail(
+        raises=ValueError, strict=True, reason="capture refuses a bias whose weight is frozen"
+    ),
+)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("frozen", [["0.weight", "0.bias"], ["0.bias"], BIAS_ALONE], ids=str)
+def test_frozen_parameters_have_no_rows(structure: str, frozen: list[str]) -> None:
+    net, (_, x, y) = make_net("tanh"), case("tanh", "categorical")
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    args = net, x, y, "categorical"
+    ggn = oracles.ggn(*args)
+    expected = {
+        "full": lambda: ggn,
+        "block": lambda: oracles.blocks(ggn, oracles.block_sizes(net)),
+        "diag": lambda: torch.diag(ggn.diag()),
+        "kfac": lambda: oracles.kfac_dense(*args),
+        "ekfac": lambda: oracles.ekfac_dense(*args),
+    }[structure]()
+    actual = estimate(net, x, y, likelihood="categorical", curvature="ggn", structure=structure)
+    assert_same(actual.dense(), expected, rtol=1e-7 if structure == "ekfac" else 1e-10)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_weights_without_a_layer(structure: str) -> None:
+    layer, (_, x, y) = make_net("tanh")[0], case("tanh", "normal")
+    y = torch.cat([y, y[:, :1]], dim=1)
+    kwargs = {"likelihood": "normal", "curvature": "ggn", "structure": structure}
+    expected = estimate(layer, x, y, **kwargs)
+    assert_same(estimate(Functional(layer), x, y, **kwargs).dense(), expected.dense())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "known"),
+    [
+        ({"curvature": "ggnn"}, ["ggn", "fisher", "empirical"]),
+        ({"structure": "kfack"}, STRUCTURES),
+        ({"likelihood": "gauss"}, LIKELIHOODS),
+    ],
+    ids=["curvature", "structure", "likelihood"],
+)
+def test_an_unknown_name_is_answered_with_those_that_exist(wrong, known) -> None:
+    net, x, y = case("tanh", "categorical")
+    right = {"likelihood": "categorical", "curvature": "ggn", "structure": "full"}
+    with pytest.raises(ValueError) as error:
+        estimate(net, x, y, **{**right, **wrong})
+    assert {*wrong.values(), *known} <= set(re.findall(r"\w+", str(error.value)))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("layer", "name"), [(lambda: nn.BatchNorm1d(3), "1.weight"), (Scale, "1.factor")],
+    ids=["batch-norm", "scale"],
+)  # fmt: skip
+def test_a_parameter_that_no_op_consumes_is_named(structure, layer, name) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), layer(), nn.Linear(3, 2)).double().eval()
+    _, x, y = case("no-bias", "categorical")
+    with pytest.raises(ValueError, match=name):
+        estimate(net, x, y, likelihood="categorical", curvature="ggn", structure=structure)
+
+
+# --- another library --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_agrees_with_curvlinops() -> None:
+    curvlinops = pytest.importorskip("curvlinops")
+    net, x, y = case("conv-stride", "categorical")
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    operator = curvlinops.GGNLinearOperator(net, loss, list(net.parameters()), [(x, y)])
+    expected = operator @ torch.eye(operator.shape[1], dtype=torch.float64)
+    assert_same(
+        estimated("conv-stride", "categorical", curvature="ggn", structure="full"), expected
+    )

@@ -1,0 +1,445 @@
+"""The laws of every structure against its dense matrix; a new one adds a row to `MAKERS`."""
+
+import io
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrocurv.structures import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Kronecker,
+    KroneckerEigen,
+    Rescaled,
+    Structure,
+)
+from pyrocurv.structures.linalg import eigh, eigh_psd, scale_tril
+
+FLOAT32, FLOAT64 = torch.float32, torch.float64
+
+
+def spd(size: int, dtype: torch.dtype) -> Tensor:
+    """A positive definite matrix with eigenvalues in about [0.5, 4]."""
+    root = torch.randn(size, size, dtype=dtype) / size**0.5
+    return root @ root.mT + torch.eye(size, dtype=dtype) / 2
+
+
+def positive(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.rand(*shape, dtype=dtype) + 0.5
+
+
+def orthogonal(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, dtype=dtype)).Q
+
+
+def kronecker(dtype: torch.dtype, output: int = 3, input: int = 2) -> Kronecker:
+    return Kronecker(spd(output, dtype), spd(input, dtype))
+
+
+def kronecker_eigen(dtype: torch.dtype) -> KroneckerEigen:
+    return KroneckerEigen(
+        orthogonal(3, dtype), orthogonal(2, dtype), positive(3, 2, dtype=dtype)
+    )
+
+
+def rescaled(inner: Structure, dtype: torch.dtype) -> Rescaled:
+    return Rescaled(inner, positive(inner.size, dtype=dtype))
+
+
+def in_order(dtype: torch.dtype) -> BlockDiagonal:
+    return BlockDiagonal((Dense(spd(2, dtype)), kronecker(dtype)))
+
+
+def shuffled(dtype: torch.dtype) -> BlockDiagonal:
+    blocks = Dense(spd(2, dtype)), Diagonal(positive(3, dtype=dtype)), Dense(spd(4, dtype))
+    return BlockDiagonal(blocks, torch.randperm(9).split([2, 3, 4]))
+
+
+def nested(dtype: torch.dtype) -> BlockDiagonal:
+    blocks = rescaled(kronecker_eigen(dtype), dtype), shuffled(dtype)
+    return BlockDiagonal(blocks, torch.randperm(15).split([6, 9]))
+
+
+MAKERS: dict[str, Callable[[torch.dtype], Structure]] = {
+    "Dense": lambda dtype: Dense(spd(5, dtype)),
+    "Diagonal": lambda dtype: Diagonal(positive(5, dtype=dtype)),
+    "Rescaled(Dense)": lambda dtype: rescaled(Dense(spd(5, dtype)), dtype),
+    "Rescaled(Diagonal)": lambda dtype: rescaled(Diagonal(positive(5, dtype=dtype)), dtype),
+    "Kronecker": kronecker,
+    "KroneckerEigen": kronecker_eigen,
+    "Rescaled(KroneckerEigen)": lambda dtype: rescaled(kronecker_eigen(dtype), dtype),
+    "BlockDiagonal in order": in_order,
+    "BlockDiagonal shuffled": shuffled,
+    "BlockDiagonal nested": nested,
+}
+NO_SHIFT = {"Rescaled(KroneckerEigen)", "BlockDiagonal nested"}  # no scalar is one in its units
+VECTOR_SHIFT = {
+    "Dense", "Diagonal", "Rescaled(Dense)", "Rescaled(Diagonal)", "BlockDiagonal shuffled",
+}
+EXACT_LERP = {"Dense", "Diagonal", "BlockDiagonal shuffled"}
+SHIFTED = Dense, Diagonal, KroneckerEigen, Rescaled, BlockDiagonal
+
+each = pytest.mark.parametrize("name", MAKERS)
+both_types = pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
+
+
+def make(name: str, dtype: torch.dtype = FLOAT64) -> tuple[Structure, Tensor]:
+    """A structure and its matrix, written out here."""
+    structure = MAKERS[name](dtype)
+    return structure, written_out(structure)
+
+
+def written_out(structure: Structure) -> Tensor:
+    """The dense matrix straight from the definitions."""
+    match structure:
+        case Dense(matrix):
+            return matrix
+        case Diagonal(entries):
+            return torch.diag(entries)
+        case Rescaled(inner, root):
+            return torch.diag(root) @ written_out(inner) @ torch.diag(root)
+        case Kronecker(output, input):
+            return torch.kron(output, input)
+        case KroneckerEigen(output_basis, input_basis, spectrum):
+            basis = torch.kron(output_basis, input_basis)
+            return basis @ torch.diag(spectrum.flatten()) @ basis.mT
+        case BlockDiagonal(blocks, index):
+            matrix = torch.block_diag(*map(written_out, blocks))
+            if not index:
+                return matrix
+            back = torch.cat(index).argsort()
+            return matrix[back][:, back]
+    raise AssertionError(structure)
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of some hundred operations on well conditioned matrices."""
+    tolerance = 300 * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors that a structure is made of."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Structure):
+        return [t for field in fields(value) for t in tensors(getattr(value, field.name))]
+    return [t for item in value for t in tensors(item)]
+
+
+# ---- linear algebra -----------------------------------------------------------------------------
+
+
+@both_types
+@each
+def test_dense(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    same(structure.dense(), matrix)
+    assert structure.size == len(matrix)
+    assert structure.dense().dtype == dtype
+
+
+@both_types
+@each
+def test_matvec(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    x = torch.randn(2, 3, structure.size, dtype=dtype)
+    same(structure @ x, x @ matrix)
+    same(structure @ x[0, 0], matrix @ x[0, 0])
+
+
+@both_types
+@each
+def test_solve(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    x = torch.randn(2, 3, structure.size, dtype=dtype)
+    same(matrix @ structure.solve(x[0, 0]), x[0, 0])
+    same(structure.solve(x) @ matrix, x)
+
+
+@both_types
+@each
+def test_rsqrt(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    columns = structure.rsqrt(torch.eye(structure.size, dtype=dtype))  # its rows are R e_i
+    same(columns.mT @ columns @ matrix, torch.eye(structure.size, dtype=dtype))
+    z = torch.randn(structure.size, dtype=dtype)
+    same(structure.rsqrt(z), z @ columns)
+
+
+@both_types
+@each
+def test_scalars_and_diagonals(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    same(structure.logdet(), torch.logdet(matrix))
+    same(structure.trace(), matrix.trace())
+    same(structure.diag(), matrix.diag())
+    same(structure.inverse_diag(), torch.linalg.inv(matrix).diag())
+    same(structure.eigenvalues(), torch.linalg.eigvalsh(matrix))
+
+
+# ---- sums and products --------------------------------------------------------------------------
+
+
+@both_types
+@each
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_scale(name: str, dtype: torch.dtype, as_tensor: bool) -> None:
+    structure, matrix = make(name, dtype)
+    scaled = structure.scale(torch.tensor(2.5, dtype=dtype) if as_tensor else 2.5)
+    assert type(scaled) is type(structure)
+    same(scaled.dense(), 2.5 * matrix)
+    same(scaled.logdet(), torch.logdet(2.5 * matrix))
+
+
+@both_types
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in NO_SHIFT])
+def test_shift_by_a_scalar(name: str, dtype: torch.dtype, as_tensor: bool) -> None:
+    structure, matrix = make(name, dtype)
+    shifted = structure.shift(torch.tensor(0.7, dtype=dtype) if as_tensor else 0.7)
+    expected = matrix + 0.7 * torch.eye(structure.size, dtype=dtype)
+    same(shifted.dense(), expected)
+    same(shifted.logdet(), torch.logdet(expected))
+    assert isinstance(shifted, SHIFTED)
+
+
+@both_types
+@pytest.mark.parametrize("name", VECTOR_SHIFT)
+def test_shift_by_a_vector(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    delta = positive(structure.size, dtype=dtype)
+    same(structure.shift(delta).dense(), matrix + torch.diag(delta))
+
+
+@pytest.mark.parametrize("name", ["Kronecker", "KroneckerEigen", "BlockDiagonal in order"])
+def test_a_kronecker_structure_refuses_a_vector(name: str) -> None:
+    structure, _ = make(name)
+    with pytest.raises(ValueError, match="takes a scalar, got shape"):
+        structure.shift(positive(structure.size, dtype=FLOAT64))
+
+
+@pytest.mark.parametrize("name", NO_SHIFT)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_rescaled_kronecker_refuses_any_shift(name: str, as_tensor: bool) -> None:
+    structure, _ = make(name)
+    delta = positive(structure.size, dtype=FLOAT64) if as_tensor else 0.7
+    with pytest.raises(ValueError, match="takes a scalar, got shape"):
+        structure.shift(delta)
+
+
+def test_a_rescaled_kronecker_refuses_what_is_a_scalar_in_its_units_too() -> None:
+    structure = rescaled(kronecker_eigen(FLOAT64), FLOAT64)
+    with pytest.raises(ValueError, match="takes a scalar, got shape"):
+        structure.shift(0.7 * structure.root.square())
+
+
+def test_kronecker_shift_has_no_damping_of_the_factors() -> None:
+    """(G ⊗ A + δ I)⁻¹, where (G + √δ I) ⊗ (A + √δ I) would be far off."""
+    structure, matrix = make("Kronecker")
+    shifted, eye = structure.shift(0.7), torch.eye(structure.size, dtype=FLOAT64)
+    same(shifted.solve(eye), torch.linalg.inv(matrix + 0.7 * eye))
+    factored = torch.kron(*(f + 0.7**0.5 * torch.eye(len(f), dtype=FLOAT64)
+                            for f in (structure.output, structure.input)))
+    assert (factored - shifted.dense()).norm() > 0.1 * shifted.dense().norm()
+
+
+def test_a_singular_kronecker_can_be_shifted() -> None:
+    a = torch.randn(1, 3, dtype=FLOAT64)
+    structure = Kronecker(a[:, :2].mT @ a[:, :2], a.mT @ a)
+    eye = torch.eye(6, dtype=FLOAT64)
+    same(structure.shift(0.5).dense(), written_out(structure) + 0.5 * eye)
+    assert (structure.eigenvalues() >= 0).all()
+
+
+def test_rescaled_factors() -> None:
+    """`Kronecker.rescaled` is D⁻¹ M D⁻¹, the way into the units that `Rescaled` maps back from."""
+    structure, matrix = make("Kronecker")
+    p, r = positive(3, dtype=FLOAT64), positive(2, dtype=FLOAT64)
+    root = torch.outer(p, r).flatten()
+    inner = structure.rescaled(p, r)
+    same(inner.dense(), matrix / torch.outer(root, root))
+    same(Rescaled(inner.shift(0.7), root).dense(), matrix + torch.diag(0.7 * root.square()))
+
+
+# ---- averages -----------------------------------------------------------------------------------
+
+
+@both_types
+@pytest.mark.parametrize("name", EXACT_LERP)
+def test_lerp_of_linear_structures(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    other = structure.map(lambda t: t if t.dtype == torch.int64 else t.square())
+    same(structure.lerp(other, 0.3).dense(), 0.7 * matrix + 0.3 * written_out(other))
+    same(structure.lerp(other, 0.0).dense(), matrix)
+    same(structure.lerp(other, 1.0).dense(), written_out(other))
+
+
+def test_lerp_of_kronecker_is_that_of_its_factors() -> None:
+    a, b = kronecker(FLOAT64), kronecker(FLOAT64)
+    mean = a.lerp(b, 0.3)
+    same(mean.output, 0.7 * a.output + 0.3 * b.output)
+    same(mean.input, 0.7 * a.input + 0.3 * b.input)
+
+
+def test_lerp_of_kronecker_eigen_in_one_basis() -> None:
+    a = kronecker_eigen(FLOAT64)
+    copy = KroneckerEigen(a.output_basis.clone(), a.input_basis.clone(), a.spectrum.square())
+    for b in (KroneckerEigen(a.output_basis, a.input_basis, copy.spectrum), copy):
+        same(a.lerp(b, 0.3).dense(), 0.7 * written_out(a) + 0.3 * written_out(b))
+
+
+def test_lerp_of_kronecker_eigen_keeps_the_diagonal_in_the_others_basis() -> None:
+    """The Frobenius projection: no other spectrum in that basis is nearer to the average."""
+    a, b = kronecker_eigen(FLOAT64), kronecker_eigen(FLOAT64)
+    mean = a.lerp(b, 0.3)
+    basis = torch.kron(b.output_basis, b.input_basis)
+    average = 0.7 * written_out(a) + 0.3 * written_out(b)
+    same(mean.spectrum.flatten(), (basis.mT @ average @ basis).diag())
+    same(mean.output_basis, b.output_basis)
+    same(mean.input_basis, b.input_basis)
+    same(mean.trace(), average.trace())
+
+
+def test_lerp_of_rescaled() -> None:
+    a, b = (Dense(spd(4, FLOAT64)) for _ in range(2))
+    root = positive(4, dtype=FLOAT64)
+    mean = Rescaled(a, root).lerp(Rescaled(b, root.clone()), 0.3)
+    same(mean.dense(), 0.7 * written_out(Rescaled(a, root)) + 0.3 * written_out(Rescaled(b, root)))
+
+
+def test_lerp_of_blocks() -> None:
+    a, b = in_order(FLOAT64), in_order(FLOAT64)
+    parts = zip(a.blocks, b.blocks, strict=True)
+    same(
+        a.lerp(b, 0.3).dense(),
+        torch.block_diag(*(one.lerp(other, 0.3).dense() for one, other in parts)),
+    )
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+@each
+def test_map(name: str) -> None:
+    structure, matrix = make(name)
+    kept = structure.map(lambda t: t)
+    assert all(a is b for a, b in zip(tensors(structure), tensors(kept), strict=True))
+    single = structure.map(lambda t: t.float() if t.is_floating_point() else t)
+    assert type(single) is type(structure)
+    assert {t.dtype for t in tensors(single)} <= {FLOAT32, torch.int64}
+    same(single.dense(), matrix.float())
+
+
+@both_types
+@each
+def test_state_through_a_file(name: str, dtype: torch.dtype) -> None:
+    structure, _ = make(name, dtype)
+    file = io.BytesIO()
+    torch.save(structure.state(), file)
+    file.seek(0)
+    again = Structure.from_state(torch.load(file, weights_only=True))
+    assert type(again) is type(structure)
+    pairs = zip(tensors(structure), tensors(again), strict=True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+    assert torch.equal(again.dense(), structure.dense())
+
+
+@each
+def test_no_verb_changes_its_operands(name: str) -> None:
+    structure, _ = make(name)
+    other = MAKERS[name](FLOAT64)
+    if isinstance(other, BlockDiagonal):
+        other = BlockDiagonal(other.blocks, structure.index)
+    x, delta = torch.randn(structure.size, dtype=FLOAT64), torch.tensor(0.7, dtype=FLOAT64)
+    operands = [*tensors(structure), *tensors(other), x, delta]
+    before = [t.clone() for t in operands]
+    structure.lerp(other, 0.3), structure.scale(delta), structure @ x, structure.solve(x)
+    structure.rsqrt(x), structure.logdet(), structure.trace(), structure.diag()
+    structure.inverse_diag(), structure.eigenvalues(), structure.dense()
+    if name not in NO_SHIFT:
+        structure.shift(delta)
+    assert all(torch.equal(a, b) for a, b in zip(before, operands, strict=True))
+    assert all(t._version == b._version for t, b in zip(operands, before, strict=True))
+    with pytest.raises(AttributeError):
+        setattr(structure, fields(structure)[0].name, None)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if "Block" not in name])
+def test_gradients_flow(name: str) -> None:
+    """`rsample` of a guide needs rsqrt, matvec and logdet differentiable in the tensors."""
+    structure, _ = make(name)
+    leaves: list[Tensor] = []
+
+    def leaf(t: Tensor) -> Tensor:
+        leaves.append(t.clone().requires_grad_())
+        return leaves[-1]
+
+    live = structure.map(leaf)
+    z = torch.randn(structure.size, dtype=FLOAT64)
+    (live.rsqrt(z).sum() + (live @ z).sum() + live.logdet()).backward()
+    assert all(t.grad is not None and torch.isfinite(t.grad).all() for t in leaves)
+
+
+# ---- linalg -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", ["raises", "no kernel", "silent NaN"])
+def test_eigh_tries_again_in_float64(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, real, seen = spd(4, FLOAT32), torch.linalg.eigh, list[torch.dtype]()
+
+    def flaky(a: Tensor) -> Any:
+        seen.append(a.dtype)
+        if len(seen) > 1:
+            return real(a)
+        if failure == "raises":
+            raise torch.linalg.LinAlgError("no convergence")
+        if failure == "no kernel":
+            raise NotImplementedError("aten::_linalg_eigh")
+        values, vectors = real(a)
+        return values, vectors * torch.nan
+
+    monkeypatch.setattr(torch.linalg, "eigh", flaky)
+    values, vectors = eigh(matrix)
+    assert seen == [FLOAT32, FLOAT64]
+    assert values.dtype == vectors.dtype == FLOAT32
+    same(vectors @ torch.diag(values) @ vectors.mT, matrix)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_eigh_of_a_matrix_that_is_not_finite(bad: float) -> None:
+    matrix = spd(3, FLOAT64)
+    matrix[1, 0] = bad
+    with pytest.raises(torch.linalg.LinAlgError, match="NaN or infinite"):
+        eigh(matrix)
+
+
+@pytest.mark.parametrize("failure", ["raises", "silent NaN"])
+def test_eigh_that_fails_twice(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(a: Tensor) -> Any:
+        if failure == "raises":
+            raise torch.linalg.LinAlgError("no convergence")
+        return a.diagonal(), a * torch.nan
+
+    monkeypatch.setattr(torch.linalg, "eigh", broken)
+    with pytest.raises(torch.linalg.LinAlgError):
+        eigh(spd(3, FLOAT64))
+
+
+def test_eigh_psd_has_no_negative_eigenvalues() -> None:
+    a = torch.randn(2, 6)
+    values, vectors = eigh_psd(a.mT @ a)
+    assert (values >= 0).all() and vectors.shape == (6, 6)
+
+
+@both_types
+def test_scale_tril(dtype: torch.dtype) -> None:
+    precision = spd(5, dtype)
+    factor = scale_tril(precision)
+    assert torch.equal(factor, factor.tril()) and (factor.diag() > 0).all()
+    same(factor @ factor.mT @ precision, torch.eye(5, dtype=dtype))
