@@ -83,7 +83,7 @@ class Capture(TorchFunctionMode):
         op = OPS.get(func)
         if op is not None:
             self._record(op, op.read(*args, **(kwargs or {})), output)
-        elif isinstance(output, (Tensor, tuple, list)):
+        elif _holds_tensor(output):  # not its shape, size, stride ...
             for name in self._among((*args, *(kwargs or {}).values())):
                 self.missed.setdefault(name, getattr(func, "__name__", str(func)))
         return output
@@ -138,3 +138,9 @@ class Capture(TorchFunctionMode):
             if reasons:
                 self.missed.update(dict.fromkeys(layer.tensors, reasons[0]))
         return [layer for layer in layers if layer.weight not in self.missed]
+
+
+def _holds_tensor(output: Any) -> bool:
+    if isinstance(output, (tuple, list)):
+        return any(map(_holds_tensor, output))
+    return isinstance(output, Tensor)

@@ -54,8 +54,8 @@ class StructuredGuide(AutoGuide):
         ValueError: the model has no observed site (were the data left out of the call?), a discrete
             latent, or no latent at all.
 
-    A latent without a supported op or without a normal prior is named in one warning when it goes
-    to the fallback by way of an unsupported op.
+    Weights that an unsupported op consumes, or whose prior is no normal, go to the fallback with a
+    warning that names them all.
     """
 
     structure: ClassVar[str]
@@ -105,12 +105,12 @@ class StructuredGuide(AutoGuide):
             for site in found.latents.values() for frame in site["cond_indep_stack"]
         }
         rest = tuple(name for name in found.latents if name not in names)
-        for name in rest:
-            if name in found.missed:
-                warnings.warn(
-                    f"latent {name!r} goes to the fallback guide: {found.missed[name]} is not "
-                    "supported", stacklevel=2,
-                )
+        missed = [f"{name} ({found.missed[name]})" for name in rest if name in found.missed]
+        if missed:
+            warnings.warn(
+                f"no Gaussian of {type(self).__name__} for {', '.join(missed)}: left to the "
+                "fallback guide", stacklevel=2,
+            )
         self._set_fallback(rest, args, kwargs)
         self.prototype_trace = found.trace
         if self.master is not None:
@@ -138,6 +138,7 @@ class StructuredGuide(AutoGuide):
         self.fallback_sites = rest
         if self._fallback_state:
             self.fallback.load_state_dict(self._fallback_state)
+            self._fallback_state = {}
 
     def _check_prototype(self, trace: Any) -> None:
         """Asked by the fallback guide, whose sites are this guide's by construction."""
@@ -172,11 +173,21 @@ class StructuredGuide(AutoGuide):
     def _ready(self) -> None:
         if not self.sites and not self.fallback_sites:
             raise RuntimeError("the guide has not seen its model: call it once, guide(x, y)")
+        if self._fallback_state:
+            raise RuntimeError(
+                "the loaded state has latents of the fallback guide, which are met at the first "
+                "call: call it once, guide(x, y)"
+            )
+
+    def _ready_blocks(self) -> None:
+        self._ready()
+        if not self.sites:
+            raise RuntimeError(f"all latents are the fallback guide's: {self.fallback_sites}")
 
     @property
     def posterior(self) -> StructuredNormal:
         """The Gaussian over all weights: `.loc` [P] and `.precision` follow `.sites`, row-major."""
-        self._ready()
+        self._ready_blocks()
         blocks = [family.block for family in self.blocks]
         device = self.blocks[0].loc.device
         index = tuple(rows.to(device) for rows in positions(blocks, self.sites))
@@ -230,6 +241,7 @@ class StructuredGuide(AutoGuide):
 
         Raises ValueError for a site that is not among `.sites`.
         """
+        self._ready_blocks()
         for family in self.blocks:
             if site in family.block.tensors:
                 deviations = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
@@ -239,7 +251,7 @@ class StructuredGuide(AutoGuide):
 
     def kl(self) -> Tensor:
         """KL(q ‖ prior) over `.sites` in nats; the priors as the model last gave them."""
-        self._ready()
+        self._ready_blocks()
         if not self._priors:
             raise RuntimeError("the guide has not seen the priors: call it once, guide(x, y)")
         parts = zip(self.blocks, self._priors, strict=True)
@@ -280,6 +292,11 @@ class StructuredGuide(AutoGuide):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Used by `load_state_dict`; the work is done before, in `_load_from_state_dict`."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in self._fallback_state.items():
+            destination[f"{prefix}fallback.{name}"] = value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         layout = state_dict.get(prefix + "_extra_state")

@@ -107,7 +107,7 @@ def _prior_maker(prior: Prior) -> Callable[[nn.Module, str], Distribution]:
 
 
 def _fan_in(module: nn.Module) -> int:
-    return module.weight[0].numel()  # type: ignore[index,operator]
+    return module.weight[0].numel()  # type: ignore[index]
 
 
 def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
@@ -162,7 +162,7 @@ class Classifier(PyroModule):
         num_data: N, the number of training examples.
 
     The sites are the network's weights under "net." and "obs", in the plate "data" of size N.
-    Raises ValueError for a batch of more than N targets.
+    Raises ValueError for logits of another shape, or a batch of more than N targets.
 
     Example:
         >>> import torch
@@ -178,6 +178,8 @@ class Classifier(PyroModule):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         logits = self.net(x)
+        if logits.dim() != 2:
+            raise ValueError(f"logits [B, C] are needed, the network gave {tuple(logits.shape)}")
         with _data_plate(self.num_data, logits, y):
             pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
         return logits

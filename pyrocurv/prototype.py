@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import nn
+from torch.distributions import Independent, constraints
 
 from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
@@ -24,7 +25,7 @@ Site = Mapping[str, Any]
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
 
-    `missed` {site: why} are the latents that an op or a prior of another kind keeps from it.
+    `missed` {site: why} are the real latents that an op or a prior of another kind keeps from it.
     """
 
     trace: Any
@@ -130,7 +131,9 @@ def inspect(
         for name in layer.tensors:
             if reason := _refusal(latents.get(name)):
                 capture.missed.update(dict.fromkeys(layer.tensors, reason))
-    return Prototype(trace, latents, capture.layers(), capture.missed)
+    layers = capture.layers()
+    missed = {n: why for n, why in capture.missed.items() if _is_real(latents.get(n))}
+    return Prototype(trace, latents, layers, missed)
 
 
 def _refusal(site: Site | None) -> str:
@@ -138,5 +141,16 @@ def _refusal(site: Site | None) -> str:
     if site is None:
         return "a weight hidden from the guide"
     if as_normal(site["fn"]) is None:
-        return f"a {type(site['fn']).__name__} prior"
+        prior = site["fn"]
+        while isinstance(prior, Independent):
+            prior = prior.base_dist
+        return f"a {type(prior).__name__} prior"
     return "a weight inside a plate" if site["cond_indep_stack"] else ""
+
+
+def _is_real(site: Site | None) -> bool:
+    """Whether a latent could be a weight at all: a scale, say, could not."""
+    support = None if site is None else site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real

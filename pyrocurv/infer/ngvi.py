@@ -28,7 +28,7 @@ from pyrocurv.infer.state import Block, Noise, State
 from pyrocurv.infer.stream import Stream
 from pyrocurv.natural import metric, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior
-from pyrocurv.prototype import modules, snapshot
+from pyrocurv.prototype import frozen_buffers, modules, snapshot
 from pyrocurv.structures import Structure
 
 
@@ -121,13 +121,13 @@ class NGVI:
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles={num_particles!r}: a whole number from 1 is needed")
-        if not 0 <= momentum < 1:
+        if not (_is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-        if not damping >= 0:
+        if not (_is_number(damping) and damping >= 0):
             raise ValueError(f"damping={damping!r}: a number from 0 is needed")
-        positive = {"lr": lr, "temperature": temperature, "kl_clip": kl_clip}
-        for name, value in positive.items():
-            if not (name == "kl_clip" and value is None) and not value > 0:  # type: ignore[operator]
+        for name, value in (("lr", lr), ("temperature", temperature), ("kl_clip", kl_clip)):
+            optional = name == "kl_clip" and value is None
+            if not optional and not (_is_number(value) and value > 0):  # type: ignore[operator]
                 raise ValueError(f"{name}={value!r}: a positive number is needed")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
@@ -244,6 +244,7 @@ class NGVI:
 
         @torch.no_grad()
         def commit() -> None:
+            self._rest.step(run.model_params, run.guide_params(), rest, group["lr"] / base)
             for family, block, d in zip(families, blocks, directions, strict=True):
                 if self.average:
                     weight = 4 / (state.step + 4)
@@ -252,8 +253,6 @@ class NGVI:
                 family.raw_loc.sub_(d, alpha=rate)
                 if due:
                     family.write(family.raw_loc, block.metric.precision)  # type: ignore[union-attr]
-            factor = group["lr"] / base
-            self._rest.step(run.model_params, run.guide_params(), rest, factor)
 
         return loss, State(state.step + 1, tuple(blocks)), commit
 
@@ -343,7 +342,8 @@ class NGVI:
         losses = []
         for _ in range(self.num_particles):
             noise, used = self._noise(precisions, used)
-            run = run_model(self.model, self.guide, _add(locs, noise), args, kwargs)
+            with frozen_buffers(self.model):
+                run = run_model(self.model, self.guide, _add(locs, noise), args, kwargs)
             priors = self._read_priors(run)
             energy = run.energy(self.temperature)
             losses.append(energy + self._kl(locs, noise, precisions, priors))
@@ -377,6 +377,10 @@ class NGVI:
 
 class _NotFinite(Exception):
     """A loss or a gradient that must not reach the state."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _add(base: Sequence[Tensor], more: Sequence[Tensor] | Sequence[Noise] | None) -> list[Tensor]:

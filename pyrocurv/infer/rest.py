@@ -29,6 +29,7 @@ class Rest:
         self._optimizer: torch.optim.Optimizer | None = None
         self._rates: list[float] = []
         self._known: list[Tensor] = []
+        self._made_of: list[tuple[torch.device, torch.dtype]] = []  # the known, at the last step
         self._waiting: dict[str, Any] | None = None  # a state loaded before its parameters are met
 
     def step(
@@ -61,6 +62,10 @@ class Rest:
         if self._waiting is not None:
             self._optimizer.load_state_dict(self._waiting)
             self._waiting = None
+        make = [(param.device, param.dtype) for param in self._known]
+        if make != self._made_of:  # parameters have moved: let the state follow them
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
+            self._made_of = make
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.step()
