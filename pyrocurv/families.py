@@ -14,7 +14,14 @@ from torch.distributions import Distribution, constraints
 
 from pyrocurv.blocks import Block
 from pyrocurv.distributions import StructuredNormal
-from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Structure
+from pyrocurv.structures import (
+    Dense,
+    Diagonal,
+    KroneckerEigen,
+    Rescaled,
+    Structure,
+    side_rank,
+)
 from pyrocurv.structures.linalg import scale_tril
 
 
@@ -88,20 +95,25 @@ class DenseFamily(Family):
 
 
 class KroneckerFamily(Family):
-    """Weights correlated through Q_G ⊗ Q_A: `scale` [O, I] are the standard deviations there.
+    """Weights correlated through two bases: `scale` are the standard deviations in them.
 
-    `output_root`, `input_root` are the units of the prior (ones unless weights differ in it):
-    W = (Q_G (Z ∘ scale) Q_Aᵀ) / (output_root input_rootᵀ) + loc.
+    The precision is a `KroneckerEigen` of spectrum 1 / scale², in the units `output_root` [O] and
+    `input_root` [I] of the prior (ones unless weights differ in it). A side wider than 128 keeps
+    its 32 leading directions, and one standard deviation for the rest.
     """
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__(block, loc, init_scale)
         (layer,) = block.layers
-        shape = (layer.rows, layer.columns)
-        self.scale = PyroParam(loc.new_full(shape, init_scale), constraints.positive, event_dim=2)
-        for side, size in zip(("output", "input"), shape, strict=True):
-            self.register_buffer(f"{side}_basis", torch.eye(size).to(loc))
+        spectrum = []
+        for side, size in (("output", layer.rows), ("input", layer.columns)):
+            rank = side_rank(size)
+            spectrum.append(rank + (rank < size))
+            self.register_buffer(f"{side}_basis", torch.eye(size, rank).to(loc))
             self.register_buffer(f"{side}_root", loc.new_ones(size))
+        self.scale = PyroParam(
+            loc.new_full(spectrum, init_scale), constraints.positive, event_dim=2
+        )
 
     def distribution(self) -> Distribution:
         return StructuredNormal(self.loc, self.precision())
@@ -119,9 +131,10 @@ class KroneckerFamily(Family):
         self.scale_unconstrained.copy_(eigen.spectrum.log() / -2)
         self.output_basis.copy_(eigen.output_basis)
         self.input_basis.copy_(eigen.input_basis)
-        root = torch.ones_like(eigen.spectrum) if root is None else root.view_as(eigen.spectrum)
-        self.output_root.copy_(root[:, 0])
-        self.input_root.copy_(root[0] / root[0, 0])
+        root = eigen.spectrum.new_ones(eigen.size) if root is None else root
+        matrix = root.view(eigen.shape)
+        self.output_root.copy_(matrix[:, 0])
+        self.input_root.copy_(matrix[0] / matrix[0, 0])
 
 
 FAMILIES: dict[str, type[Family]] = {

@@ -21,7 +21,7 @@ from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures import Kronecker, KroneckerEigen, Structure, side_rank
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 
@@ -115,7 +115,8 @@ def _eigen(
     factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
 ) -> KroneckerEigen:
     try:
-        return (factors if units is None else factors.rescaled(*units)).eigen()
+        ranks = side_rank(len(factors.output)), side_rank(len(factors.input))
+        return (factors if units is None else factors.rescaled(*units)).eigen(ranks)
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise

@@ -69,16 +69,52 @@ def kronecker(pairs: Pairs) -> Kronecker:
     """G ⊗ A with G = sum_kns g gᵀ / S and A = sum_ns a aᵀ / B."""
     ((a, g),) = pairs
     batch, positions = a.shape[:2]
-    a, g = a.flatten(0, 1), g.flatten(0, 2)
-    return Kronecker(g.mT @ g / positions, a.mT @ a / batch)
+    return Kronecker(_gram(g.flatten(0, 1)) / positions, _gram(a) / batch)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """sum x xᵀ over rows [B, S, n]."""
+    if rows.shape[1] == 1:
+        rows = rows.squeeze(1)
+        return rows.mT @ rows
+    return torch.bmm(rows.mT, rows).sum(0)
 
 
 def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:
-    """The diagonal of C in the basis: sum_kn (Q_Gᵀ J Q_A)², the nearest to C that basis allows."""
+    """The mean of C over the basis' eigenspaces, for a full basis sum_kn (Uᵀ J V)².
+
+    Of all matrices with these eigenspaces the nearest to C in the Frobenius norm.
+    """
+    u, v = basis.output_basis, basis.input_basis
     ((a, g),) = pairs
-    rotated = [(a @ basis.input_basis, g @ basis.output_basis)]
-    spectrum = diagonal(rotated).entries.view(basis.spectrum.shape)
-    return KroneckerEigen(basis.output_basis, basis.input_basis, spectrum)
+    if a.shape[1] == 1:  # one position: |uᵀ J v|² is a product
+        output, input = _energies(g.flatten(0, 1).squeeze(1), u), _energies(a.squeeze(1), v)
+        input = input.repeat(g.shape[0], 1)
+        return KroneckerEigen(u, v, output.mT @ input)
+    total = torch.zeros_like(basis.spectrum)
+    for jacobian in _jacobians(pairs):
+        total += _block_energies(jacobian.view(len(a), len(u), len(v)), u, v)
+    return KroneckerEigen(u, v, total)
+
+
+def _energies(rows: Tensor, basis: Tensor) -> Tensor:
+    """(xᵀ b)² for rows [N, n], and the mean over the rest where the basis is truncated."""
+    leading = (rows @ basis).square()
+    rest = basis.shape[0] - basis.shape[1]
+    if rest == 0:
+        return leading
+    left = rows.square().sum(1) - leading.sum(1)
+    return torch.cat([leading, (left.clamp(min=0) / rest)[:, None]], 1)
+
+
+def _block_energies(jacobian: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The mean square of J [B, O, I] over each pair of eigenspaces, summed over B."""
+    rows = _energies((u.mT @ jacobian).flatten(0, 1), v).unflatten(0, (len(jacobian), -1)).sum(0)
+    rest = u.shape[0] - u.shape[1]
+    if rest == 0:
+        return rows
+    whole = _energies(jacobian.flatten(0, 1), v).sum(0)
+    return torch.cat([rows, ((whole - rows.sum(0)).clamp(min=0) / rest)[None]])
 
 
 PLAIN: Mapping[str, Callable[[Pairs], Any]] = {  # before any eigenbasis

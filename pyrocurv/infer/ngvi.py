@@ -207,6 +207,7 @@ class NGVI:
                 energy / (run.num_data * self.num_particles),
                 [*run.weights.values(), *params], allow_unused=True,
             )
+            self._kept = found
             leaves = zip(run.weights.items(), found, strict=False)
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
             gradients = _add(gradients, [family.block.pack(weights) for family in families])

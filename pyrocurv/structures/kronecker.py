@@ -89,18 +89,47 @@ class Kronecker(Structure):
             self.input / torch.outer(input_root, input_root),
         )
 
-    def eigen(self) -> KroneckerEigen:
-        """The same matrix in its eigenbasis: Q_G ⊗ Q_A with eigenvalues λ_G λ_Aᵀ."""
-        output_values, output_basis = eigh_psd(self.output)
-        input_values, input_basis = eigh_psd(self.input)
+    def eigen(self, ranks: tuple[int, int] | None = None) -> KroneckerEigen:
+        """In its eigenbasis: eigenvalues λ_G λ_Aᵀ, exactly; or the leading `ranks` of each side.
+
+        A truncated side keeps its trace: the rest of its eigenvalues are replaced by their mean.
+        """
+        ranks = ranks or (len(self.output), len(self.input))
+        output_basis, output_values = _leading(self.output, ranks[0])
+        input_basis, input_values = _leading(self.input, ranks[1])
         return KroneckerEigen(output_basis, input_basis, torch.outer(output_values, input_values))
+
+
+def side_rank(size: int) -> int:
+    """How many eigenvectors a side of `size` keeps: all up to 128, else 32.
+
+    The statistics of a mini-batch do not tell more, and two thin products are far cheaper than
+    a rotation.
+    """
+    return size if size <= 128 else 32
+
+
+def _leading(factor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenvectors [n, rank], their eigenvalues and, if rank < n, the mean of the rest."""
+    values, basis = eigh_psd(factor)
+    rest = len(values) - rank
+    if rest == 0:
+        return basis, values
+    return basis[:, rest:].contiguous(), torch.cat([values[rest:], values[:rest].mean()[None]])
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerEigen(Structure):
-    """(Q_G ⊗ Q_A) diag(spectrum) (Q_G ⊗ Q_A)ᵀ; orthogonal Q_G [O, O], Q_A [I, I], spectrum [O, I].
+    """A function on the joint eigenspaces of two sides, each full or truncated.
 
-    Closed under `shift` by a scalar, so a prior or a damping enters exactly (no π-damping).
+    Args:
+        output_basis: U [O, s], orthonormal columns; input_basis: V [I, r].
+        spectrum: eigenvalues [s, r] of the u_i v_jᵀ. A side with fewer columns than rows has one
+            entry more, its last: the eigenvalue of all that is orthogonal to its columns.
+
+    With U, V square the matrix is (U ⊗ V) diag(spectrum) (U ⊗ V)ᵀ. Closed under `shift` by a
+    scalar, so a prior or a damping enters exactly (no π-damping). Truncated sides cost two thin
+    products and one addition in place of four rotations.
     """
 
     output_basis: Tensor
@@ -108,42 +137,90 @@ class KroneckerEigen(Structure):
     spectrum: Tensor
 
     @property
-    def size(self) -> int:
-        return self.spectrum.numel()
+    def shape(self) -> tuple[int, int]:
+        """O, I."""
+        return self.output_basis.shape[0], self.input_basis.shape[0]
 
-    def _spectral(self, x: Tensor, coefficients: Tensor) -> Tensor:
-        """Q_G (coefficients ∘ (Q_Gᵀ X Q_A)) Q_Aᵀ: a function of the matrix applied to X."""
-        x = x.unflatten(-1, self.spectrum.shape)
-        rotated = self.output_basis.mT @ x @ self.input_basis
-        return (self.output_basis @ (rotated * coefficients) @ self.input_basis.mT).flatten(-2)
+    @property
+    def size(self) -> int:
+        return self.output_basis.shape[0] * self.input_basis.shape[0]
+
+    @cached_property
+    def _reciprocal(self) -> Tensor:
+        return self.spectrum.reciprocal()
+
+    @cached_property
+    def _rsqrt(self) -> Tensor:
+        return self.spectrum.rsqrt()
+
+    def _spectral(self, x: Tensor, c: Tensor) -> Tensor:
+        """The matrix of the same eigenspaces with eigenvalues c, times x."""
+        u, v = self.output_basis, self.input_basis
+        s, r = u.shape[1], v.shape[1]
+        x = x.unflatten(-1, self.shape)
+        if c.shape == (s, r):  # both sides full
+            y = u @ ((u.mT @ x @ v) * c) @ v.mT
+        elif c.shape[0] == s:  # the output side is full
+            p, tail = u.mT @ x, c[:, r:]
+            y = u @ (tail * p + ((c[:, :r] - tail) * (p @ v)) @ v.mT)
+        elif c.shape[1] == r:  # the input side is full
+            q, tail = x @ v, c[s:]
+            y = (tail * q + u @ ((c[:s] - tail) * (u.mT @ q))) @ v.mT
+        else:
+            p, q, rest = u.mT @ x, x @ v, c[s, r]
+            rows, columns = c[:s, r:] - rest, c[s:, :r] - rest
+            core = (c[:s, :r] - rest - rows - columns) * (p @ v)
+            left = torch.cat([u.expand(*q.shape[:-1], s), q * columns + u @ core], -1)
+            right = torch.cat([rows * p, v.mT.expand(*p.shape[:-2], r, len(v))], -2)
+            y = (rest * x).add_(left @ right)
+        return y.flatten(-2)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self._spectral(x, self.spectrum)
 
     def solve(self, x: Tensor) -> Tensor:
-        return self._spectral(x, self.spectrum.reciprocal())
+        return self._spectral(x, self._reciprocal)
 
     def rsqrt(self, z: Tensor) -> Tensor:
-        z = z.unflatten(-1, self.spectrum.shape) * self.spectrum.rsqrt()
+        if self.spectrum.shape != self.shape:
+            return self._spectral(z, self._rsqrt)
+        z = z.unflatten(-1, self.shape) * self._rsqrt  # z is as good in this basis
         return (self.output_basis @ z @ self.input_basis.mT).flatten(-2)
 
+    @cached_property
+    def _multiplicity(self) -> Tensor:
+        """How many eigenvalues each entry of the spectrum stands for."""
+        sides = (self.output_basis, self.input_basis)
+        counts = [_with_rest(self.spectrum.new_ones(b.shape[1]), b, len(b)) for b in sides]
+        return torch.outer(*counts)
+
+    @cached_property
+    def _logdet(self) -> Tensor:
+        return (self._multiplicity * self.spectrum.log()).sum()
+
     def logdet(self) -> Tensor:
-        return self.spectrum.log().sum()
+        return self._logdet
 
     def trace(self) -> Tensor:
-        return self.spectrum.sum()
+        return (self._multiplicity * self.spectrum).sum()
 
     def _diag(self, spectrum: Tensor) -> Tensor:
-        return (self.output_basis.square() @ spectrum @ self.input_basis.square().mT).flatten()
+        output, input = (
+            torch.cat([b.square(), 1 - b.square().sum(1, keepdim=True)], 1)
+            for b in (self.output_basis, self.input_basis)
+        )
+        rows, columns = spectrum.shape
+        return (output[:, :rows] @ spectrum @ input[:, :columns].mT).flatten()
 
     def diag(self) -> Tensor:
         return self._diag(self.spectrum)
 
     def inverse_diag(self) -> Tensor:
-        return self._diag(self.spectrum.reciprocal())
+        return self._diag(self._reciprocal)
 
     def eigenvalues(self) -> Tensor:
-        return self.spectrum.flatten().sort().values
+        counts = self._multiplicity.round().long().flatten()
+        return self.spectrum.flatten().repeat_interleave(counts).sort().values
 
     def scale(self, factor: float | Tensor) -> KroneckerEigen:
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum * factor)
@@ -158,18 +235,35 @@ class KroneckerEigen(Structure):
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum + delta)
 
     def rotated(self, output_basis: Tensor, input_basis: Tensor) -> KroneckerEigen:
-        """The diagonal of M in another basis: exact when M is diagonal there."""
+        """The mean of M over the eigenspaces of another basis: exact when M is constant on them."""
         if output_basis is self.output_basis and input_basis is self.input_basis:
             return self
-        turn_output = (self.output_basis.mT @ output_basis).square()
-        turn_input = (self.input_basis.mT @ input_basis).square()
+        turn_output = _overlap(self.output_basis, output_basis)
+        turn_input = _overlap(self.input_basis, input_basis)
         return KroneckerEigen(
             output_basis, input_basis, turn_output.mT @ self.spectrum @ turn_input
         )
 
     def lerp(self, other: KroneckerEigen, weight: float) -> KroneckerEigen:
-        """In `other`'s basis, where only the diagonal of this one is kept: exact if they agree."""
+        """In `other`'s basis, on whose eigenspaces this one is averaged: exact if they agree."""
         here = self.rotated(other.output_basis, other.input_basis)
         return KroneckerEigen(
             other.output_basis, other.input_basis, torch.lerp(here.spectrum, other.spectrum, weight)
         )
+
+
+def _with_rest(values: Tensor, basis: Tensor, total: float | Tensor) -> Tensor:
+    """Values [r, ...] of the columns of a basis and, if it is truncated, what is left of total."""
+    if basis.shape[0] == basis.shape[1]:
+        return values
+    return torch.cat([values, (total - values.sum(0, keepdim=True))])
+
+
+def _overlap(old: Tensor, new: Tensor) -> Tensor:
+    """The share of each old eigenspace (row) in a unit vector of each new one (column)."""
+    shares = _with_rest((old.mT @ new).square(), old, 1.0)  # of the new columns
+    if new.shape[0] == new.shape[1]:
+        return shares
+    counts = _with_rest(shares.new_ones(old.shape[1]), old, len(old))
+    rest = (counts - shares.sum(1)) / (new.shape[0] - new.shape[1])
+    return torch.cat([shares, rest[:, None]], 1)
