@@ -6,6 +6,8 @@ place through `write`. The basis of a Kronecker family is a buffer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pyro import distributions as dist
 from pyro.nn import PyroModule, PyroParam
@@ -46,15 +48,19 @@ class Family(PyroModule):
         """Its precision matrix."""
         raise TypeError(f"{type(self).__name__} has no precision")
 
-    @torch.no_grad()
-    def write(self, loc: Tensor, precision: Structure | None) -> None:
-        """Take on another location [P] and, unless None, another precision, in place."""
-        self.raw_loc.copy_(loc)
-        if precision is not None:
-            self._write_precision(precision)
-
-    def _write_precision(self, precision: Structure) -> None:
+    def encode(self, precision: Structure) -> dict[str, Tensor]:
+        """A precision as the family's parameters and buffers; all that may fail is done here."""
         raise TypeError(f"{type(self).__name__} cannot hold {type(precision).__name__}")
+
+    @torch.no_grad()
+    def write(self, loc: Tensor, encoded: Mapping[str, Tensor] | None) -> None:
+        """Take on another location [P] and, unless None, another precision."""
+        self.raw_loc.copy_(loc)
+        for name, value in (encoded or {}).items():
+            if name in self._buffers:  # a posterior handed out keeps the old one
+                setattr(self, name, value.clone(memory_format=torch.contiguous_format))
+            else:
+                getattr(self, name).copy_(value)
 
 
 class DiagonalFamily(Family):
@@ -70,8 +76,8 @@ class DiagonalFamily(Family):
     def precision(self) -> Diagonal:
         return Diagonal(self.scale.square().reciprocal())
 
-    def _write_precision(self, precision: Structure) -> None:
-        self.scale_unconstrained.copy_(precision.diag().log() / -2)
+    def encode(self, precision: Structure) -> dict[str, Tensor]:
+        return {"scale_unconstrained": precision.diag().log() / -2}
 
 
 class DenseFamily(Family):
@@ -89,9 +95,9 @@ class DenseFamily(Family):
     def precision(self) -> Dense:
         return Dense(torch.cholesky_inverse(self.scale_tril))
 
-    def _write_precision(self, precision: Structure) -> None:
+    def encode(self, precision: Structure) -> dict[str, Tensor]:
         transform = torch.distributions.transform_to(constraints.lower_cholesky)
-        self.scale_tril_unconstrained.copy_(transform.inv(scale_tril(precision.dense())))
+        return {"scale_tril_unconstrained": transform.inv(scale_tril(precision.dense()))}
 
 
 class KroneckerFamily(Family):
@@ -124,17 +130,19 @@ class KroneckerFamily(Family):
         root = torch.outer(self.output_root, self.input_root).flatten()
         return eigen if bool((root == 1).all()) else Rescaled(eigen, root)
 
-    def _write_precision(self, precision: Structure) -> None:
+    def encode(self, precision: Structure) -> dict[str, Tensor]:
         root = precision.root if isinstance(precision, Rescaled) else None
         eigen = precision.inner if isinstance(precision, Rescaled) else precision
         assert isinstance(eigen, KroneckerEigen)
-        self.scale_unconstrained.copy_(eigen.spectrum.log() / -2)
-        self.output_basis.copy_(eigen.output_basis)
-        self.input_basis.copy_(eigen.input_basis)
         root = eigen.spectrum.new_ones(eigen.size) if root is None else root
         matrix = root.view(eigen.shape)
-        self.output_root.copy_(matrix[:, 0])
-        self.input_root.copy_(matrix[0] / matrix[0, 0])
+        return {
+            "scale_unconstrained": eigen.spectrum.log() / -2,
+            "output_basis": eigen.output_basis,
+            "input_basis": eigen.input_basis,
+            "output_root": matrix[:, 0],
+            "input_root": matrix[0] / matrix[0, 0],
+        }
 
 
 FAMILIES: dict[str, type[Family]] = {

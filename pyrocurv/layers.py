@@ -162,5 +162,5 @@ class Layer:
         matrix = packed.unflatten(-1, (self.rows, self.columns))
         if self.bias is None:
             return {self.weight: matrix.reshape(*packed.shape[:-1], *self.shape)}
-        weight = matrix[..., :-1].reshape(*packed.shape[:-1], *self.shape)
+        weight = matrix[..., :-1].contiguous().view(*packed.shape[:-1], *self.shape)
         return {self.weight: weight, self.bias: matrix[..., -1].contiguous()}

@@ -35,7 +35,11 @@ class Metric:
 def metric(
     curvature: Structure, faint: float, prior: BlockPrior, ratio: float, damping: float
 ) -> Metric:
-    """Λ and the preconditioner, with ratio = N/T and faint = e; in the prior's units, if it has."""
+    """Λ and the preconditioner, with ratio = N/T and faint = e.
+
+    Where the prior has units they are reckoned in them, `faint` and `damping` too: those then are
+    multiples of p_i r_j instead of 1.
+    """
     units = prior.units
     delta = prior.packed.precision if units is None else units.delta
     precision = curvature.scale(ratio).shift(delta + ratio * faint)

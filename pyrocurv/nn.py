@@ -128,14 +128,18 @@ def _chosen(net: nn.Module, layers: Iterable[type[nn.Module] | str] | None) -> l
     chosen = [m for m in chosen if any(True for _ in m.parameters(recurse=False))]
     if not chosen:
         raise ValueError(f"layers: nothing in {type(net).__name__} fits {wanted}")
-    owners: dict[int, str] = {}
-    for name, module in named.items():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{parameter_name}".lstrip(".")
-            if module in chosen and id(parameter) in owners:
-                raise ValueError(f"{owners[id(parameter)]} and {full} are one tied weight")
-            owners[id(parameter)] = full
+    _refuse_tied(named, chosen)
     return chosen
+
+
+def _refuse_tied(named: dict[str, nn.Module], chosen: list[nn.Module]) -> None:
+    owners: dict[int, tuple[str, bool]] = {}
+    for name, module in named.items():
+        for part, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{part}".lstrip(".")
+            other, is_chosen = owners.setdefault(id(parameter), (full, module in chosen))
+            if other != full and (is_chosen or module in chosen):
+                raise ValueError(f"{other} and {full} are one tensor, a tied weight")
 
 
 def _set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
@@ -180,6 +184,10 @@ class Classifier(PyroModule):
         logits = self.net(x)
         if logits.dim() != 2:
             raise ValueError(f"logits [B, C] are needed, the network gave {tuple(logits.shape)}")
+        if y is not None and y.shape != logits.shape[:1]:
+            raise ValueError(
+                f"classes {tuple(y.shape)} do not fit logits {tuple(logits.shape)}: [B] is needed"
+            )
         with _data_plate(self.num_data, logits, y):
             pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
         return logits

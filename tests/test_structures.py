@@ -17,8 +17,9 @@ from pyrocurv.structures import (
     KroneckerEigen,
     Rescaled,
     Structure,
+    side_rank,
 )
-from pyrocurv.structures.linalg import eigh, eigh_psd, scale_tril
+from pyrocurv.structures.linalg import cholesky, eigh, eigh_psd, scale_tril
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 
@@ -47,6 +48,15 @@ def kronecker_eigen(dtype: torch.dtype) -> KroneckerEigen:
     )
 
 
+def truncated(dtype: torch.dtype, ranks: tuple[int, int]) -> KroneckerEigen:
+    """Sides of 5 and 4 rows, of which `ranks` directions are told apart."""
+    bases, entries = [], []
+    for size, rank in zip((5, 4), ranks, strict=True):
+        bases.append(orthogonal(size, dtype)[:, :rank].contiguous())
+        entries.append(rank + (rank < size))
+    return KroneckerEigen(*bases, positive(*entries, dtype=dtype))
+
+
 def rescaled(inner: Structure, dtype: torch.dtype) -> Rescaled:
     return Rescaled(inner, positive(inner.size, dtype=dtype))
 
@@ -72,12 +82,18 @@ MAKERS: dict[str, Callable[[torch.dtype], Structure]] = {
     "Rescaled(Diagonal)": lambda dtype: rescaled(Diagonal(positive(5, dtype=dtype)), dtype),
     "Kronecker": kronecker,
     "KroneckerEigen": kronecker_eigen,
+    "KroneckerEigen, thin": lambda dtype: truncated(dtype, (2, 1)),
+    "KroneckerEigen, thin output": lambda dtype: truncated(dtype, (2, 4)),
+    "KroneckerEigen, thin input": lambda dtype: truncated(dtype, (5, 1)),
+    "Rescaled(KroneckerEigen, thin)": lambda dtype: rescaled(truncated(dtype, (2, 1)), dtype),
     "Rescaled(KroneckerEigen)": lambda dtype: rescaled(kronecker_eigen(dtype), dtype),
     "BlockDiagonal in order": in_order,
     "BlockDiagonal shuffled": shuffled,
     "BlockDiagonal nested": nested,
 }
-NO_SHIFT = {"Rescaled(KroneckerEigen)", "BlockDiagonal nested"}  # no scalar is one in its units
+NO_SHIFT = {  # no scalar is one in their units
+    "Rescaled(KroneckerEigen)", "Rescaled(KroneckerEigen, thin)", "BlockDiagonal nested",
+}
 VECTOR_SHIFT = {
     "Dense", "Diagonal", "Rescaled(Dense)", "Rescaled(Diagonal)", "BlockDiagonal shuffled",
 }
@@ -106,8 +122,11 @@ def written_out(structure: Structure) -> Tensor:
         case Kronecker(output, input):
             return torch.kron(output, input)
         case KroneckerEigen(output_basis, input_basis, spectrum):
-            basis = torch.kron(output_basis, input_basis)
-            return basis @ torch.diag(spectrum.flatten()) @ basis.mT
+            spaces = projectors(output_basis), projectors(input_basis)
+            return sum(
+                spectrum[i, j] * torch.kron(output, input)
+                for i, output in enumerate(spaces[0]) for j, input in enumerate(spaces[1])
+            )
         case BlockDiagonal(blocks, index):
             matrix = torch.block_diag(*map(written_out, blocks))
             if not index:
@@ -115,6 +134,13 @@ def written_out(structure: Structure) -> Tensor:
             back = torch.cat(index).argsort()
             return matrix[back][:, back]
     raise AssertionError(structure)
+
+
+def projectors(basis: Tensor) -> list[Tensor]:
+    """Onto each column of a basis and, if it is thin, onto all that is orthogonal to them."""
+    onto = [torch.outer(column, column) for column in basis.mT]
+    rest = torch.eye(len(basis), dtype=basis.dtype) - sum(onto)
+    return onto if basis.shape[0] == basis.shape[1] else [*onto, rest]
 
 
 def same(actual: Tensor, expected: Tensor) -> None:
@@ -217,7 +243,9 @@ def test_shift_by_a_vector(name: str, dtype: torch.dtype) -> None:
     same(structure.shift(delta).dense(), matrix + torch.diag(delta))
 
 
-@pytest.mark.parametrize("name", ["Kronecker", "KroneckerEigen", "BlockDiagonal in order"])
+@pytest.mark.parametrize("name", [
+    "Kronecker", "KroneckerEigen", "KroneckerEigen, thin", "BlockDiagonal in order",
+])
 def test_a_kronecker_structure_refuses_a_vector(name: str) -> None:
     structure, _ = make(name)
     with pytest.raises(ValueError, match="takes a scalar, got shape"):
@@ -287,23 +315,55 @@ def test_lerp_of_kronecker_is_that_of_its_factors() -> None:
     same(mean.input, 0.7 * a.input + 0.3 * b.input)
 
 
-def test_lerp_of_kronecker_eigen_in_one_basis() -> None:
-    a = kronecker_eigen(FLOAT64)
+RANKS = [(5, 4), (2, 1), (2, 4), (5, 1)]  # of sides of 5 and 4: full, thin, one of either
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_lerp_of_kronecker_eigen_in_one_basis(ranks: tuple[int, int]) -> None:
+    a = truncated(FLOAT64, ranks)
     copy = KroneckerEigen(a.output_basis.clone(), a.input_basis.clone(), a.spectrum.square())
     for b in (KroneckerEigen(a.output_basis, a.input_basis, copy.spectrum), copy):
         same(a.lerp(b, 0.3).dense(), 0.7 * written_out(a) + 0.3 * written_out(b))
 
 
-def test_lerp_of_kronecker_eigen_keeps_the_diagonal_in_the_others_basis() -> None:
-    """The Frobenius projection: no other spectrum in that basis is nearer to the average."""
-    a, b = kronecker_eigen(FLOAT64), kronecker_eigen(FLOAT64)
+@pytest.mark.parametrize("theirs", RANKS)
+@pytest.mark.parametrize("ours", RANKS)
+def test_lerp_of_kronecker_eigen_is_the_nearest_in_the_others_basis(
+    ours: tuple[int, int], theirs: tuple[int, int]
+) -> None:
+    """The Frobenius projection: the mean over each eigenspace, so the trace is kept."""
+    a, b = truncated(FLOAT64, ours), truncated(FLOAT64, theirs)
     mean = a.lerp(b, 0.3)
-    basis = torch.kron(b.output_basis, b.input_basis)
+    assert torch.equal(mean.output_basis, b.output_basis)
+    assert torch.equal(mean.input_basis, b.input_basis)
     average = 0.7 * written_out(a) + 0.3 * written_out(b)
-    same(mean.spectrum.flatten(), (basis.mT @ average @ basis).diag())
-    same(mean.output_basis, b.output_basis)
-    same(mean.input_basis, b.input_basis)
+    for i, output in enumerate(projectors(b.output_basis)):
+        for j, input in enumerate(projectors(b.input_basis)):
+            onto = torch.kron(output, input)
+            same(mean.spectrum[i, j], (onto * average).sum() / onto.trace())
     same(mean.trace(), average.trace())
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_a_kronecker_in_its_eigenbasis(ranks: tuple[int, int]) -> None:
+    """Exact where both sides are full; a thin side keeps its leading part and its trace."""
+    structure = kronecker(FLOAT64, output=5, input=4)
+    eigen = structure.eigen(ranks)
+    assert [basis.shape[1] for basis in (eigen.output_basis, eigen.input_basis)] == list(ranks)
+    sides = []
+    for factor, rank in zip((structure.output, structure.input), ranks, strict=True):
+        values, vectors = torch.linalg.eigh(factor)
+        values[: len(values) - rank] = values[: len(values) - rank].mean()
+        sides.append(vectors @ torch.diag(values) @ vectors.mT)
+    same(eigen.dense(), torch.kron(*sides))
+    same(eigen.trace(), written_out(structure).trace())
+    if ranks == (5, 4):
+        same(eigen.dense(), written_out(structure))
+
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 1), (128, 128), (129, 32), (785, 32)])
+def test_ranks_of_sides(size: int, rank: int) -> None:
+    assert side_rank(size) == rank
 
 
 def test_lerp_of_rescaled() -> None:
@@ -415,7 +475,7 @@ def test_eigh_tries_again_in_float64(failure: str, monkeypatch: pytest.MonkeyPat
 def test_eigh_of_a_matrix_that_is_not_finite(bad: float) -> None:
     matrix = spd(3, FLOAT64)
     matrix[1, 0] = bad
-    with pytest.raises(torch.linalg.LinAlgError, match="NaN or infinite"):
+    with pytest.raises(torch.linalg.LinAlgError):
         eigh(matrix)
 
 
@@ -435,6 +495,34 @@ def test_eigh_psd_has_no_negative_eigenvalues() -> None:
     a = torch.randn(2, 6)
     values, vectors = eigh_psd(a.mT @ a)
     assert (values >= 0).all() and vectors.shape == (6, 6)
+
+
+@both_types
+def test_cholesky(dtype: torch.dtype) -> None:
+    matrix = spd(5, dtype).requires_grad_()
+    factor = cholesky(matrix)
+    assert torch.equal(factor, factor.tril())
+    same(factor @ factor.mT, matrix)
+    assert torch.autograd.grad(factor.sum(), matrix)[0].isfinite().all()
+
+
+def test_cholesky_of_a_matrix_that_rounding_has_made_indefinite() -> None:
+    a = torch.randn(5, 50)
+    matrix = 1e8 * a.mT @ a + torch.eye(50)
+    with pytest.warns(UserWarning, match="50 rows is indefinite by rounding"):
+        factor = cholesky(matrix)
+    assert factor.dtype == FLOAT32 and torch.equal(factor, factor.tril())
+    rounding = 50 * torch.finfo(FLOAT32).eps * matrix.diag().max()
+    assert (factor @ factor.mT - matrix).abs().max() <= 2 * rounding
+
+
+@pytest.mark.filterwarnings("ignore:a matrix of")
+@pytest.mark.parametrize("sign", [-1.0, torch.nan])
+def test_cholesky_of_a_matrix_that_is_indefinite_by_far(sign: float) -> None:
+    matrix = torch.eye(3)
+    matrix[1, 1] = sign
+    with pytest.raises(torch.linalg.LinAlgError):
+        cholesky(matrix)
 
 
 @both_types

@@ -69,29 +69,51 @@ def observe(
     check_batch(calls, rows)
     count = rows if spec.batch is None else min(spec.batch, rows)
     gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
-    fresh = []
+    kept = _kept(terms, count)
+    fresh: list[Running] = []
+    if kept is not None and len(kept) == 0:
+        return _without(running)
     with torch.no_grad():
         for block, old, unit in zip(blocks, running, units, strict=True):
             pairs = gather(block, calls, gradients, count)
+            if kept is not None:
+                pairs = [(a[kept], g[:, kept]) for a, g in pairs]
             number = 1 if old is None else old.count + 1
             turn = number in EARLY or step % spec.eigen_every < spec.every
             roots = None if unit is None else unit.roots
-            fresh.append(update(old, block.structure, pairs, spec.decay, turn, roots))
+            fresh.append(update(old, block.structure, pairs, count, spec.decay, turn, roots))
     return fresh
 
 
+def _kept(terms: Sequence[Observation], count: int) -> Tensor | None:
+    """The rows that no mask drops from all terms; None where all are kept."""
+    masks = [torch.as_tensor(term.mask) for term in terms if term.mask is not None]
+    if len(masks) < len(terms) or not all(mask.dim() for mask in masks):
+        return None
+    rows = [mask.expand(term.likelihood.batch_shape)[:count].flatten(1).any(1) if mask.dim() > 1
+            else mask[:count] for mask, term in zip(masks, terms, strict=True)]
+    return torch.stack([row.expand(count) for row in rows]).any(0).nonzero().squeeze(1)
+
+
+def _without(running: Sequence[Running | None]) -> list[Running]:
+    """All rows were masked: what was there stays."""
+    if any(one is None for one in running):
+        raise ValueError("the mask leaves no example to take the first curvature from")
+    return list(running)  # type: ignore[arg-type]
+
+
 def update(
-    running: Running | None, structure: str, pairs: Pairs, decay: float, refresh: bool,
+    running: Running | None, structure: str, pairs: Pairs, rows: int, decay: float, refresh: bool,
     units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
-    """Average one more estimate in, with weight max(1 - decay, 1/count).
+    """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
     `refresh` asks for new eigenvectors of Kronecker factors. An estimate that is not finite is left
     out, with a warning.
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    new = reduce.PLAIN[structure](pairs).scale(1 / len(pairs[0][0]))
+    new = reduce.PLAIN[structure](pairs).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         if running is None:
             raise FloatingPointError("the first curvature estimate is not finite")
@@ -106,7 +128,7 @@ def update(
         curvature = running.curvature  # type: ignore[assignment]
     if structure == "ekfac":
         moment = reduce.kronecker_eigen(_in_units(pairs, units), curvature)
-        moment = moment.scale(1 / len(pairs[0][0]))
+        moment = moment.scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
 

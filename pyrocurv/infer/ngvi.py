@@ -151,7 +151,8 @@ class NGVI:
         sampled (what `SVI.step` returns). NaN for a step that was skipped.
         """
         first = self._state is None
-        self._meet(*args, **kwargs)
+        with Stream(self._stream.seed)(torch.device("cpu")):  # a first call is no part of the run
+            self._meet(*args, **kwargs)
         state = self._state or State(0, tuple(Block() for _ in self.guide.blocks))
         if not state.blocks:
             raise ValueError("no latent of this guide has a supported op: use pyro.infer.SVI")
@@ -163,10 +164,10 @@ class NGVI:
                 loss, state, commit = self._propose(state, args, kwargs)
         except BaseException as error:
             restore()
-            if not isinstance(error, _NotFinite):
+            if not isinstance(error, FloatingPointError):
                 raise
             if self.on_nonfinite == "raise":
-                raise FloatingPointError(str(error)) from None
+                raise
             self.skipped += 1
             return math.nan
         self.optimizer.step(commit)
@@ -198,16 +199,17 @@ class NGVI:
             run = run_model(
                 self.model, self.guide, _add(locs, noise), args, kwargs, due and particle == 0
             )
-            priors = self._read_priors(run)
+            priors, energy = self._read_priors(run), run.energy(self.temperature)
             if run.capture is not None:
+                if not bool(torch.isfinite(energy)):
+                    raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
                 blocks = self._estimate(state.step, blocks, run, priors)
-            energy = run.energy(self.temperature)
             params = [*run.model_params, *run.guide_params()]
             found = torch.autograd.grad(
                 energy / (run.num_data * self.num_particles),
                 [*run.weights.values(), *params], allow_unused=True,
             )
-            self._kept = found
+            self._kept = found  # lest malloc give the heap's top back and fault it in every step
             leaves = zip(run.weights.items(), found, strict=False)
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
             gradients = _add(gradients, [family.block.pack(weights) for family in families])
@@ -229,7 +231,9 @@ class NGVI:
         sane += [g.sum().to(total) for g in rest if g is not None]
         loss, power, *checks = torch.stack(sane).tolist()  # the step's one synchronisation
         if not all(map(math.isfinite, (loss, power, *checks))):
-            raise _NotFinite(f"step {state.step}: the loss is {loss} or a gradient is not finite")
+            raise FloatingPointError(
+                f"step {state.step}: the loss is {loss} or a gradient is not finite"
+            )
 
         base = group.get("initial_lr", group["lr"])
         rate = group["lr"] * trust(power, base, group["kl_clip"])
@@ -243,17 +247,24 @@ class NGVI:
                 for block, loc, d in zip(blocks, locs, directions, strict=True)
             ]
 
+        encoded: list[Any] = [None] * len(blocks)
+        if due or self.average:
+            encoded = [
+                family.encode(block.average or block.metric.precision)  # type: ignore[union-attr]
+                for family, block in zip(families, blocks, strict=True)
+            ]
+
         @torch.no_grad()
         def commit() -> None:
             self._rest.step(run.model_params, run.guide_params(), rest, group["lr"] / base)
-            for family, block, d in zip(families, blocks, directions, strict=True):
-                if self.average:
-                    weight = 4 / (state.step + 4)
-                    family.write(family.raw_loc.lerp(block.iterate, weight), block.average)
-                    continue
-                family.raw_loc.sub_(d, alpha=rate)
-                if due:
-                    family.write(family.raw_loc, block.metric.precision)  # type: ignore[union-attr]
+            moves = zip(families, blocks, directions, encoded, strict=True)
+            for family, block, direction, precision in moves:
+                if block.iterate is None:
+                    loc = family.raw_loc.sub_(direction, alpha=rate)
+                else:
+                    loc = family.raw_loc.lerp(block.iterate, 4 / (state.step + 4))
+                if block.iterate is not None or precision is not None:
+                    family.write(loc, precision)
 
         return loss, State(state.step + 1, tuple(blocks)), commit
 
@@ -376,18 +387,14 @@ class NGVI:
         self.skipped, self._state = state["skipped"], held
 
 
-class _NotFinite(Exception):
-    """A loss or a gradient that must not reach the state."""
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _add(base: Sequence[Tensor], more: Sequence[Tensor] | Sequence[Noise] | None) -> list[Tensor]:
-    """Sums, block by block; an empty base or no more is zero."""
+    """New tensors with the sums, block by block; an empty base or no more is zero."""
     if more is None:
-        return list(base)
+        return [part.clone() for part in base]
     parts = [part.epsilon if isinstance(part, Noise) else part for part in more]
     return [a + b for a, b in zip(base, parts, strict=True)] if base else parts
 

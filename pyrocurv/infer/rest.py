@@ -93,4 +93,4 @@ class Rest:
         if isinstance(self._make, PyroOptim):
             self._make.set_state(state["pyro"])
         else:
-            self._waiting = state["torch"]
+            self._waiting, self._optimizer, self._known, self._rates = state["torch"], None, [], []

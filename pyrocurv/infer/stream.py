@@ -39,8 +39,8 @@ def _set(device: torch.device, state: Tensor) -> None:
 class Stream:
     """Seeded from torch's global generator when made, so `torch.manual_seed` reaches it."""
 
-    def __init__(self) -> None:
-        self.seed = int(torch.randint(2**62, ()))
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.states: dict[str, Tensor] = {}
 
     @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
+from pyrocurv.structures.linalg import cholesky
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class Dense(Structure):
 
     @cached_property
     def _cholesky(self) -> Tensor:
-        return torch.linalg.cholesky(self.matrix)
+        return cholesky(self.matrix)
 
     @property
     def size(self) -> int:

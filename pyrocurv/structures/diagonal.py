@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,8 +30,12 @@ class Diagonal(Structure):
     def rsqrt(self, z: Tensor) -> Tensor:
         return z * self.entries.rsqrt()
 
-    def logdet(self) -> Tensor:
+    @cached_property
+    def _logdet(self) -> Tensor:
         return self.entries.log().sum()
+
+    def logdet(self) -> Tensor:
+        return self._logdet
 
     def diag(self) -> Tensor:
         return self.entries

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix.to("cpu", torch.float64))
         if not _finite(vectors):
             raise torch.linalg.LinAlgError("eigh found no finite eigenvectors")
-    return values.to(matrix), vectors.to(matrix)
+    return values.to(matrix), vectors.to(matrix).contiguous()
 
 
 def _finite(matrix: Tensor) -> bool:
@@ -34,11 +36,30 @@ def eigh_psd(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0), vectors
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of a positive definite matrix.
+
+    Where rounding has made it indefinite the factor is taken in float64 on the CPU, of the matrix
+    lifted by that rounding, with a warning. Raises `torch.linalg.LinAlgError` when that fails too.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not bool(failed.any()):
+        return factor
+    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().max())
+    warnings.warn(
+        f"a matrix of {len(matrix)} rows is indefinite by rounding: {rounding:.1e} is added to its "
+        "diagonal (float64 would do without)", stacklevel=2,
+    )
+    lifted = matrix.to("cpu", torch.float64, copy=True)
+    lifted.diagonal().add_(rounding)
+    return torch.linalg.cholesky(lifted).to(matrix)
+
+
 def scale_tril(precision: Tensor) -> Tensor:
     """Lower Cholesky factor L of the covariance, L Lᵀ = precision⁻¹, without forming the inverse.
 
     With J the exchange matrix and J Λ J = C Cᵀ, U = J C J is upper triangular, Λ = U Uᵀ, L = U⁻ᵀ.
     """
-    upper = torch.linalg.cholesky(precision.flip(-2, -1)).flip(-2, -1)
+    upper = cholesky(precision.flip(-2, -1)).flip(-2, -1)
     identity = torch.eye(precision.shape[-1], dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(upper.mT, identity, upper=False)

@@ -1,0 +1,16 @@
+"""Every test starts from the same seed and an empty parameter store, and leaves no trace."""
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    pyro.clear_param_store()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    pyro.clear_param_store()

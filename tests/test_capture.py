@@ -1,0 +1,333 @@
+"""Layers and their packing; what the capture sees, and what it says of what it does not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyrocurv.blocks import Block, partition, positions
+from pyrocurv.capture import Capture
+from pyrocurv.layers import Layer
+
+Weights = dict[str, Tensor]
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def tensor(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def linear_weights() -> Weights:
+    return {"w": leaf(4, 3), "b": leaf(4)}
+
+
+def watched(weights: Weights, forward: Callable[[Weights], object]) -> Capture:
+    with Capture(dict(weights)) as capture:
+        forward(weights)
+    return capture
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_edges_are_exact_under_in_place_activations(inplace: bool) -> None:
+    """The gradient onto the output before the ReLU, which overwrites it."""
+    weights, x, pull = linear_weights(), tensor(5, 3), tensor(5, 4)
+    with Capture(dict(weights)) as capture:
+        output = F.relu(F.linear(x, weights["w"], weights["b"]), inplace=inplace)
+    (call,) = capture.calls
+    (gradient,) = torch.autograd.grad((output * pull).sum(), [call.edge])
+    before = F.linear(x, weights["w"], weights["b"])
+    torch.testing.assert_close(call.gradients(gradient, 5)[:, 0], pull * (before > 0))
+    torch.testing.assert_close(call.rows(5)[:, 0], torch.cat([x, torch.ones(5, 1)], 1))
+
+
+def conv_settings() -> list[dict[str, object]]:
+    return [
+        {}, {"stride": 2}, {"stride": (2, 1), "padding": (1, 0)}, {"padding": "same"},
+        {"padding": "valid"}, {"dilation": (2, 1), "padding": 2},
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("settings", conv_settings(), ids=str)
+def test_rows_and_gradients_of_a_convolution(settings: dict[str, object]) -> None:
+    """W's gradient is sum_s g_s a_sᵀ, and the output is W a_s."""
+    weights, x = {"w": leaf(3, 2, 3, 2), "b": leaf(3)}, tensor(4, 2, 7, 6)
+    with Capture(dict(weights)) as capture:
+        output = F.conv2d(x, weights["w"], weights["b"], **settings)
+    (call,) = capture.calls
+    packed = call.layer.pack(weights).view(3, -1)
+    rows = call.rows(4)  # [B, S, I]
+    torch.testing.assert_close((rows @ packed.mT).mT.reshape(output.shape), output)
+    scalar = output.sin().sum()
+    gradient, *expected = torch.autograd.grad(scalar, [call.edge, *weights.values()])
+    found = torch.einsum("bso,bsi->oi", call.gradients(gradient, 4), rows).flatten()
+    for name, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(call.layer.unpack(found)[name], value)
+
+
+def test_only_the_first_examples_are_read() -> None:
+    weights, x = linear_weights(), tensor(5, 2, 3)
+    with Capture(dict(weights)) as capture:
+        output = F.linear(x, weights["w"])
+    (call,) = capture.calls
+    (gradient,) = torch.autograd.grad(output.square().sum(), [call.edge])
+    assert call.batch == 5
+    assert torch.equal(call.rows(2), x[:2])
+    assert torch.equal(call.gradients(gradient, 2), 2 * output.detach()[:2])
+    assert torch.equal(call.gradients(None, 2), torch.zeros(2, 2, 4, dtype=torch.float64))
+
+
+def test_without_gradients_there_is_no_edge() -> None:
+    weights = linear_weights()
+    with torch.no_grad(), Capture(dict(weights)) as capture:
+        F.linear(tensor(5, 3), weights["w"], weights["b"])
+    assert [call.edge for call in capture.calls] == [None]
+    assert capture.layers() == [Layer("w", "b", (4, 3))]
+
+
+def test_an_input_that_is_changed_in_place_later() -> None:
+    weights, x = linear_weights(), tensor(5, 3)
+    with Capture(dict(weights)) as capture:
+        F.linear(x, weights["w"], weights["b"])
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="input of 'w' was changed in place"):
+        capture.calls[0].rows(5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 1, 3, 3)])
+@pytest.mark.parametrize("bias", [None, "b"])
+def test_packing(shape: tuple[int, ...], bias: str | None) -> None:
+    layer = Layer("w", bias, shape)
+    values = {name: tensor(*shape) for name, shape in layer.tensors.items()}
+    packed = layer.pack(values)
+    assert packed.shape == (layer.size,) == (layer.rows * layer.columns,)
+    rows = torch.cat([value.reshape(4, -1) for value in values.values()], 1)
+    assert torch.equal(packed, rows.flatten())
+    for draws in (packed, packed.expand(2, 5, -1)):
+        again = layer.unpack(draws)
+        assert list(again) == list(values)
+        assert all(torch.equal(again[n], v.expand_as(again[n])) for n, v in values.items())
+
+
+def test_unpacked_weights_are_contiguous() -> None:
+    for layer in (Layer("w", "b", (4, 3)), Layer("w", "b", (4, 1, 3, 3)), Layer("w", None, (4, 3))):
+        assert all(v.is_contiguous() for v in layer.unpack(tensor(2, layer.size)).values())
+
+
+def test_positions_of_blocks_in_a_flat_vector() -> None:
+    layers = Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))
+    order = {"v": (2, 2), "b": (2,), "w": (2, 3)}
+    one, two = positions([Block((layer,), "kfac") for layer in layers], order)
+    assert one.tolist() == [6, 7, 8, 4, 9, 10, 11, 5] and two.tolist() == [0, 1, 2, 3]
+    (joint,) = positions([Block(layers, "full")], order)
+    assert joint.tolist() == one.tolist() + two.tolist()
+
+
+def test_partitions() -> None:
+    layers = [Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))]
+    for structure in ("diag", "block", "kfac", "ekfac"):
+        assert [block.layers for block in partition(layers, structure)] == [
+            (layers[0],), (layers[1],)
+        ]
+    (full,) = partition(layers, "full")
+    assert full.layers == tuple(layers) and full.size == 12
+    values = {"w": tensor(2, 3), "b": tensor(2), "v": tensor(2, 2)}
+    again = full.unpack(full.pack(values))
+    assert all(torch.equal(again[name], value) for name, value in values.items())
+    assert partition([], "full") == []
+    with pytest.raises(ValueError, match="'kfack': choose one of full, block, diag"):
+        partition(layers, "kfack")
+
+
+# ---- what is seen -------------------------------------------------------------------------------
+
+
+def test_a_reused_layer_has_two_calls_and_is_one_layer() -> None:
+    weights, x = {"w": leaf(3, 3), "b": leaf(3)}, tensor(5, 3)
+
+    def forward(weights: Weights) -> None:
+        F.linear(F.linear(x, weights["w"], weights["b"]).tanh(), weights["w"], weights["b"])
+
+    capture = watched(weights, forward)
+    assert len(capture.calls) == 2
+    assert capture.layers() == [Layer("w", "b", (3, 3))] and not capture.missed
+
+
+def test_modules_keywords_and_functions_look_alike() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)).double(), tensor(5, 3)
+    capture = watched(dict(net.named_parameters()), lambda _: net(x))
+    first, last = Layer("0.weight", "0.bias", (4, 3)), Layer("1.weight", None, (2, 4))
+    assert capture.layers() == [first, last]
+    weights = linear_weights()
+    capture = watched(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
+    assert capture.layers() == [Layer("w", "b", (4, 3))]
+
+
+def test_unwatched_weights_are_not_recorded() -> None:
+    weights, x = linear_weights(), tensor(5, 3)
+    capture = watched(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
+    assert not capture.calls and not capture.missed
+
+
+def test_watch_adds_a_tensor() -> None:
+    weights, x, capture = linear_weights(), tensor(5, 3), Capture()
+    with capture:
+        F.linear(x, weights["w"])
+        capture.watch("w", weights["w"])
+        F.linear(x, weights["w"])
+    assert len(capture.calls) == 1
+
+
+@pytest.mark.parametrize("look", [
+    lambda w: w.shape, lambda w: w.size(), lambda w: w.size(0), lambda w: w.dim(), len,
+    lambda w: w.dtype, lambda w: w.numel(), lambda w: w.stride(), lambda w: w.requires_grad,
+    lambda w: repr(w.device),
+], ids=["shape", "size", "size0", "dim", "len", "dtype", "numel", "stride", "grad", "device"])
+def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], object]) -> None:
+    weights, x = linear_weights(), tensor(5, 3)
+
+    def forward(weights: Weights) -> None:
+        look(weights["w"])
+        F.linear(x, weights["w"], weights["b"])
+
+    capture = watched(weights, forward)
+    assert capture.layers() == [Layer("w", "b", (4, 3))], capture.missed
+
+
+# ---- what is missed, and why --------------------------------------------------------------------
+
+X = torch.ones(5, 3, dtype=torch.float64)
+OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
+    "x @ w.T": (lambda w: X @ w["w"].T, ""),
+    "x @ w.mT": (lambda w: X @ w["w"].mT, ""),
+    "w.sum()": (lambda w: w["w"].sum(), "sum"),
+    "penalty": (lambda w: F.linear(X, w["w"], w["b"]).sum() + w["w"].square().sum(), "square"),
+    "in a list": (lambda w: torch.cat([w["w"], w["w"]]), "cat"),
+    "by keyword": (lambda w: torch.sum(input=w["w"]), "sum"),
+    "unbind": (lambda w: w["w"].unbind(), "unbind"),
+    "the input": (lambda w: F.linear(w["w"], torch.ones(2, 3).double()), "the input of linear"),
+    "no batch": (lambda w: F.linear(X[0], w["w"], w["b"]), "without a batch axis"),
+}
+
+
+@pytest.mark.parametrize("use", OTHER_USES)
+def test_other_uses_are_missed(use: str) -> None:
+    forward, reason = OTHER_USES[use]
+    capture = watched(linear_weights(), forward)
+    assert capture.layers() == []
+    assert reason in capture.missed["w"]
+
+
+def test_a_bias_shares_the_fate_of_its_weight() -> None:
+    capture = watched(linear_weights(), OTHER_USES["penalty"][0])
+    assert capture.layers() == [] and set(capture.missed) == {"w", "b"}
+
+
+def test_a_bias_whose_weight_is_not_watched() -> None:
+    weights = {"b": leaf(4)}
+    capture = watched(weights, lambda w: F.linear(X, tensor(4, 3), w["b"]))
+    assert capture.missed == {"b": "linear whose weight has no posterior"}
+
+
+@pytest.mark.parametrize(("x", "groups", "reason"), [
+    ((5, 4, 6, 6), 2, "conv2d with groups=2"),
+    ((2, 6, 6), 1, "conv2d on an input without a batch axis"),
+])
+def test_convolutions_that_are_refused(x: tuple[int, ...], groups: int, reason: str) -> None:
+    weights = {"w": leaf(4, 2, 3, 3), "b": leaf(4)}
+    capture = watched(weights, lambda w: F.conv2d(tensor(*x), w["w"], w["b"], groups=groups))
+    assert capture.layers() == []
+    assert capture.missed == {"w": reason, "b": reason}
+
+
+def test_attention_is_missed_not_passed_over() -> None:
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), tensor(5, 3, 4)
+    named = dict(attention.named_parameters())
+    capture = watched(named, lambda _: attention(x, x, x))
+    assert capture.layers() == [] and set(capture.missed) == set(named)
+
+
+def test_a_weight_with_two_biases_is_no_layer() -> None:
+    weights = {"w": leaf(4, 3), "b": leaf(4), "c": leaf(4)}
+
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"], weights["b"])
+        F.linear(X, weights["w"], weights["c"])
+
+    capture = watched(weights, forward)
+    assert capture.layers() == [] and set(capture.missed) == {"w", "b", "c"}
+
+
+def test_a_weight_with_and_without_a_bias_is_no_layer() -> None:
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"], weights["b"])
+        F.linear(X, weights["w"])
+
+    capture = watched(linear_weights(), forward)
+    assert capture.layers() == [] and set(capture.missed) == {"w", "b"}
+
+
+def test_one_bias_in_two_layers_is_no_layer() -> None:
+    weights = {"w": leaf(4, 3), "v": leaf(4, 3), "b": leaf(4)}
+
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"], weights["b"])
+        F.linear(X, weights["v"], weights["b"])
+
+    capture = watched(weights, forward)
+    assert capture.layers() == [] and set(capture.missed) == {"w", "v", "b"}
+
+
+# ---- the mode -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_recorded_outside() -> None:
+    weights = linear_weights()
+    capture = Capture(dict(weights))
+    F.linear(X, weights["w"])
+    with capture:
+        pass
+    F.linear(X, weights["w"])
+    assert not capture.calls and not capture.missed
+
+
+def test_an_exception_leaves_no_mode_behind() -> None:
+    weights = linear_weights()
+    capture = Capture(dict(weights))
+    with pytest.raises(ZeroDivisionError), capture:
+        F.linear(X, weights["w"], weights["b"])
+        raise ZeroDivisionError
+    F.linear(X, weights["w"])
+    assert len(capture.calls) == 1
+
+
+def test_an_op_that_fails_is_the_callers_error() -> None:
+    weights = linear_weights()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), Capture(dict(weights)):
+        F.linear(X[:, :2], weights["w"])
+    with pytest.raises(TypeError), Capture(dict(weights)):
+        F.linear(X)
+
+
+def test_captures_nest() -> None:
+    weights = linear_weights()
+    with Capture({"w": weights["w"]}) as outer, Capture(dict(weights)) as inner:
+        F.linear(X, weights["w"], weights["b"])
+    assert [len(outer.calls), len(inner.calls)] == [1, 1]
+    assert outer.layers() == [Layer("w", None, (4, 3))]
+
+
+def test_no_gradient_is_left_on_the_weights() -> None:
+    weights = linear_weights()
+    with Capture(dict(weights)) as capture:
+        output = F.linear(X, weights["w"], weights["b"])
+    torch.autograd.grad(output.sum(), [call.edge for call in capture.calls])
+    assert all(value.grad is None for value in weights.values())
