@@ -48,6 +48,8 @@ class Block:
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}."""
+        if len(self.layers) == 1:
+            return self.layers[0].unpack(packed)
         parts = packed.split([layer.size for layer in self.layers], -1)
         values: dict[str, Tensor] = {}
         for layer, part in zip(self.layers, parts, strict=True):

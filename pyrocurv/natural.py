@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyrocurv.distributions import StructuredNormal
@@ -72,11 +73,11 @@ def trust(inner: float, lr: float, kl_clip: float | None) -> float:
 
 
 def surplus(
-    loc: Tensor, epsilon: Tensor | None, square: Tensor | None, precision: Structure, prior: Prior
+    weights: Tensor, square: Tensor | None, precision: Structure, prior: Prior
 ) -> Tensor:
-    """log q(w) - log p(w) at w = loc + epsilon, where square = εᵀΛε; without epsilon, KL(q ‖ p)."""
-    if epsilon is None or square is None:
-        return StructuredNormal(loc, precision).kl(prior.loc, prior.precision)
-    deviation = loc + epsilon - prior.loc
-    distance = (deviation.square() * prior.precision).sum()
-    return (precision.logdet() - prior.logdet(len(loc)) + distance - square) / 2
+    """log q(w) - log p(w), where square = εᵀΛε for w = M + ε; at the mean (None), KL(q ‖ p)."""
+    if square is None:
+        return StructuredNormal(weights, precision).kl(prior.loc, prior.precision)
+    deviation = weights - prior.loc
+    distance = torch.dot(deviation * prior.precision, deviation)
+    return (precision.logdet() - prior.logdet(len(weights)) + distance - square) / 2

@@ -72,7 +72,7 @@ def test_resume_gives_the_numbers_of_an_uninterrupted_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    smoke = ["--smoke", "--guide", guide, "--plot", str(tmp_path / "plot.png")]
+    smoke = ["--smoke", "--samples", "2", "--guide", guide, "--plot", str(tmp_path / "plot.png")]
     file = str(tmp_path / "checkpoint.pt")
     assert classification.main(smoke) == 0
     expected = without_seconds(capsys.readouterr().out)

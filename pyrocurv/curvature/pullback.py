@@ -132,6 +132,8 @@ def pullback(
     for term in terms:
         for scalar in VECTORS[kind](term, num_samples):
             total = scalar[:count].sum() if scalar.dim() else scalar
+            if not total.requires_grad:
+                continue
             found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
             for gradients, call, gradient in zip(pulled, calls, found, strict=True):
                 gradients.append(call.gradients(gradient, count))

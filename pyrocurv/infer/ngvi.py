@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -43,6 +43,18 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is None:
             raise RuntimeError("call ngvi.step(...): this optimizer is there for schedulers")
         return closure()
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What the backward passes of a step gave."""
+
+    loss: Tensor
+    gradients: list[Tensor]  # of the energy per datum in the sampled weights, packed
+    rest: list[Tensor | None]  # and in all other parameters
+    run: Run
+    priors: list[BlockPrior]
+    blocks: list[Block]  # with the new curvature and the next noise
 
 
 class NGVI:
@@ -183,24 +195,73 @@ class NGVI:
     ) -> tuple[float, State, Callable[[], None]]:
         """The loss, the next state, and what is then to be written into parameters."""
         group = self.optimizer.param_groups[0]
-        due = state.step % self.curvature.every == 0
-        blocks, families = list(state.blocks), self.guide.blocks
         locs = [
             family.raw_loc.detach() if block.iterate is None else block.iterate
-            for family, block in zip(families, blocks, strict=True)
+            for family, block in zip(self.guide.blocks, state.blocks, strict=True)
         ]
+        due = state.step % self.curvature.every == 0
+        found = self._backward(state, locs, due, args, kwargs)
+        ratio, beta = found.run.num_data / self.temperature, group["momentum"]
+        blocks = [
+            replace(block, momentum=push(block.momentum, gradient, beta))
+            for block, gradient in zip(found.blocks, found.gradients, strict=True)
+        ]
+        slopes = [
+            slope(block.momentum, state.step + 1, beta, loc - prior.packed.loc, prior.packed, ratio)  # type: ignore[arg-type]
+            for block, loc, prior in zip(blocks, locs, found.priors, strict=True)
+        ]
+        directions = [
+            block.metric.preconditioner.solve(h)  # type: ignore[union-attr]
+            for block, h in zip(blocks, slopes, strict=True)
+        ]
+        inner = torch.stack([torch.dot(d, h) for d, h in zip(directions, slopes, strict=True)])
+        loss, power = _finite([found.loss, inner.sum()], found.rest, state.step)
+
+        base = group.get("initial_lr", group["lr"])
+        rate = group["lr"] * trust(power, base, group["kl_clip"])
+        if self.average:
+            blocks = [
+                self._averaged(block, loc - rate * d, state.step)
+                for block, loc, d in zip(blocks, locs, directions, strict=True)
+            ]
+        encoded: list[Any] = [None] * len(blocks)
+        if due or self.average:
+            encoded = [
+                family.encode(block.average or block.metric.precision)  # type: ignore[union-attr]
+                for family, block in zip(self.guide.blocks, blocks, strict=True)
+            ]
+
+        @torch.no_grad()
+        def commit() -> None:
+            run = found.run
+            self._rest.step(run.model_params, run.guide_params(), found.rest, group["lr"] / base)
+            moves = zip(self.guide.blocks, blocks, directions, encoded, strict=True)
+            for family, block, direction, precision in moves:
+                if block.iterate is None:
+                    loc = family.raw_loc.sub_(direction, alpha=rate)
+                else:
+                    loc = family.raw_loc.lerp(block.iterate, 4 / (state.step + 4))
+                if block.iterate is not None or precision is not None:
+                    family.write(loc, precision)
+
+        return loss, State(state.step + 1, tuple(blocks)), commit
+
+    def _backward(
+        self, state: State, locs: Sequence[Tensor], due: bool, args: Any, kwargs: Any
+    ) -> _Found:
+        """Run the model at sampled weights, and take from the graph all that is wanted of it."""
+        blocks, families = list(state.blocks), self.guide.blocks
         precisions = [block.metric.precision if block.metric else None for block in blocks]
-        total = locs[0].new_zeros(())
+        noises = [block.noise for block in blocks]
+        loss = locs[0].new_zeros(())
         gradients: list[Tensor] = []
         rest: list[Tensor | None] = []
-        noises = [block.noise for block in blocks]
         for particle in range(self.num_particles):
             noise, noises = self._noise(precisions, noises)
-            run = run_model(
-                self.model, self.guide, _add(locs, noise), args, kwargs, due and particle == 0
-            )
+            sample, watch = _add(locs, noise), due and particle == 0
+            run = run_model(self.model, self.guide, sample, args, kwargs, watch)
             priors, energy = self._read_priors(run), run.energy(self.temperature)
-            if run.capture is not None:
+            if watch:
                 if not bool(torch.isfinite(energy)):
                     raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
                 blocks = self._estimate(state.step, blocks, run, priors)
@@ -214,59 +275,9 @@ class NGVI:
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
             gradients = _add(gradients, [family.block.pack(weights) for family in families])
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
-            total = total + energy.detach() + self._kl(locs, noise, precisions, priors)
-
-        ratio, beta = run.num_data / self.temperature, group["momentum"]
-        momentum = [push(b.momentum, g, beta) for b, g in zip(blocks, gradients, strict=True)]
-        slopes = [
-            slope(m, state.step + 1, beta, loc - prior.packed.loc, prior.packed, ratio)
-            for m, loc, prior in zip(momentum, locs, priors, strict=True)
-        ]
-        directions = [
-            block.metric.preconditioner.solve(h)  # type: ignore[union-attr]
-            for block, h in zip(blocks, slopes, strict=True)
-        ]
-        inner = torch.stack([torch.dot(d, h) for d, h in zip(directions, slopes, strict=True)])
-        sane = [total / self.num_particles, inner.sum()]
-        sane += [g.sum().to(total) for g in rest if g is not None]
-        loss, power, *checks = torch.stack(sane).tolist()  # the step's one synchronisation
-        if not all(map(math.isfinite, (loss, power, *checks))):
-            raise FloatingPointError(
-                f"step {state.step}: the loss is {loss} or a gradient is not finite"
-            )
-
-        base = group.get("initial_lr", group["lr"])
-        rate = group["lr"] * trust(power, base, group["kl_clip"])
-        blocks = [
-            replace(block, momentum=m, noise=noise)
-            for block, m, noise in zip(blocks, momentum, noises, strict=True)
-        ]
-        if self.average:
-            blocks = [
-                self._averaged(block, loc - rate * d, state.step)
-                for block, loc, d in zip(blocks, locs, directions, strict=True)
-            ]
-
-        encoded: list[Any] = [None] * len(blocks)
-        if due or self.average:
-            encoded = [
-                family.encode(block.average or block.metric.precision)  # type: ignore[union-attr]
-                for family, block in zip(families, blocks, strict=True)
-            ]
-
-        @torch.no_grad()
-        def commit() -> None:
-            self._rest.step(run.model_params, run.guide_params(), rest, group["lr"] / base)
-            moves = zip(families, blocks, directions, encoded, strict=True)
-            for family, block, direction, precision in moves:
-                if block.iterate is None:
-                    loc = family.raw_loc.sub_(direction, alpha=rate)
-                else:
-                    loc = family.raw_loc.lerp(block.iterate, 4 / (state.step + 4))
-                if block.iterate is not None or precision is not None:
-                    family.write(loc, precision)
-
-        return loss, State(state.step + 1, tuple(blocks)), commit
+            loss = loss + energy.detach() + self._kl(sample, noise, precisions, priors)
+        blocks = [replace(block, noise=n) for block, n in zip(blocks, noises, strict=True)]
+        return _Found(loss / self.num_particles, gradients, rest, run, priors, blocks)
 
     # ---- its parts ------------------------------------------------------------------------------
 
@@ -304,7 +315,7 @@ class NGVI:
         self, step: int, blocks: Sequence[Block], run: Run, priors: Sequence[BlockPrior]
     ) -> list[Block]:
         """The blocks with this run's curvature averaged in, and the metrics that follow from it."""
-        spec, sites = self.curvature, run.replay.observed
+        spec, sites = self.curvature, run.data
         running = estimator.observe(
             spec, step, [family.block for family in self.guide.blocks],
             [block.running for block in blocks],
@@ -320,16 +331,15 @@ class NGVI:
 
     @torch.no_grad()
     def _kl(
-        self, locs: Sequence[Tensor], noise: Sequence[Noise] | None,
+        self, sample: Sequence[Tensor], noise: Sequence[Noise] | None,
         precisions: Sequence[Structure | None], priors: Sequence[BlockPrior],
     ) -> Tensor:
         """T (log q - log p) of the sampled weights; T KL at the first step, which samples none."""
-        total = locs[0].new_zeros(())
-        for number, (loc, prior) in enumerate(zip(locs, priors, strict=True)):
+        total = sample[0].new_zeros(())
+        for number, (weights, prior) in enumerate(zip(sample, priors, strict=True)):
             precision = precisions[number] or self.guide.blocks[number].precision()
-            drawn = None if noise is None else noise[number]
-            epsilon, square = (None, None) if drawn is None else (drawn.epsilon, drawn.square)
-            total = total + surplus(loc, epsilon, square, precision, prior.packed)
+            square = None if noise is None else noise[number].square
+            total = total + surplus(weights, square, precision, prior.packed)
         return self.temperature * total
 
     def _averaged(self, block: Block, loc: Tensor, step: int) -> Block:
@@ -355,10 +365,11 @@ class NGVI:
         for _ in range(self.num_particles):
             noise, used = self._noise(precisions, used)
             with frozen_buffers(self.model):
-                run = run_model(self.model, self.guide, _add(locs, noise), args, kwargs)
+                sample = _add(locs, noise)
+                run = run_model(self.model, self.guide, sample, args, kwargs)
             priors = self._read_priors(run)
             energy = run.energy(self.temperature)
-            losses.append(energy + self._kl(locs, noise, precisions, priors))
+            losses.append(energy + self._kl(sample, noise, precisions, priors))
         return float(torch.stack(losses).mean())
 
     def state_dict(self) -> dict[str, Any]:
@@ -385,6 +396,20 @@ class NGVI:
         self._rest.load_state_dict(state["rest"])
         self._stream.load_state_dict(state["stream"])
         self.skipped, self._state = state["skipped"], held
+
+
+def _finite(
+    numbers: Sequence[Tensor], gradients: Sequence[Tensor | None], step: int
+) -> list[float]:
+    """The numbers as floats: the one synchronisation of a step.
+
+    Raises FloatingPointError when one of them or a gradient is not finite.
+    """
+    sums = [g.sum().to(numbers[0]) for g in gradients if g is not None]
+    values = torch.stack([*numbers, *sums]).tolist()
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"step {step}: the loss is {values[0]} or a gradient not finite")
+    return values[: len(numbers)]
 
 
 def _is_number(value: Any) -> bool:

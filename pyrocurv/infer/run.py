@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyrocurv.capture import Capture
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.replay import Replay
+from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.priors import as_normal
 from pyrocurv.prototype import modules
 
@@ -28,15 +30,21 @@ class Run:
     capture: Capture | None
     model_params: list[Tensor]  # of the model, unconstrained
 
+    @cached_property
+    def data(self) -> list[Site]:
+        """The observed sites whose likelihood the weights have a part in; factors have none."""
+        sites = [site for site in self.replay.observed if site.batch]
+        return [site for site in sites if _hangs_on_graph(site.fn)] or sites
+
     @property
     def num_data(self) -> int:
         """N."""
-        return max(site.num_data for site in self.replay.observed)
+        return max(site.num_data for site in self.data)
 
     @property
     def batch(self) -> int:
         """B."""
-        return max(site.batch for site in self.replay.observed)
+        return max(site.batch for site in self.data)
 
     def energy(self, temperature: float) -> Tensor:
         """N nll, plus T (log q - log p) of the latents that the fallback guide has.
@@ -92,8 +100,15 @@ def run_model(
     return Run(weights, replay, fallback, capture, list({id(p): p for p in params}.values()))
 
 
+def _hangs_on_graph(fn: Distribution) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    parameters = (getattr(fn, name, None) for name in fn.arg_constraints)
+    return any(isinstance(value, Tensor) and value.requires_grad for value in parameters)
+
+
 def _check(replay: Replay) -> None:
-    if not replay.observed:
+    if not any(site.batch for site in replay.observed):
         raise ValueError("the model has no observed site in this call: were the data left out?")
     for site in replay.observed:
         if site.batch > site.num_data:
