@@ -9,6 +9,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrocurv.priors import Prior, kl
 from pyrocurv.structures import Structure
 
 
@@ -69,10 +70,5 @@ class StructuredNormal(TorchDistribution):
         return (len(self.loc) * (1 + math.log(2 * math.pi)) - self.precision.logdet()) / 2
 
     def kl(self, prior_loc: Tensor, prior_precision: Tensor) -> Tensor:
-        """KL to N(prior_loc, diag(1 / prior_precision)); both [P] or scalars. In nats.
-
-        ½ Σ [δ σ² + δ (M - M0)² - 1 - ln δ] + ½ ln det Λ
-        """
-        spread = self.variance + (self.loc - prior_loc).square()
-        terms = prior_precision * spread - 1 - prior_precision.log()
-        return (terms.sum() + self.precision.logdet()) / 2
+        """KL to N(prior_loc, diag(1 / prior_precision)); both [P] or scalars. In nats."""
+        return kl(self.loc, self.precision, Prior(prior_loc, prior_precision))

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrocurv.distributions import StructuredNormal
-from pyrocurv.priors import BlockPrior, Prior
+from pyrocurv.priors import BlockPrior, Prior, kl
 from pyrocurv.structures import Rescaled, Structure
 
 
@@ -77,7 +76,7 @@ def surplus(
 ) -> Tensor:
     """log q(w) - log p(w), where square = εᵀΛε for w = M + ε; at the mean (None), KL(q ‖ p)."""
     if square is None:
-        return StructuredNormal(weights, precision).kl(prior.loc, prior.precision)
+        return kl(weights, precision, prior)
     deviation = weights - prior.loc
     distance = torch.dot(deviation * prior.precision, deviation)
     return (precision.logdet() - prior.logdet(len(weights)) + distance - square) / 2

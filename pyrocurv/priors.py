@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from pyrocurv.blocks import Block
+from pyrocurv.structures import Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,13 @@ class Units:
     def root(self) -> Tensor | None:
         """sqrt(p_i r_j) as [P], if they are not one."""
         return None if self.roots is None else torch.outer(*self.roots).flatten()
+
+
+def kl(loc: Tensor, precision: Structure, prior: Prior) -> Tensor:
+    """KL(N(M, Λ⁻¹) ‖ prior) in nats: ½ Σ [δ (σ² + (M - M₀)²) - 1 - ln δ] + ½ ln det Λ."""
+    spread = precision.inverse_diag() + (loc - prior.loc).square()
+    terms = prior.precision * spread - 1 - prior.precision.log()
+    return (terms.sum() + precision.logdet()) / 2
 
 
 def as_normal(prior: Distribution) -> Normal | None:

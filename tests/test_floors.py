@@ -11,12 +11,17 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"structures", "layers"},
     {"blocks"},
-    {"capture", "distributions", "priors"},
-    {"families", "natural", "prototype"},
+    {"capture", "priors"},
+    {"distributions", "natural", "prototype"},
+    {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
+    {"state"},
+    {"engine"},
     {"infer"},
 ]
-TORCH_ONLY = {"structures", "layers", "blocks", "capture", "priors", "curvature"}
+TORCH_ONLY = {
+    "structures", "layers", "blocks", "capture", "priors", "curvature", "natural", "state", "engine",
+}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "pyrocurv").rglob("*.py")

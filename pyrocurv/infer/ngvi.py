@@ -19,17 +19,17 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pyrocurv.curvature import Curvature, estimator
+from pyrocurv import engine
+from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
+from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
-from pyrocurv.infer.state import Block, Noise, State
 from pyrocurv.infer.stream import Stream
-from pyrocurv.natural import metric, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior
 from pyrocurv.prototype import frozen_buffers, modules, snapshot
-from pyrocurv.structures import Structure
+from pyrocurv.state import Carried, Noise, State
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -47,14 +47,14 @@ class NaturalGradient(torch.optim.Optimizer):
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What the backward passes of a step gave."""
+    """What the runs of the model in a step gave."""
 
     loss: Tensor
     gradients: list[Tensor]  # of the energy per datum in the sampled weights, packed
     rest: list[Tensor | None]  # and in all other parameters
-    run: Run
+    run: Run  # the last
     priors: list[BlockPrior]
-    blocks: list[Block]  # with the new curvature and the next noise
+    state: State  # with the new curvature and the next noise
 
 
 class NGVI:
@@ -163,9 +163,10 @@ class NGVI:
         sampled (what `SVI.step` returns). NaN for a step that was skipped.
         """
         first = self._state is None
-        with Stream(self._stream.seed)(torch.device("cpu")):  # a first call is no part of the run
-            self._meet(*args, **kwargs)
-        state = self._state or State(0, tuple(Block() for _ in self.guide.blocks))
+        if self.guide.prototype_trace is None:
+            with Stream(self._stream.seed)(torch.device("cpu")):  # no part of the run
+                poutine.block(self.guide)(*args, **kwargs)
+        state = self._state or State(0, tuple(Carried() for _ in self.guide.blocks))
         if not state.blocks:
             raise ValueError("no latent of this guide has a supported op: use pyro.infer.SVI")
         like = self.guide.blocks[0].raw_loc
@@ -173,7 +174,7 @@ class NGVI:
         try:
             validation = nullcontext() if first else pyro.validation_enabled(False)
             with self._stream(like.device), validation:
-                loss, state, commit = self._propose(state, args, kwargs)
+                proposal, commit = self._propose(state, args, kwargs)
         except BaseException as error:
             restore()
             if not isinstance(error, FloatingPointError):
@@ -183,88 +184,73 @@ class NGVI:
             self.skipped += 1
             return math.nan
         self.optimizer.step(commit)
-        self._state = state
-        return loss
-
-    def _meet(self, *args: Any, **kwargs: Any) -> None:
-        if self.guide.prototype_trace is None:
-            poutine.block(self.guide)(*args, **kwargs)
+        self._state = proposal.state
+        return proposal.loss
 
     def _propose(
         self, state: State, args: Any, kwargs: Any
-    ) -> tuple[float, State, Callable[[], None]]:
-        """The loss, the next state, and what is then to be written into parameters."""
-        group = self.optimizer.param_groups[0]
+    ) -> tuple[Proposal, Callable[[], None]]:
+        """The step, and what it then writes into parameters."""
+        families, due = self.guide.blocks, state.step % self.curvature.every == 0
         locs = [
-            family.raw_loc.detach() if block.iterate is None else block.iterate
-            for family, block in zip(self.guide.blocks, state.blocks, strict=True)
+            family.raw_loc.detach() if one.iterate is None else one.iterate
+            for family, one in zip(families, state.blocks, strict=True)
         ]
-        due = state.step % self.curvature.every == 0
         found = self._backward(state, locs, due, args, kwargs)
-        ratio, beta = found.run.num_data / self.temperature, group["momentum"]
-        blocks = [
-            replace(block, momentum=push(block.momentum, gradient, beta))
-            for block, gradient in zip(found.blocks, found.gradients, strict=True)
-        ]
-        slopes = [
-            slope(block.momentum, state.step + 1, beta, loc - prior.packed.loc, prior.packed, ratio)  # type: ignore[arg-type]
-            for block, loc, prior in zip(blocks, locs, found.priors, strict=True)
-        ]
-        directions = [
-            block.metric.preconditioner.solve(h)  # type: ignore[union-attr]
-            for block, h in zip(blocks, slopes, strict=True)
-        ]
-        inner = torch.stack([torch.dot(d, h) for d, h in zip(directions, slopes, strict=True)])
-        loss, power = _finite([found.loss, inner.sum()], found.rest, state.step)
-
-        base = group.get("initial_lr", group["lr"])
-        rate = group["lr"] * trust(power, base, group["kl_clip"])
-        if self.average:
-            blocks = [
-                self._averaged(block, loc - rate * d, state.step)
-                for block, loc, d in zip(blocks, locs, directions, strict=True)
-            ]
-        encoded: list[Any] = [None] * len(blocks)
+        numbers = self._numbers(found.run)
+        proposal = engine.propose(
+            found.state, locs, found.gradients, found.priors, found.loss, found.rest, numbers,
+            self.average,
+        )
+        encoded: list[Any] = [None] * len(locs)
         if due or self.average:
             encoded = [
-                family.encode(block.average or block.metric.precision)  # type: ignore[union-attr]
-                for family, block in zip(self.guide.blocks, blocks, strict=True)
+                family.encode(one.average or one.metric.precision)  # type: ignore[union-attr]
+                for family, one in zip(families, proposal.state.blocks, strict=True)
             ]
 
         @torch.no_grad()
         def commit() -> None:
-            run = found.run
-            self._rest.step(run.model_params, run.guide_params(), found.rest, group["lr"] / base)
-            moves = zip(self.guide.blocks, blocks, directions, encoded, strict=True)
-            for family, block, direction, precision in moves:
-                if block.iterate is None:
-                    loc = family.raw_loc.sub_(direction, alpha=rate)
+            run, factor = found.run, numbers.lr / numbers.base_lr
+            self._rest.step(run.model_params, run.guide_params(), found.rest, factor)
+            moves = zip(
+                families, proposal.state.blocks, proposal.directions, encoded, strict=True
+            )
+            for family, one, direction, precision in moves:
+                if one.iterate is None:
+                    loc = family.raw_loc.sub_(direction, alpha=proposal.rate)
                 else:
-                    loc = family.raw_loc.lerp(block.iterate, 4 / (state.step + 4))
-                if block.iterate is not None or precision is not None:
+                    loc = family.raw_loc.lerp(one.iterate, engine.average_weight(state.step))
+                if one.iterate is not None or precision is not None:
                     family.write(loc, precision)
 
-        return loss, State(state.step + 1, tuple(blocks)), commit
+        return proposal, commit
 
     def _backward(
         self, state: State, locs: Sequence[Tensor], due: bool, args: Any, kwargs: Any
     ) -> _Found:
         """Run the model at sampled weights, and take from the graph all that is wanted of it."""
-        blocks, families = list(state.blocks), self.guide.blocks
-        precisions = [block.metric.precision if block.metric else None for block in blocks]
-        noises = [block.noise for block in blocks]
+        carried, families = list(state.blocks), self.guide.blocks
+        precisions = [one.metric.precision if one.metric else None for one in carried]
+        held = [q or family.precision() for q, family in zip(precisions, families, strict=True)]
+        noises = [one.noise for one in carried]
         loss = locs[0].new_zeros(())
         gradients: list[Tensor] = []
         rest: list[Tensor | None] = []
         for particle in range(self.num_particles):
-            noise, noises = self._noise(precisions, noises)
+            noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = _add(locs, noise), due and particle == 0
             run = run_model(self.model, self.guide, sample, args, kwargs, watch)
             priors, energy = self._read_priors(run), run.energy(self.temperature)
             if watch:
                 if not bool(torch.isfinite(energy)):
                     raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
-                blocks = self._estimate(state.step, blocks, run, priors)
+                carried = engine.observe(
+                    self.curvature, state.step, [family.block for family in families], carried,
+                    [site.observation(run.num_data) for site in run.data],
+                    run.capture.calls, run.data[0].rows, run.batch / run.num_data,  # type: ignore[union-attr]
+                    priors, self._numbers(run),
+                )
             params = [*run.model_params, *run.guide_params()]
             found = torch.autograd.grad(
                 energy / (run.num_data * self.num_particles),
@@ -275,26 +261,20 @@ class NGVI:
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
             gradients = _add(gradients, [family.block.pack(weights) for family in families])
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
-            loss = loss + energy.detach() + self._kl(sample, noise, precisions, priors)
-        blocks = [replace(block, noise=n) for block, n in zip(blocks, noises, strict=True)]
-        return _Found(loss / self.num_particles, gradients, rest, run, priors, blocks)
+            divergence = engine.divergence(sample, noise, held, priors)
+            loss = loss + energy.detach() + self.temperature * divergence
+        carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
+        loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
+        return _Found(loss, gradients, rest, run, priors, seen)
 
     # ---- its parts ------------------------------------------------------------------------------
 
-    def _noise(
-        self, precisions: Sequence[Structure | None], used: Sequence[Noise | None]
-    ) -> tuple[list[Noise] | None, list[Noise | None]]:
-        """This sample's deviation from the mean (None: none yet), and what to mirror next."""
-        if used[0] is not None:
-            return [noise.mirrored() for noise in used], [None] * len(used)  # type: ignore[union-attr]
-        if precisions[0] is None:
-            return None, [None] * len(used)
-        like = self.guide.blocks[0].raw_loc
-        fresh = []
-        for precision in precisions:
-            z = torch.randn(precision.size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
-            fresh.append(Noise(precision.rsqrt(z), torch.dot(z, z)))  # type: ignore[union-attr]
-        return fresh, [*fresh] if self.antithetic else [None] * len(used)
+    def _numbers(self, run: Run) -> Numbers:
+        group = self.optimizer.param_groups[0]
+        return Numbers(
+            group["lr"], group.get("initial_lr", group["lr"]), group["momentum"],
+            group["damping"], group["kl_clip"], run.num_data, self.temperature,
+        )
 
     def _read_priors(self, run: Run) -> list[BlockPrior]:
         """The priors as the model gives them in this run; what cannot have changed is kept."""
@@ -311,43 +291,6 @@ class NGVI:
             self.guide.observe_priors([prior.packed for prior in priors])
         return priors
 
-    def _estimate(
-        self, step: int, blocks: Sequence[Block], run: Run, priors: Sequence[BlockPrior]
-    ) -> list[Block]:
-        """The blocks with this run's curvature averaged in, and the metrics that follow from it."""
-        spec, sites = self.curvature, run.data
-        running = estimator.observe(
-            spec, step, [family.block for family in self.guide.blocks],
-            [block.running for block in blocks],
-            [site.observation(run.num_data) for site in sites],
-            run.capture.calls, sites[0].rows, [prior.units for prior in priors],  # type: ignore[union-attr]
-        )
-        faint = spec.initial * (1 - min(0.05, run.batch / run.num_data)) ** step
-        damping, ratio = self.optimizer.param_groups[0]["damping"], run.num_data / self.temperature
-        return [
-            replace(block, running=new, metric=metric(new.curvature, faint, prior, ratio, damping))
-            for block, new, prior in zip(blocks, running, priors, strict=True)
-        ]
-
-    @torch.no_grad()
-    def _kl(
-        self, sample: Sequence[Tensor], noise: Sequence[Noise] | None,
-        precisions: Sequence[Structure | None], priors: Sequence[BlockPrior],
-    ) -> Tensor:
-        """T (log q - log p) of the sampled weights; T KL at the first step, which samples none."""
-        total = sample[0].new_zeros(())
-        for number, (weights, prior) in enumerate(zip(sample, priors, strict=True)):
-            precision = precisions[number] or self.guide.blocks[number].precision()
-            square = None if noise is None else noise[number].square
-            total = total + surplus(weights, square, precision, prior.packed)
-        return self.temperature * total
-
-    def _averaged(self, block: Block, loc: Tensor, step: int) -> Block:
-        precision = block.metric.precision  # type: ignore[union-attr]
-        if block.average is not None:
-            precision = block.average.lerp(precision, 4 / (step + 4))
-        return replace(block, iterate=loc, average=precision)
-
     # ---- watching and saving --------------------------------------------------------------------
 
     @torch.no_grad()
@@ -357,19 +300,21 @@ class NGVI:
         A difference of log densities at the same weights, hence without noise where q is the
         posterior. Draws from torch's global generator and changes nothing.
         """
-        self._meet(*args, **kwargs)
+        if self.guide.prototype_trace is None:
+            poutine.block(self.guide)(*args, **kwargs)
         locs = [family.raw_loc.detach() for family in self.guide.blocks]
         precisions = [family.precision() for family in self.guide.blocks]
         used: list[Noise | None] = [None] * len(locs)
         losses = []
         for _ in range(self.num_particles):
-            noise, used = self._noise(precisions, used)
+            noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
             with frozen_buffers(self.model):
                 sample = _add(locs, noise)
                 run = run_model(self.model, self.guide, sample, args, kwargs)
             priors = self._read_priors(run)
             energy = run.energy(self.temperature)
-            losses.append(energy + self._kl(sample, noise, precisions, priors))
+            divergence = engine.divergence(sample, noise, precisions, priors)
+            losses.append(energy + self.temperature * divergence)
         return float(torch.stack(losses).mean())
 
     def state_dict(self) -> dict[str, Any]:
@@ -396,20 +341,6 @@ class NGVI:
         self._rest.load_state_dict(state["rest"])
         self._stream.load_state_dict(state["stream"])
         self.skipped, self._state = state["skipped"], held
-
-
-def _finite(
-    numbers: Sequence[Tensor], gradients: Sequence[Tensor | None], step: int
-) -> list[float]:
-    """The numbers as floats: the one synchronisation of a step.
-
-    Raises FloatingPointError when one of them or a gradient is not finite.
-    """
-    sums = [g.sum().to(numbers[0]) for g in gradients if g is not None]
-    values = torch.stack([*numbers, *sums]).tolist()
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"step {step}: the loss is {values[0]} or a gradient not finite")
-    return values[: len(numbers)]
 
 
 def _is_number(value: Any) -> bool:

@@ -26,7 +26,7 @@ class Noise:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Carried:
     """What one block carries; the lists of a state have one for each."""
 
     running: Running | None = None
@@ -51,11 +51,11 @@ class Block:
         }
 
     @staticmethod
-    def from_state(state: dict[str, Any]) -> Block:
+    def from_state(state: dict[str, Any]) -> Carried:
         """The way back from `state`."""
         running, metric, noise = state["running"], state["metric"], state["noise"]
         average = state["average"]
-        return Block(
+        return Carried(
             None if running is None else Running.from_state(running),
             None if metric is None else Metric(*(Structure.from_state(part) for part in metric)),
             state["momentum"],
@@ -70,7 +70,7 @@ class State:
     """After `step` steps."""
 
     step: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[Carried, ...]
 
     def to(self, like: Tensor) -> State:
         """On the device and in the dtype of `like`."""
@@ -86,7 +86,7 @@ class State:
     @staticmethod
     def from_state(state: dict[str, Any]) -> State:
         """The way back from `state`."""
-        return State(state["step"], tuple(Block.from_state(block) for block in state["blocks"]))
+        return State(state["step"], tuple(Carried.from_state(block) for block in state["blocks"]))
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -1,0 +1,156 @@
+"""A natural-gradient step over all blocks, whoever runs the model.
+
+A state and what was seen go in, a proposal comes out; nothing is changed here, the caller commits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyrocurv.blocks import Block
+from pyrocurv.capture import Call
+from pyrocurv.curvature import Curvature, estimator
+from pyrocurv.curvature.pullback import Observation
+from pyrocurv.natural import metric, push, slope, surplus, trust
+from pyrocurv.priors import BlockPrior
+from pyrocurv.state import Carried, Noise, State
+from pyrocurv.structures import Structure
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a step: learning rate, its base (before a schedule), β, damping, κ, N, T."""
+
+    lr: float
+    base_lr: float
+    momentum: float
+    damping: float
+    kl_clip: float | None
+    num_data: int
+    temperature: float
+
+    @property
+    def ratio(self) -> float:
+        """N/T."""
+        return self.num_data / self.temperature
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """A step that is ready to be made: the means move by -rate · direction."""
+
+    loss: float
+    rate: float
+    directions: list[Tensor]
+    state: State
+
+
+def draw(
+    precisions: Sequence[Structure | None], used: Sequence[Noise | None], like: Tensor,
+    antithetic: bool,
+) -> tuple[list[Noise] | None, list[Noise | None]]:
+    """A sample's deviation from the mean, and what to mirror next.
+
+    None for the deviation as long as there is no precision: the first step is at the mean.
+    """
+    nothing: list[Noise | None] = [None] * len(used)
+    if used[0] is not None:
+        return [noise.mirrored() for noise in used], nothing  # type: ignore[union-attr]
+    if precisions[0] is None:
+        return None, nothing
+    fresh = []
+    for precision in precisions:
+        z = torch.randn(precision.size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
+        fresh.append(Noise(precision.rsqrt(z), torch.dot(z, z)))  # type: ignore[union-attr]
+    return fresh, [*fresh] if antithetic else nothing
+
+
+def observe(
+    spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
+    terms: Sequence[Observation], calls: Sequence[Call], rows: int, share: float,
+    priors: Sequence[BlockPrior], numbers: Numbers,
+) -> list[Carried]:
+    """Average one more estimate of the curvature in; `share` is B/N.
+
+    The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N).
+    """
+    running = estimator.observe(
+        spec, step, blocks, [one.running for one in carried], terms, calls, rows,
+        [prior.units for prior in priors],
+    )
+    faint = spec.initial * (1 - min(0.05, share)) ** step
+    return [
+        replace(one, running=new,
+                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))
+        for one, new, prior in zip(carried, running, priors, strict=True)
+    ]
+
+
+@torch.no_grad()
+def divergence(
+    sample: Sequence[Tensor], noise: Sequence[Noise] | None, precisions: Sequence[Structure],
+    priors: Sequence[BlockPrior],
+) -> Tensor:
+    """log q - log p of the sampled weights; without noise, the KL at the mean. In nats."""
+    squares = [None] * len(sample) if noise is None else [one.square for one in noise]
+    parts = zip(sample, squares, precisions, priors, strict=True)
+    return torch.stack([surplus(w, square, q, prior.packed) for w, square, q, prior in parts]).sum()
+
+
+def propose(
+    state: State, locs: Sequence[Tensor], gradients: Sequence[Tensor],
+    priors: Sequence[BlockPrior], loss: Tensor, others: Sequence[Tensor | None],
+    numbers: Numbers, average: bool,
+) -> Proposal:
+    """The step from the gradients per datum; `others` are gradients that must be finite too.
+
+    Raises FloatingPointError when the loss or a gradient is not finite.
+    """
+    blocks = [
+        replace(one, momentum=push(one.momentum, gradient, numbers.momentum))
+        for one, gradient in zip(state.blocks, gradients, strict=True)
+    ]
+    slopes, directions = [], []
+    for one, loc, prior in zip(blocks, locs, priors, strict=True):
+        deviation = loc - prior.packed.loc
+        h = slope(one.momentum, state.step + 1, numbers.momentum, deviation, prior.packed,  # type: ignore[arg-type]
+                  numbers.ratio)
+        slopes.append(h)
+        directions.append(one.metric.preconditioner.solve(h))  # type: ignore[union-attr]
+    inner = torch.stack([torch.dot(d, h) for d, h in zip(directions, slopes, strict=True)]).sum()
+    value, power = _finite([loss, inner], others, state.step)
+    rate = numbers.lr * trust(power, numbers.base_lr, numbers.kl_clip)
+    if average:
+        blocks = [
+            _averaged(one, loc - rate * d, state.step)
+            for one, loc, d in zip(blocks, locs, directions, strict=True)
+        ]
+    return Proposal(value, rate, directions, State(state.step + 1, tuple(blocks)))
+
+
+def average_weight(step: int) -> float:
+    """4 / (t + 4): of the iterate after step t in the running average."""
+    return 4 / (step + 4)
+
+
+def _averaged(one: Carried, loc: Tensor, step: int) -> Carried:
+    precision = one.metric.precision  # type: ignore[union-attr]
+    if one.average is not None:
+        precision = one.average.lerp(precision, average_weight(step))
+    return replace(one, iterate=loc, average=precision)
+
+
+def _finite(
+    numbers: Sequence[Tensor], gradients: Sequence[Tensor | None], step: int
+) -> list[float]:
+    """The numbers as floats: the one synchronisation of a step."""
+    sums = [g.sum().to(numbers[0]) for g in gradients if g is not None]
+    values = torch.stack([*numbers, *sums]).tolist()
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"step {step}: the loss is {values[0]} or a gradient not finite")
+    return values[: len(numbers)]
