@@ -53,7 +53,8 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
         import matplotlib.pyplot as plt
 
         ax = plt.subplots()[1]
-    left = [k / bins for k in range(bins)]
+    filled = share > 0
+    left = torch.arange(bins)[filled] / bins
     share_depth = -0.25 * share / share.max()
     hatched = dict(color=(0.84, 0.15, 0.16, 0.25), edgecolor="tab:red", hatch="//")
     for height, bottom, look in (
@@ -61,7 +62,8 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
         (gap, accuracy, dict(**hatched, label="gap to confidence")),
         (share_depth, torch.zeros(bins), dict(color="0.7", label="share of examples")),
     ):
-        ax.bar(left, height.tolist(), 1 / bins, bottom.tolist(), align="edge", **look)
+        height, bottom = height[filled], bottom[filled]
+        ax.bar(left.tolist(), height.tolist(), 1 / bins, bottom.tolist(), align="edge", **look)
     ax.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ax.axhline(0, color="0.3", linewidth=0.8)
     ax.set(xlim=(0, 1), ylim=(-0.28, 1), xlabel="confidence", ylabel="accuracy")

@@ -84,12 +84,29 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 @contextmanager
 def frozen_buffers(model: Any) -> Iterator[None]:
-    """Leave the model's persistent buffers as they were."""
-    restore = snapshot(modules(model))
+    """Leave the model's persistent buffers as they were, and frozen parameters frozen."""
+    parts = modules(model)
+    restore = snapshot(parts)
     try:
-        yield
+        with still_frozen(parts):
+            yield
     finally:
         restore()
+
+
+@contextmanager
+def still_frozen(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
+    """Gives the modules' trainable parameters, and keeps the others from being made trainable.
+
+    Pyro's parameter store does that to whatever it meets (`requires_grad_(True)` in place).
+    """
+    found = [p for part in modules for p in part._parameters.values() if p is not None]
+    frozen = [p for p in found if not p.requires_grad]
+    try:
+        yield [p for p in found if p.requires_grad]
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def inspect(

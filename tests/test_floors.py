@@ -20,7 +20,8 @@ FLOORS = [
     {"infer"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "blocks", "capture", "priors", "curvature", "natural", "state", "engine",
+    "structures", "layers", "blocks", "capture", "priors", "curvature", "natural", "state",
+    "engine",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -768,6 +768,33 @@ def test_parameters_that_take_no_part_stay() -> None:
     assert torch.equal(model.spare, torch.ones(3))
 
 
+@pytest.mark.parametrize("local", [False, True], ids=["store", "local"])
+@pytest.mark.parametrize("called", [False, True], ids=["guide new", "guide called"])
+def test_frozen_parameters_stay_frozen(local: bool, called: bool) -> None:
+    """A posterior over the last layer of a network whose other layers are kept as they are."""
+    with pyro.settings.context(module_local_params=local):
+        net = norm_net()
+        net.requires_grad_(False)
+        model, data = Regressor(bayesianize(net, layers=["3"]), NUM_DATA), regression_data()
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        ngvi = NGVI(model, KFACGuide(model))
+        if called:
+            ngvi.guide(*data)
+        for _ in range(3):
+            ngvi.step(*data)
+        assert list(ngvi.guide.sites) == ["net.3.weight", "net.3.bias"] and len(before) == 4
+        assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+        assert not any(value.requires_grad for value in model.parameters())
+
+
+def test_a_step_under_no_grad() -> None:
+    model, data = regressor(), regression_data()
+    ngvi = NGVI(model, KFACGuide(model))
+    with torch.no_grad():
+        losses = [ngvi.step(*data) for _ in range(3)]
+    assert all(map(math.isfinite, losses))
+
+
 def test_nobodys_grad_is_touched() -> None:
     model, data = Regressor(bayesianize(norm_net()), NUM_DATA), regression_data()
     ngvi = NGVI(model, KFACGuide(model))

@@ -173,7 +173,7 @@ class NGVI:
         state, restore = state.to(like), snapshot(modules(self.model))
         try:
             validation = nullcontext() if first else pyro.validation_enabled(False)
-            with self._stream(like.device), validation:
+            with self._stream(like.device), validation, torch.enable_grad():
                 proposal, commit = self._propose(state, args, kwargs)
         except BaseException as error:
             restore()

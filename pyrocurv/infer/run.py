@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
@@ -17,7 +16,7 @@ from pyrocurv.capture import Capture
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.priors import as_normal
-from pyrocurv.prototype import modules
+from pyrocurv.prototype import modules, still_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +90,11 @@ def run_model(
         fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
-    with torch.enable_grad() if watch else nullcontext(), Replay(values) as replay:
+    with still_frozen(modules(model)) as own, Replay(values) as replay:
         with capture or nullcontext():
             model(*args, **kwargs)
     _check(replay)
-    own = [p for part in modules(model) for p in part._parameters.values() if p is not None]
-    params = [p for p in [*own, *replay.params] if p.requires_grad]
+    params = [*own, *(p for p in replay.params if p.requires_grad)]
     return Run(weights, replay, fallback, capture, list({id(p): p for p in params}.values()))
 
 
