@@ -1,7 +1,7 @@
 """Which weights share a block of the curvature, in which order: the partition and its packing.
 
-`diag`, `block` and the Kronecker structures have a block for each layer, `full` one for all; inside
-a block the layers follow each other, each as its matrix [O, I] row-major.
+`block` and the Kronecker structures have a block for each layer, `full` and, for speed, `diag` one
+for all; inside a block the layers follow each other, each as its matrix [O, I] row-major.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Block:
 
 def partition(layers: Sequence[Layer], structure: str) -> list[Block]:
     """The blocks that `structure` makes of the layers."""
-    if check_structure(structure) == "full":
+    if check_structure(structure) in ("full", "diag"):
         return [Block(tuple(layers), structure)] if layers else []
     return [Block((layer,), structure) for layer in layers]
 

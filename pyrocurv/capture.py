@@ -42,10 +42,8 @@ class Call:
             raise RuntimeError(
                 f"the input of {self.layer.weight!r} was changed in place after the layer read it"
             )
-        rows = self.op.rows(self.input.detach()[:count], self.settings)
-        if self.layer.bias is None:
-            return rows
-        return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1)
+        bias = self.layer.bias is not None
+        return self.op.rows(self.input.detach()[:count], self.settings, bias)
 
     def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
         """A gradient onto the output as [count, S, O]; None (no path) is zero."""

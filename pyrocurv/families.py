@@ -38,7 +38,7 @@ class Family(PyroModule):
     @property
     def raw_loc(self) -> Tensor:
         """The parameter under `loc`, to be read and written in place."""
-        return self.loc_unconstrained
+        return self._parameters["loc_unconstrained"]  # a PyroModule's attributes are slow
 
     def distribution(self) -> Distribution:
         """The Gaussian, differentiable in the parameters."""

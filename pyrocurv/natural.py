@@ -61,7 +61,7 @@ def slope(
     momentum: Tensor, step: int, beta: float, deviation: Tensor, prior: Prior, ratio: float
 ) -> Tensor:
     """h [P], for the `step`-th momentum (from 1) and deviation = M - M₀."""
-    return momentum / (1 - beta**step) + deviation * (prior.precision / ratio)
+    return torch.addcmul(momentum / (1 - beta**step), deviation, prior.precision, value=1 / ratio)
 
 
 def trust(inner: float, lr: float, kl_clip: float | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,13 +30,14 @@ class _NormalPrior:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._parts = [f"_{name}_{part}" for part in ("loc", "scale", "initial")]
         self._made: tuple[tuple[Tensor, ...], Distribution] | None = None
 
     def __call__(self, module: nn.Module) -> Distribution:
         buffers: dict[str, Any] = module._buffers
-        parts = tuple(buffers[f"_{self.name}_{part}"] for part in ("loc", "scale", "initial"))
+        parts = tuple(buffers[part] for part in self._parts)
         made = self._made
-        if made is None or any(a is not b for a, b in zip(made[0], parts, strict=True)):
+        if made is None or not all(map(operator.is_, made[0], parts)):
             loc, scale, initial = parts
             fn = dist.Normal(loc.expand(initial.shape), scale.expand(initial.shape))
             fn = fn.to_event(initial.dim())
@@ -44,7 +46,7 @@ class _NormalPrior:
         return made[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "_made": None}
+        return {**self.__dict__, "_made": None}
 
 
 def bayesianize(

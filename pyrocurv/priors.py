@@ -112,6 +112,7 @@ class BlockPrior:
     sources: tuple[Distribution, ...]
     packed: Prior
     units: Units | None
+    fixed: bool  # whether it cannot have changed as long as the sources are these
 
     @staticmethod
     def read(block: Block, priors: Mapping[str, Distribution]) -> BlockPrior:
@@ -119,11 +120,12 @@ class BlockPrior:
         packed = read_prior(block, priors)
         kronecker = block.structure in ("kfac", "ekfac")
         sources = tuple(priors[name] for name in block.tensors)
-        return BlockPrior(sources, packed, units(block, packed) if kronecker else None)
+        apart = units(block, packed) if kronecker else None
+        return BlockPrior(sources, packed, apart, not any(map(_varies, sources)))
 
     def still_holds(self, sources: Sequence[Distribution]) -> bool:
         """Whether it was read from these very distributions, and they cannot have changed since."""
-        return all(a is b and not _varies(a) for a, b in zip(self.sources, sources, strict=True))
+        return self.fixed and all(a is b for a, b in zip(self.sources, sources, strict=True))
 
 
 def _varies(prior: Distribution) -> bool:

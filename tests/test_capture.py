@@ -133,12 +133,13 @@ def test_positions_of_blocks_in_a_flat_vector() -> None:
 
 def test_partitions() -> None:
     layers = [Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))]
-    for structure in ("diag", "block", "kfac", "ekfac"):
+    for structure in ("block", "kfac", "ekfac"):
         assert [block.layers for block in partition(layers, structure)] == [
             (layers[0],), (layers[1],)
         ]
-    (full,) = partition(layers, "full")
-    assert full.layers == tuple(layers) and full.size == 12
+    for structure in ("full", "diag"):
+        (full,) = partition(layers, structure)
+        assert full.layers == tuple(layers) and full.size == 12
     values = {"w": tensor(2, 3), "b": tensor(2), "v": tensor(2, 2)}
     again = full.unpack(full.pack(values))
     assert all(torch.equal(again[name], value) for name, value in values.items())

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
@@ -206,6 +207,35 @@ def test_temperature(structure: str, priors: str, temperature: float) -> None:
     assert ngvi.evaluate_loss(x, y) == pytest.approx(expected, rel=1e-11, abs=1e-9)
 
 
+def test_temperature_multiplies_the_whole_kl() -> None:
+    """That of the fallback guide too: T times the loss of a likelihood to the power of 1/T."""
+
+    class Tempered(PyroModule):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.net = linear("equal").net
+            self.scale = scale
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            mean = self.net(x)
+            sigma = pyro.sample("sigma", dist.LogNormal(x.new_zeros(()) - 1, 0.1))
+            with pyro.plate("data", NUM_DATA, subsample_size=len(x)), poutine.scale(
+                scale=self.scale
+            ):
+                plain(mean, y, noise=sigma)
+
+    data, n, T = regression_data(), 200, 5.0
+    model = Tempered(1.0)
+    ngvi = NGVI(model, KFACGuide(model), temperature=T, curvature=EXACT, lr=0.3)
+    for _ in range(5):
+        ngvi.step(*data)
+    ours = torch.tensor([ngvi.evaluate_loss(*data) for _ in range(n)])
+    model.scale = 1 / T
+    theirs = [T * Trace_ELBO().loss(model, ngvi.guide, *data) for _ in range(n)]
+    difference = ours.mean() - torch.tensor(theirs).mean()
+    assert abs(difference) < 4 * math.sqrt((ours.var() + torch.tensor(theirs).var()) / n)
+
+
 def test_initial_curvature_fades() -> None:
     """Λ = (N/T)(C + e) + δ, e = initial (1 - ρ)^t, ρ = min(0.05, B/N)."""
     x, y = regression_data()
@@ -297,6 +327,28 @@ def test_masked_examples_count_for_nothing(structure: str, mask: str) -> None:
     mean, covariance, evidence = truth(x[kept], y[kept], "unequal")
     assert_posterior(ngvi.guide, mean, covariance)
     assert -ngvi.evaluate_loss(x, y) == pytest.approx(float(evidence), rel=1e-11, abs=1e-9)
+
+
+@pytest.mark.parametrize("structure", ["block", "full"])
+def test_a_mask_on_one_of_two_sites(structure: str) -> None:
+    kept = torch.arange(NUM_DATA) % 3 > 0
+
+    def observe(mean: Tensor, y: Tensor | None) -> None:
+        plain(mean, y, "first")
+        with poutine.mask(mask=kept):
+            plain(mean, y, "second", 0.5)
+
+    x, y = regression_data()
+    ngvi = exactly(Line(observe), structure)
+    ngvi.step(x, y)
+    X, again = (oracles.linear_layer_design(part, 2) for part in (x, x[kept]))
+    weight, bias = PRIORS["unequal"]
+    mean, covariance, _ = oracles.linear_posterior(
+        torch.cat([X / NOISE, again / 0.5]),
+        torch.cat([y.flatten() / NOISE, y[kept].flatten() / 0.5]), 1.0,
+        torch.zeros(8).double(), X.new_tensor([weight**-2] * 6 + [bias**-2] * 2),
+    )
+    assert_posterior(ngvi.guide, mean, covariance)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "empirical"])
@@ -607,19 +659,22 @@ def test_average(structure: str) -> None:
 # ---- the step's numbers -------------------------------------------------------------------------
 
 
-def test_momentum_is_of_the_likelihood_gradient() -> None:
+@pytest.mark.parametrize("initial", [0.0, 0.4])
+def test_momentum_is_of_the_likelihood_gradient(initial: float) -> None:
     """M ← M - lr d by hand, in a linear model without noise of the samples."""
     x, y = regression_data()
-    ngvi = exactly(linear("unequal"), "full", lr=0.1, momentum=0.8, damping=0.05, num_particles=2)
+    curvature = Curvature("ggn", every=1, batch=None, initial=initial)
+    ngvi = exactly(linear("unequal"), "full", lr=0.1, momentum=0.8, damping=0.05, num_particles=2,
+                   curvature=curvature)
     ngvi.guide(x, y)
     loc = ngvi.guide.posterior.loc.clone()
     X, n = oracles.linear_layer_design(x, 2), NUM_DATA
     C = X.T @ X / NOISE**2 / n
     weight, bias = PRIORS["unequal"]
     delta = C.new_tensor([weight**-2] * 6 + [bias**-2] * 2)
-    P = C + torch.diag(delta) / n + 0.05 * torch.eye(8).double()
-    m = torch.zeros(8).double()
+    m, eye = torch.zeros(8).double(), torch.eye(8).double()
     for t in range(1, 6):
+        P = C + torch.diag(delta) / n + (0.05 + initial * 0.95 ** (t - 1)) * eye
         m = 0.8 * m + 0.2 * X.T @ (X @ loc - y.flatten()) / NOISE**2 / n
         loc = loc - 0.1 * torch.linalg.solve(P, m / (1 - 0.8**t) + delta * loc / n)
         ngvi.step(x, y)
@@ -644,13 +699,18 @@ def test_the_clip_bounds_a_step() -> None:
     assert held.norm() < free.norm()
 
 
-@pytest.mark.parametrize(("structure", "turned"), [
-    ("full", [3, 6, 9, 12]), ("diag", [3, 6, 9, 12]), ("ekfac", [3, 6, 9, 12]),
-    ("kfac", [3, 9]),  # at the 1st, 2nd, 4th, 8th, ... eigendecomposition only
+@pytest.mark.parametrize(("structure", "every", "eigen_every", "turned"), [
+    ("full", 3, 200, [3, 6, 9, 12]), ("diag", 3, 200, [3, 6, 9, 12]),
+    ("ekfac", 3, 200, [3, 6, 9, 12]),
+    ("kfac", 3, 200, [3, 9]),  # with the eigendecompositions: at the 2nd and 4th estimate
+    ("kfac", 2, 5, [2, 6, 10]),  # and at the first estimate from steps 5 and 10 on
+    ("kfac", 1, 5, [1, 3, 5, 7, 10]),
 ])
-def test_curvature_is_estimated_every_so_often(structure: str, turned: list[int]) -> None:
+def test_curvature_is_estimated_every_so_often(
+    structure: str, every: int, eigen_every: int, turned: list[int]
+) -> None:
     data, model = regression_data(), regressor()
-    curvature = Curvature("fisher", every=3, initial=0.0)
+    curvature = Curvature("fisher", every=every, eigen_every=eigen_every, initial=0.0)
     ngvi = NGVI(model, GUIDES[structure](model), curvature=curvature)
     precisions = []
     for _ in range(14):
@@ -658,6 +718,70 @@ def test_curvature_is_estimated_every_so_often(structure: str, turned: list[int]
         precisions.append(ngvi.guide.posterior.precision.dense())
     pairs = zip(precisions, precisions[1:], strict=False)
     assert [t + 1 for t, (a, b) in enumerate(pairs) if not torch.equal(a, b)] == turned
+
+
+@pytest.mark.parametrize("decay", [0.95, 0.5, 0.0])
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_curvature_is_averaged_equally_at_first(structure: str, decay: float) -> None:
+    """The n-th estimate comes in with weight max(1 - decay, 1/n)."""
+    curvature = Curvature("ggn", every=1, batch=None, initial=0.0, decay=decay)
+    ngvi = exactly(linear("unequal"), structure, curvature=curvature, lr=0.1)
+    weight, bias = PRIORS["unequal"]
+    delta = torch.tensor([weight**-2] * 6 + [bias**-2] * 2).double()
+    C = torch.zeros(8, 8).double()
+    for n in range(1, 6):
+        x, y = regression_data()
+        ngvi.step(x, y)
+        X = oracles.linear_layer_design(x, 2)
+        C = C.lerp(X.T @ X / NOISE**2, max(1 - decay, 1 / n))
+        expected = C if structure == "full" else torch.diag(C.diag())
+        found = ngvi.guide.posterior.precision.dense()
+        torch.testing.assert_close(found, expected + torch.diag(delta))
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_the_empirical_fisher_is_that_of_the_tempered_likelihood(factor: float) -> None:
+    """Λ = scale · sum_n g gᵀ + δ, with g of one example at the mean."""
+
+    def observe(mean: Tensor, y: Tensor | None) -> None:
+        with poutine.scale(scale=factor):
+            plain(mean, y)
+
+    x, y = regression_data(10)
+    curvature = Curvature("empirical", every=1, batch=None, initial=0.0)
+    ngvi = exactly(Line(observe), "full", curvature=curvature)
+    ngvi.guide(x, y)
+    start = ngvi.guide.posterior.loc.detach().clone()
+    ngvi.step(x, y)
+    X = oracles.linear_layer_design(x, 2)
+    residuals = (X @ start - y.flatten()) / NOISE**2
+    g = (X * residuals[:, None]).view(10, 2, 8).sum(1)
+    weight, bias = PRIORS["unequal"]
+    delta = g.new_tensor([weight**-2] * 6 + [bias**-2] * 2)
+    expected = factor * NUM_DATA / 10 * g.T @ g + torch.diag(delta)
+    torch.testing.assert_close(ngvi.guide.posterior.precision.dense(), expected)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_the_sampled_fisher_is_that_of_the_tempered_likelihood(factor: float) -> None:
+    """Its mean over K draws is scale · XᵀX/σ², with a standard error from Isserlis' theorem."""
+
+    def observe(mean: Tensor, y: Tensor | None) -> None:
+        with poutine.scale(scale=factor):
+            plain(mean, y)
+
+    x, y = regression_data()
+    curvature = Curvature("fisher", every=1, batch=None, initial=0.0, num_samples=400)
+    ngvi = exactly(Line(observe), "full", curvature=curvature)
+    ngvi.step(x, y)
+    J = oracles.linear_layer_design(x, 2).view(NUM_DATA, 2, 8) / NOISE
+    each = torch.einsum("noi,noj->nij", J, J)  # of an example
+    diagonals = each.diagonal(dim1=1, dim2=2)
+    variance = (diagonals[:, :, None] * diagonals[:, None] + each.square()).sum(0) / 400
+    weight, bias = PRIORS["unequal"]
+    delta = x.new_tensor([weight**-2] * 6 + [bias**-2] * 2)
+    found = (ngvi.guide.posterior.precision.dense() - torch.diag(delta)) / factor
+    assert ((found - each.sum(0)).abs() < 5 * variance.sqrt() + 1e-9).all()
 
 
 @pytest.mark.parametrize("kind", ["ggn", "fisher", "empirical"])
@@ -850,35 +974,40 @@ def test_a_hierarchical_prior(structure: str, scale: float) -> None:
     assert abs(tau.log() - rms.log()) < 3 / math.sqrt(160)
 
 
-def test_a_prior_is_read_anew_when_it_has_changed() -> None:
-    """A module's buffers, a new distribution in each call, and a pyro.param."""
+class Changing(PyroModule):
+    """A linear regression whose priors are new distributions in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = {"weight": 0.7, "bias": 0.7}
+        self.net = PyroModule[nn.Linear](3, 2).double()
+        for name, shape in (("weight", [2, 3]), ("bias", [2])):
+            setattr(self.net, name, PyroSample(partial(self.prior, name, shape)))
+
+    def prior(self, name: str, shape: list[int], _: Any) -> dist.Distribution:
+        zero = torch.zeros(()).double()
+        return dist.Normal(zero, zero + self.scales[name]).expand(shape).to_event(len(shape))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        mean = self.net(x)
+        with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
+            plain(mean, y)
+
+
+@each_correlated
+def test_a_prior_is_read_anew_when_it_has_changed(structure: str) -> None:
+    """Also its units: the eigenbasis is reckoned in them, whether or not one is due."""
     x, y = regression_data()
-    delta = {"scale": 0.7}
-
-    class Changing(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = PyroModule[nn.Linear](3, 2).double()
-            for name, shape in (("weight", [2, 3]), ("bias", [2])):
-                setattr(self.net, name, PyroSample(partial(self.prior, shape)))
-
-        def prior(self, shape: list[int], _: Any) -> dist.Distribution:
-            zero = torch.zeros(()).double()
-            return dist.Normal(zero, zero + delta["scale"]).expand(shape).to_event(len(shape))
-
-        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
-            mean = self.net(x)
-            with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
-                plain(mean, y)
-
-    ngvi = exactly(Changing(), "full", num_particles=2)
+    model = Changing()
+    curvature = Curvature("ggn", every=1, batch=None, initial=0.0, decay=0.0)
+    ngvi = exactly(model, structure, curvature=curvature, num_particles=2)
     ngvi.step(x, y)
-    for scale in (0.7, 0.2, 5.0):
-        delta["scale"] = scale
+    changes = [(0.7, 0.7), (0.2, 0.2), (0.2, 5.0), (3.0, 0.5), (1.0, 1.0), (2.0, 0.3)]
+    for weight, bias in changes:  # at the 2nd to 7th estimate
+        model.scales.update(weight=weight, bias=bias)
         ngvi.step(x, y)
-        expected = oracles.linear_layer_posterior(x, y, NOISE, scale**-2, scale**-2)
+        expected = oracles.linear_layer_posterior(x, y, NOISE, weight**-2, bias**-2)
         assert_posterior(ngvi.guide, *expected[:2])
-        ngvi.evaluate_loss(x, y)
         loss = ngvi.evaluate_loss(x, y)
         assert -loss == pytest.approx(float(expected[2]), rel=1e-11, abs=1e-9)
 
@@ -1024,23 +1153,56 @@ CHECKPOINTS += [("conv", "ekfac", o) for o in OPTIONS] + [("sigma", "kfac", o) f
 
 
 @pytest.mark.parametrize(("run", "structure", "options"), dict.fromkeys(CHECKPOINTS))
-def test_a_run_is_resumed_bit_for_bit(run: str, structure: str, options: str) -> None:
+@pytest.mark.parametrize("steps", [4, 5])  # between the two of an antithetic pair, and after one
+def test_a_run_is_resumed_bit_for_bit(run: str, structure: str, options: str, steps: int) -> None:
     batches = RUNS[run][1]()
     torch.manual_seed(1)
     straight = Training(run, structure, **OPTIONS[options])
     expected = straight.run(batches)
     torch.manual_seed(1)
     first = Training(run, structure, **OPTIONS[options])
-    losses = first.run(batches[:5])
+    losses = first.run(batches[:steps])
     saved = first.save()
-    first.run(batches[5:7])  # a checkpoint must be a copy
+    first.run(batches[steps:7])  # a checkpoint must be a copy
     pyro.clear_param_store()  # another process
     torch.manual_seed(99)
     second = Training(run, structure, **OPTIONS[options])
     second.load(saved)
-    losses += second.run(batches[5:])
+    losses += second.run(batches[steps:])
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(tensors(second), tensors(straight), strict=True))
+
+
+class Alternating(PyroModule):
+    """A parameter takes part in every other step only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bayesianize(norm_net())
+        self.shift = nn.Parameter(torch.zeros(2).double())
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        mean = self.net(x) + (self.shift if self.calls % 2 == 0 else 0.0)
+        self.calls += 1
+        with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
+            plain(mean, y)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_parameter_of_some_steps_only_is_resumed(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUNS, "alternating", (Alternating, sigma_batches))
+    batches = sigma_batches()
+    torch.manual_seed(1)
+    straight = Training("alternating", "kfac").run(batches)
+    torch.manual_seed(1)
+    first = Training("alternating", "kfac")
+    losses = first.run(batches[:steps])
+    second = Training("alternating", "kfac")
+    second.load(first.save())
+    assert losses + second.run(batches[steps:]) == straight
 
 
 @pytest.mark.parametrize("run", RUNS)

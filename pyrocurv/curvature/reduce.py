@@ -28,10 +28,14 @@ def gather(block: Block, calls: Sequence[Call], gradients: Sequence[Tensor], cou
         mine = [i for i, call in enumerate(calls) if call.layer == layer]
         if not mine:
             raise ValueError(f"{layer.weight!r} took no part in this forward pass")
-        a = torch.cat([calls[i].rows(count) for i in mine], 1)
-        g = torch.cat([gradients[i] for i in mine], 2)
+        a = _joined([calls[i].rows(count) for i in mine], 1)
+        g = _joined([gradients[i] for i in mine], 2)
         pairs.append((a, g))
     return pairs
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)  # one is not copied
 
 
 def check_batch(calls: Sequence[Call], batch: int) -> None:
@@ -58,11 +62,15 @@ def dense(pairs: Pairs) -> Dense:
 
 def diagonal(pairs: Pairs) -> Diagonal:
     """diag C, exactly."""
-    ((a, g),) = pairs
+    return Diagonal(torch.cat([_squares(a, g) for a, g in pairs]))
+
+
+def _squares(a: Tensor, g: Tensor) -> Tensor:
+    """sum_kn J_kn² of one layer [P]."""
     if a.shape[1] == 1:  # one position: the square of a product is the product of squares
         a, g = a.squeeze(1).square(), g.squeeze(2).square()  # [B, I], [K, B, O]
-        return Diagonal((g.sum(0).mT @ a).flatten())
-    return Diagonal(sum(jacobian.square().sum(0) for jacobian in _jacobians(pairs)))  # type: ignore[arg-type]
+        return (g.sum(0).mT @ a).flatten()
+    return sum(jacobian.square().sum(0) for jacobian in _jacobians([(a, g)]))  # type: ignore[return-value]
 
 
 def kronecker(pairs: Pairs) -> Kronecker:
@@ -74,10 +82,8 @@ def kronecker(pairs: Pairs) -> Kronecker:
 
 def _gram(rows: Tensor) -> Tensor:
     """sum x xᵀ over rows [B, S, n]."""
-    if rows.shape[1] == 1:
-        rows = rows.squeeze(1)
-        return rows.mT @ rows
-    return torch.bmm(rows.mT, rows).sum(0)
+    rows = rows.flatten(0, 1)
+    return rows.mT @ rows
 
 
 def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:
