@@ -22,7 +22,7 @@ from pyrocurv.structures import (
     KroneckerEigen,
     Rescaled,
     Structure,
-    side_rank,
+    automatic_ranks,
 )
 from pyrocurv.structures.linalg import scale_tril
 
@@ -104,16 +104,17 @@ class KroneckerFamily(Family):
     """Weights correlated through two bases: `scale` are the standard deviations in them.
 
     The precision is a `KroneckerEigen` of spectrum 1 / scale², in the units `output_root` [O] and
-    `input_root` [I] of the prior (ones unless weights differ in it). A side wider than 128 keeps
-    its 32 leading directions, and one standard deviation for the rest.
+    `input_root` [I] of the prior (ones unless weights differ in it). In a layer wider than 160 a
+    side of more than 64 keeps its 32 leading directions, and one standard deviation for the rest.
     """
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__(block, loc, init_scale)
         (layer,) = block.layers
         spectrum = []
-        for side, size in (("output", layer.rows), ("input", layer.columns)):
-            rank = side_rank(size)
+        sizes = layer.rows, layer.columns
+        ranks = automatic_ranks(*sizes)
+        for side, size, rank in zip(("output", "input"), sizes, ranks, strict=True):
             spectrum.append(rank + (rank < size))
             self.register_buffer(f"{side}_basis", torch.eye(size, rank).to(loc))
             self.register_buffer(f"{side}_root", loc.new_ones(size))

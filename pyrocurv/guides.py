@@ -231,7 +231,7 @@ class StructuredGuide(AutoGuide):
             levels = torch.as_tensor(quantiles).to(marginal.loc)
             result[name] = marginal.icdf(levels.reshape(-1, *[1] * marginal.loc.dim()))
         if self.fallback_sites:
-            listed = [quantiles] if isinstance(quantiles, float) else list(quantiles)
+            listed = torch.as_tensor(quantiles).reshape(-1).tolist()
             result.update(self.fallback.quantiles(listed, *args, **kwargs))
         return result
 

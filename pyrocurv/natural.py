@@ -77,6 +77,5 @@ def surplus(
     """log q(w) - log p(w), where square = εᵀΛε for w = M + ε; at the mean (None), KL(q ‖ p)."""
     if square is None:
         return kl(weights, precision, prior)
-    deviation = weights - prior.loc
-    distance = torch.dot(deviation * prior.precision, deviation)
-    return (precision.logdet() - prior.logdet(len(weights)) + distance - square) / 2
+    entropies = precision.logdet() - prior.logdet(len(weights))
+    return (entropies + prior.distance(weights) - square) / 2

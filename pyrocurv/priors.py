@@ -30,6 +30,15 @@ class Prior:
         """log det of the precision over `size` weights."""
         return self._log_sum if self.precision.dim() else self._log_sum * size
 
+    def distance(self, weights: Tensor) -> Tensor:
+        """Σ δ (w - M₀)², for weights [P]."""
+        if self.loc.dim() == self.precision.dim() == 0:  # without a copy of the weights
+            mean = self.loc
+            squares = torch.dot(weights, weights) - 2 * mean * weights.sum()
+            return self.precision * (squares + len(weights) * mean.square())
+        deviation = weights - self.loc
+        return torch.dot(deviation * self.precision, deviation)
+
 
 @dataclass(frozen=True, eq=False)
 class Units:

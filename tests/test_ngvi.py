@@ -96,11 +96,11 @@ def test_a_diagonal_guide_is_exact_on_an_orthogonal_design(priors: str) -> None:
 @each_prior
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
 def test_a_wide_layer_with_few_data_is_exact(structure: str, priors: str) -> None:
-    """20 examples span no more than the 32 directions that a side of 151 inputs keeps."""
-    x, y = torch.randn(20, 150).double() / 5, torch.randn(20, 2).double()
-    ngvi = exactly(linear(priors, num_data=20, columns=150), structure)
+    """20 examples span no more than the 32 directions that a side of 171 inputs keeps."""
+    x, y = torch.randn(20, 170).double() / 5, torch.randn(20, 2).double()
+    ngvi = exactly(linear(priors, num_data=20, columns=170), structure)
     ngvi.step(x, y)
-    assert ngvi.guide.blocks[0].input_basis.shape == (151, 32)
+    assert ngvi.guide.blocks[0].input_basis.shape == (171, 32)
     mean, covariance, evidence = truth(x, y, priors)
     assert_posterior(ngvi.guide, mean, covariance)
     assert -ngvi.evaluate_loss(x, y) == pytest.approx(float(evidence), rel=1e-11, abs=1e-9)
@@ -1057,12 +1057,12 @@ def sigma_model() -> Regressor:
 
 
 def wide_model() -> Classifier:
-    net = nn.Sequential(nn.Linear(150, 140), nn.ReLU(), nn.Linear(140, 3))
+    net = nn.Sequential(nn.Linear(170, 165), nn.ReLU(), nn.Linear(165, 3))
     return Classifier(bayesianize(net), 40)
 
 
 def wide_batches() -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(8, 150), torch.randint(3, (8,))) for _ in range(12)]
+    return [(torch.randn(8, 170), torch.randint(3, (8,))) for _ in range(12)]
 
 
 def conv_batches() -> list[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from pyrocurv.structures import (
     KroneckerEigen,
     Rescaled,
     Structure,
-    side_rank,
+    automatic_ranks,
 )
 from pyrocurv.structures.linalg import cholesky, eigh, eigh_psd, scale_tril
 
@@ -361,9 +361,13 @@ def test_a_kronecker_in_its_eigenbasis(ranks: tuple[int, int]) -> None:
         same(eigen.dense(), written_out(structure))
 
 
-@pytest.mark.parametrize(("size", "rank"), [(1, 1), (128, 128), (129, 32), (785, 32)])
-def test_ranks_of_sides(size: int, rank: int) -> None:
-    assert side_rank(size) == rank
+@pytest.mark.parametrize(
+    ("sides", "ranks"),
+    [((1, 1), (1, 1)), ((160, 160), (160, 160)), ((10, 161), (10, 32)), ((64, 785), (64, 32)),
+     ((512, 785), (32, 32)), ((161, 3), (32, 3))],
+)
+def test_ranks_of_sides(sides: tuple[int, int], ranks: tuple[int, int]) -> None:
+    assert automatic_ranks(*sides) == ranks
 
 
 def test_lerp_of_rescaled() -> None:

@@ -21,7 +21,7 @@ from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure, side_rank
+from pyrocurv.structures import Kronecker, KroneckerEigen, Structure, automatic_ranks
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 
@@ -137,7 +137,7 @@ def _eigen(
     factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
 ) -> KroneckerEigen:
     try:
-        ranks = side_rank(len(factors.output)), side_rank(len(factors.input))
+        ranks = automatic_ranks(len(factors.output), len(factors.input))
         return (factors if units is None else factors.rescaled(*units)).eigen(ranks)
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):

@@ -212,7 +212,9 @@ class NGVI:
         @torch.no_grad()
         def commit() -> None:
             run, factor = found.run, numbers.lr / numbers.base_lr
-            self._rest.step(run.model_params, run.guide_params(), found.rest, factor)
+            self._rest.step(
+                run.model_params, run.guide_params(), found.rest, factor, run.own_params
+            )
             moves = zip(
                 families, proposal.state.blocks, proposal.directions, encoded, strict=True
             )

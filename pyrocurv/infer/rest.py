@@ -34,9 +34,12 @@ class Rest:
 
     def step(
         self, model: Sequence[Tensor], guide: Sequence[Tensor],
-        gradients: Sequence[Tensor | None], factor: float,
+        gradients: Sequence[Tensor | None], factor: float, own: Sequence[Tensor] = (),
     ) -> None:
-        """One step on the model's and the guide's parameters, at `factor` times their rates."""
+        """One step on the model's and the guide's parameters, at `factor` times their rates.
+
+        A parameter joins when it first has a gradient; those in `own` are there from the start.
+        """
         pairs = list(zip([*model, *guide], gradients, strict=True))
         moving = {id(param): param for param, gradient in pairs if gradient is not None}
         if not moving:
@@ -49,7 +52,8 @@ class Rest:
                 self._make(moving.values())
                 return
             for side, rate in ((model, MODEL_LR), (guide, GUIDE_LR)):
-                new = [p for p in side if id(p) in moving and not any(p is q for q in self._known)]
+                joining = [p for p in side if id(p) in moving or any(p is q for q in own)]
+                new = [p for p in joining if not any(p is q for q in self._known)]
                 if new:
                     self._add(new, rate)
             self._torch_step(factor)

@@ -27,7 +27,8 @@ class Run:
     replay: Replay
     fallback: Any  # the fallback guide's trace, or None
     capture: Capture | None
-    model_params: list[Tensor]  # of the model, unconstrained
+    own_params: list[Tensor]  # of the model's modules
+    model_params: list[Tensor]  # these and `pyro.param`s, unconstrained
 
     @cached_property
     def data(self) -> list[Site]:
@@ -95,7 +96,8 @@ def run_model(
             model(*args, **kwargs)
     _check(replay)
     params = [*own, *(p for p in replay.params if p.requires_grad)]
-    return Run(weights, replay, fallback, capture, list({id(p): p for p in params}.values()))
+    params = list({id(p): p for p in params}.values())
+    return Run(weights, replay, fallback, capture, list(own), params)
 
 
 def _hangs_on_graph(fn: Distribution) -> bool:

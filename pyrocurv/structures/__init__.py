@@ -4,9 +4,9 @@ from pyrocurv.structures.base import Structure
 from pyrocurv.structures.block_diagonal import BlockDiagonal
 from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.diagonal import Diagonal, Rescaled
-from pyrocurv.structures.kronecker import Kronecker, KroneckerEigen, side_rank
+from pyrocurv.structures.kronecker import Kronecker, KroneckerEigen, automatic_ranks
 
 __all__ = [
     "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Structure",
-    "side_rank",
+    "automatic_ranks",
 ]

@@ -100,13 +100,15 @@ class Kronecker(Structure):
         return KroneckerEigen(output_basis, input_basis, torch.outer(output_values, input_values))
 
 
-def side_rank(size: int) -> int:
-    """How many eigenvectors a side of `size` keeps: all up to 128, else 32.
+def automatic_ranks(outputs: int, inputs: int) -> tuple[int, int]:
+    """How many eigenvectors each side of a layer keeps.
 
-    The statistics of a mini-batch do not tell more, and two thin products are far cheaper than
-    a rotation.
+    All, where neither side is wider than 160; in a wider layer 32 of each side that has more than
+    64. The statistics of a mini-batch do not tell more, and thin products are far cheaper.
     """
-    return size if size <= 128 else 32
+    if max(outputs, inputs) <= 160:
+        return outputs, inputs
+    return (outputs if outputs <= 64 else 32), (inputs if inputs <= 64 else 32)
 
 
 def _leading(factor: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -146,45 +148,50 @@ class KroneckerEigen(Structure):
         return self.output_basis.shape[0] * self.input_basis.shape[0]
 
     @cached_property
-    def _reciprocal(self) -> Tensor:
-        return self.spectrum.reciprocal()
+    def _inverse(self) -> tuple[Tensor, ...]:
+        return self._parts(self.spectrum.reciprocal())
 
     @cached_property
-    def _rsqrt(self) -> Tensor:
-        return self.spectrum.rsqrt()
+    def _inverse_root(self) -> tuple[Tensor, ...]:
+        return self._parts(self.spectrum.rsqrt())
 
-    def _spectral(self, x: Tensor, c: Tensor) -> Tensor:
-        """The matrix of the same eigenspaces with eigenvalues c, times x."""
-        u, v = self.output_basis, self.input_basis
-        s, r = u.shape[1], v.shape[1]
+    def _parts(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Eigenvalues c as what is left of them in turn: the rest, rows, columns and core."""
+        s, r = self.output_basis.shape[1], self.input_basis.shape[1]
+        rest = c[s:, r:].sum()  # of no element, 0, where a side is full
+        rows, columns = c[:s, r:], c[s:, :r]
+        core = c[:s, :r]
+        if rows.numel():
+            core = core - rows
+        if columns.numel():
+            core = core - columns + rest
+        return rest, rows - rest, columns - rest, core
+
+    def _spectral(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        """The matrix of the same eigenspaces with the eigenvalues of `parts`, times x."""
+        u, v, (rest, rows, columns, core) = self.output_basis, self.input_basis, parts
         x = x.unflatten(-1, self.shape)
-        if c.shape == (s, r):  # both sides full
-            y = u @ ((u.mT @ x @ v) * c) @ v.mT
-        elif c.shape[0] == s:  # the output side is full
-            p, tail = u.mT @ x, c[:, r:]
-            y = u @ (tail * p + ((c[:, :r] - tail) * (p @ v)) @ v.mT)
-        elif c.shape[1] == r:  # the input side is full
-            q, tail = x @ v, c[s:]
-            y = (tail * q + u @ ((c[:s] - tail) * (u.mT @ q))) @ v.mT
-        else:
-            p, q, rest = u.mT @ x, x @ v, c[s, r]
-            rows, columns = c[:s, r:] - rest, c[s:, :r] - rest
-            core = (c[:s, :r] - rest - rows - columns) * (p @ v)
-            left = torch.cat([u.expand(*q.shape[:-1], s), q * columns + u @ core], -1)
-            right = torch.cat([rows * p, v.mT.expand(*p.shape[:-2], r, len(v))], -2)
-            y = (rest * x).add_(left @ right)
+        p = u.mT @ x  # [s, I]
+        inner = ((p @ v) * core) @ v.mT
+        if rows.numel():
+            inner = inner + rows * p
+        y = u @ inner
+        if columns.numel():  # the output side is truncated
+            y = y + ((x @ v) * columns) @ v.mT
+            if rows.numel():
+                y = y + rest * x
         return y.flatten(-2)
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        return self._spectral(x, self.spectrum)
+        return self._spectral(x, self._parts(self.spectrum))
 
     def solve(self, x: Tensor) -> Tensor:
-        return self._spectral(x, self._reciprocal)
+        return self._spectral(x, self._inverse)
 
     def rsqrt(self, z: Tensor) -> Tensor:
         if self.spectrum.shape != self.shape:
-            return self._spectral(z, self._rsqrt)
-        z = z.unflatten(-1, self.shape) * self._rsqrt  # z is as good in this basis
+            return self._spectral(z, self._inverse_root)
+        z = z.unflatten(-1, self.shape) * self._inverse_root[-1]  # z is as good in this basis
         return (self.output_basis @ z @ self.input_basis.mT).flatten(-2)
 
     @cached_property
@@ -216,7 +223,7 @@ class KroneckerEigen(Structure):
         return self._diag(self.spectrum)
 
     def inverse_diag(self) -> Tensor:
-        return self._diag(self._reciprocal)
+        return self._diag(self.spectrum.reciprocal())
 
     def eigenvalues(self) -> Tensor:
         counts = self._multiplicity.round().long().flatten()
