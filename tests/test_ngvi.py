@@ -1629,3 +1629,26 @@ def test_inputs_alone_reach_the_model() -> None:
     ngvi = NGVI(model, KFACGuide(model))
     assert math.isfinite(ngvi.step(x, y=y)) and math.isfinite(ngvi.evaluate_loss(x=x, y=y))
     assert model(inputs(4)).shape == (4, 2)
+
+
+# ---- temperature="auto" -------------------------------------------------------------------------
+
+
+def test_automatic_temperature_is_the_rule_for_the_likelihood() -> None:
+    """min(0.1, N/P) for a finite support, 0.3 otherwise: the same steps as with that number."""
+    x = torch.randn(8, 3).double()
+    classes, targets = torch.randint(2, (8,)), torch.randn(8, 2).double()
+
+    def classifier() -> Classifier:
+        return Classifier(bayesianize(nn.Linear(3, 2).double(), normal_prior(0.5, 0.5)), 8)
+
+    cases = [(classifier(), classes, 0.1), (Regressor(classifier().net, 8, 0.5), targets, 0.3)]
+    for model, y, expected in cases:
+        runs = []
+        for temperature in ("auto", expected):
+            torch.manual_seed(3)
+            ngvi = NGVI(model, KFACGuide(model), temperature=temperature)
+            runs.append([ngvi.step(x, y) for _ in range(3)])
+        assert runs[0] == runs[1]
+    with pytest.raises(ValueError, match="temperature='warm'"):
+        NGVI(cases[0][0], KFACGuide(cases[0][0]), temperature="warm")

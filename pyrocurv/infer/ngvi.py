@@ -68,7 +68,9 @@ class NGVI:
         momentum: β of the gradient's running average.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which tends to under-fit
-            networks that have few data; 0.1 suits classifiers of images.
+            networks that have few data. "auto" is a rule of thumb, chosen after a handful of
+            measured cases: min(0.1, N/P) for likelihoods of finite support, with P the number of
+            weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping.
         num_particles: samples of the posterior a step, in antithetic pairs.
@@ -115,7 +117,7 @@ class NGVI:
         lr: float = 0.02,
         momentum: float = 0.9,
         curvature: str | Curvature = "fisher",
-        temperature: float = 1.0,
+        temperature: float | str = 1.0,
         damping: float = 3e-3,
         kl_clip: float | None = 1e-3,
         num_particles: int = 1,
@@ -139,6 +141,7 @@ class NGVI:
             raise ValueError(f"damping={damping!r}: a number from 0 is needed")
         for name, value in (("lr", lr), ("temperature", temperature), ("kl_clip", kl_clip)):
             optional = name == "kl_clip" and value is None
+            optional = optional or (name == "temperature" and value == "auto")
             if not optional and not (_is_number(value) and value > 0):  # type: ignore[operator]
                 raise ValueError(f"{name}={value!r}: a positive number is needed")
         self.model, self.guide = model, guide
@@ -243,7 +246,8 @@ class NGVI:
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = _add(locs, noise), due and particle == 0
             run = run_model(self.model, self.guide, sample, args, kwargs, watch)
-            priors, energy = self._read_priors(run), run.energy(self.temperature)
+            heat = self._heat(run)
+            priors, energy = self._read_priors(run), run.energy(heat)
             if watch:
                 if not bool(torch.isfinite(energy)):
                     raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
@@ -264,18 +268,25 @@ class NGVI:
             gradients = _add(gradients, [family.block.pack(weights) for family in families])
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
             divergence = engine.divergence(sample, noise, held, priors)
-            loss = loss + energy.detach() + self.temperature * divergence
+            loss = loss + energy.detach() + heat * divergence
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
         return _Found(loss, gradients, rest, run, priors, seen)
 
     # ---- its parts ------------------------------------------------------------------------------
 
+    def _heat(self, run: Run) -> float:
+        """T, by the rule of "auto" if so asked."""
+        if isinstance(self.temperature, float | int):
+            return self.temperature
+        weights = sum(family.block.size for family in self.guide.blocks)
+        return min(0.1, run.num_data / weights) if run.has_finite_support else 0.3
+
     def _numbers(self, run: Run) -> Numbers:
         group = self.optimizer.param_groups[0]
         return Numbers(
             group["lr"], group.get("initial_lr", group["lr"]), group["momentum"],
-            group["damping"], group["kl_clip"], run.num_data, self.temperature,
+            group["damping"], group["kl_clip"], run.num_data, self._heat(run),
         )
 
     def _read_priors(self, run: Run) -> list[BlockPrior]:
@@ -314,9 +325,9 @@ class NGVI:
                 sample = _add(locs, noise)
                 run = run_model(self.model, self.guide, sample, args, kwargs)
             priors = self._read_priors(run)
-            energy = run.energy(self.temperature)
+            energy = run.energy(self._heat(run))
             divergence = engine.divergence(sample, noise, precisions, priors)
-            losses.append(energy + self.temperature * divergence)
+            losses.append(energy + self._heat(run) * divergence)
         return float(torch.stack(losses).mean())
 
     def state_dict(self) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class Run:
         return max(site.num_data for site in self.data)
 
     @property
+    def has_finite_support(self) -> bool:
+        """Whether all likelihoods are over finitely many values."""
+        return all(_innermost(site.fn).has_enumerate_support for site in self.data)
+
+    @property
     def batch(self) -> int:
         """B."""
         return max(site.batch for site in self.data)
@@ -100,9 +105,14 @@ def run_model(
     return Run(weights, replay, fallback, capture, list(own), params)
 
 
-def _hangs_on_graph(fn: Distribution) -> bool:
+def _innermost(fn: Distribution) -> Distribution:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
+    return fn
+
+
+def _hangs_on_graph(fn: Distribution) -> bool:
+    fn = _innermost(fn)
     parameters = (getattr(fn, name, None) for name in fn.arg_constraints)
     return any(isinstance(value, Tensor) and value.requires_grad for value in parameters)
 
