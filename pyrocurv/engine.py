@@ -117,7 +117,7 @@ def propose(
     ]
     slopes, directions = [], []
     for one, loc, prior in zip(blocks, locs, priors, strict=True):
-        deviation = loc - prior.packed.loc
+        deviation = prior.packed.deviation(loc)
         h = slope(one.momentum, state.step + 1, numbers.momentum, deviation, prior.packed,  # type: ignore[arg-type]
                   numbers.ratio)
         slopes.append(h)

@@ -21,6 +21,7 @@ class Prior:
 
     loc: Tensor
     precision: Tensor
+    centred: bool = False  # loc is known to be 0
 
     @cached_property
     def _log_sum(self) -> Tensor:
@@ -32,12 +33,14 @@ class Prior:
 
     def distance(self, weights: Tensor) -> Tensor:
         """Σ δ (w - M₀)², for weights [P]."""
-        if self.loc.dim() == self.precision.dim() == 0:  # without a copy of the weights
-            mean = self.loc
-            squares = torch.dot(weights, weights) - 2 * mean * weights.sum()
-            return self.precision * (squares + len(weights) * mean.square())
-        deviation = weights - self.loc
+        deviation = self.deviation(weights)
+        if self.precision.dim() == 0:
+            return self.precision * torch.dot(deviation, deviation)
         return torch.dot(deviation * self.precision, deviation)
+
+    def deviation(self, weights: Tensor) -> Tensor:
+        """w - M₀, for weights [P]."""
+        return weights if self.centred else weights - self.loc
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +86,9 @@ def read_prior(block: Block, priors: Mapping[str, Distribution]) -> Prior:
     normals = {name: as_normal(priors[name]) for name in block.tensors}
     locs = {name: normal.loc.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
     scales = {name: normal.scale.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
-    return Prior(_pack(block, locs), _pack(block, scales).square().reciprocal())
+    loc = _pack(block, locs)
+    centred = loc.dim() == 0 and bool(loc == 0)
+    return Prior(loc, _pack(block, scales).square().reciprocal(), centred)
 
 
 def _pack(block: Block, values: Mapping[str, Tensor]) -> Tensor:

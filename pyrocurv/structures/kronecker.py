@@ -175,12 +175,12 @@ class KroneckerEigen(Structure):
         inner = ((p @ v) * core) @ v.mT
         if rows.numel():
             inner = inner + rows * p
-        y = u @ inner
-        if columns.numel():  # the output side is truncated
-            y = y + ((x @ v) * columns) @ v.mT
-            if rows.numel():
-                y = y + rest * x
-        return y.flatten(-2)
+        if not columns.numel():  # the output side is full
+            return (u @ inner).flatten(-2)
+        left = (x @ v) * columns  # [O, r]
+        if x.dim() > 2 or not rows.numel():
+            return (u @ inner + left @ v.mT + rest * x).flatten(-2)
+        return (rest * x).addmm_(u, inner).addmm_(left, v.mT).flatten()  # one pass the less, twice
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self._spectral(x, self._parts(self.spectrum))
