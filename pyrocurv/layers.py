@@ -58,70 +58,83 @@ def _linear_gradients(gradient: Tensor) -> Tensor:  # [B, *, O] -> [B, S, O]
     return gradient.reshape(gradient.shape[0], -1, gradient.shape[-1])
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+Size = int | tuple[int, ...]
 
 
-def _read_conv2d(
+def _read_convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | tuple[int, ...] = 1,
-    padding: str | int | tuple[int, ...] = 0,
-    dilation: int | tuple[int, ...] = 1,
+    stride: Size = 1,
+    padding: str | Size = 0,
+    dilation: Size = 1,
     groups: int = 1,
 ) -> Arguments:
-    kernel, dilation = tuple(weight.shape[2:]), _pair(dilation)
+    kernel = tuple(weight.shape[2:])
+    dilations = _spread(dilation, len(kernel))
     settings = dict(
         kernel=kernel,
-        stride=_pair(stride),
-        dilation=dilation,
-        pads=_pads(padding, kernel, dilation),
+        stride=_spread(stride, len(kernel)),
+        dilation=dilations,
+        pads=_pads(padding, kernel, dilations),
         groups=groups,
     )
     return Arguments(input, weight, bias, settings)
 
 
+def _spread(value: Size, axes: int) -> tuple[int, ...]:
+    """One number for each axis; torch takes one number, or a tuple of one, for all."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
 def _pads(
-    padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+    padding: str | Size, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> list[int]:
     """As `F.pad` wants them, last axis first. "same" puts the odd one at the end."""
-    if padding == "valid":
-        padding = 0
-    if isinstance(padding, str):
+    if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    height, width = _pair(padding)
-    return [width, width, height, height]
+    sides = _spread(0 if isinstance(padding, str) else padding, len(kernel))
+    return [side for size in reversed(sides) for side in (size, size)]
 
 
-def _refuse_conv2d(call: Arguments) -> str:
-    if call.input.dim() != 4:
-        return "conv2d on an input without a batch axis"
-    groups = call.settings["groups"]
-    return "" if groups == 1 else f"conv2d with groups={groups}"
+def _refuse_convolution(call: Arguments) -> str:
+    axes, groups = len(call.settings["kernel"]), call.settings["groups"]
+    if call.input.dim() != axes + 2:
+        return f"conv{axes}d on an input without a batch axis"
+    return "" if groups == 1 else f"conv{axes}d with groups={groups}"
 
 
-def _conv2d_rows(input: Tensor, settings: Mapping[str, Any], bias: bool) -> Tensor:
-    windows = F.pad(input, settings["pads"])
+def _convolution_rows(input: Tensor, settings: Mapping[str, Any], bias: bool) -> Tensor:
+    windows, axes = F.pad(input, settings["pads"]), len(settings["kernel"])
     sides = zip(settings["kernel"], settings["stride"], settings["dilation"], strict=True)
     for axis, (size, stride, dilation) in enumerate(sides, 2):
         span = dilation * (size - 1) + 1
         windows = windows.unfold(axis, span, stride)[..., ::dilation]
-    patches = windows.permute(1, 4, 5, 0, 2, 3)  # [C, h, w, B, H, W], of [B, C, H, W, h, w]
-    inputs, positions = math.prod(patches.shape[:3]), math.prod(patches.shape[4:])
+    places = range(2, axes + 2)  # [B, C, *places, *kernel] -> [C, *kernel, B, *places]
+    patches = windows.permute(1, *(axis + axes for axis in places), 0, *places)
+    inputs, positions = math.prod(patches.shape[: axes + 1]), math.prod(patches.shape[axes + 2 :])
     rows = patches.new_ones(inputs + bias, len(input), positions)  # far faster than F.unfold
     rows[:inputs].view(patches.shape).copy_(patches)
     return rows.permute(1, 2, 0)
 
 
-def _conv2d_gradients(gradient: Tensor) -> Tensor:  # [B, O, H, W] -> [B, S, O]
+def _convolution_gradients(gradient: Tensor) -> Tensor:  # [B, O, *places] -> [B, S, O]
     return gradient.flatten(2).mT
+
+
+def _convolution(name: str) -> Op:
+    return Op(
+        name, _read_convolution, _refuse_convolution, _convolution_rows, _convolution_gradients
+    )
 
 
 OPS: dict[Callable[..., Tensor], Op] = {
     F.linear: Op("linear", _read_linear, _refuse_linear, _linear_rows, _linear_gradients),
-    F.conv2d: Op("conv2d", _read_conv2d, _refuse_conv2d, _conv2d_rows, _conv2d_gradients),
+    F.conv1d: _convolution("conv1d"),
+    F.conv2d: _convolution("conv2d"),
+    F.conv3d: _convolution("conv3d"),
 }
 
 

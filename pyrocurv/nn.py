@@ -17,7 +17,7 @@ from torch.distributions import Distribution
 
 from pyrocurv.priors import as_normal, compact
 
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Prior = float | str | Callable[[nn.Module, str], Distribution]
 
 
@@ -61,7 +61,7 @@ def bayesianize(
         prior: independent normals of mean 0: "fan_in" (variance 1/(fan_in + 1)), a standard
             deviation, or a callable (module, parameter name) -> Distribution of that shape.
         layers: which modules, by type or by name as in `net.named_modules()`; by default all
-            `Linear` and `Conv2d`. What is left out keeps point estimates.
+            `Linear` and `Conv1d` to `Conv3d`. What is left out keeps point estimates.
 
     Returns:
         `net` itself, now a `PyroModule`; a site's name is that of its parameter.

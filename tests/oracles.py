@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
 Likelihood = str | Callable[[Tensor], Distribution]
+CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # the classes are the last axis of the logits; the axes before it are independent positions
@@ -246,7 +248,7 @@ def layer_pairs(
     net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, curvature: str
 ) -> dict[Any, Pairs]:
     """Per trained layer and example: a [S, I] and g_k = (df / d output)^T v_k, [K, S, O]."""
-    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d) and parameters(m)]
+    layers = [m for m in net.modules() if isinstance(m, LAYERS) and parameters(m)]
     pairs: dict[Any, Pairs] = {layer: [] for layer in layers}
     for example, target in zip(x.split(1), y.split(1), strict=True):
         f, seen = _watch(net, layers, example)
@@ -288,10 +290,13 @@ def _watch(net: nn.Module, layers: list[Any], x: Tensor) -> tuple[Tensor, dict[A
 
 def _inputs(layer: Any, x: Tensor) -> Tensor:
     """The rows a of out = [weight | bias] a, [S, I]: a conv's patches, a one for the bias."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, tuple(CONVOLUTIONS)):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        x = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)[0].T
+        size = layer.weight[0].numel()  # a kernel for each entry of a patch, that picks it out
+        picks = torch.eye(size).to(x).reshape(size, *layer.weight.shape[1:])
+        convolve = CONVOLUTIONS[type(layer)]
+        x = convolve(x, picks, stride=layer.stride, dilation=layer.dilation)[0].flatten(1).T
     a = x.reshape(-1, x.shape[-1])
     parts = [a] * _trains(layer.weight) + [torch.ones_like(a[:, :1])] * _trains(layer.bias)
     return torch.cat(parts, dim=1)
@@ -303,7 +308,7 @@ def _pull_back(f: Tensor, v: Tensor, layer: Any, runs: Any) -> Tensor:
     gradients = torch.autograd.grad(
         f, zeros, v.reshape(f.shape), retain_graph=True, materialize_grads=True
     )
-    channels = 1 if isinstance(layer, nn.Conv2d) else -1
+    channels = 1 if isinstance(layer, tuple(CONVOLUTIONS)) else -1
     rows = [g.movedim(channels, -1) for g in gradients]
     return torch.cat([g.reshape(-1, g.shape[-1]) for g in rows])
 

@@ -64,7 +64,7 @@ def relu() -> nn.Module:
     return nn.ReLU(inplace=True)
 
 
-def conv_net(*convs: nn.Conv2d, features: int) -> nn.Sequential:
+def conv_net(*convs: nn.Module, features: int) -> nn.Sequential:
     layers = [module for conv in convs for module in (conv, relu())]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2))
 
@@ -102,6 +102,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str]]] = 
             nn.Conv2d(1, 2, (3, 2), padding=(1, 0), padding_mode="circular"), features=16
         ),
         (1, 4, 3),  # three rows would make A cyclic, with paired eigenvalues: no one eigenbasis
+        LIKELIHOODS,
+    ),
+    "conv1d": (
+        lambda: conv_net(nn.Conv1d(2, 3, 3, stride=2, padding=2, dilation=2), features=9),
+        (2, 5),
+        LIKELIHOODS,
+    ),
+    "conv3d": (
+        lambda: conv_net(
+            nn.Conv3d(1, 2, (2, 1, 2), stride=(1, 2, 1), padding=(0, 1, 1)), features=24
+        ),
+        (1, 2, 4, 3),
         LIKELIHOODS,
     ),
     "conv-image": (image_to_image, (1, 3, 4), ["bernoulli", "normal"]),

@@ -1652,3 +1652,23 @@ def test_automatic_temperature_is_the_rule_for_the_likelihood() -> None:
         assert runs[0] == runs[1]
     with pytest.raises(ValueError, match="temperature='warm'"):
         NGVI(cases[0][0], KFACGuide(cases[0][0]), temperature="warm")
+
+
+# ---- when the curvature is estimated ------------------------------------------------------------
+
+
+def test_schedule_of_estimates() -> None:
+    spec = Curvature("fisher", every="schedule", eigen_every=200)
+    due = [step for step in range(1_001) if spec.is_due(step)]
+    assert due[:21] == list(range(0, 105, 5)) and due[20:40] == list(range(100, 300, 10))
+    assert due[40:] == [*range(300, 600, 20), 600, 700, 800, 900, 1_000]
+    assert [step for step in due if spec.turns(step)] == [0, 200, 400, 600, 800, 1_000]
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    model = Classifier(bayesianize(nn.Linear(3, 2).double()), 8)
+    ngvi = NGVI(model, KFACGuide(model), curvature=spec)
+    for _ in range(12):  # estimates at 0, 5 and 10
+        ngvi.step(x, y)
+    assert ngvi.state_dict()["state"]["blocks"][0]["running"]["count"] == 3
+    for wrong in ("often", 0, 2.5):
+        with pytest.raises(ValueError, match="every=.* or 'schedule' is needed"):
+            Curvature("fisher", every=wrong)

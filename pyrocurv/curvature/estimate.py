@@ -62,7 +62,7 @@ def estimate(
     """The curvature of -sum_n log p(y_n | net(x_n)) in the weights, as a structured matrix.
 
     Args:
-        net: a network of `Linear` and `Conv2d` layers; parameters with `requires_grad=False` are
+        net: of `Linear` and `Conv1d` to `Conv3d` layers; parameters with `requires_grad=False` are
             left out.
         x: inputs [B, ...], the batch first.
         y: targets, as the likelihood takes them.

@@ -79,7 +79,7 @@ def observe(
             if kept is not None:
                 pairs = [(a[kept], g[:, kept]) for a, g in pairs]
             number = 1 if old is None else old.count + 1
-            turn = number in EARLY or step % spec.eigen_every < spec.every
+            turn = number in EARLY or spec.turns(step)
             roots = None if unit is None else unit.roots
             fresh.append(update(old, block.structure, pairs, count, spec.decay, turn, roots))
     return fresh

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KINDS = ("ggn", "fisher", "empirical")
+SCHEDULE = ((100, 5), (300, 10), (600, 20))  # up to this step, this interval
+LATE = 100
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Curvature:
         kind: "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood,
             computed in closed form), "fisher" (the same by sampled targets) or "empirical"
             (gradients at the data; a cheap relative, not an estimate of the other two).
-        every: steps from one estimate to the next.
+        every: steps from one estimate to the next, or "schedule": 5 steps up to step 100, 10 up to
+            300, 20 up to 600, then 100.
         eigen_every: steps between eigendecompositions of Kronecker factors; the 1st, 2nd, 4th, 8th
             and 16th estimate have one besides.
         batch: examples of a mini-batch that an estimate reads, the first ones; None for all.
@@ -36,7 +39,7 @@ class Curvature:
     """
 
     kind: str
-    every: int = 20
+    every: int | str = 20
     eigen_every: int = 200
     batch: int | None = 32
     decay: float = 0.95
@@ -48,14 +51,32 @@ class Curvature:
             raise ValueError(f"curvature={self.kind!r}: choose one of {', '.join(KINDS)}")
         for name in ("every", "eigen_every", "batch", "num_samples"):
             value = getattr(self, name)
-            if name == "batch" and value is None:
+            if (name, value) in (("batch", None), ("every", "schedule")):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Curvature({name}={value!r}): a whole number from 1 is needed")
+                also = {"every": " or 'schedule'", "batch": " or None"}.get(name, "")
+                raise ValueError(
+                    f"Curvature({name}={value!r}): a whole number from 1{also} is needed"
+                )
         if not 0 <= self.decay < 1:
             raise ValueError(f"Curvature(decay={self.decay!r}): a number in [0, 1) is needed")
         if not self.initial >= 0:
             raise ValueError(f"Curvature(initial={self.initial!r}): a number from 0 is needed")
+
+
+    def interval(self, step: int) -> int:
+        """Steps from one estimate to the next around `step`."""
+        if isinstance(self.every, int):
+            return self.every
+        return next((every for end, every in SCHEDULE if step < end), LATE)
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` takes an estimate."""
+        return step % self.interval(step) == 0
+
+    def turns(self, step: int) -> bool:
+        """Whether the estimate at `step` is the first since a multiple of `eigen_every`."""
+        return step % self.eigen_every < self.interval(step)
 
 
 def as_curvature(curvature: str | Curvature) -> Curvature:

@@ -194,7 +194,7 @@ class NGVI:
         self, state: State, args: Any, kwargs: Any
     ) -> tuple[Proposal, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
-        families, due = self.guide.blocks, state.step % self.curvature.every == 0
+        families, due = self.guide.blocks, self.curvature.is_due(state.step)
         locs = [
             family.raw_loc.detach() if one.iterate is None else one.iterate
             for family, one in zip(families, state.blocks, strict=True)
