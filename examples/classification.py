@@ -51,8 +51,8 @@ DENSE = ("block", "full")  # keep whole matrices, P x P for P weights of a layer
 # Digits: the last grid was three settings for each method on validation images (100 epochs, mean
 # NLL of 8 seeds): Adam .276, .303 and .294 at 1e-3, 3e-3 and 1e-2; 1e-2 was taken, for accuracy,
 # Brier score and OOD AUROC, though its NLL is not the lowest. NGVI at temperature .01: .175, .154
-# and .156 at .02, .05 and .1. Before that NGVI had more looks: some ten to Adam's six on this split,
-# against twelve to thirteen on an earlier one, given up after its test results had been seen.
+# and .156 at .02, .05 and .1. Before that NGVI had more looks: ten or so to Adam's six on this
+# split, twelve to thirteen on an earlier one, given up after its test results had been seen.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(epochs=100, batch_size=50, adam_lr=1e-2, lr=0.05, temperature=0.01),
     "mnist": dict(epochs=10, batch_size=128, adam_lr=2e-3, lr=0.02, temperature=0.1),
