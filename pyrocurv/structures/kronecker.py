@@ -104,7 +104,8 @@ def automatic_ranks(outputs: int, inputs: int) -> tuple[int, int]:
     """How many eigenvectors each side of a layer keeps.
 
     All, where neither side is wider than 160; in a wider layer 32 of each side that has more than
-    64. The statistics of a mini-batch do not tell more, and thin products are far cheaper.
+    64, since thin products are cheaper. Exact as long as no more directions than that carry
+    curvature, as with fewer data than 32 at one position.
     """
     if max(outputs, inputs) <= 160:
         return outputs, inputs
