@@ -22,7 +22,8 @@ from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure, automatic_ranks
+from pyrocurv.specs import EKFAC, KFAC
+from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 
@@ -82,11 +83,11 @@ def observe(
         for block, old, unit in zip(blocks, running, units, strict=True):
             pairs = gather(block, calls, gradients, count)
             if kept is not None:
-                pairs = [(a[kept], g[:, kept]) for a, g in pairs]
+                pairs = [[pair[kept] for pair in uses] for uses in pairs]
             number = 1 if old is None else old.count + 1
             turn = number in EARLY or spec.turns(step)
             roots = None if unit is None else unit.roots
-            fresh.append(update(old, block.structure, pairs, count, spec.decay, turn, roots))
+            fresh.append(update(old, block, pairs, count, spec.decay, turn, roots))
     return fresh
 
 
@@ -108,8 +109,8 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 
 def update(
-    running: Running | None, structure: str, pairs: Pairs, rows: int, decay: float, refresh: bool,
-    units: tuple[Tensor, Tensor] | None = None, rank: int | str = "auto",
+    running: Running | None, block: Block, pairs: Pairs, rows: int, decay: float, refresh: bool,
+    units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
@@ -119,22 +120,20 @@ def update(
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    if structure in ("kfac", "ekfac"):
-        sizes = pairs[0][1].shape[-1], pairs[0][0].shape[-1]
-        if (ranks := automatic_ranks(*sizes, rank)) != sizes:
-            return _thin(running, structure, pairs, rows, weight, units, ranks)
-    new = reduce.PLAIN[structure](pairs).scale(1 / rows)
+    if _is_thin(block, pairs):
+        return _thin(running, block, pairs, rows, weight, units)
+    new = reduce.plain(block, pairs).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         return _left_out(running)
     if not isinstance(new, Kronecker):
         return Running(count, new if running is None else running.curvature.lerp(new, weight))
     factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]
     if running is None or refresh or not _same(units, running.units):
-        curvature = _eigen(factors, units, running)
+        curvature = _eigen(block, factors, units, running)
     else:
         curvature = running.curvature  # type: ignore[assignment]
-    if structure == "ekfac":
-        moment = reduce.kronecker_eigen(_in_units(pairs, units), curvature)
+    if isinstance(block.structure, EKFAC):
+        moment = reduce.kronecker_eigen(reduce.in_units(pairs, units), curvature)
         moment = moment.scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
@@ -147,20 +146,30 @@ def _left_out(running: Running | None) -> Running:
     return running
 
 
+def _is_thin(block: Block, pairs: Pairs) -> bool:
+    """Whether a side is truncated and its rows are one kind: one group, one use, uncut factors."""
+    if not isinstance(block.structure, (KFAC, EKFAC)) or block.structure.cuts != (1, 1):
+        return False
+    shape = block.layers[0].matrix_shape
+    return len(shape) == 2 and len(pairs[0]) == 1 and block.ranks != shape
+
+
 def _thin(
-    running: Running | None, structure: str, pairs: Pairs, rows: int, weight: float,
-    units: tuple[Tensor, Tensor] | None, ranks: tuple[int, int],
+    running: Running | None, block: Block, pairs: Pairs, rows: int, weight: float,
+    units: tuple[Tensor, Tensor] | None,
 ) -> Running:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
-    ((a, g),) = _in_units(pairs, units)
-    if not bool(torch.isfinite(a.sum() + g.sum())):
+    (((pair,),), spec) = reduce.in_units(pairs, units), block.structure
+    if not bool(torch.isfinite(pair.a.sum() + pair.g.sum())):
         return _left_out(running)
+    shared = reduce.reduced(pair) if spec.sharing == "reduce" else pair  # type: ignore[union-attr]
+    a, g = shared.a.flatten(0, 1), shared.g.flatten(0, 1)  # [KB, S, n]
     if running is None:
-        output, input = (Leading.nothing(x, n) for x, n in zip((g, a), ranks, strict=True))
+        output, input = (Leading.nothing(x, r) for x, r in zip((g, a), block.ranks, strict=True))
     else:
         output, input = _sides_in(units, running)
     try:
-        output = output.average(g.flatten(0, 1), 1 / (rows * a.shape[1]), weight)
+        output = output.average(g, 1 / (rows * g.shape[1]), weight)
         input = input.average(a, 1 / rows, weight)
     except torch.linalg.LinAlgError as error:
         if running is None:
@@ -168,8 +177,8 @@ def _thin(
         warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
         return running
     count, curvature = 1 if running is None else running.count + 1, product(output, input)
-    if structure == "ekfac":
-        moment = mean_squares(a, g, curvature).scale(1 / rows)
+    if isinstance(spec, EKFAC):
+        moment = mean_squares(pair, curvature).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, None, units, (output, input))
 
@@ -187,19 +196,16 @@ def _sides_in(
 
 
 def _eigen(
-    factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
+    block: Block, factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
 ) -> KroneckerEigen:
     try:
-        return (factors if units is None else factors.rescaled(*units)).eigen()
+        factors = factors if units is None else factors.rescaled(*units)
+        return factors.eigen(block.ranks, block.structure.cuts)  # type: ignore[union-attr]
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise
         warnings.warn(f"the eigenvectors stay as they are: {error}", stacklevel=3)
         return running.curvature  # type: ignore[return-value]
-
-
-def _in_units(pairs: Pairs, units: tuple[Tensor, Tensor] | None) -> Pairs:
-    return pairs if units is None else [(a / units[1], g / units[0]) for a, g in pairs]
 
 
 def _same(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:
