@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.blocks import Block
-from pyrocurv.curvature import Curvature
+from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.curvature.estimator import Running, update
 from pyrocurv.curvature.leading import ROWS, Leading, mean_squares
 from pyrocurv.curvature.reduce import Pair
@@ -19,13 +19,11 @@ from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.layers import Layer
 from pyrocurv.nn import Classifier, bayesianize
-from pyrocurv.specs import EKFAC, KFAC
 from pyrocurv.structures import KroneckerEigen
 
 OUTPUTS, INPUTS = 9, 12
 DECAY = 0.7
-SPECS = {"kfac": KFAC, "ekfac": EKFAC}
-structures = pytest.mark.parametrize("structure", SPECS)
+structures = pytest.mark.parametrize("structure", ["kfac", "ekfac"])
 
 
 def same(actual: Tensor, expected: Tensor) -> None:
@@ -33,46 +31,44 @@ def same(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def estimates(count: int, rows: int, positions: int = 1, vectors: int = 1) -> list[Pair]:
-    """a [1, B, S, I] and g [K, B, S, O]."""
+def estimates(count: int, rows: int, positions: int = 1, vectors: int = 1) -> list[Any]:
+    """Pairs (a [B, S, I], g [K, B, S, O])."""
     return [
-        Pair(torch.randn(1, rows, positions, INPUTS).double(),
-             torch.randn(vectors, rows, positions, OUTPUTS).double()) for _ in range(count)
+        [(torch.randn(rows, positions, INPUTS).double(),
+          torch.randn(vectors, rows, positions, OUTPUTS).double())] for _ in range(count)
     ]
 
 
-def block(structure: str, rank: int | str, outputs: int = OUTPUTS, inputs: int = INPUTS) -> Block:
-    return Block((Layer("weight", None, (outputs, inputs)),), SPECS[structure](rank=rank))
-
-
-def advance(
-    running: Running | None, structure: str, pair: Pair, rank: int | str, units: Any = None
+def step(
+    running: Running | None, structure: str, pairs: Any, rows: int, decay: float, refresh: bool,
+    units: Any = None, rank: int | str = "auto",
 ) -> Running:
-    """One more estimate averaged in."""
-    rows, outputs, inputs = pair.a.shape[1], pair.g.shape[-1], pair.a.shape[-1]
-    made = block(structure, rank, outputs, inputs)
-    return update(running, made, [[pair]], rows, DECAY, False, units)
+    """`update` of one layer."""
+    ((a, g),) = pairs
+    layer = Layer("w", None, (g.shape[-1], a.shape[-1]))
+    block = Block((layer,), {"kfac": KFAC, "ekfac": EKFAC}[structure](rank=rank))
+    return update(running, block, [[Pair(a[None], g)]], rows, decay, refresh, units)
 
 
 def weights(count: int) -> list[float]:
     return [max(1 - DECAY, 1 / number) for number in range(1, count + 1)]
 
 
-def exact(stream: list[Pair]) -> tuple[Tensor, Tensor]:
+def exact(stream: list[Any]) -> tuple[Tensor, Tensor]:
     """The running averages of G and A per datum, dense."""
     G, A = torch.zeros(OUTPUTS, OUTPUTS).double(), torch.zeros(INPUTS, INPUTS).double()
-    for weight, pair in zip(weights(len(stream)), stream, strict=True):
-        (a,), g = pair.a, pair.g
+    for weight, [(a, g)] in zip(weights(len(stream)), stream, strict=True):
         rows, positions = a.shape[:2]
         A = (1 - weight) * A + weight * torch.einsum("bsi,bsj->ij", a, a) / rows
         G = (1 - weight) * G + weight * torch.einsum("kbsi,kbsj->ij", g, g) / (rows * positions)
     return G, A
 
 
-def run(structure: str, stream: list[Pair], rank: int, units: Any = None) -> Running:
+def run(structure: str, stream: list[Any], rank: int, units: Any = None) -> Running:
     running = None
-    for pair in stream:
-        running = advance(running, structure, pair, rank, units)
+    for pairs in stream:
+        rows = pairs[0][0].shape[0]
+        running = step(running, structure, pairs, rows, DECAY, False, units, rank)
     assert running is not None
     return running
 
@@ -172,17 +168,6 @@ def test_sampled_positions_are_right_on_average() -> None:
     assert ((found.mean(0) - expected).abs() < 5 * error + bias).all()
 
 
-def test_positions_that_are_reduced() -> None:
-    """sharing="reduce": inputs averaged and gradients summed over positions."""
-    (pair,) = estimates(1, 2, positions=5)
-    spec = KFAC(rank=4, sharing="reduce")
-    made = Block((Layer("weight", None, (OUTPUTS, INPUTS)),), spec)
-    running = update(None, made, [[pair]], 2, DECAY, False)
-    a, g = pair.a.mean(2), pair.g.sum(2)
-    G, A = (torch.einsum("kbi,kbj->ij", x, x) / 2 for x in (g, a))
-    same(running.curvature.dense(), torch.kron(G, A))
-
-
 # ---- EK-FAC -------------------------------------------------------------------------------------
 
 
@@ -192,8 +177,8 @@ def projectors(basis: Tensor) -> list[Tensor]:
     return onto if basis.shape[0] == basis.shape[1] else [*onto, rest]
 
 
-def dense_curvature(pair: Pair) -> Tensor:
-    jacobians = torch.einsum("kbso,bsi->kboi", pair.g, pair.a[0]).flatten(0, 1).flatten(1)
+def dense_curvature(a: Tensor, g: Tensor) -> Tensor:
+    jacobians = torch.einsum("kbso,bsi->kboi", g, a).flatten(0, 1).flatten(1)
     return jacobians.mT @ jacobians
 
 
@@ -201,12 +186,12 @@ def dense_curvature(pair: Pair) -> Tensor:
 @pytest.mark.parametrize("ranks", [(4, 5), (OUTPUTS, 5), (4, INPUTS), (OUTPUTS, INPUTS)])
 def test_mean_squares(ranks: tuple[int, int], positions: int) -> None:
     """The mean of the dense curvature over each pair of eigenspaces."""
-    pair = estimates(1, 3, positions, vectors=2)[0]
+    ((a, g),) = estimates(1, 3, positions, vectors=2)[0]
     bases = [torch.linalg.qr(torch.randn(n, n).double()).Q[:, :rank].contiguous()
              for n, rank in zip((OUTPUTS, INPUTS), ranks, strict=True)]
     shape = [rank + (rank < n) for n, rank in zip((OUTPUTS, INPUTS), ranks, strict=True)]
-    found = mean_squares(pair, KroneckerEigen(*bases, torch.ones(shape).double()))
-    matrix = dense_curvature(pair)
+    found = mean_squares(a, g, KroneckerEigen(*bases, torch.ones(shape).double()))
+    matrix = dense_curvature(a, g)
     for i, output in enumerate(projectors(bases[0])):
         for j, input in enumerate(projectors(bases[1])):
             onto = torch.kron(output, input)
@@ -217,8 +202,8 @@ def test_the_eigenvalues_of_ekfac_are_averaged_in_the_turning_basis() -> None:
     """The trace is that of the exact running average, which no turn of the basis changes."""
     stream = estimates(6, 4, positions=2)
     running, expected = run("ekfac", stream, 3), torch.zeros(()).double()
-    for weight, pair in zip(weights(6), stream, strict=True):
-        expected = (1 - weight) * expected + weight * dense_curvature(pair).trace() / 4
+    for weight, [(a, g)] in zip(weights(6), stream, strict=True):
+        expected = (1 - weight) * expected + weight * dense_curvature(a, g).trace() / len(a)
     same(running.curvature.trace(), expected)
     assert isinstance(running.curvature, KroneckerEigen)
     for side, basis in zip(
@@ -237,7 +222,7 @@ def test_other_units_between_two_estimates(structure: str) -> None:
     first, second = random_units(), random_units()
     for old, new in ((first, second), (None, second), (first, None)):
         before = run(structure, stream[:1], 6, old)
-        running = advance(before, structure, stream[1], 6, new)
+        running = step(before, structure, stream[1], 2, DECAY, False, new, 6)
         expected = run("kfac", stream, 6, new)
         assert running.units is new
         for side, other in zip(running.sides, expected.sides, strict=True):  # type: ignore[arg-type]
@@ -268,9 +253,9 @@ class Largest(TorchDispatchMode):
 def test_no_square_matrix_of_a_wide_side_and_no_whole_weight_is_formed(structure: str) -> None:
     outputs, inputs, running = 700, 900, None
     for _ in range(2):
-        pair = Pair(torch.randn(1, 4, 9, inputs), torch.randn(1, 4, 9, outputs))
+        pairs = [(torch.randn(4, 9, inputs), torch.randn(1, 4, 9, outputs))]
         with Largest() as seen:
-            running = advance(running, structure, pair, "auto")
+            running = step(running, structure, pairs, 4, DECAY, True)
         assert seen.numel <= 4 * 32 * inputs  # rows turned to one side of the basis
 
 
@@ -280,7 +265,7 @@ def test_an_estimate_changes_nothing_of_the_last(structure: str) -> None:
     before = run(structure, stream[:1], 3)
     kept = [t.clone() for side in before.sides for t in side.state().values()]  # type: ignore[union-attr]
     dense = before.curvature.dense()
-    after = advance(before, structure, stream[1], 3)
+    after = step(before, structure, stream[1], 4, DECAY, False, None, 3)
     assert after is not before and after.count == 2
     now = [t for side in before.sides for t in side.state().values()]  # type: ignore[union-attr]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
@@ -289,20 +274,21 @@ def test_an_estimate_changes_nothing_of_the_last(structure: str) -> None:
 
 @structures
 def test_an_estimate_that_is_not_finite_is_left_out(structure: str) -> None:
-    good, bad = estimates(2, 3)
-    bad.a[0, 1, 0, 2] = torch.nan
+    good, bad = estimates(1, 3)[0], [(torch.full((3, 1, INPUTS), torch.nan).double(),
+                                      torch.ones(1, 3, 1, OUTPUTS).double())]
     with pytest.raises(FloatingPointError):
-        advance(None, structure, bad, 4)
-    running = advance(None, structure, good, 4)
+        step(None, structure, bad, 3, DECAY, False, None, 4)
+    running = step(None, structure, good, 3, DECAY, False, None, 4)
     with pytest.warns(UserWarning, match="not finite"):
-        assert advance(running, structure, bad, 4) is running
+        assert step(running, structure, bad, 3, DECAY, False, None, 4) is running
 
 
 @structures
 def test_rows_of_nothing(structure: str) -> None:
     """Dead inputs and gradients give a curvature of zero, and an orthonormal basis all the same."""
-    a, g = torch.zeros(1, 3, 2 * ROWS, INPUTS), torch.zeros(1, 3, 2 * ROWS, OUTPUTS)
-    running = advance(None, structure, Pair(a.double(), g.double()), 4)
+    a, g = torch.zeros(3, 2 * ROWS, INPUTS), torch.zeros(1, 3, 2 * ROWS, OUTPUTS)
+    pairs = [(a.double(), g.double())]
+    running = step(None, structure, pairs, 3, DECAY, False, None, 4)
     assert not running.curvature.dense().any()
     for side in running.sides:  # type: ignore[union-attr]
         orthonormal(side.basis)
@@ -315,7 +301,8 @@ def test_a_checkpoint_of_the_sides(structure: str) -> None:
     torch.save(running.state(), file)
     file.seek(0)
     again = Running.from_state(torch.load(file, weights_only=True))
-    ours, theirs = (advance(one, structure, stream[2], 3) for one in (running, again))
+    ours, theirs = (step(one, structure, stream[2], 4, DECAY, False, None, 3)
+                    for one in (running, again))
     assert torch.equal(ours.curvature.dense(), theirs.curvature.dense())
 
 

@@ -22,7 +22,7 @@ from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
-from pyrocurv.specs import EKFAC, KFAC
+from pyrocurv.specs import EKFAC
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
@@ -147,11 +147,14 @@ def _left_out(running: Running | None) -> Running:
 
 
 def _is_thin(block: Block, pairs: Pairs) -> bool:
-    """Whether a side is truncated and its rows are one kind: one group, one use, uncut factors."""
-    if not isinstance(block.structure, (KFAC, EKFAC)) or block.structure.cuts != (1, 1):
+    """Whether leading parts of the factors are kept up from rows, without the factors."""
+    spec, (layer, *_) = block.structure, block.layers
+    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
         return False
-    shape = block.layers[0].matrix_shape
-    return len(shape) == 2 and len(pairs[0]) == 1 and block.ranks != shape
+    uses = pairs[0]
+    if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
+        return False
+    return block.ranks != layer.matrix_shape
 
 
 def _thin(
@@ -159,17 +162,17 @@ def _thin(
     units: tuple[Tensor, Tensor] | None,
 ) -> Running:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
-    (((pair,),), spec) = reduce.in_units(pairs, units), block.structure
-    if not bool(torch.isfinite(pair.a.sum() + pair.g.sum())):
+    ((pair,),) = reduce.in_units(pairs, units)
+    shared = reduce.shared(pair, block.structure.sharing)  # type: ignore[union-attr]
+    a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
+    if not bool(torch.isfinite(a.sum() + g.sum())):
         return _left_out(running)
-    shared = reduce.reduced(pair) if spec.sharing == "reduce" else pair  # type: ignore[union-attr]
-    a, g = shared.a.flatten(0, 1), shared.g.flatten(0, 1)  # [KB, S, n]
     if running is None:
-        output, input = (Leading.nothing(x, r) for x, r in zip((g, a), block.ranks, strict=True))
+        output, input = (Leading.nothing(x, n) for x, n in zip((g, a), block.ranks, strict=True))
     else:
         output, input = _sides_in(units, running)
     try:
-        output = output.average(g, 1 / (rows * g.shape[1]), weight)
+        output = output.average(g, 1 / (rows * a.shape[1]), weight)
         input = input.average(a, 1 / rows, weight)
     except torch.linalg.LinAlgError as error:
         if running is None:
@@ -177,8 +180,8 @@ def _thin(
         warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
         return running
     count, curvature = 1 if running is None else running.count + 1, product(output, input)
-    if isinstance(spec, EKFAC):
-        moment = mean_squares(pair, curvature).scale(1 / rows)
+    if isinstance(block.structure, EKFAC):
+        moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, None, units, (output, input))
 

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrocurv.curvature.reduce import Pair
 from pyrocurv.structures import KroneckerEigen
 from pyrocurv.structures.linalg import eigh_psd
 
@@ -112,25 +111,25 @@ def _directions(y: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(found).Q
 
 
-def mean_squares(pair: Pair, basis: KroneckerEigen) -> KroneckerEigen:
+def mean_squares(a: Tensor, g: Tensor, basis: KroneckerEigen) -> KroneckerEigen:
     """The mean of sum_kn vec(J) vec(J)ᵀ over the basis' eigenspaces, J_kn = sum_s g_kns a_nsᵀ.
 
-    No J [O, I] of a wide layer is formed, since |uᵀJ|², |J v|² and |J|² are enough for what lies
-    outside the columns.
+    For inputs a [B, S, I] and gradients g [K, B, S, O]; no J [O, I] of a wide layer is formed,
+    since |uᵀJ|², |J v|² and |J|² are enough for what lies outside the columns.
     """
     u, v = basis.output_basis, basis.input_basis
     (outputs, s), (inputs, r) = u.shape, v.shape
     spectrum = torch.zeros_like(basis.spectrum)
-    for vector in range(pair.vectors):
-        a, g = pair.of(vector)  # [B, S, I], [B, S, O]
-        output, input = g @ u, a @ v  # [B, S, s], [B, S, r]
-        spectrum[:s, :r] += (output.mT @ input).square().sum(0)
+    projected = a @ v  # [B, S, r]
+    for gradient in g:
+        turned = gradient @ u  # [B, S, s]
+        spectrum[:s, :r] += (turned.mT @ projected).square().sum(0)
         if r < inputs:
-            spectrum[:s, r] += (output.mT @ a).square().sum((0, 2))
+            spectrum[:s, r] += (turned.mT @ a).square().sum((0, 2))
         if s < outputs:
-            spectrum[s, :r] += (g.mT @ input).square().sum((0, 1))
+            spectrum[s, :r] += (gradient.mT @ projected).square().sum((0, 1))
         if r < inputs and s < outputs:
-            spectrum[s, r] += _square_norm(g, a)
+            spectrum[s, r] += _square_norm(gradient, a)
     if r < inputs:  # so far the last column is of whole rows
         spectrum[:, r] -= spectrum[:, :r].sum(1)
         spectrum[:, r] /= inputs - r

@@ -38,13 +38,8 @@ class Pair:
 
     def jacobian(self, vector: int) -> Tensor:
         """J of all examples for one k, [B, *lead, O, I]."""
-        a, g = self.of(vector)
-        return (g.mT @ a).movedim(-3, 0)
-
-    def of(self, vector: int) -> tuple[Tensor, Tensor]:
-        """a [*lead, B, S, I] and g [*lead, B, S, O] for one k."""
         a, g = (part[min(vector, len(part) - 1)] for part in (self.a, self.g))
-        return a, g
+        return (g.mT @ a).movedim(-3, 0)
 
     def __getitem__(self, rows: Tensor | slice) -> Pair:
         """Some of the examples."""
@@ -143,12 +138,14 @@ def kronecker(pairs: Pairs, sharing: str = "expand") -> Kronecker:
     Where a matrix is used transposed as well, the nearest product to the sum of both.
     """
     (uses,) = pairs
-    factors = [_factors(pair if sharing == "expand" else reduced(pair)) for pair in uses]
+    factors = [_factors(shared(pair, sharing)) for pair in uses]
     return functools.reduce(Kronecker.nearest_sum, factors)
 
 
-def reduced(pair: Pair) -> Pair:
-    """The positions added up: inputs averaged, gradients summed."""
+def shared(pair: Pair, sharing: str) -> Pair:
+    """Positions by themselves ("expand"), or inputs averaged and gradients summed ("reduce")."""
+    if sharing == "expand":
+        return pair
     return Pair(pair.a.mean(-2, keepdim=True), pair.g.sum(-2, keepdim=True))
 
 
