@@ -170,17 +170,13 @@ def propose(
 
     Raises FloatingPointError when the loss or a gradient is not finite.
     """
-    blocks = [
-        replace(one, momentum=push(one.momentum, gradient, numbers.momentum))
-        for one, gradient in zip(state.blocks, gradients, strict=True)
-    ]
     bias = 1 - numbers.momentum ** (state.step + 1)
-    directions = [
-        one.metric.preconditioner.solution(  # type: ignore[union-attr]
-            slope(one.momentum, loc, prior.packed, numbers.ratio, bias)  # type: ignore[arg-type]
-        )
-        for one, loc, prior in zip(blocks, locs, priors, strict=True)
-    ]
+    blocks, directions = [], []
+    for one, loc, gradient, prior in zip(state.blocks, locs, gradients, priors, strict=True):
+        momentum = push(one.momentum, gradient, numbers.momentum)
+        h = slope(momentum, loc, prior.packed, numbers.ratio, bias)
+        directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]
+        blocks.append(replace(one, momentum=momentum))
     inner = torch.stack([direction.dot for direction in directions]).sum() / bias**2
     value, power = _finite([loss, inner], others, state.step)
     rate = numbers.lr * trust(power, numbers.base_lr, numbers.kl_clip) / bias
