@@ -75,19 +75,24 @@ def observe(
     terms: Sequence[Observation], calls: Sequence[Call], rows: int, share: float,
     priors: Sequence[BlockPrior], numbers: Numbers,
 ) -> list[Carried]:
-    """Average one more estimate of the curvature in; `share` is B/N.
+    """Average one more estimate of the curvature of the blocks that are due in; `share` is B/N.
 
-    The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N).
+    The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N), in all blocks, due or not.
     """
-    running = estimator.observe(
-        spec, step, blocks, [one.running for one in carried], terms, calls, rows,
-        [prior.units for prior in priors],
+    due = [i for i, one in enumerate(carried) if spec.is_due(step, one.clock)]
+    observed = estimator.observe(
+        spec, step, [blocks[i] for i in due], [carried[i].running for i in due],
+        [carried[i].clock for i in due], terms, calls, rows, [priors[i].units for i in due],
     )
+    fresh = list(carried)
+    for i, (running, clock) in zip(due, observed, strict=True):
+        fresh[i] = replace(carried[i], running=running, clock=clock)
     faint = spec.initial * (1 - min(0.05, share)) ** step
     return [
-        replace(one, running=new,
-                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))
-        for one, new, prior in zip(carried, running, priors, strict=True)
+        replace(one, metric=metric(
+            one.running.curvature, faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]
+        )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]
+        for one, prior in zip(fresh, priors, strict=True)
     ]
 
 

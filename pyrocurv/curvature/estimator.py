@@ -17,6 +17,7 @@ from torch import Tensor
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
 from pyrocurv.curvature import reduce
+from pyrocurv.curvature.clock import Clock, tick
 from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
@@ -38,6 +39,10 @@ class Running:
     factors: Kronecker | None = None
     units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
 
+    def is_in(self, units: Units | None) -> bool:
+        """Whether these are the units of `curvature` still."""
+        return _same(self.units, None if units is None else units.roots)
+
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         factors = None if self.factors is None else self.factors.state()
@@ -56,32 +61,41 @@ class Running:
 
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], running: Sequence[Running | None],
-    terms: Sequence[Observation], calls: Sequence[Call], rows: int,
+    clocks: Sequence[Clock | None], terms: Sequence[Observation], calls: Sequence[Call], rows: int,
     units: Sequence[Units | None],
-) -> list[Running]:
-    """The running curvature of all blocks with one more estimate averaged in.
+) -> list[tuple[Running, Clock | None]]:
+    """The running curvature of blocks with one more estimate averaged in, and their clocks then.
+
+    There are clocks where `every="auto"`, from the first estimate on.
 
     Args:
+        blocks: those that are due; no gradient is taken onto the ops of others.
         terms, calls: the likelihood and the layers' ops of one forward pass over `rows` examples.
         units: of the blocks' priors. The eigenbasis of a block that has any is reckoned in them;
             when they change, the eigenvalues of EK-FAC are carried over as they were.
     """
     check_batch(calls, rows)
     count = rows if spec.batch is None else min(spec.batch, rows)
+    layers = {layer for block in blocks for layer in block.layers}
+    calls = [call for call in calls if call.layer in layers] or calls
     gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
     kept = _kept(terms, count)
-    fresh: list[Running] = []
+    fresh: list[tuple[Running, Clock | None]] = []
     if kept is not None and len(kept) == 0:
-        return _without(running)
+        return list(zip(_without(running), clocks, strict=True))
     with torch.no_grad():
-        for block, old, unit in zip(blocks, running, units, strict=True):
+        for block, old, clock, unit in zip(blocks, running, clocks, units, strict=True):
             pairs = gather(block, calls, gradients, count)
             if kept is not None:
                 pairs = [(a[kept], g[:, kept]) for a, g in pairs]
             number = 1 if old is None else old.count + 1
-            turn = number in EARLY or spec.turns(step)
+            turn = number in EARLY or spec.turns(step, clock)
             roots = None if unit is None else unit.roots
-            fresh.append(update(old, block.structure, pairs, count, spec.decay, turn, roots))
+            new = update(old, block.structure, pairs, count, spec.decay, turn, roots)
+            if spec.every == "auto":
+                clock = clock or Clock()
+                clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
+            fresh.append((new, clock))
     return fresh
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -43,6 +43,13 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is None:
             raise RuntimeError("call ngvi.step(...): this optimizer is there for schedulers")
         return closure()
+
+
+class Updates(NamedTuple):
+    """Of a block's curvature."""
+
+    updates: int
+    interval: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +201,8 @@ class NGVI:
         self, state: State, args: Any, kwargs: Any
     ) -> tuple[Proposal, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
-        families, due = self.guide.blocks, self.curvature.is_due(state.step)
+        families = self.guide.blocks
+        due = any(self.curvature.is_due(state.step, one.clock) for one in state.blocks)
         locs = [
             family.raw_loc.detach() if one.iterate is None else one.iterate
             for family, one in zip(families, state.blocks, strict=True)
@@ -205,12 +213,11 @@ class NGVI:
             found.state, locs, found.gradients, found.priors, found.loss, found.rest, numbers,
             self.average,
         )
-        encoded: list[Any] = [None] * len(locs)
-        if due or self.average:
-            encoded = [
-                family.encode(one.average or one.metric.precision)  # type: ignore[union-attr]
-                for family, one in zip(families, proposal.state.blocks, strict=True)
-            ]
+        encoded = [
+            family.encode(new.average or new.metric.precision)  # type: ignore[union-attr]
+            if self.average or new.metric is not old.metric else None
+            for family, old, new in zip(families, state.blocks, proposal.state.blocks, strict=True)
+        ]
 
         @torch.no_grad()
         def commit() -> None:
@@ -329,6 +336,21 @@ class NGVI:
             divergence = engine.divergence(sample, noise, precisions, priors)
             losses.append(energy + self._heat(run) * divergence)
         return float(torch.stack(losses).mean())
+
+    def update_counts(self) -> dict[str, Updates]:
+        """How often each block's curvature was estimated, and its present interval in steps.
+
+        A block goes by the name of its layer's weight; where it holds several layers, by theirs,
+        joined by ", ". Empty before the first step.
+        """
+        if self._state is None:
+            return {}
+        step, counts = self._state.step, {}
+        for family, one in zip(self.guide.blocks, self._state.blocks, strict=True):
+            name = ", ".join(layer.weight for layer in family.block.layers)
+            updates = 0 if one.running is None else one.running.count
+            counts[name] = Updates(updates, self.curvature.interval(step, one.clock))
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """All but the parameters of guide and model, which have states of their own."""
