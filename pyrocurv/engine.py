@@ -15,11 +15,12 @@ from torch import Tensor
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
 from pyrocurv.curvature import Curvature, estimator
+from pyrocurv.curvature.estimator import Running
 from pyrocurv.curvature.pullback import Observation
-from pyrocurv.natural import metric, push, slope, surplus, trust
+from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, Noise, State
-from pyrocurv.structures import Structure
+from pyrocurv.structures import Diagonal, Structure
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def draw(
     return fresh, [*fresh] if antithetic else nothing
 
 
+def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
+    """Whether `step` takes an estimate of a block."""
+    if spec.every == "auto" and block.is_opaque:  # every step does, by itself
+        return carried.running is None
+    return spec.is_due(step, carried.clock)
+
+
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
     terms: Sequence[Observation], calls: Sequence[Call], rows: int, share: float,
@@ -79,21 +87,61 @@ def observe(
 
     The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N), in all blocks, due or not.
     """
-    due = [i for i, one in enumerate(carried) if spec.is_due(step, one.clock)]
-    observed = estimator.observe(
-        spec, step, [blocks[i] for i in due], [carried[i].running for i in due],
-        [carried[i].clock for i in due], terms, calls, rows, [priors[i].units for i in due],
+    now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
+           if is_due(spec, step, block, one) and not block.is_opaque]
+    found = estimator.observe(
+        spec, step, [blocks[n] for n in now], [carried[n].running for n in now],
+        [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now],
     )
-    fresh = list(carried)
-    for i, (running, clock) in zip(due, observed, strict=True):
-        fresh[i] = replace(carried[i], running=running, clock=clock)
-    faint = spec.initial * (1 - min(0.05, share)) ** step
+    fresh = [
+        replace(one, running=one.running or _nothing(block, prior)) if block.is_opaque else one
+        for block, one, prior in zip(blocks, carried, priors, strict=True)
+    ]
+    for number, (running, clock) in zip(now, found, strict=True):
+        fresh[number] = replace(carried[number], running=running, clock=clock)
+    faint = fading(spec, step, share)
     return [
         replace(one, metric=metric(
             one.running.curvature, faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]
         )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]
         for one, prior in zip(fresh, priors, strict=True)
     ]
+
+
+def fading(spec: Curvature, step: int, share: float) -> float:
+    """e, the initial curvature; `share` is B/N."""
+    return spec.initial * (1 - min(0.05, share)) ** step
+
+
+def _nothing(block: Block, prior: BlockPrior) -> Running:
+    """The curvature of a block that is known from gradients, before any."""
+    return Running(0, Diagonal(prior.packed.precision.new_zeros(block.size)))
+
+
+def sense(
+    spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
+    products: Sequence[Tensor | None], share: float, priors: Sequence[BlockPrior],
+    numbers: Numbers,
+) -> list[Carried]:
+    """The curvature of opaque blocks from the step's own samples; `products` are means of ε ∘ g.
+
+    Every step counts, each as much less as an estimate every `spec.every` steps would count.
+    """
+    every = spec.every if isinstance(spec.every, int) else 20
+    faint, result = fading(spec, step, share), list(carried)
+    for number, (block, one, product) in enumerate(zip(blocks, carried, products, strict=True)):
+        if not block.is_opaque or product is None:
+            continue
+        assert one.running is not None and one.metric is not None
+        prior = priors[number]
+        curvature = noisy_curvature(
+            one.running.curvature, product, one.metric.precision, (1 - spec.decay) / every,
+            prior.packed, numbers.ratio,
+        )
+        running = Running(one.running.count + 1, curvature)
+        moved = metric(curvature, faint, prior, numbers.ratio, numbers.damping)
+        result[number] = replace(one, running=running, metric=moved)
+    return result
 
 
 @torch.no_grad()

@@ -26,10 +26,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyrocurv.curvature.reduce import Pairs
 
 START, SHORTEST, LONGEST = 20, 5, 500  # intervals, in steps
 WIDTH = 64  # directions of a layer's inputs that are looked at
@@ -85,28 +88,31 @@ class Clock:
         return Clock(**{**state, "averages": tuple(Average(*one) for one in state["averages"])})
 
 
-def tick(clock: Clock, step: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> Clock:
-    """The clock after an estimate at `step` from the pairs (a, g) of the block's layers.
+def tick(clock: Clock, step: int, pairs: Pairs) -> Clock:
+    """The clock after an estimate at `step` from what the block's layers saw.
 
-    a [*lead, B, S, I] and g [K, *lead, B, S, O], as `reduce.gather` has them; leading axes count as
-    positions. A single row has no halves, and leaves the interval as it is.
+    All axes of a [*, B, S, I] and g [*, B, S, O] before the examples count as positions. A single
+    example has no halves, and leaves the interval as it is.
     """
     clock = replace(clock, last=step)
-    if pairs[0][0].shape[-3] > 1:
-        clock = _seen(clock, [half for a, g in pairs for half in (_moment(a), _size(g))])
+    if pairs[0][0].a.shape[-3] > 1:
+        seen = [half for uses in pairs for pair in uses
+                for half in (_moment(pair.a), _size(pair.g))]
+        clock = _seen(clock, seen)
     return clock.postponed(step)
 
 
 def _seen(clock: Clock, halves: Sequence[tuple[Tensor, Tensor]]) -> Clock:
     """With one more value of each statistic, and the interval that follows."""
     values = [(one + other) / 2 for one, other in halves]
-    means = [average.mean for average in clock.averages] or values
+    first = len(clock.averages) != len(values)  # or a weight has another use than before
+    means = values if first else [average.mean for average in clock.averages]
     numbers = torch.stack([
         _distances(*half, value, mean)
         for half, value, mean in zip(halves, values, means, strict=True)
     ]).tolist()  # the one synchronisation
     fresh = tuple(Average(x, V, V) for x, (V, *_) in zip(values, numbers, strict=True))
-    if not clock.averages:
+    if first:
         return replace(clock, calm=1, count=1, averages=fresh)
     count = clock.count + 1
     moves = [_move(old, *row) for old, row in zip(clock.averages, numbers, strict=True)]
@@ -159,7 +165,7 @@ def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _moment(a: Tensor) -> tuple[Tensor, Tensor]:
     """A, of at most 64 fixed random directions of the inputs, from both halves of the rows."""
-    rows = a.movedim(-3, 0).flatten(1, -2)
+    rows = a.movedim(-3, 0).flatten(1, -2)  # [B, *, I]
     if rows.shape[-1] > WIDTH:
         rows = rows @ _directions(rows.shape[-1]).to(rows)
     one, other = (half.flatten(0, 1) for half in _halves(rows))
@@ -168,8 +174,8 @@ def _moment(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _size(g: Tensor) -> tuple[Tensor, Tensor]:
-    """ln tr G from both halves of the rows."""
-    one, other = _halves(g.square().movedim(-3, 0).flatten(1).sum(1))
+    """ln tr G from both halves of the examples."""
+    one, other = _halves(g.square().sum((-2, -1)).flatten(0, -2).sum(0))
     tiny = torch.finfo(g.dtype).tiny
     return one.mean().clamp(min=tiny).log(), other.mean().clamp(min=tiny).log()
 

@@ -202,7 +202,10 @@ class NGVI:
     ) -> tuple[Proposal, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
         families = self.guide.blocks
-        due = any(self.curvature.is_due(state.step, one.clock) for one in state.blocks)
+        due = any(
+            engine.is_due(self.curvature, state.step, family.block, one)
+            for family, one in zip(families, state.blocks, strict=True)
+        )
         locs = [
             family.raw_loc.detach() if one.iterate is None else one.iterate
             for family, one in zip(families, state.blocks, strict=True)
@@ -248,6 +251,7 @@ class NGVI:
         noises = [one.noise for one in carried]
         loss = locs[0].new_zeros(())
         gradients: list[Tensor] = []
+        products: list[Tensor | None] = [None] * len(families)
         rest: list[Tensor | None] = []
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
@@ -272,10 +276,20 @@ class NGVI:
             self._kept = found  # lest malloc give the heap's top back and fault it in every step
             leaves = zip(run.weights.items(), found, strict=False)
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
-            gradients = _add(gradients, [family.block.pack(weights) for family in families])
+            packed = [family.block.pack(weights) for family in families]
+            gradients = _add(gradients, packed)
+            if noise is not None:
+                products = [
+                    _sum(sum_, one.epsilon * g) if family.block.is_opaque else None
+                    for family, sum_, one, g in zip(families, products, noise, packed, strict=True)
+                ]
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
             divergence = engine.divergence(sample, noise, held, priors)
             loss = loss + energy.detach() + heat * divergence
+        carried = engine.sense(
+            self.curvature, state.step, [family.block for family in families], carried, products,
+            run.batch / run.num_data, priors, self._numbers(run),
+        )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
         return _Found(loss, gradients, rest, run, priors, seen)
@@ -340,16 +354,17 @@ class NGVI:
     def update_counts(self) -> dict[str, Updates]:
         """How often each block's curvature was estimated, and its present interval in steps.
 
-        A block goes by the name of its layer's weight; where it holds several layers, by theirs,
-        joined by ", ". Empty before the first step.
+        A block goes by its layer's module, "net.0", or its weight where that is no module's; one of
+        several layers by the first and the last, "net.0 ... net.4". Weights that no supported op
+        consumes have an estimate from every step. Empty before the first step.
         """
         if self._state is None:
             return {}
         step, counts = self._state.step, {}
         for family, one in zip(self.guide.blocks, self._state.blocks, strict=True):
-            name = ", ".join(layer.weight for layer in family.block.layers)
-            updates = 0 if one.running is None else one.running.count
-            counts[name] = Updates(updates, self.curvature.interval(step, one.clock))
+            block, updates = family.block, 0 if one.running is None else one.running.count
+            interval = 1 if block.is_opaque else self.curvature.interval(step, one.clock)
+            counts[block.name] = Updates(updates, interval)
         return counts
 
     def state_dict(self) -> dict[str, Any]:
