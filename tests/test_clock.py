@@ -7,13 +7,14 @@ The streams have 32 rows, as an estimate has by default. All that is random is r
 import io
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pyro import distributions as dist
 from pyro import plate, sample
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from toys import GUIDES, NUM_DATA, class_data, classifier, regression_data, regressor
 
@@ -312,6 +313,99 @@ def test_each_block_has_its_own_clock(
     assert right.updates > left.updates + 5
     assert set(pulled) == {("left.weight", "right.weight"), ("right.weight",)}
     assert sum(map(len, pulled)) == len(estimates)  # what is not due, autograd does not see
+
+
+@pytest.mark.parametrize("structure", ["kfac", "block"])
+def test_the_initial_curvature_fades_in_blocks_that_are_not_due(structure: str) -> None:
+    """Λ = (N/T)(C + e) + δ with the C of its last estimate and the e of the last of any block."""
+    model = Sides()
+    ngvi = NGVI(model, GUIDES[structure](model), lr=1e-3, temperature=0.5,
+                curvature=Curvature("ggn", every="auto", initial=1e6))
+    alone = 0
+    for step in range(160):
+        before = ngvi._state
+        ngvi.step(*sides(step))
+        left, right = ngvi._state.blocks  # type: ignore[union-attr]
+        if before is None or right.running is before.blocks[1].running:
+            continue
+        alone += left.running is before.blocks[0].running
+        faint = 1e6 * 0.95**step
+        for one, name in ((left, "left"), (right, "right")):
+            likelihood = NUM_DATA / 0.5 * (
+                one.running.curvature.dense() + faint * torch.eye(8).double()  # type: ignore[union-attr]
+            )
+            expected = likelihood + torch.eye(8).double()
+            torch.testing.assert_close(one.metric.precision.dense(), expected)  # type: ignore[union-attr]
+            family = next(f for f in ngvi.guide.blocks if f.block.name == name)
+            torch.testing.assert_close(family.precision().dense(), expected)
+    assert alone > 3
+
+
+class Odd(PyroModule):
+    """A layer, and a shift `w` [2] that no supported op consumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bayesianize(nn.Linear(3, 2).double(), prior=1.0)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        shift = sample("w", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        mean = self.net(x) + shift.cumsum(0)
+        with plate("data", NUM_DATA, subsample_size=len(x)):
+            sample("obs", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore:.*no supported op")
+def test_weights_that_no_op_consumes_do_not_wake_the_others(
+    estimates: list[tuple[str, ...]]
+) -> None:
+    model = Odd()
+    ngvi = NGVI(model, GUIDES["kfac"](model), lr=1e-3, curvature=Curvature("ggn", every="auto"))
+    data = regression_data()
+    for _ in range(200):
+        ngvi.step(*data)
+    assert ngvi.update_counts()["net"].updates == len(estimates) < 20
+    assert ngvi.update_counts()["w"].interval == 1
+
+
+class Changing(Sides):
+    """The left bias' prior widens from step to step, and with it the units of its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+        self.left = PyroModule[nn.Linear](3, 2).double()
+        for name, shape in (("weight", [2, 3]), ("bias", [2])):
+            setattr(self.left, name, PyroSample(partial(self.prior, name, shape)))
+
+    def prior(self, name: str, shape: list[int], _: Any) -> dist.Distribution:
+        zero = torch.zeros(()).double()
+        scale = zero + (self.scale if name == "bias" else 1.0)
+        return dist.Normal(zero, scale).expand(shape).to_event(len(shape))
+
+
+def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
+    model = Changing()
+    curvature = Curvature("ggn", every="auto", initial=0.0)
+    ngvi = NGVI(model, GUIDES["kfac"](model), lr=1e-3, curvature=curvature)
+    alone = 0
+    for step in range(160):
+        model.scale += 0.01
+        before = ngvi._state
+        ngvi.step(*sides(step))
+        left = ngvi._state.blocks[0]  # type: ignore[union-attr]
+        if before is not None and left.running is before.blocks[0].running:
+            assert left.metric is before.blocks[0].metric
+            alone += ngvi._state.blocks[1].running is not before.blocks[1].running  # type: ignore[union-attr]
+            continue
+        delta = torch.tensor([1.0, 1, 1, model.scale**-2] * 2).double()  # [O, I], the bias last
+        roots = delta.sqrt()
+        whole = left.running.factors.dense() * NUM_DATA + torch.diag(delta)  # type: ignore[union-attr]
+        if step == 0:  # later the basis is that of an earlier estimate
+            torch.testing.assert_close(left.metric.precision.dense(), whole)  # type: ignore[union-attr]
+        scaled = left.metric.precision.dense() / torch.outer(roots, roots)  # type: ignore[union-attr]
+        assert (torch.linalg.eigvalsh(scaled) > 1 - 1e-9).all()  # Λ - δ is not negative
+    assert alone > 3
 
 
 @pytest.mark.parametrize("structure", GUIDES)
