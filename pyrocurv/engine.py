@@ -99,12 +99,20 @@ def observe(
     ]
     for number, (running, clock) in zip(now, found, strict=True):
         fresh[number] = replace(carried[number], running=running, clock=clock)
+    return faded(spec, step, fresh, share, priors, numbers)
+
+
+def faded(
+    spec: Curvature, step: int, carried: Sequence[Carried], share: float,
+    priors: Sequence[BlockPrior], numbers: Numbers,
+) -> list[Carried]:
+    """With the initial curvature of `step`; a prior of new units waits for the next estimate."""
     faint = fading(spec, step, share)
     return [
         replace(one, metric=metric(
             one.running.curvature, faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]
         )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]
-        for one, prior in zip(fresh, priors, strict=True)
+        for one, prior in zip(carried, priors, strict=True)
     ]
 
 

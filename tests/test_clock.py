@@ -315,20 +315,23 @@ def test_each_block_has_its_own_clock(
     assert sum(map(len, pulled)) == len(estimates)  # what is not due, autograd does not see
 
 
+@pytest.mark.parametrize("moves", [True, False])
 @pytest.mark.parametrize("structure", ["kfac", "block"])
-def test_the_initial_curvature_fades_in_blocks_that_are_not_due(structure: str) -> None:
-    """Λ = (N/T)(C + e) + δ with the C of its last estimate and the e of the last of any block."""
+def test_the_initial_curvature_fades_in_blocks_that_are_not_due(
+    structure: str, moves: bool
+) -> None:
+    """Λ = (N/T)(C + e) + δ: C of its last estimate, e of any block's last or of step 20, 40, ..."""
     model = Sides()
     ngvi = NGVI(model, GUIDES[structure](model), lr=1e-3, temperature=0.5,
                 curvature=Curvature("ggn", every="auto", initial=1e6))
     alone = 0
-    for step in range(160):
+    for step in range(300):
         before = ngvi._state
-        ngvi.step(*sides(step))
+        ngvi.step(*sides(step, moves))
         left, right = ngvi._state.blocks  # type: ignore[union-attr]
-        if before is None or right.running is before.blocks[1].running:
+        if before and right.running is before.blocks[1].running and step % START:
             continue
-        alone += left.running is before.blocks[0].running
+        alone += before is not None and left.running is before.blocks[0].running
         faint = 1e6 * 0.95**step
         for one, name in ((left, "left"), (right, "right")):
             likelihood = NUM_DATA / 0.5 * (

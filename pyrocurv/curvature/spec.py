@@ -80,6 +80,10 @@ class Curvature:
             return clock is None or step >= clock.due
         return step % self.interval(step) == 0
 
+    def fades(self, step: int) -> bool:
+        """Whether the initial curvature fades at `step` in blocks that take no estimate then."""
+        return self.every == "auto" and step % START == 0
+
     def turns(self, step: int, clock: Clock | None = None) -> bool:
         """Whether the estimate at `step` is the first since a multiple of `eigen_every`."""
         if self.every == "auto":

@@ -286,6 +286,11 @@ class NGVI:
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
             divergence = engine.divergence(sample, noise, held, priors)
             loss = loss + energy.detach() + heat * divergence
+        if not due and self.curvature.fades(state.step):
+            carried = engine.faded(
+                self.curvature, state.step, carried, run.batch / run.num_data, priors,
+                self._numbers(run),
+            )
         carried = engine.sense(
             self.curvature, state.step, [family.block for family in families], carried, products,
             run.batch / run.num_data, priors, self._numbers(run),
