@@ -118,6 +118,21 @@ def test_a_slow_drift_keeps_the_interval_short(what: str, seed: int) -> None:
     assert found[-1][1] == LONGEST
 
 
+def test_few_large_examples_are_no_jump() -> None:
+    """Rows of log-normal size: fewer than a sixth of the estimates of an interval of 20."""
+    counts = []
+    for seed in range(5):
+        stream = Stream(seed)
+
+        def pair(step: int, stream: Stream = stream) -> list[Pair]:
+            one = stream.pair()
+            size, slope = (stream.normal(1, ROWS, 1, 1).exp() for _ in range(2))
+            return [Pair(one.a * size**0.7, one.g * slope)]
+
+        counts.append(len(intervals(pair)))
+    assert sum(counts) / 5 < STEPS / 20 / 6
+
+
 @each_seed
 def test_a_block_goes_by_the_layer_that_moves_most(seed: int) -> None:
     still, moving = Stream(seed), Stream(seed + 10)
@@ -167,6 +182,29 @@ def test_movement_is_zero_on_average_at_rest() -> None:
                       for old, new in pairs])
     rho = torch.tensor(found)
     assert (rho.mean(0).abs() < 4 * rho.std(0) / math.sqrt(len(rho))).all()
+
+
+@pytest.mark.parametrize(("movement", "expected"), [(1.0, 40), (0.45, 80), (0.1, 160)])
+def test_the_interval_follows_the_movement(movement: float, expected: int) -> None:
+    """Down where the running mean of ρ is above 0.4, up where it is below 0.2."""
+    stream, now = Stream(0), Clock()
+    for step in range(0, 400, 20):
+        now = tick(now, step, stream.pair())
+    first, *rest = now.averages
+    averages = (clock.replace(first, movement=movement), *rest)
+    now = clock.replace(now, interval=80, calm=5, averages=averages)
+    assert tick(now, 400, stream.pair()).interval == expected
+    assert tick(clock.replace(now, calm=0), 400, stream.pair()).interval == 80
+
+
+def test_movement_is_the_same_there_and_back() -> None:
+    stream = Stream(0)
+    one, other = stream.pair(), stream.pair(size=3, slope=0.3)
+    there, back = (
+        tick(tick(Clock(), 0, first), 20, second) for first, second in [(one, other), (other, one)]
+    )
+    for a, b in zip(there.averages, back.averages, strict=True):
+        assert a.movement == pytest.approx(b.movement)
 
 
 def test_the_clock_leaves_the_global_generator_alone() -> None:
