@@ -29,6 +29,7 @@ class Call:
     settings: Mapping[str, Any]
     edge: GradientEdge | None
     output_shape: torch.Size
+    leaves: Mapping[str, Tensor]  # the watched tensors by name
     _version: int
 
     @property
@@ -106,6 +107,7 @@ class Capture(TorchFunctionMode):
                 call.settings,
                 get_gradient_edge(output) if output.requires_grad else None,
                 output.shape,
+                {name: self.watched[name] for name in (weight, bias) if name is not None},
                 call.input._version,
             )
         )

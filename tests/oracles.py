@@ -113,6 +113,8 @@ def hessian(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Ten
 
     def one(x: Tensor, y: Tensor) -> Tensor:
         gradient = flat_gradient(nll(likelihood, net(x), y).sum(), net, create_graph=True)
+        if not gradient.requires_grad:  # linear in all weights
+            return gradient.new_zeros(len(gradient), len(gradient))
         return torch.stack([flat_gradient(g, net) for g in gradient])
 
     return sum_of(one(x, y) for x, y in zip(x.split(1), y.split(1), strict=True))
@@ -214,6 +216,84 @@ def ekfac_dense(
 
     return _layerwise(block, net, x, y, likelihood, curvature)
 
+def hessian_kfac_dense(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """K-FAC of the Hessian, [P, P]: per layer G kron A, reordered as in `kfac_dense`.
+
+    G = 1/S sum_n sum_s H_n[s, s] with H_n the Hessian in the layer's output, positions and A as
+    in `kfac_dense`; G may be indefinite.
+    """
+
+    def block(seen: OutputHessians) -> Tensor:
+        return torch.kron(*hessian_factors(seen))
+
+    return _hessian_layerwise(block, net, x, y, likelihood)
+
+
+def hessian_ekfac_dense(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """The eigenvectors Q of `hessian_kfac_dense` with the diagonal of Q^T C Q, [P, P].
+
+    C = sum_n sum_st H_n[s, t] kron a_s a_t^T: the layer's block of the Hessian, for a layer that
+    runs twice without what the later inputs owe to it.
+    """
+
+    def block(seen: OutputHessians) -> Tensor:
+        Q = torch.kron(*(torch.linalg.eigh(f).eigenvectors for f in hessian_factors(seen)))
+        return Q @ torch.diag((Q.T @ output_block(seen) @ Q).diag()) @ Q.T
+
+    return _hessian_layerwise(block, net, x, y, likelihood)
+
+
+OutputHessians = list[tuple[Tensor, Tensor]]  # per example: inputs a [S, I] and H [S, O, S, O]
+
+
+def hessian_factors(seen: OutputHessians) -> tuple[Tensor, Tensor]:
+    """G = 1/S sum_n sum_s H_n[s, s], [O, O], and A = 1/B sum_n sum_s a a^T, [I, I]."""
+    G = sum_of(torch.einsum("sosp->op", H) for _, H in seen) / len(seen[0][0])
+    return G, sum_of(a.T @ a for a, _ in seen) / len(seen)
+
+
+def output_block(seen: OutputHessians) -> Tensor:
+    """C = sum_n sum_st H_n[s, t] kron a_s a_t^T over W row-major, [O I, O I]."""
+    C = sum_of(torch.einsum("sotp,si,tj->oipj", H, a, a) for a, H in seen)
+    return C.reshape(C.shape[0] * C.shape[1], -1)
+
+
+def layer_output_hessians(
+    net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood
+) -> dict[Any, OutputHessians]:
+    """Per trained layer and example: a [S, I] and d^2 -log p / d output d output, [S, O, S, O]."""
+    layers = [m for m in net.modules() if isinstance(m, LAYERS) and parameters(m)]
+    found: dict[Any, OutputHessians] = {layer: [] for layer in layers}
+    for example, target in zip(x.split(1), y.split(1), strict=True):
+        f, seen = _watch(net, layers, example)
+        loss = nll(likelihood, f, target).sum()
+        for layer, runs in seen.items():
+            zeros = [zero for _, zero in runs]
+            g = _as_rows(layer, _gradients(loss, zeros, create_graph=True))
+            rows = [_as_rows(layer, _gradients(entry, zeros)) for entry in g.flatten()]
+            H = torch.stack(rows).reshape(*g.shape, *g.shape)
+            found[layer].append((torch.cat([a for a, _ in runs]), H))
+    return found
+
+
+def _gradients(scalar: Tensor, zeros: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    if not scalar.requires_grad:
+        return [torch.zeros_like(zero) for zero in zeros]
+    return list(torch.autograd.grad(
+        scalar, zeros, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    ))
+
+
+def _hessian_layerwise(
+    block: Callable[[OutputHessians], Tensor], net: nn.Module, x: Tensor, y: Tensor,
+    likelihood: Likelihood,
+) -> Tensor:
+    matrices = []
+    for layer, seen in layer_output_hessians(net, x, y, likelihood).items():
+        order = parameter_order(seen[0][1].shape[-1], seen[0][0].shape[-1], _trains(layer.bias))
+        matrices.append(block(seen)[order][:, order])
+    return torch.block_diag(*matrices)
+
 
 def kronecker_factors(pairs: Pairs) -> tuple[Tensor, Tensor]:
     """G = 1/S sum_n sum_k sum_s g g^T, [O, O], and A = 1/B sum_n sum_s a a^T, [I, I]."""
@@ -308,6 +388,11 @@ def _pull_back(f: Tensor, v: Tensor, layer: Any, runs: Any) -> Tensor:
     gradients = torch.autograd.grad(
         f, zeros, v.reshape(f.shape), retain_graph=True, materialize_grads=True
     )
+    return _as_rows(layer, gradients)
+
+
+def _as_rows(layer: Any, gradients: Any) -> Tensor:
+    """A gradient in the output of every run of a layer, [S, O]."""
     channels = 1 if isinstance(layer, tuple(CONVOLUTIONS)) else -1
     rows = [g.movedim(channels, -1) for g in gradients]
     return torch.cat([g.reshape(-1, g.shape[-1]) for g in rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from pyrocurv.blocks import Block, check_structure, partition, positions
 from pyrocurv.capture import Capture
 from pyrocurv.curvature import reduce
+from pyrocurv.curvature.hessian import BlockHessian, hessians
 from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature, as_curvature
@@ -43,7 +44,9 @@ def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
     return LIKELIHOODS[likelihood]
 
 
-def _reduce(block: Block, pairs: Pairs) -> Structure:
+def _reduce(block: Block, pairs: Pairs | BlockHessian) -> Structure:
+    if isinstance(pairs, BlockHessian):
+        return pairs.eigen(pairs.plain.eigen()) if block.structure == "ekfac" else pairs.plain
     plain = reduce.PLAIN[block.structure](pairs)
     if block.structure == "ekfac":
         return reduce.kronecker_eigen(pairs, plain.eigen())
@@ -103,12 +106,17 @@ def estimate(
         raise ValueError(f"no supported op consumes {why}: set requires_grad=False to leave it out")
     calls, count = capture.calls, output.shape[0]
     check_batch(calls, count)
+    blocks = partition(layers, structure)
+    seen: Sequence[Pairs | BlockHessian]
     with torch.enable_grad():
         terms = [Observation(density(output), y)]
-        gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
+        if curvature.kind == "hessian":
+            seen = hessians(blocks, terms, calls, count, curvature.num_samples)
+        else:
+            gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
+            seen = [gather(block, calls, gradients, count) for block in blocks]
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    blocks = partition(layers, structure)
     index = tuple(rows.to(output.device) for rows in positions(blocks, order))
     return BlockDiagonal(
-        tuple(_reduce(block, gather(block, calls, gradients, count)) for block in blocks), index
+        tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True)), index
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("ggn", "fisher", "empirical")
+KINDS = ("hessian", "ggn", "fisher", "empirical")
 SCHEDULE = ((100, 5), (300, 10), (600, 20))  # up to this step, this interval
 LATE = 100
 
