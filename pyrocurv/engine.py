@@ -84,10 +84,11 @@ def observe(
         [prior.units for prior in priors],
     )
     faint = spec.initial * (1 - min(0.05, share)) ** step
+    curvatures = [one.semidefinite(spec.kind) for one in running]
     return [
         replace(one, running=new,
-                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))
-        for one, new, prior in zip(carried, running, priors, strict=True)
+                metric=metric(curvature, faint, prior, numbers.ratio, numbers.damping))
+        for one, new, curvature, prior in zip(carried, running, curvatures, priors, strict=True)
     ]
 
 

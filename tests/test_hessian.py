@@ -6,15 +6,11 @@ import oracles
 import pytest
 import torch
 from test_estimate import (
-    CASES,
-    LIKELIHOODS,
     MODELS,
-    ONE_POSITION,
     assert_same,
     case,
     estimated,
     every_case,
-    make_net,
     true_blocks,
     true_matrix,
 )

@@ -7,7 +7,7 @@ step that fails has changed nothing. All structures here are per datum: a mean o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
 from pyrocurv.curvature import reduce
+from pyrocurv.curvature.hessian import BlockHessian, hessians
 from pyrocurv.curvature.pullback import Observation, pullback
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather
+from pyrocurv.curvature.reduce import Pairs, check_batch, gather, only
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure, automatic_ranks
@@ -30,13 +31,21 @@ EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever t
 class Running:
     """After `count` estimates: the curvature, and for Kronecker structures the averaged factors.
 
-    `curvature` is in the units of the prior that held at the last estimate, `units`, if any.
+    `curvature` is in the units of the prior that held at the last estimate, `units`, if any. Of
+    Hessians it is the mean as it is, which may be indefinite; `semidefinite` is the nearest matrix
+    that can be part of a precision. Noise of either sign cancels in the mean before it is
+    projected; a correction of each estimate that keeps it positive would add the noise's variance
+    instead, and is not known for factors.
     """
 
     count: int
     curvature: Structure
     factors: Kronecker | None = None
     units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
+
+    def semidefinite(self, kind: str) -> Structure:
+        """The curvature of this kind, positive semi-definite."""
+        return self.curvature.psd() if kind == "hessian" else self.curvature
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -68,21 +77,29 @@ def observe(
     """
     check_batch(calls, rows)
     count = rows if spec.batch is None else min(spec.batch, rows)
-    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
     kept = _kept(terms, count)
     fresh: list[Running] = []
     if kept is not None and len(kept) == 0:
         return _without(running)
+    seen = _seen(spec, blocks, terms, calls, count, kept)
     with torch.no_grad():
-        for block, old, unit in zip(blocks, running, units, strict=True):
-            pairs = gather(block, calls, gradients, count)
-            if kept is not None:
-                pairs = [(a[kept], g[:, kept]) for a, g in pairs]
+        for block, old, unit, pairs in zip(blocks, running, units, seen, strict=True):
             number = 1 if old is None else old.count + 1
             turn = number in EARLY or spec.turns(step)
             roots = None if unit is None else unit.roots
             fresh.append(update(old, block.structure, pairs, count, spec.decay, turn, roots))
     return fresh
+
+
+def _seen(
+    spec: Curvature, blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call],
+    count: int, kept: Tensor | None,
+) -> Iterable[Pairs | BlockHessian]:
+    """What each block is estimated from."""
+    if spec.kind == "hessian":
+        return hessians(blocks, terms, calls, count, spec.num_samples, kept)
+    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
+    return (only(gather(block, calls, gradients, count), kept) for block in blocks)
 
 
 def _kept(terms: Sequence[Observation], count: int) -> Tensor | None:
@@ -103,8 +120,8 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 
 def update(
-    running: Running | None, structure: str, pairs: Pairs, rows: int, decay: float, refresh: bool,
-    units: tuple[Tensor, Tensor] | None = None,
+    running: Running | None, structure: str, pairs: Pairs | BlockHessian, rows: int, decay: float,
+    refresh: bool, units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
@@ -113,7 +130,8 @@ def update(
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    new = reduce.PLAIN[structure](pairs).scale(1 / rows)
+    plain = pairs.plain if isinstance(pairs, BlockHessian) else reduce.PLAIN[structure](pairs)
+    new = plain.scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         if running is None:
             raise FloatingPointError("the first curvature estimate is not finite")
@@ -127,7 +145,10 @@ def update(
     else:
         curvature = running.curvature  # type: ignore[assignment]
     if structure == "ekfac":
-        moment = reduce.kronecker_eigen(_in_units(pairs, units), curvature)
+        if isinstance(pairs, BlockHessian):
+            moment = pairs.eigen(curvature, units)
+        else:
+            moment = reduce.kronecker_eigen(_in_units(pairs, units), curvature)
         moment = moment.scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
@@ -138,7 +159,7 @@ def _eigen(
 ) -> KroneckerEigen:
     try:
         ranks = automatic_ranks(len(factors.output), len(factors.input))
-        return (factors if units is None else factors.rescaled(*units)).eigen(ranks)
+        return (factors if units is None else factors.rescaled(*units)).eigen(ranks).psd()
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +21,33 @@ from pyrocurv.capture import Call
 from pyrocurv.curvature.in_outputs import PASSES, InOutputs
 from pyrocurv.curvature.in_weights import InWeights, chunk_size
 from pyrocurv.curvature.pullback import Observation
-from pyrocurv.curvature.reduce import gather
+from pyrocurv.curvature.reduce import Pairs, gather, only
 from pyrocurv.layers import Layer
-from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures import Dense, Diagonal, KroneckerEigen
+
+IN_WEIGHTS = ("full", "block", "diag")
 
 
 def energy(terms: Sequence[Observation], count: int) -> Tensor:
     """L of the first `count` examples, weights and masks applied."""
-    total = torch.zeros(())
-    for term in terms:
-        log_prob = term.likelihood.log_prob(term.value)
-        if term.mask is not None:
-            mask = torch.as_tensor(term.mask, device=log_prob.device)
-            log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
-        log_prob = log_prob * term.weight
-        total = total.to(log_prob.device) - (log_prob[:count] if log_prob.dim() else log_prob).sum()
-    return total
+    return -sum(_log_prob(term, count) for term in terms)  # type: ignore[return-value]
+
+
+def _log_prob(term: Observation, count: int) -> Tensor:
+    log_prob = term.likelihood.log_prob(term.value)
+    if term.mask is not None:
+        mask = torch.as_tensor(term.mask, device=log_prob.device)
+        log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
+    log_prob = log_prob * term.weight
+    return (log_prob[:count] if log_prob.dim() else log_prob).sum()
 
 
 @dataclass(frozen=True, eq=False)
 class BlockHessian:
     """What the graph of g says of one block, a SUM over the examples, in the block's structure."""
 
-    plain: Structure  # before any eigenbasis
+    plain: Any  # before any eigenbasis: Dense, Diagonal or Kronecker
+    pairs: Pairs  # the inputs a and the gradients g of its layers, without their graph
     outputs: InOutputs | None  # of a block with a Kronecker structure
 
     def eigen(
@@ -61,13 +66,15 @@ def hessians(
 
     The graph of the forward pass is kept; nobody's `.grad` is touched.
     """
-    loss = energy(terms, count)
     edges = [call.edge for call in calls]
-    leaves = {name: leaf for call in calls for name, leaf in call.leaves.items()}
     if None in edges:
         raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
-    wanted = [*leaves.values(), *edges]
-    found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+    dense = {name for block in blocks if block.structure in IN_WEIGHTS for name in block.tensors}
+    leaves = {name: leaf for call in calls for name, leaf in call.leaves.items() if name in dense}
+    loss, wanted = energy(terms, count), [*leaves.values(), *edges]
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
     gradients = {
         name: torch.zeros_like(leaf) if g is None else g
         for (name, leaf), g in zip(leaves.items(), found, strict=False)
@@ -81,30 +88,29 @@ def hessians(
         held = tuple(leaves[name] for name in block.tensors)
         return InWeights(block, block.pack(gradients), held, chunk_size(calls, block.size))
 
-    def in_outputs(layer: Layer) -> InOutputs:
-        ((inputs, gradient),) = gather(Block((layer,), "kfac"), calls, arranged, count)
-        rows = torch.arange(count, device=inputs.device) if kept is None else kept
+    def in_outputs(layer: Layer, inputs: Tensor, gradient: Tensor) -> InOutputs:
         mine = tuple(call for call in calls if call.layer == layer)
-        return InOutputs(
-            mine, gradient[0].index_select(-3, rows), inputs.index_select(-3, rows), count, rows,
-            num_samples,
-        )
+        return InOutputs(mine, gradient[0], inputs, count, kept, num_samples)
 
-    def diagonal(layer: Layer) -> Tensor:
-        if layer.size > PASSES and sum(call.layer == layer for call in calls) == 1:
-            outputs = in_outputs(layer)
-            if outputs.is_exact and outputs.spots * layer.rows <= PASSES:
-                return outputs.diagonal()
+    def diagonal(layer: Layer, outputs: InOutputs) -> Tensor:
         weights = in_weights(Block((layer,), "diag"))
-        return weights.diagonal() if layer.size <= PASSES else weights.probed_diagonal(num_samples)
+        if layer.size <= PASSES:
+            return weights.diagonal()
+        if len(outputs.calls) == 1 and outputs.passes <= PASSES:
+            return outputs.diagonal()
+        return weights.probed_diagonal(num_samples)
 
     def one(block: Block) -> BlockHessian:
-        if block.structure == "diag":
-            return BlockHessian(Diagonal(torch.cat([diagonal(layer) for layer in block.layers])), None)
+        seen = only(gather(block, calls, arranged, count), kept)
+        pairs = [(a, g.detach()) for a, g in seen]
         if block.structure in ("full", "block"):
-            return BlockHessian(Dense(in_weights(block).matrix()), None)
-        (layer,) = block.layers
-        outputs = in_outputs(layer)
-        return BlockHessian(outputs.kronecker(), outputs)
+            return BlockHessian(Dense(in_weights(block).matrix()), pairs, None)
+        outputs = [
+            in_outputs(layer, *pair) for layer, pair in zip(block.layers, seen, strict=True)
+        ]
+        if block.structure == "diag":
+            parts = map(diagonal, block.layers, outputs)
+            return BlockHessian(Diagonal(torch.cat(list(parts))), pairs, None)
+        return BlockHessian(outputs[0].kronecker(), pairs, outputs[0])
 
     return [one(block) for block in blocks]

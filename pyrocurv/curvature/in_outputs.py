@@ -30,14 +30,14 @@ PASSES = 512  # backward passes that an exact answer may take for one layer
 class InOutputs:
     """g in the outputs of all runs of a layer [*Γ, B, S, O], with its graph, and the inputs a.
 
-    The examples are the rows `kept` of the first `count`.
+    The examples are those of the first `count` that are `kept`, all if None.
     """
 
     calls: tuple[Call, ...]
     gradient: Tensor
     inputs: Tensor  # [*Γ, B, S, I]
     count: int
-    kept: Tensor
+    kept: Tensor | None
     num_samples: int
 
     @property
@@ -46,9 +46,14 @@ class InOutputs:
         return self.gradient[..., 0, :, 0].numel()
 
     @property
+    def passes(self) -> int:
+        """Γ·S·O, for all of H."""
+        return self.spots * self.gradient.shape[-1]
+
+    @property
     def is_exact(self) -> bool:
-        """Whether it is cheap to take the positions one by one."""
-        return self.spots == 1 or self.spots * self.gradient.shape[-1] <= PASSES
+        """Whether the positions are taken one by one."""
+        return self.spots == 1 or self.passes <= PASSES
 
     def times(self, vectors: Tensor) -> Tensor:
         """H v for vectors [N, *Γ, B, S, O]."""
@@ -60,8 +65,9 @@ class InOutputs:
                 call.gradients(None if part is None else part[number], self.count)
                 for call, part in zip(self.calls, found, strict=True)
             ]
-            rows.append(torch.cat(parts, -2).index_select(-3, self.kept))
-        return torch.stack(rows)
+            rows.append(torch.cat(parts, -2))
+        found_rows = torch.stack(rows)
+        return found_rows if self.kept is None else found_rows.index_select(-3, self.kept)
 
     def along(self, place: Tensor, columns: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """H v for v = place [*Γ, B, S] times each column of [*Γ, O, N], some at a time."""

@@ -20,7 +20,7 @@ NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, s
 
 
 def products(
-    gradient: Tensor, inputs: Sequence[Tensor | GradientEdge], vectors: Tensor
+    gradient: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], vectors: Tensor
 ) -> list[Tensor | None]:
     """For each of vectors [N, *gradient.shape] the gradients of its product with `gradient`.
 

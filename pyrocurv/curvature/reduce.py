@@ -34,6 +34,11 @@ def gather(block: Block, calls: Sequence[Call], gradients: Sequence[Tensor], cou
     return pairs
 
 
+def only(pairs: Pairs, rows: Tensor | None) -> Pairs:
+    """Of these examples; None: of all."""
+    return pairs if rows is None else [(a[rows], g[:, rows]) for a, g in pairs]
+
+
 def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)  # one is not copied
 
