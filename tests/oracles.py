@@ -230,17 +230,17 @@ def hessian_kfac_dense(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelih
 
 
 def hessian_ekfac_dense(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
-    """The eigenvectors Q of `hessian_kfac_dense` with the diagonal of Q^T C Q, [P, P].
+    """Q diag(Q^T H Q) Q^T with the eigenvectors Q of `hessian_kfac_dense`, [P, P].
 
-    C = sum_n sum_st H_n[s, t] kron a_s a_t^T: the layer's block of the Hessian, for a layer that
-    runs twice without what the later inputs owe to it.
+    H is block-diagonal: of each layer its block of the Hessian.
     """
 
-    def block(seen: OutputHessians) -> Tensor:
-        Q = torch.kron(*(torch.linalg.eigh(f).eigenvectors for f in hessian_factors(seen)))
-        return Q @ torch.diag((Q.T @ output_block(seen) @ Q).diag()) @ Q.T
+    def basis(seen: OutputHessians) -> Tensor:
+        return torch.kron(*(torch.linalg.eigh(f).eigenvectors for f in hessian_factors(seen)))
 
-    return _hessian_layerwise(block, net, x, y, likelihood)
+    Q = _hessian_layerwise(basis, net, x, y, likelihood)
+    H = blocks(hessian(net, x, y, likelihood), block_sizes(net))
+    return Q @ torch.diag((Q.T @ H @ Q).diag()) @ Q.T
 
 
 OutputHessians = list[tuple[Tensor, Tensor]]  # per example: inputs a [S, I] and H [S, O, S, O]
