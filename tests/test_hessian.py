@@ -7,7 +7,9 @@ from typing import Any
 
 import oracles
 import pytest
+import test_layers
 import torch
+from layer_cases import LAYERED, WOVEN
 from test_estimate import (
     LIKELIHOODS,
     MODELS,
@@ -36,7 +38,7 @@ from pyrocurv.curvature import Curvature, estimate, estimator, hessian, in_outpu
 from pyrocurv.curvature.estimate import as_likelihood
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.infer import NGVI
-from pyrocurv.specs import as_structure
+from pyrocurv.specs import KFAC, as_structure
 from pyrocurv.structures import Kronecker, KroneckerEigen
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -168,6 +170,84 @@ def test_ops_without_a_batched_form_go_one_by_one() -> None:
     for structure, oracle in (("full", oracles.hessian), ("kfac", oracles.hessian_kfac_dense)):
         matrix = estimate(*args, curvature="hessian", structure=structure)
         assert_same(matrix.dense(), oracle(*args, "categorical"))
+
+
+# --- every kind of layer ----------------------------------------------------------------------
+
+each_net = pytest.mark.parametrize("name", {**LAYERED, **WOVEN})
+each_layer = pytest.mark.parametrize("name", LAYERED)
+
+
+def of_layers(name: str, likelihood: str, structure: Any) -> Tensor:
+    return test_layers.estimated(name, likelihood, curvature="hessian", structure=structure)
+
+
+@each_net
+@pytest.mark.parametrize("likelihood", ["categorical", "normal"])
+@pytest.mark.parametrize("structure", ["full", "block", "diag"])
+def test_exact_structures_of_every_layer(name: str, likelihood: str, structure: str) -> None:
+    whole = test_layers.truth(name, likelihood, "hessian")
+    expected = {
+        "full": lambda: whole,
+        "block": lambda: test_layers.blocks_of(name, whole),
+        "diag": lambda: torch.diag(whole.diag()),
+    }[structure]()
+    assert_same(of_layers(name, likelihood, structure), expected)
+
+
+@each_layer
+@pytest.mark.parametrize("likelihood", ["categorical", "normal"])
+@each_kronecker
+def test_kronecker_structures_of_every_layer(name: str, likelihood: str, structure: str) -> None:
+    oracle = getattr(oracles, f"hessian_{structure}_dense")
+    expected = oracle(*test_layers.case(name, likelihood), likelihood)
+    rtol = 1e-6 if structure == "ekfac" else 1e-10
+    assert_same(of_layers(name, likelihood, structure), expected, rtol)
+
+
+@each_layer
+@pytest.mark.parametrize("options", [{"sharing": "reduce"}, {"num_blocks": 2}], ids=str)
+def test_options_of_kfac(name: str, options: dict[str, Any]) -> None:
+    cuts = {"cuts": (2, 2)} if "num_blocks" in options else options
+    args = *test_layers.case(name, "categorical"), "categorical"
+    if "norm" in name and "cuts" in cuts:
+        pytest.skip("a unit's exact block is not cut by the oracle")
+    expected = oracles.hessian_kfac_dense(*args, **cuts)
+    assert_same(of_layers(name, "categorical", KFAC(**options)), expected)
+
+
+@each_net
+def test_ekfac_is_no_farther_than_kfac_in_any_layer(name: str) -> None:
+    block = test_layers.blocks_of(name, test_layers.truth(name, "normal", "hessian"))
+    kfac, ekfac = (of_layers(name, "normal", structure) for structure in KRONECKER)
+    assert (ekfac - block).norm() <= (kfac - block).norm() + 1e-9 * block.norm()
+    assert_same(ekfac.trace(), block.trace())
+
+
+@pytest.mark.parametrize("name", ["tied", "grouped", "layer-norm", "batch-norm", "depthwise"])
+def test_signs_in_the_weights_and_between_groups(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where a layer has more than `PASSES` weights, without bias too."""
+    expected = of_layers(name, "normal", "kfac")
+    monkeypatch.setattr(in_weights, "PASSES", 0)
+    draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    if name != "tied":  # the nearest to a sum of two products is no mean of its draws
+        assert_unbiased(draws.mean(0) - expected, error + 1e-9, expected.norm())
+    monkeypatch.undo()
+    basis = of_layers(name, "normal", "ekfac")
+    if name in ("tied", "layer-norm", "batch-norm"):
+        kronecker = hessian._Graph._factors  # noqa: SLF001
+        monkeypatch.setattr(hessian._Graph, "_factors", lambda *args: with_passes(
+            monkeypatch, lambda: kronecker(*args)))
+        groups = in_weights.InWeights.groups
+        monkeypatch.setattr(in_weights.InWeights, "groups", lambda *args: with_passes(
+            monkeypatch, lambda: groups(*args)))
+        monkeypatch.setattr(in_weights, "PASSES", 0)
+        draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
+        error = draws.std(0) / math.sqrt(len(draws))
+        assert_unbiased(draws.mean(0) - basis, error + 1e-9, basis.norm())
 
 
 # --- random signs -----------------------------------------------------------------------------
@@ -384,7 +464,7 @@ def test_weights_masks_and_the_first_examples(structure: str) -> None:
         for n in range(3):
             for targets, factor in ((y, mask[n] * weight[n]), (2 - y, 0.3)):
                 args = net, x[n:n + 1], targets[n:n + 1], "categorical"
-                seen_there = oracles.layer_output_hessians(*args)[layer]
+                (seen_there,) = oracles.layer_output_hessians(*args)[layer]
                 g, a = oracles.hessian_factors(seen_there)
                 G, A = G + factor * g, A + a / 2
         factors.append(torch.kron(G, A / 3))
@@ -420,7 +500,7 @@ def test_a_truncated_basis_has_the_means_over_its_eigenspaces(model, ranks, in_u
     density = as_likelihood("categorical")
     seen = blocks_of(net, x, "ekfac", lambda f: Observation(density(f), y), count=len(x))
     hessians = oracles.layer_output_hessians(net, x, y, "categorical").values()
-    for one, per_example in zip(seen, hessians, strict=True):
+    for one, (per_example,) in zip(seen, hessians, strict=True):
         factors: Kronecker = one.plain
         rows, columns = factors.shape
         p = torch.arange(1.0, rows + 1).double() if in_units else torch.ones(rows).double()
@@ -522,7 +602,7 @@ def test_twice_leaves_out_what_later_inputs_owe_to_the_layer() -> None:
     """Through the outputs the block lacks that part; in the weights it is whole."""
     args = case("twice", "normal")
     assert isinstance(args[0], Twice)
-    seen = oracles.layer_output_hessians(*args, "normal")[args[0].inner]
+    (seen,) = oracles.layer_output_hessians(*args, "normal")[args[0].inner]
     order = oracles.parameter_order(3, 4, bias=True)
     through = oracles.output_block(seen)[order][:, order]
     whole = true("twice", "normal", "block")[:12, :12]

@@ -163,7 +163,7 @@ def test_the_hessian_through_the_outputs_is_that_in_the_weights(likelihood: str)
     net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
     args = net, *data(likelihood, (3, 1, 3, 3), (3, 2)), likelihood
     found = []
-    for layer, seen in oracles.layer_output_hessians(*args).items():
+    for layer, (seen,) in oracles.layer_output_hessians(*args).items():
         order = oracles.parameter_order(2, seen[0][0].shape[-1], bias=True)
         found.append(oracles.output_block(seen)[order][:, order])
         assert seen[0][1].shape[0] == (4 if isinstance(layer, nn.Conv2d) else 1)
