@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import layer_cases
 import oracles
 import pytest
 import test_layers
@@ -29,7 +30,15 @@ from test_ngvi import exactly, linear, truth
 from test_structures import projectors
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace
-from toys import GUIDES, NUM_DATA, class_data, classifier, regression_data, regressor
+from toys import (
+    GUIDES,
+    NUM_DATA,
+    class_data,
+    classifier,
+    normal_prior,
+    regression_data,
+    regressor,
+)
 
 import pyrocurv
 from pyrocurv.blocks import Block
@@ -596,6 +605,23 @@ def test_a_large_convolution_by_signs() -> None:
         ngvi = NGVI(model, GUIDES[structure](model), curvature=Curvature("hessian", every=1))
         losses = [ngvi.step(x, y) for _ in range(3)]
         assert all(map(math.isfinite, losses))
+
+
+@pytest.mark.filterwarnings("ignore:no supported op")
+@pytest.mark.parametrize("name", ["attention", "layer-norm", "grouped", "embedding"])
+@pytest.mark.parametrize("structure", GUIDES)
+def test_training_of_other_layers(name: str, structure: str) -> None:
+    """Attention without its fused kernels, which have no second derivative."""
+    net, x = layer_cases.make(name, 8)
+    outputs = net(x).shape[-1]
+    prior = normal_prior(0.8, 1.5)
+    net = pyrocurv.nn.bayesianize(net, prior, layers=[nn.Module])
+    model = pyrocurv.nn.Classifier(net, num_data=8)
+    ngvi = NGVI(model, GUIDES[structure](model), lr=0.05, curvature=EXACT)
+    for _ in range(3):
+        assert math.isfinite(ngvi.step(x, torch.randint(outputs, (8,))))
+        values = torch.linalg.eigvalsh(ngvi.guide.posterior.precision.dense())
+        assert values[0] > (1 - 1e-9) / 1.5**2
 
 
 def test_twice_leaves_out_what_later_inputs_owe_to_the_layer() -> None:

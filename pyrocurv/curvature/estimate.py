@@ -81,8 +81,8 @@ def estimate(
         y: targets, as the likelihood takes them.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
-        curvature: "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and `num_samples`
-            count; all of the batch is used.
+        curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
+            `num_samples` count; all of the batch is used.
         structure: "full" (one dense matrix), "block" (dense for each layer), "diag", "kfac",
             "ekfac", "kfac-block", a `KFAC` or an `EKFAC`; or a mapping {module type, or name with
             * and ?: structure} or a rule (name, module) -> structure, by which "full" is one matrix
@@ -93,6 +93,15 @@ def estimate(
         `net.named_parameters()`, each flattened row-major. full, block and diag are exact; "kfac"
         is exact for one datum at one position with one output vector, and for deep linear networks
         with a normal likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius).
+
+        The Hessian is as it is, which may be indefinite: `psd()` is the nearest matrix that is not.
+        "full" and "block" are exact whatever they cost, a double backward pass for each weight. For
+        Kronecker factors G is the mean Hessian in a layer's output and A as for the others; no
+        example may reach another's loss then, as it does through batch norm in training mode.
+        Random signs replace what takes more than 512 passes for one layer: diagonals of layers with
+        more weights than that, and more outputs times positions; positions in G; and the
+        eigenvalues of "ekfac". For a layer of more weights that runs several times those leave out
+        that its later inputs move with its weights.
 
     Raises:
         ValueError: unknown names; a parameter that takes no part; a layer that does not see the

@@ -97,6 +97,10 @@ def hessians(
 
     The graph of the forward pass is kept; nobody's `.grad` is touched.
     """
+    seen = {call.layer for call in calls}
+    for layer in (layer for block in blocks for layer in block.layers):
+        if layer not in seen:
+            raise ValueError(f"{layer.weight!r} took no part in this forward pass")
     names = {name for block in blocks if _is_in_weights(block, calls) for name in block.tensors}
     graph = _Graph.of(names, terms, calls, count, num_samples, kept)
     return [graph.block(block) for block in blocks]
