@@ -42,6 +42,7 @@ class _Known:
     """A watched tensor, or a view of one: turned around, or the rows start:stop of `total`."""
 
     name: str
+    watched: Tensor
     tensor: Tensor  # kept alive, so that its identity stays its own
     shape: tuple[int, ...]  # of the watched tensor
     turned: bool = False
@@ -86,6 +87,12 @@ class Call:
     edge: GradientEdge | None
     _use: _Use
     _part: str  # "both", "weight" or "bias"
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The watched tensors of the layer, by name."""
+        known = (self._use.weight, self._use.bias)
+        return {k.name: k.watched for k in known if k is not None and k.name in self.layer.tensors}
 
     @property
     def batch(self) -> int:
@@ -164,7 +171,7 @@ class Capture(TorchFunctionMode):
     def watch(self, name: str, tensor: Tensor) -> None:
         """Look out for one more tensor."""
         self.watched[name] = tensor
-        self._known[id(tensor)] = _Known(name, tensor, tuple(tensor.shape))
+        self._known[id(tensor)] = _Known(name, tensor, tensor, tuple(tensor.shape))
 
     # ---- during the forward pass ----------------------------------------------------------------
 

@@ -107,10 +107,11 @@ def observe(
     for number, new in zip(seen, found, strict=True):
         running[number] = new
     faint = fading(spec, step, share)
+    curvatures = [one.semidefinite(spec.kind) for one in running]  # type: ignore[union-attr]
     return [
         replace(one, running=new,
-                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))  # type: ignore[union-attr]
-        for one, new, prior in zip(carried, running, priors, strict=True)
+                metric=metric(curvature, faint, prior, numbers.ratio, numbers.damping))
+        for one, new, curvature, prior in zip(carried, running, curvatures, priors, strict=True)
     ]
 
 

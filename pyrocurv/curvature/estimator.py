@@ -7,7 +7,7 @@ step that fails has changed nothing. All structures here are per datum: a mean o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
-from pyrocurv.curvature import reduce
+from pyrocurv.curvature import hessian, reduce
+from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
 from pyrocurv.curvature.leading import Leading, mean_squares, product
 from pyrocurv.curvature.pullback import Observation, pullback
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather
+from pyrocurv.curvature.reduce import Pairs, check_batch, gather, only
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
 from pyrocurv.specs import EKFAC
@@ -34,6 +35,11 @@ class Running:
 
     Where a side is truncated `sides` are kept instead of factors. `curvature` and `sides` are in
     the units of the prior that held at the last estimate, `units`, if any.
+
+    Of Hessians it is the mean as it is, which may be indefinite; `semidefinite` is the nearest
+    matrix that can be part of a precision. Noise of either sign cancels in the mean before it is
+    projected; a correction of each estimate that keeps it positive would add the noise's variance
+    instead, and is not known for factors.
     """
 
     count: int
@@ -41,6 +47,10 @@ class Running:
     factors: Kronecker | None = None
     units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
     sides: tuple[Leading, Leading] | None = None  # output and input
+
+    def semidefinite(self, kind: str) -> Structure:
+        """The curvature of this kind, positive semi-definite."""
+        return self.curvature.psd() if kind == "hessian" else self.curvature
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -74,21 +84,29 @@ def observe(
     """
     check_batch(calls, rows)
     count = rows if spec.batch is None else min(spec.batch, rows)
-    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
     kept = _kept(terms, count)
     fresh: list[Running] = []
     if kept is not None and len(kept) == 0:
         return _without(running)
+    seen = _seen(spec, blocks, terms, calls, count, kept)
     with torch.no_grad():
-        for block, old, unit in zip(blocks, running, units, strict=True):
-            pairs = gather(block, calls, gradients, count)
-            if kept is not None:
-                pairs = [[pair[kept] for pair in uses] for uses in pairs]
+        for block, old, unit, pairs in zip(blocks, running, units, seen, strict=True):
             number = 1 if old is None else old.count + 1
             turn = number in EARLY or spec.turns(step)
             roots = None if unit is None else unit.roots
             fresh.append(update(old, block, pairs, count, spec.decay, turn, roots))
     return fresh
+
+
+def _seen(
+    spec: Curvature, blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call],
+    count: int, kept: Tensor | None,
+) -> Iterable[Seen]:
+    """What each block is estimated from."""
+    if spec.kind == "hessian":
+        return hessians(blocks, terms, calls, count, spec.num_samples, kept)
+    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
+    return (only(gather(block, calls, gradients, count), kept) for block in blocks)
 
 
 def _kept(terms: Sequence[Observation], count: int) -> Tensor | None:
@@ -109,8 +127,8 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 
 def update(
-    running: Running | None, block: Block, pairs: Pairs, rows: int, decay: float, refresh: bool,
-    units: tuple[Tensor, Tensor] | None = None,
+    running: Running | None, block: Block, seen: Seen, rows: int, decay: float,
+    refresh: bool, units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
@@ -120,9 +138,9 @@ def update(
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    if _is_thin(block, pairs):
-        return _thin(running, block, pairs, rows, weight, units)
-    new = reduce.plain(block, pairs).scale(1 / rows)
+    if not isinstance(seen, BlockHessian) and _is_thin(block, seen):
+        return _thin(running, block, seen, rows, weight, units)
+    new = hessian.plain(block, seen).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         return _left_out(running)
     if not isinstance(new, Kronecker):
@@ -133,8 +151,7 @@ def update(
     else:
         curvature = running.curvature  # type: ignore[assignment]
     if isinstance(block.structure, EKFAC):
-        moment = reduce.kronecker_eigen(reduce.in_units(pairs, units), curvature)
-        moment = moment.scale(1 / rows)
+        moment = hessian.eigen(seen, curvature, units).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
 
@@ -203,7 +220,7 @@ def _eigen(
 ) -> KroneckerEigen:
     try:
         factors = factors if units is None else factors.rescaled(*units)
-        return factors.eigen(block.ranks, block.structure.cuts)  # type: ignore[union-attr]
+        return factors.eigen(block.ranks, block.structure.cuts).psd()  # type: ignore[union-attr]
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise

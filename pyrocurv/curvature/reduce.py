@@ -76,6 +76,11 @@ def _uses(
     return [_by_unit(pair) for pair in uses] if layer.form == "units" else uses
 
 
+def only(pairs: Pairs, rows: Tensor | None) -> Pairs:
+    """Of these examples; None: of all."""
+    return pairs if rows is None else [[pair[rows] for pair in uses] for uses in pairs]
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)  # one is not copied
 

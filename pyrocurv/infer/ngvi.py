@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyrocurv import engine
 from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
@@ -244,7 +245,9 @@ class NGVI:
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = engine.around(locs, noise), due and particle == 0
-            run = run_model(self.model, self.guide, sample, args, kwargs, watch)
+            twice = watch and self.curvature.kind == "hessian"
+            with twice_differentiable() if twice else nullcontext():
+                run = run_model(self.model, self.guide, sample, args, kwargs, watch)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
             if watch:
