@@ -42,6 +42,7 @@ class _Known:
     """A watched tensor, or a view of one: turned around, or the rows start:stop of `total`."""
 
     name: str
+    watched: Tensor
     tensor: Tensor  # kept alive, so that its identity stays its own
     shape: tuple[int, ...]  # of the watched tensor
     turned: bool = False
@@ -86,6 +87,12 @@ class Call:
     edge: GradientEdge | None
     _use: _Use
     _part: str  # "both", "weight" or "bias"
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The watched tensors of the layer, by name."""
+        known = (self._use.weight, self._use.bias)
+        return {k.name: k.watched for k in known if k is not None and k.name in self.layer.tensors}
 
     @property
     def batch(self) -> int:
@@ -164,7 +171,7 @@ class Capture(TorchFunctionMode):
     def watch(self, name: str, tensor: Tensor) -> None:
         """Look out for one more tensor."""
         self.watched[name] = tensor
-        self._known[id(tensor)] = _Known(name, tensor, tuple(tensor.shape))
+        self._known[id(tensor)] = _Known(name, tensor, tensor, tuple(tensor.shape))
 
     # ---- during the forward pass ----------------------------------------------------------------
 
@@ -241,8 +248,9 @@ class Capture(TorchFunctionMode):
             form = {"rows": "columns", "columns": "rows"}.get(form, form)
         if not reason and len(known) > sum(one is not None for one in (weight, bias)):
             reason = f"the input of {op.name}"
-        if not reason and _cuts_differ(weight, bias, form):
-            reason = "parts of a weight"
+        cuts = {None if one is None else one.cut for one in (weight, bias)}
+        if not reason and cuts != {None} and form != "rows":
+            reason = "a part of a tensor"
         if reason:
             self._miss(known, reason)
             return
@@ -251,7 +259,10 @@ class Capture(TorchFunctionMode):
             op, weight, bias, form, call.input, call.settings, edge, output.shape,
             call.input._version, self._batch_second,
         )
-        self._uses.append(use)
+        if weight is not None and bias is not None and len(cuts) > 1:  # part of one with the other
+            self._uses += [replace(use, bias=None), replace(use, weight=None)]
+        else:
+            self._uses.append(use)
         if bias is None and op.name in ("linear", "matmul", "mul", "rms_norm"):
             self._products[id(output)] = use, output
 
@@ -385,14 +396,6 @@ def _are_transposes(makes: list[tuple[Any, ...]]) -> bool:
     """Whether they are rows and columns of one matrix."""
     forms, groups, shapes = map(set, zip(*makes, strict=True))
     return forms <= {"rows", "columns"} and groups == {1} and all(len(s) == 2 for s in shapes)
-
-
-def _cuts_differ(weight: _Known | None, bias: _Known | None, form: str) -> bool:
-    """Whether parts of tensors are used in a way that is no part of one layer."""
-    cuts = {known.cut for known in (weight, bias) if known is not None}
-    if cuts == {None} or not cuts:
-        return False
-    return form != "rows" or len(cuts) > 1
 
 
 @functools.cache

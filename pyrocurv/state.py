@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyrocurv.curvature.clock import Clock
@@ -16,14 +17,24 @@ from pyrocurv.structures import Structure
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """A deviation from the mean, epsilon = Λ^-½ z [P], and |z|²."""
+    """A deviation from the mean, epsilon = sign · drawn with drawn = Λ^-½ z [P], and |z|²."""
 
-    epsilon: Tensor
+    drawn: Tensor
     square: Tensor
+    sign: float = 1.0
+
+    @property
+    def epsilon(self) -> Tensor:
+        """The deviation itself."""
+        return self.sign * self.drawn
 
     def mirrored(self) -> Noise:
         """The antithetic deviation."""
-        return Noise(-self.epsilon, self.square)
+        return Noise(self.drawn, self.square, -self.sign)
+
+    def around(self, loc: Tensor) -> Tensor:
+        """The sample, loc + epsilon."""
+        return torch.add(loc, self.drawn, alpha=self.sign)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +58,9 @@ class Carried:
                 metric.precision.state(), metric.preconditioner.state()
             ),
             "momentum": self.momentum,
-            "noise": None if noise is None else (noise.epsilon, noise.square),
+            "noise": None if noise is None else (
+                noise.drawn, noise.square, noise.sign
+            ),
             "iterate": self.iterate,
             "average": None if self.average is None else self.average.state(),
             "clock": None if self.clock is None else self.clock.state(),

@@ -21,11 +21,13 @@ from toys import GUIDES, NUM_DATA, class_data, classifier, regression_data, regr
 from pyrocurv.curvature import Curvature, clock, estimator
 from pyrocurv.curvature.clock import LONGEST, SHORTEST, START, Clock
 from pyrocurv.curvature.reduce import Pair
+from pyrocurv.curvature.spec import KINDS
+from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, bayesianize
 
 ROWS, STEPS, CHANGE = 32, 9_000, 4_000
-KINDS = ("ggn", "fisher", "empirical")
+STRUCTURES = {**GUIDES, "kfac-block": partial(KFACGuide, structure="kfac-block")}
 
 each_seed = pytest.mark.parametrize("seed", range(5))
 each_width = pytest.mark.parametrize("width", [65, 300])
@@ -274,25 +276,25 @@ def data_of(model: Any) -> tuple[Tensor, Tensor]:
 def estimates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
     """The layers of each block whenever its curvature is estimated."""
     seen: list[tuple[str, ...]] = []
-    gather = estimator.gather
+    update = estimator.update
 
-    def spy(block: Any, *rest: Any) -> Any:
+    def spy(old: Any, block: Any, *rest: Any) -> Any:
         seen.append(tuple(layer.weight for layer in block.layers))
-        return gather(block, *rest)
+        return update(old, block, *rest)
 
-    monkeypatch.setattr(estimator, "gather", spy)
+    monkeypatch.setattr(estimator, "update", spy)
     yield seen
 
 
 @pytest.mark.parametrize("every", [3, "schedule", "auto"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", GUIDES)
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_counts(
     structure: str, kind: str, every: int | str, estimates: list[tuple[str, ...]]
 ) -> None:
     for model in (regressor(), classifier()):
         estimates.clear()
-        ngvi = NGVI(model, GUIDES[structure](model), curvature=Curvature(kind, every=every))
+        ngvi = NGVI(model, STRUCTURES[structure](model), curvature=Curvature(kind, every=every))
         assert ngvi.update_counts() == {}
         for _ in range(130):
             assert math.isfinite(ngvi.step(*data_of(model)))
@@ -306,6 +308,23 @@ def test_counts(
                 assert 4 <= updates <= 26 and 5 <= interval <= 80
             else:
                 assert (updates, interval) == {3: (44, 3), "schedule": (23, 10)}[every]
+
+
+@pytest.mark.parametrize("kind", ["hessian", "fisher"])
+def test_layers_of_every_make(kind: str) -> None:
+    """Groups, columns, units, a truncated side, and rows of one example only."""
+    net = nn.Sequential(
+        nn.Embedding(9, 6), nn.LayerNorm(6), nn.Conv1d(4, 4, 3, groups=2), nn.ReLU(),
+        nn.ConvTranspose1d(4, 2, 3), nn.Flatten(), nn.Linear(12, 170), nn.Tanh(),
+        nn.Linear(170, 3),
+    ).double()
+    model = Classifier(bayesianize(net, layers=[type(layer) for layer in net]), NUM_DATA)
+    ngvi = NGVI(model, KFACGuide(model), curvature=Curvature(kind, every="auto", batch=8))
+    for step in range(100):
+        rows = 1 if step == 40 else 8
+        ngvi.step(torch.randint(9, (rows, 4)), torch.randint(3, (rows,)))
+    counts = ngvi.update_counts()
+    assert len(counts) == 6 and all(1 < count.updates < 100 for count in counts.values())
 
 
 class Sides(PyroModule):

@@ -1469,7 +1469,7 @@ def test_validation_is_put_back() -> None:
 # ---- bad input ----------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "curvature": ({"curvature": "gnn"}, ValueError, "curvature='gnn': choose one of ggn, fisher"),
+    "curvature": ({"curvature": "gnn"}, ValueError, "curvature='gnn': choose one of hessian, ggn"),
     "curvature type": ({"curvature": 3}, TypeError, "a name or a Curvature is needed, got 3"),
     "on_nonfinite": ({"on_nonfinite": "ignore"}, ValueError, "'ignore': choose 'raise' or 'skip'"),
     "lr": ({"lr": 0.0}, ValueError, "lr=0.0"),

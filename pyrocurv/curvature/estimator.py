@@ -7,7 +7,7 @@ step that fails has changed nothing. All structures here are per datum: a mean o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
-from pyrocurv.curvature import reduce
+from pyrocurv.curvature import hessian, reduce
 from pyrocurv.curvature.clock import Clock, tick
+from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
+from pyrocurv.curvature.leading import Leading, mean_squares, product
 from pyrocurv.curvature.pullback import Observation, pullback
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather
+from pyrocurv.curvature.reduce import Pairs, check_batch, gather, only
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
 from pyrocurv.specs import EKFAC
@@ -32,13 +34,24 @@ EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever t
 class Running:
     """After `count` estimates: the curvature, and for Kronecker structures the averaged factors.
 
-    `curvature` is in the units of the prior that held at the last estimate, `units`, if any.
+    Where a side is truncated `sides` are kept instead of factors. `curvature` and `sides` are in
+    the units of the prior that held at the last estimate, `units`, if any.
+
+    Of Hessians it is the mean as it is, which may be indefinite; `semidefinite` is the nearest
+    matrix that can be part of a precision. Noise of either sign cancels in the mean before it is
+    projected; a correction of each estimate that keeps it positive would add the noise's variance
+    instead, and is not known for factors.
     """
 
     count: int
     curvature: Structure
     factors: Kronecker | None = None
     units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
+    sides: tuple[Leading, Leading] | None = None  # output and input
+
+    def semidefinite(self, kind: str) -> Structure:
+        """The curvature of this kind, positive semi-definite."""
+        return self.curvature.psd() if kind == "hessian" else self.curvature
 
     def is_in(self, units: Units | None) -> bool:
         """Whether these are the units of `curvature` still."""
@@ -50,14 +63,16 @@ class Running:
         return {
             "count": self.count, "curvature": self.curvature.state(), "factors": factors,
             "units": self.units,
+            "sides": None if self.sides is None else [side.state() for side in self.sides],
         }
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Running:
         """The way back from `state`."""
         factors = None if state["factors"] is None else Structure.from_state(state["factors"])
+        sides = None if state["sides"] is None else tuple(Leading(**s) for s in state["sides"])
         curvature = Structure.from_state(state["curvature"])
-        return Running(state["count"], curvature, factors, state["units"])  # type: ignore[arg-type]
+        return Running(state["count"], curvature, factors, state["units"], sides)  # type: ignore[arg-type]
 
 
 def observe(
@@ -79,25 +94,35 @@ def observe(
     count = rows if spec.batch is None else min(spec.batch, rows)
     layers = {layer for block in blocks for layer in block.layers}
     calls = [call for call in calls if call.layer in layers] or calls
-    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
     kept = _kept(terms, count)
     fresh: list[tuple[Running, Clock | None]] = []
     if kept is not None and len(kept) == 0:
         return list(zip(_without(running), clocks, strict=True))
+    every = zip(blocks, running, clocks, units, _seen(spec, blocks, terms, calls, count, kept),
+                strict=True)
     with torch.no_grad():
-        for block, old, clock, unit in zip(blocks, running, clocks, units, strict=True):
-            pairs = gather(block, calls, gradients, count)
-            if kept is not None:
-                pairs = [[pair[kept] for pair in uses] for uses in pairs]
+        for block, old, clock, unit, seen in every:
             number = 1 if old is None else old.count + 1
             turn = number in EARLY or spec.turns(step, clock)
             roots = None if unit is None else unit.roots
-            new = update(old, block, pairs, count, spec.decay, turn, roots)
+            new = update(old, block, seen, count, spec.decay, turn, roots)
             if spec.every == "auto":
                 clock = clock or Clock()
+                pairs = seen.pairs if isinstance(seen, BlockHessian) else seen
                 clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
             fresh.append((new, clock))
     return fresh
+
+
+def _seen(
+    spec: Curvature, blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call],
+    count: int, kept: Tensor | None,
+) -> Iterable[Seen]:
+    """What each block is estimated from."""
+    if spec.kind == "hessian":
+        return hessians(blocks, terms, calls, count, spec.num_samples, kept)
+    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
+    return (only(gather(block, calls, gradients, count), kept) for block in blocks)
 
 
 def _kept(terms: Sequence[Observation], count: int) -> Tensor | None:
@@ -118,22 +143,22 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 
 def update(
-    running: Running | None, block: Block, pairs: Pairs, rows: int, decay: float, refresh: bool,
-    units: tuple[Tensor, Tensor] | None = None,
+    running: Running | None, block: Block, seen: Seen, rows: int, decay: float,
+    refresh: bool, units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
-    `refresh` asks for new eigenvectors of Kronecker factors. An estimate that is not finite is left
-    out, with a warning.
+    `refresh` asks for new eigenvectors of Kronecker factors. Sides that are truncated by `rank` are
+    kept as their leading part, and have new eigenvectors at every estimate. An estimate that is not
+    finite is left out, with a warning.
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    new = reduce.plain(block, pairs).scale(1 / rows)
+    if not isinstance(seen, BlockHessian) and _is_thin(block, seen):
+        return _thin(running, block, seen, rows, weight, units)
+    new = hessian.plain(block, seen).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
-        if running is None:
-            raise FloatingPointError("the first curvature estimate is not finite")
-        warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=2)
-        return running
+        return _left_out(running)
     if not isinstance(new, Kronecker):
         return Running(count, new if running is None else running.curvature.lerp(new, weight))
     factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]
@@ -142,10 +167,68 @@ def update(
     else:
         curvature = running.curvature  # type: ignore[assignment]
     if isinstance(block.structure, EKFAC):
-        moment = reduce.kronecker_eigen(reduce.in_units(pairs, units), curvature)
-        moment = moment.scale(1 / rows)
+        moment = hessian.eigen(seen, curvature, units).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
+
+
+def _left_out(running: Running | None) -> Running:
+    if running is None:
+        raise FloatingPointError("the first curvature estimate is not finite")
+    warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=3)
+    return running
+
+
+def _is_thin(block: Block, pairs: Pairs) -> bool:
+    """Whether leading parts of the factors are kept up from rows, without the factors."""
+    spec, (layer, *_) = block.structure, block.layers
+    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
+        return False
+    uses = pairs[0]
+    if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
+        return False
+    return block.ranks != layer.matrix_shape
+
+
+def _thin(
+    running: Running | None, block: Block, pairs: Pairs, rows: int, weight: float,
+    units: tuple[Tensor, Tensor] | None,
+) -> Running:
+    """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
+    ((pair,),) = reduce.in_units(pairs, units)
+    shared = reduce.shared(pair, block.structure.sharing)  # type: ignore[union-attr]
+    a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
+    if not bool(torch.isfinite(a.sum() + g.sum())):
+        return _left_out(running)
+    if running is None:
+        output, input = (Leading.nothing(x, n) for x, n in zip((g, a), block.ranks, strict=True))
+    else:
+        output, input = _sides_in(units, running)
+    try:
+        output = output.average(g, 1 / (rows * a.shape[1]), weight)
+        input = input.average(a, 1 / rows, weight)
+    except torch.linalg.LinAlgError as error:
+        if running is None:
+            raise
+        warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
+        return running
+    count, curvature = 1 if running is None else running.count + 1, product(output, input)
+    if isinstance(block.structure, EKFAC):
+        moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
+        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
+    return Running(count, curvature, None, units, (output, input))
+
+
+def _sides_in(
+    units: tuple[Tensor, Tensor] | None, running: Running
+) -> tuple[Leading, Leading]:
+    """The sides, from the units that they were kept in to these."""
+    output, input = running.sides  # type: ignore[misc]
+    if _same(units, running.units):
+        return output, input
+    old = running.units or tuple(torch.ones_like(side.diagonal) for side in (output, input))
+    new = units or tuple(map(torch.ones_like, old))
+    return output.rescaled(old[0] / new[0]), input.rescaled(old[1] / new[1])
 
 
 def _eigen(
@@ -153,7 +236,7 @@ def _eigen(
 ) -> KroneckerEigen:
     try:
         factors = factors if units is None else factors.rescaled(*units)
-        return factors.eigen(block.ranks, block.structure.cuts)  # type: ignore[union-attr]
+        return factors.eigen(block.ranks, block.structure.cuts).psd()  # type: ignore[union-attr]
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise

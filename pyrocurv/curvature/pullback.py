@@ -131,6 +131,11 @@ class Opaque:
     batch: int
     flipped: bool = False
 
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensor, by name."""
+        return {self.layer.weight: self.tensor}
+
     def rows(self, count: int) -> Tensor:
         """Ones [count, 1, 1]."""
         return self.tensor.new_ones(count, 1, 1)

@@ -76,6 +76,11 @@ def _uses(
     return [_by_unit(pair) for pair in uses] if layer.form == "units" else uses
 
 
+def only(pairs: Pairs, rows: Tensor | None) -> Pairs:
+    """Of these examples; None: of all."""
+    return pairs if rows is None else [[pair[rows] for pair in uses] for uses in pairs]
+
+
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)  # one is not copied
 
@@ -138,12 +143,14 @@ def kronecker(pairs: Pairs, sharing: str = "expand") -> Kronecker:
     Where a matrix is used transposed as well, the nearest product to the sum of both.
     """
     (uses,) = pairs
-    factors = [_factors(pair if sharing == "expand" else _reduced(pair)) for pair in uses]
+    factors = [_factors(shared(pair, sharing)) for pair in uses]
     return functools.reduce(Kronecker.nearest_sum, factors)
 
 
-def _reduced(pair: Pair) -> Pair:
-    """The positions added up: inputs averaged, gradients summed."""
+def shared(pair: Pair, sharing: str) -> Pair:
+    """Positions by themselves ("expand"), or inputs averaged and gradients summed ("reduce")."""
+    if sharing == "expand":
+        return pair
     return Pair(pair.a.mean(-2, keepdim=True), pair.g.sum(-2, keepdim=True))
 
 

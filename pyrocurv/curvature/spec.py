@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyrocurv.curvature.clock import START, Clock
 
-KINDS = ("ggn", "fisher", "empirical")
+KINDS = ("hessian", "ggn", "fisher", "empirical")
 SCHEDULE = ((100, 5), (300, 10), (600, 20))  # up to this step, this interval
 LATE = 100
 
@@ -16,7 +16,9 @@ class Curvature:
     """Which curvature of the negative log likelihood, how often, from how many examples.
 
     Args:
-        kind: "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood,
+        kind: "hessian" (second derivatives at the data, which may be indefinite: the running
+            average is of the matrices as they are, a precision leaves out what is negative in it),
+            "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood,
             computed in closed form), "fisher" (the same by sampled targets) or "empirical"
             (gradients at the data; a cheap relative, not an estimate of the other two).
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
@@ -30,7 +32,9 @@ class Curvature:
         initial: an isotropic curvature per datum at the start, that fades as (1 - ρ)^step with
             ρ = min(0.05, B/N). Without it the first samples of a network's posterior are so wide
             that training explodes.
-        num_samples: sampled targets for each example (kind "fisher" only).
+        num_samples: sampled targets for each example (kind "fisher"); draws of random signs (kind
+            "hessian") for layers that an exact answer would take more than 512 backward passes
+            for, and for no others.
 
     Raises:
         ValueError: an unknown kind, or a number out of its range.

@@ -30,6 +30,13 @@ class Diagonal(Structure):
     def rsqrt(self, z: Tensor) -> Tensor:
         return z * self.entries.rsqrt()
 
+    def rsqrt_(self, z: Tensor) -> Tensor:
+        return z.mul_(self._inverse_root)
+
+    @cached_property
+    def _inverse_root(self) -> Tensor:
+        return self.entries.rsqrt()
+
     @cached_property
     def _logdet(self) -> Tensor:
         return self.entries.log().sum()
@@ -58,6 +65,9 @@ class Diagonal(Structure):
     def lerp(self, other: Diagonal, weight: float) -> Diagonal:
         return Diagonal(torch.lerp(self.entries, other.entries, weight))
 
+    def psd(self) -> Diagonal:
+        return Diagonal(self.entries.clamp(min=0))
+
 
 @dataclass(frozen=True, eq=False)
 class Rescaled(Structure):
@@ -84,6 +94,9 @@ class Rescaled(Structure):
     def rsqrt(self, z: Tensor) -> Tensor:
         return self.inner.rsqrt(z) / self.root
 
+    def rsqrt_(self, z: Tensor) -> Tensor:
+        return self.inner.rsqrt_(z).div_(self.root)
+
     def logdet(self) -> Tensor:
         return self.inner.logdet() + 2 * self.root.log().sum()
 
@@ -105,3 +118,7 @@ class Rescaled(Structure):
     def lerp(self, other: Rescaled, weight: float) -> Rescaled:
         """In `other`'s units, as `inner` lerps; exact where the units are the same."""
         return Rescaled(self.inner.lerp(other.inner, weight), other.root)
+
+    def psd(self) -> Rescaled:
+        """The nearest in the units that `inner` is in."""
+        return Rescaled(self.inner.psd(), self.root)

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
-from pyrocurv.structures.linalg import eigh_psd
+from pyrocurv.structures.linalg import eigh_blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Structure):
-    """output [O, O] ⊗ input [I, I], both symmetric positive semi-definite; or each [Γ, ...]."""
+    """output [O, O] ⊗ input [I, I], both symmetric; or each [Γ, ...].
+
+    `solve`, `rsqrt` and `logdet` want both positive definite.
+    """
 
     output: Tensor
     input: Tensor
@@ -87,6 +90,9 @@ class Kronecker(Structure):
         """G ⊗ A + delta·I, exact for a scalar; the result lives in the joint eigenbasis."""
         return self.eigen().shift(delta)
 
+    def psd(self) -> KroneckerEigen:
+        return self.eigen().psd()
+
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Factor by factor: the K-FAC average, not the average of the two matrices."""
         return Kronecker(
@@ -126,7 +132,7 @@ class Kronecker(Structure):
         """In its eigenbasis: eigenvalues λ_G λ_Aᵀ, exactly.
 
         Args:
-            ranks: of each side the leading ones alone. A truncated side keeps its trace: the rest
+            ranks: of each side the largest ones alone. A truncated side keeps its trace: the rest
                 of its eigenvalues are replaced by their mean.
             num_blocks: `cut` the output and the input side into so many diagonal blocks first.
         """
@@ -136,13 +142,16 @@ class Kronecker(Structure):
         return KroneckerEigen(output_basis, input_basis, outer(output_values, input_values))
 
 
-def automatic_ranks(outputs: int, inputs: int) -> tuple[int, int]:
+def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tuple[int, int]:
     """How many eigenvectors each side of a layer keeps.
 
-    All, where neither side is wider than 160; in a wider layer 32 of each side that has more than
-    64, since thin products are cheaper. Exact as long as no more directions than that carry
-    curvature, as with fewer data than 32 at one position.
+    A number: that many, of a side that has more. "auto": all, where neither side is wider than 160;
+    in a wider layer 32 of each side that has more than 64, since thin products are cheaper. Exact
+    as long as no more directions than that carry curvature, as with fewer data than 32 at one
+    position.
     """
+    if isinstance(rank, int):
+        return min(outputs, rank), min(inputs, rank)
     if max(outputs, inputs) <= 160:
         return outputs, inputs
     return (outputs if outputs <= 64 else 32), (inputs if inputs <= 64 else 32)
@@ -150,7 +159,7 @@ def automatic_ranks(outputs: int, inputs: int) -> tuple[int, int]:
 
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
-    values, basis = eigh_psd(factor, num_blocks)
+    values, basis = eigh_blocks(factor, num_blocks)
     rest = values.shape[-1] - rank
     if rest == 0:
         return basis, values
