@@ -15,6 +15,7 @@ large, so that the halves may agree by chance. The interval doubles, up to 500, 
 of ρ is small; it halves, down to 5, while that is large; at a jump it falls back to 5 at once and
 the averages start anew. Of the layers and statistics the one that moves most decides. A turn of G
 that leaves its trace alone is not seen: with sampled targets its noise is larger than G itself.
+For the Hessian the gradients are those at the data.
 
 Osawa et al. 2020, arXiv:2002.06015, compare successive statistics without taking the noise out.
 """
@@ -75,7 +76,7 @@ class Clock:
     averages: tuple[Average, ...] = ()  # of A and of ln tr G, for each layer
 
     def postponed(self, step: int) -> Clock:
-        """`step` gave no estimate."""
+        """Due at the first multiple of the interval after `step`."""
         return replace(self, due=_after(step, self.interval))
 
     def state(self) -> dict[str, Any]:
