@@ -8,7 +8,7 @@ training images validate, with 32 samples of the posterior; test images are not 
 each seed and on average: estimates of a block's curvature summed over the blocks, steps on which
 any was taken (each has one backward pass), the share of the training's CPU time that the estimates
 took, accuracy and NLL; and how often each block was updated, with its interval at the end. A missed
-target fails nothing.
+target fails nothing. The settings of the clock were chosen with seeds 2 and 3.
 """
 
 from __future__ import annotations
