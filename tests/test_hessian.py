@@ -233,32 +233,6 @@ def test_ekfac_is_no_farther_than_kfac_in_any_layer(name: str) -> None:
     assert_same(ekfac.trace(), block.trace())
 
 
-@pytest.mark.parametrize("name", ["tied", "grouped", "layer-norm", "batch-norm", "depthwise"])
-def test_signs_in_the_weights_and_between_groups(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Where a layer has more than `PASSES` weights, without bias too."""
-    expected = of_layers(name, "normal", "kfac")
-    monkeypatch.setattr(in_weights, "PASSES", 0)
-    draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
-    error = draws.std(0) / math.sqrt(len(draws))
-    if name != "tied":  # the nearest to a sum of two products is no mean of its draws
-        assert_unbiased(draws.mean(0) - expected, error + 1e-9, expected.norm())
-    monkeypatch.undo()
-    basis = of_layers(name, "normal", "ekfac")
-    if name in ("tied", "layer-norm", "batch-norm"):
-        kronecker = hessian._Graph._factors  # noqa: SLF001
-        monkeypatch.setattr(hessian._Graph, "_factors", lambda *args: with_passes(
-            monkeypatch, lambda: kronecker(*args)))
-        groups = in_weights.InWeights.groups
-        monkeypatch.setattr(in_weights.InWeights, "groups", lambda *args: with_passes(
-            monkeypatch, lambda: groups(*args)))
-        monkeypatch.setattr(in_weights, "PASSES", 0)
-        draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
-        error = draws.std(0) / math.sqrt(len(draws))
-        assert_unbiased(draws.mean(0) - basis, error + 1e-9, basis.norm())
-
-
 # --- random signs -----------------------------------------------------------------------------
 
 NUM_SAMPLES = 400
@@ -290,30 +264,61 @@ def test_hutchinson_diagonal(monkeypatch: pytest.MonkeyPatch, model: str, likeli
 
 @pytest.mark.parametrize("model", ["twice", "conv1d", "conv-image"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
-@each_kronecker
-def test_signs_for_many_positions(
-    monkeypatch: pytest.MonkeyPatch, model: str, likelihood: str, structure: str
-) -> None:
-    """Without bias, and its error falls as 1 / sqrt(num_samples)."""
-    if structure == "ekfac":  # in the true basis, which is not known from signs
-        exact = in_outputs.InOutputs.kronecker
-        monkeypatch.setattr(in_outputs.InOutputs, "kronecker", lambda *args: with_passes(
-            monkeypatch, lambda: exact(*args)))
-        if model == "twice":
-            pytest.skip("then C stands for the block, without what later inputs owe to the layer")
-    several = probed(monkeypatch, model, likelihood, structure, draws=60, num_samples=3)
-    expected, error = true(model, likelihood, structure), several.std(0) / math.sqrt(60)
-    assert error.norm() > 1e-6 * expected.norm()
-    assert_unbiased(several.mean(0) - expected, error + 1e-8 * expected.norm(), expected.norm())
-    more = probed(monkeypatch, model, likelihood, structure, draws=60, num_samples=27)
+def test_positions_by_signs(monkeypatch, model: str, likelihood: str) -> None:
+    """Without bias, and the variance falls as 1 / num_samples."""
+    expected = true(model, likelihood, "kfac")
+    several = probed(monkeypatch, model, likelihood, "kfac", draws=60, num_samples=3)
+    assert_unbiased_draws(several, expected)
+    more = probed(monkeypatch, model, likelihood, "kfac", draws=60, num_samples=27)
     ratio = several.var(0).sum() / more.var(0).sum()  # 9, with a standard deviation
     assert 9 / 1.8 < ratio < 9 * 1.8  # of 0.26 in its logarithm if one direction has all the noise
 
 
-def with_passes(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> Any:
-    with monkeypatch.context() as patch:
-        patch.setattr(in_weights, "PASSES", 10**6)
-        return function()
+@pytest.mark.parametrize("model", ["conv1d", "conv-image"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_eigenvalues_by_signs_in_the_outputs(monkeypatch, model: str, likelihood: str) -> None:
+    exact_factors(monkeypatch)
+    several = probed(monkeypatch, model, likelihood, "ekfac", draws=60, num_samples=3)
+    assert_unbiased_draws(several, true(model, likelihood, "ekfac"))
+
+
+@pytest.mark.parametrize("name", ["grouped", "layer-norm", "batch-norm", "depthwise"])
+def test_groups_by_signs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of K-FAC: groups, and the exact blocks of the units of a norm layer."""
+    expected = of_layers(name, "normal", "kfac")
+    monkeypatch.setattr(in_weights, "PASSES", 0)
+    draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
+    assert_unbiased_draws(draws, expected)
+
+
+@pytest.mark.parametrize("name", ["tied", "layer-norm", "batch-norm"])
+def test_eigenvalues_by_signs_in_the_weights(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of layers whose outputs do not say all."""
+    expected = of_layers(name, "normal", "ekfac")
+    exact_factors(monkeypatch)
+    monkeypatch.setattr(in_weights, "PASSES", 0)
+    draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
+    assert_unbiased_draws(draws, expected)
+
+
+def assert_unbiased_draws(draws: Tensor, expected: Tensor) -> None:
+    error, scale = draws.std(0) / math.sqrt(len(draws)), expected.norm()
+    assert error.norm() > 1e-6 * scale  # it is by signs
+    # eigenvectors answer to rounding divided by the gaps between eigenvalues
+    assert_unbiased(draws.mean(0) - expected, error + 1e-8 * scale, scale)
+
+
+def exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For eigenvalues in the true basis, which is not known from signs."""
+    for owner, name in ((in_outputs.InOutputs, "kronecker"), (in_weights.InWeights, "groups")):
+        function = getattr(owner, name)
+
+        def exactly(*args: Any, function: Callable[..., Any] = function) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(in_weights, "PASSES", 10**6)
+                return function(*args)
+
+        monkeypatch.setattr(owner, name, exactly)
 
 
 @pytest.mark.parametrize("model", ["tanh", "relu-inplace", "no-bias", "conv1d"])
