@@ -301,21 +301,37 @@ class StructuredGuide(AutoGuide):
         ]).sum()
 
     def summary(self) -> str:
-        """A table of every latent: site, shape, structure, how many numbers."""
+        """A table of every latent: site, shape, structure, how many numbers.
+
+        Parameters of the model that are no latents follow, as "point" where `optim` trains them and
+        "frozen" where nothing does; the last line says how many numbers have a posterior here.
+        """
         self._ready()
         structure = {n: f.block.label for f in self.blocks for n in f.block.tensors}
         structure.update(self._left_out)
         kind = self._make_fallback.__name__
         rows = [("site", "shape", "structure", "numbers")]
-        for name, value in self.median().items():
+        latents = self.median()
+        for name, value in latents.items():
             shape = str(tuple(value.shape))
             rows.append((name, shape, structure.get(name, kind), str(value.numel())))
+        points = {
+            f"{owner}.{name}".lstrip("."): parameter
+            for owner, module in named_modules(self._base_model[0]).items()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        for name, value in points.items():
+            state = "point" if value.requires_grad else "frozen"
+            rows.append((name, str(tuple(value.shape)), state, str(value.numel())))
+        here = sum(family.block.size for family in self.blocks)
+        every = sum(value.numel() for value in (*latents.values(), *points.values()))
         width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], width, strict=False)),
                        row[3].rjust(width[3])])
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, f"{here:,} of {every:,} numbers have a posterior here"])
 
     # ---- saving ---------------------------------------------------------------------------------
 

@@ -16,19 +16,24 @@ from pyrocurv.structures import Structure
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """A deviation from the mean, sign · epsilon with epsilon = Λ^-½ z [P], and |z|²."""
+    """A deviation from the mean, epsilon = sign · drawn with drawn = Λ^-½ z [P], and |z|²."""
 
-    epsilon: Tensor
+    drawn: Tensor
     square: Tensor
     sign: float = 1.0
 
+    @property
+    def epsilon(self) -> Tensor:
+        """The deviation itself."""
+        return self.sign * self.drawn
+
     def mirrored(self) -> Noise:
         """The antithetic deviation."""
-        return Noise(self.epsilon, self.square, -self.sign)
+        return Noise(self.drawn, self.square, -self.sign)
 
     def around(self, loc: Tensor) -> Tensor:
-        """The sample, loc + sign · epsilon."""
-        return torch.add(loc, self.epsilon, alpha=self.sign)
+        """The sample, loc + epsilon."""
+        return torch.add(loc, self.drawn, alpha=self.sign)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,7 @@ class Carried:
             ),
             "momentum": self.momentum,
             "noise": None if noise is None else (
-                noise.epsilon, noise.square, noise.sign
+                noise.drawn, noise.square, noise.sign
             ),
             "iterate": self.iterate,
             "average": None if self.average is None else self.average.state(),

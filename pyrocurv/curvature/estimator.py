@@ -166,7 +166,10 @@ def _left_out(running: Running | None) -> Running:
 def _is_thin(block: Block, pairs: Pairs) -> bool:
     """Whether leading parts of the factors are kept up from rows, without the factors."""
     spec, (layer, *_) = block.structure, block.layers
-    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead or len(pairs[0]) > 1:
+    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
+        return False
+    uses = pairs[0]
+    if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
         return False
     return block.ranks != layer.matrix_shape
 
