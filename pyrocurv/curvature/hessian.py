@@ -215,7 +215,7 @@ class _Graph:
 
     def pairs(self, block: Block) -> Pairs:
         """The inputs and the gradients of layers that are no opaque ones, without their graph."""
-        calls = [call for call in self.calls if isinstance(call, Call)]
+        calls = [call for layer in block.layers for call in self.uses(layer)]
         arranged = [
             call.gradients(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
             for call in calls
