@@ -345,6 +345,31 @@ def test_nothing_is_random_where_the_answer_is_exact(structure: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_examples_that_meet_in_batch_norm() -> None:
+    """Through the weights nothing is left out; the blocks are the Hessian of the whole sum."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+        x, y = torch.randn(6, 3).double(), torch.randint(2, (6,))
+    names, tensors = zip(*net.named_parameters(), strict=True)
+    sizes = [t.numel() for t in tensors]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = [p.view_as(t) for p, t in zip(flat.split(sizes), tensors, strict=True)]
+        f = torch.func.functional_call(net, dict(zip(names, parts, strict=True)), (x,))
+        return nn.functional.cross_entropy(f, y, reduction="sum")
+
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    whole = torch.autograd.functional.hessian(loss, flat)
+    full = estimate(net, x, y, curvature="hessian", structure="full").dense()
+    assert_same(full, whole)
+    diag = estimate(net, x, y, curvature="hessian", structure="diag").dense()
+    assert_same(diag, torch.diag(whole.diag()))
+    alone = oracles.sum_of(oracles.hessian(net.eval(), a, b, "categorical")
+                           for a, b in zip(x.split(1), y.split(1), strict=True))
+    assert (alone - whole).norm() > 0.1 * whole.norm()
+
+
 # --- losses that do not bend ------------------------------------------------------------------
 
 
