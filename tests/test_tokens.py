@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn import PyroModule
-from toys import EXACT, GUIDES
 from torch import Tensor, nn
+from toys import EXACT, GUIDES
 
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, bayesianize
