@@ -1,27 +1,22 @@
-"""Which weights share a block of the curvature, in which order: the partition and its packing.
+"""Which weights share a block of the curvature, in which structure and order.
 
-`block` and the Kronecker structures have a block for each layer, `full` and, for speed, `diag` one
-for all; inside a block the layers follow each other, each as its matrix [O, I] row-major.
+"full" has one block for all its layers and, for speed, so has "diag"; the others have one for each
+layer. Inside a block the layers follow each other, each as its matrix [*lead, O, I] row-major.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrocurv.layers import Layer
-
-STRUCTURES = ("full", "block", "diag", "kfac", "ekfac")
-
-
-def check_structure(name: str) -> str:
-    """`name`, if it is a structure; otherwise a ValueError that says which there are."""
-    if name not in STRUCTURES:
-        raise ValueError(f"structure={name!r}: choose one of {', '.join(STRUCTURES)}")
-    return name
+from pyrocurv.specs import EKFAC, KFAC, Spec, as_structure
+from pyrocurv.structures import automatic_ranks
 
 
 @dataclass(frozen=True)
@@ -29,12 +24,46 @@ class Block:
     """Layers whose weights are one vector [P], and the structure of the matrix over it."""
 
     layers: tuple[Layer, ...]
-    structure: str
+    structure: Spec
+
+    @property
+    def kind(self) -> str:
+        """ "full", "block", "diag", "kfac" or "ekfac": the structure without its options."""
+        return self.structure if isinstance(self.structure, str) else type(
+            self.structure).__name__.lower()
+
+    @property
+    def label(self) -> str:
+        """The structure as `summary` prints it."""
+        if isinstance(self.structure, KFAC) and self.structure.cuts != (1, 1):
+            return "kfac-block"
+        return self.kind
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether no supported op consumes its weights."""
+        return self.layers[0].form == "opaque"
+
+    @property
+    def name(self) -> str:
+        """Of its layers: the module's name, or that of the weight where it is no module's."""
+        names = [layer.weight.removesuffix(".weight") for layer in self.layers]
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
     @property
     def size(self) -> int:
         """P."""
         return sum(layer.size for layer in self.layers)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """How many eigenvectors of G and of A a Kronecker structure keeps."""
+        assert isinstance(self.structure, (KFAC, EKFAC))
+        sides = self.layers[0].matrix_shape[-2:]
+        if self.structure.rank == "auto":
+            return automatic_ranks(*sides)
+        rank = self.structure.rank or max(sides)
+        return min(sides[0], rank), min(sides[1], rank)  # type: ignore[return-value]
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -56,12 +85,38 @@ class Block:
             values.update(layer.unpack(part))
         return values
 
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        spec = self.structure
+        options = {} if isinstance(spec, str) else asdict(spec)
+        layers = [{**asdict(layer), "shape": list(layer.shape)} for layer in self.layers]
+        return {"kind": self.kind, "options": options, "layers": layers}
 
-def partition(layers: Sequence[Layer], structure: str) -> list[Block]:
-    """The blocks that `structure` makes of the layers."""
-    if check_structure(structure) in ("full", "diag"):
-        return [Block(tuple(layers), structure)] if layers else []
-    return [Block((layer,), structure) for layer in layers]
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Block:
+        """The way back from `state`."""
+        layers = tuple(Layer(**{**one, "shape": tuple(one["shape"])}) for one in state["layers"])
+        make = {"kfac": KFAC, "ekfac": EKFAC}.get(state["kind"])
+        return Block(layers, state["kind"] if make is None else make(**state["options"]))
+
+
+def partition(layers: Sequence[Layer], structure: Spec | Callable[[Layer], Spec]) -> list[Block]:
+    """The blocks of the layers, in the order of their first ones.
+
+    Layers that no supported op consumes are no Kronecker product: they are "diag" in its place.
+    """
+    groups: dict[Any, list[Layer]] = {}
+    specs: dict[Any, Spec] = {}
+    for layer in layers:
+        spec = as_structure(structure(layer) if callable(structure) else structure)
+        opaque = layer.form == "opaque"
+        if opaque and isinstance(spec, (KFAC, EKFAC)):
+            spec = "diag"
+        shared = spec in ("full", "diag")
+        key = (spec, opaque if spec == "diag" else None, None if shared else layer)
+        groups.setdefault(key, []).append(layer)
+        specs[key] = spec
+    return [Block(tuple(group), specs[key]) for key, group in groups.items()]
 
 
 def positions(blocks: Sequence[Block], order: Mapping[str, Sequence[int]]) -> tuple[Tensor, ...]:
@@ -69,7 +124,7 @@ def positions(blocks: Sequence[Block], order: Mapping[str, Sequence[int]]) -> tu
     places: dict[str, Tensor] = {}
     start = 0
     for name, shape in order.items():
-        size = torch.Size(shape).numel()
+        size = math.prod(shape)
         places[name] = torch.arange(start, start + size).reshape(*shape)
         start += size
     return tuple(block.pack(places) for block in blocks)

@@ -15,11 +15,12 @@ from torch import Tensor
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
 from pyrocurv.curvature import Curvature, estimator
+from pyrocurv.curvature.estimator import Running
 from pyrocurv.curvature.pullback import Observation
-from pyrocurv.natural import metric, push, slope, surplus, trust
+from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, Noise, State
-from pyrocurv.structures import Structure
+from pyrocurv.structures import Diagonal, Structure
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,58 @@ def observe(
 
     The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N).
     """
-    running = estimator.observe(
-        spec, step, blocks, [one.running for one in carried], terms, calls, rows,
-        [prior.units for prior in priors],
+    seen = [number for number, block in enumerate(blocks) if not block.is_opaque]
+    running = [one.running or _nothing(block, prior)
+               if block.is_opaque else one.running
+               for block, one, prior in zip(blocks, carried, priors, strict=True)]
+    found = estimator.observe(
+        spec, step, [blocks[n] for n in seen], [running[n] for n in seen], terms, calls, rows,
+        [priors[n].units for n in seen],
     )
-    faint = spec.initial * (1 - min(0.05, share)) ** step
+    for number, new in zip(seen, found, strict=True):
+        running[number] = new
+    faint = fading(spec, step, share)
     return [
         replace(one, running=new,
-                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))
+                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))  # type: ignore[union-attr]
         for one, new, prior in zip(carried, running, priors, strict=True)
     ]
+
+
+def fading(spec: Curvature, step: int, share: float) -> float:
+    """e, the initial curvature; `share` is B/N."""
+    return spec.initial * (1 - min(0.05, share)) ** step
+
+
+def _nothing(block: Block, prior: BlockPrior) -> Running:
+    """The curvature of a block that is known from gradients, before any."""
+    return Running(0, Diagonal(prior.packed.precision.new_zeros(block.size)))
+
+
+def sense(
+    spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
+    products: Sequence[Tensor | None], share: float, priors: Sequence[BlockPrior],
+    numbers: Numbers,
+) -> list[Carried]:
+    """The curvature of opaque blocks from the step's own samples; `products` are means of ε ∘ g.
+
+    Every step counts, each as much less as an estimate every `spec.every` steps would count.
+    """
+    every = spec.every if isinstance(spec.every, int) else 20
+    faint, result = fading(spec, step, share), list(carried)
+    for number, (block, one, product) in enumerate(zip(blocks, carried, products, strict=True)):
+        if not block.is_opaque or product is None:
+            continue
+        assert one.running is not None and one.metric is not None
+        prior = priors[number]
+        curvature = noisy_curvature(
+            one.running.curvature, product, one.metric.precision, (1 - spec.decay) / every,
+            prior.packed, numbers.ratio,
+        )
+        running = Running(one.running.count + 1, curvature)
+        moved = metric(curvature, faint, prior, numbers.ratio, numbers.damping)
+        result[number] = replace(one, running=running, metric=moved)
+    return result
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from pyrocurv.structures import (
     KroneckerEigen,
     Rescaled,
     Structure,
-    automatic_ranks,
 )
 from pyrocurv.structures.linalg import scale_tril
 
@@ -104,22 +103,23 @@ class KroneckerFamily(Family):
     """Weights correlated through two bases: `scale` are the standard deviations in them.
 
     The precision is a `KroneckerEigen` of spectrum 1 / scale², in the units `output_root` [O] and
-    `input_root` [I] of the prior (ones unless weights differ in it). In a layer wider than 160 a
-    side of more than 64 keeps its 32 leading directions, and one standard deviation for the rest.
+    `input_root` [I] of the prior (ones unless weights differ in it); all with a leading axis in
+    layers of groups. A side that is truncated has one standard deviation for all of the rest.
     """
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__(block, loc, init_scale)
         (layer,) = block.layers
-        spectrum = []
-        sizes = layer.rows, layer.columns
-        ranks = automatic_ranks(*sizes)
-        for side, size, rank in zip(("output", "input"), sizes, ranks, strict=True):
+        *lead, rows, columns = layer.matrix_shape
+        spectrum = [*lead]
+        sides = zip(("output", "input"), (rows, columns), block.ranks, strict=True)
+        for side, size, rank in sides:
             spectrum.append(rank + (rank < size))
-            self.register_buffer(f"{side}_basis", torch.eye(size, rank).to(loc))
-            self.register_buffer(f"{side}_root", loc.new_ones(size))
+            basis = torch.eye(size, rank).to(loc).repeat(*lead, 1, 1)
+            self.register_buffer(f"{side}_basis", basis)
+            self.register_buffer(f"{side}_root", loc.new_ones(*lead, size))
         self.scale = PyroParam(
-            loc.new_full(spectrum, init_scale), constraints.positive, event_dim=2
+            loc.new_full(spectrum, init_scale), constraints.positive, event_dim=len(spectrum)
         )
 
     def distribution(self) -> Distribution:
@@ -128,7 +128,7 @@ class KroneckerFamily(Family):
     def precision(self) -> KroneckerEigen | Rescaled:
         spectrum = self.scale.square().reciprocal()
         eigen = KroneckerEigen(self.output_basis, self.input_basis, spectrum)
-        root = torch.outer(self.output_root, self.input_root).flatten()
+        root = (self.output_root.unsqueeze(-1) * self.input_root.unsqueeze(-2)).flatten()
         return eigen if bool((root == 1).all()) else Rescaled(eigen, root)
 
     def encode(self, precision: Structure) -> dict[str, Tensor]:
@@ -141,8 +141,8 @@ class KroneckerFamily(Family):
             "scale_unconstrained": eigen.spectrum.log() / -2,
             "output_basis": eigen.output_basis,
             "input_basis": eigen.input_basis,
-            "output_root": matrix[:, 0],
-            "input_root": matrix[0] / matrix[0, 0],
+            "output_root": matrix[..., 0],
+            "input_root": matrix[..., 0, :] / matrix[..., 0, :1],
         }
 
 

@@ -16,17 +16,19 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide, AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.blocks import check_structure, partition, positions
+from pyrocurv.blocks import Block, partition, positions
+from pyrocurv.choice import LEFT_OUT, Choice, choose
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
-from pyrocurv.layers import Layer
+from pyrocurv.leftout import Frozen, Points
 from pyrocurv.priors import Prior, read_prior
-from pyrocurv.prototype import Site, frozen_buffers, inspect
+from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
+from pyrocurv.specs import Spec, as_structure
 from pyrocurv.structures import BlockDiagonal
 
 _instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -47,15 +49,20 @@ class StructuredGuide(AutoGuide):
             (see `pyrocurv.nn.bayesianize`), or a sample from the prior.
         init_scale: standard deviation of each weight before any training. `NGVI` takes its first
             step at the mean and sets the scale from the curvature there.
-        fallback: the guide for the latents that no supported op consumes, model -> AutoGuide.
+        structure: for some layers another one than this guide's, {module type, or name with * and
+            ?: structure}, names before types; or a rule (name, module) -> structure or None. A
+            structure is a name, a `KFAC` or an `EKFAC` of `pyrocurv.curvature`; "point" leaves a
+            layer out (a point estimate, trained by `optim`), "frozen" keeps it at its start.
+        fallback: the guide for the latents that are no weights, model -> AutoGuide.
         create_plates: as Pyro's guides have it.
 
     Raises at the first call, before anything is set up:
         ValueError: the model has no observed site (were the data left out of the call?), a discrete
             latent, or no latent at all.
 
-    Weights that an unsupported op consumes, or whose prior is no normal, go to the fallback with a
-    warning that names them all.
+    Weights that no supported op consumes (of recurrent layers, say) have independent Gaussians,
+    which `NGVI` trains from gradients alone; weights whose prior is no normal go to the fallback.
+    One warning names them all.
     """
 
     structure: ClassVar[str]
@@ -66,23 +73,25 @@ class StructuredGuide(AutoGuide):
         *,
         init_loc_fn: Callable[[Site], Tensor] = init_to_network,
         init_scale: float = 0.01,
+        structure: Choice = None,
         fallback: Callable[[Any], AutoGuide] = AutoNormal,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         if not init_scale > 0:
             raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
-        check_structure(self.structure)
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
         number = next(_instances[type(self).__name__])
         if number:  # a name of its own in Pyro's parameter store
             self._pyro_name = f"{type(self).__name__}_{number}"
         self._base_model = (model,)
         self._init_scale = init_scale
+        self._choice = structure
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
         self._priors: list[Prior] = []
         self.sites: dict[str, tuple[int, ...]] = {}
         self.fallback_sites: tuple[str, ...] = ()
+        self._left_out: dict[str, str] = {}
         self.blocks = PyroModule[nn.ModuleList]([])
 
     # ---- the first call -------------------------------------------------------------------------
@@ -90,13 +99,18 @@ class StructuredGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         partial = self.master is not None
         found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs)
-        names = {name for layer in found.layers for name in layer.tensors}
+        modules = named_modules(self._base_model[0])
+        chosen = choose(self._choice, self.structure, found.layers, modules, LEFT_OUT)
+        out = {kind: [n for layer, c in chosen.items() if c == kind for n in layer.tensors]
+               for kind in LEFT_OUT}
+        plan = partition([layer for layer in chosen if chosen[layer] not in LEFT_OUT],
+                         lambda layer: _allowed(layer.form, chosen[layer]))
+        names = {name for block in plan for name in block.tensors}
         weights = {name: site for name, site in found.latents.items() if name in names}
         if self.sites:
-            self._check_layout(found.layers)
+            self._check_layout(plan)
         else:
-            values = {name: site["value"].detach() for name, site in weights.items()}
-            self._build(found.layers, values)
+            self._build(plan, {name: site["value"].detach() for name, site in weights.items()})
         self._event_dims = {name: site["fn"].event_dim for name, site in weights.items()}
         priors = {name: site["fn"] for name, site in weights.items()}
         self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
@@ -104,38 +118,64 @@ class StructuredGuide(AutoGuide):
             frame.name: frame
             for site in found.latents.values() for frame in site["cond_indep_stack"]
         }
-        rest = tuple(name for name in found.latents if name not in names)
-        missed = [f"{name} ({found.missed[name]})" for name in rest if name in found.missed]
-        if missed:
-            warnings.warn(
-                f"no Gaussian of {type(self).__name__} for {', '.join(missed)}: left to the "
-                "fallback guide", stacklevel=2,
-            )
-        self._set_fallback(rest, args, kwargs)
+        self._warn(found, plan, names)
+        self._set_fallback(found, out, names, args, kwargs)
         self.prototype_trace = found.trace
         if self.master is not None:
             self.master()._check_prototype(found.trace)
 
-    def _check_layout(self, layers: Sequence[Layer]) -> None:
-        have = {name: s for family in self.blocks for name, s in family.block.tensors.items()}
-        want = {name: s for layer in layers for name, s in layer.tensors.items()}
+    def _check_layout(self, plan: Sequence[Block]) -> None:
+        def layout(blocks: Iterator[Block]) -> dict[str, tuple[Any, ...]]:
+            return {n: (s, block.structure) for block in blocks for n, s in block.tensors.items()}
+
+        have, want = layout(family.block for family in self.blocks), layout(iter(plan))
         if have != want:
             raise ValueError(f"the loaded guide has weights {have}, the model {want}")
 
-    def _build(self, layers: Sequence[Layer], values: Mapping[str, Tensor]) -> None:
-        for block in partition(layers, self.structure):
-            family = FAMILIES[block.structure](block, block.pack(values), self._init_scale)
-            self.blocks.append(family)
+    def _build(self, plan: Sequence[Block], values: Mapping[str, Tensor]) -> None:
+        for block in plan:
+            self.blocks.append(FAMILIES[block.kind](block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
 
-    def _set_fallback(self, rest: tuple[str, ...], args: Any, kwargs: Any) -> None:
-        if not rest:
+    def _warn(self, found: Prototype, plan: Sequence[Block], names: set[str]) -> None:
+        """Of weights that have not the Gaussian one may expect."""
+        opaque = [name for block in plan if block.is_opaque for name in block.tensors]
+        others = [n for n in found.latents if n in found.missed and n not in names]
+        parts = [
+            f"{', '.join(f'{name} ({found.missed[name]})' for name in some)} {what}"
+            for some, what in (
+                (opaque, "consumed by no supported op: independent Gaussians, from gradients"),
+                (others, "left to the fallback guide"),
+            ) if some
+        ]
+        if parts:
+            warnings.warn(f"{type(self).__name__}: {'; '.join(parts)}", stacklevel=3)
+
+    def _set_fallback(
+        self, found: Prototype, out: Mapping[str, list[str]], names: set[str],
+        args: Any, kwargs: Any,
+    ) -> None:
+        model = self._base_model[0]
+        self.fallback_sites = tuple(name for name in found.latents if name not in names)
+        left = [name for name in self.fallback_sites if name not in sum(out.values(), [])]
+        self._left_out = {name: kind for kind, some in out.items() for name in some}
+        values = {name: site["value"] for name, site in found.latents.items()}
+        parts: list[AutoGuide] = [
+            make(poutine.block(model, expose=out[kind]), {name: values[name] for name in out[kind]})
+            for kind, make in (("point", Points), ("frozen", Frozen)) if out[kind]
+        ]
+        if left:
+            parts.append(self._make_fallback(poutine.block(model, expose=left)))
+        if not parts:
             return
-        self.fallback = self._make_fallback(poutine.block(self._base_model[0], expose=list(rest)))
+        self.fallback = parts[0] if len(parts) == 1 else AutoGuideList(
+            poutine.block(model, expose=[*self.fallback_sites]))
+        if len(parts) > 1:
+            for part in parts:
+                self.fallback.append(part)
         self._create_plates(*args, **kwargs)
-        with torch.no_grad(), frozen_buffers(self._base_model[0]):
+        with torch.no_grad(), frozen_buffers(model):
             poutine.block(self.fallback)(*args, **kwargs)
-        self.fallback_sites = rest
         if self._fallback_state:
             self.fallback.load_state_dict(self._fallback_state)
             self._fallback_state = {}
@@ -263,8 +303,9 @@ class StructuredGuide(AutoGuide):
     def summary(self) -> str:
         """A table of every latent: site, shape, structure, how many numbers."""
         self._ready()
-        structure = {n: f.block.structure for f in self.blocks for n in f.block.tensors}
-        kind = type(getattr(self, "fallback", None)).__name__
+        structure = {n: f.block.label for f in self.blocks for n in f.block.tensors}
+        structure.update(self._left_out)
+        kind = self._make_fallback.__name__
         rows = [("site", "shape", "structure", "numbers")]
         for name, value in self.median().items():
             shape = str(tuple(value.shape))
@@ -283,12 +324,9 @@ class StructuredGuide(AutoGuide):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The layout, in plain values, so that a fresh guide can be loaded without data."""
-        layers = [
-            {"weight": layer.weight, "bias": layer.bias, "shape": list(layer.shape)}
-            for family in self.blocks for layer in family.block.layers
-        ]
         sites = {name: list(shape) for name, shape in self.sites.items()}
-        return {"structure": self.structure, "layers": layers, "sites": sites}
+        blocks = [family.block.state() for family in self.blocks]
+        return {"structure": self.structure, "blocks": blocks, "sites": sites}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Used by `load_state_dict`; the work is done before, in `_load_from_state_dict`."""
@@ -306,14 +344,19 @@ class StructuredGuide(AutoGuide):
                 f"{self.structure!r}"
             )
         if layout and not self.sites:
-            layers = [Layer(d["weight"], d["bias"], tuple(d["shape"])) for d in layout["layers"]]
+            plan = [Block.from_state(block) for block in layout["blocks"]]
             like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
-            self._build(layers, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
+            self._build(plan, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
         if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
             start = prefix + "fallback."
             for key in [key for key in state_dict if key.startswith(start)]:
                 self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _allowed(form: str, structure: Spec) -> Spec:
+    """Independent Gaussians where there are gradients only."""
+    return "diag" if form == "opaque" else as_structure(structure)
 
 
 class DiagonalGuide(StructuredGuide):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.priors import BlockPrior, Prior, kl
-from pyrocurv.structures import Rescaled, Structure
+from pyrocurv.structures import Diagonal, Rescaled, Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,25 @@ def metric(
     if root is None:
         return Metric(precision, preconditioner)
     return Metric(Rescaled(precision, root), Rescaled(preconditioner, root))
+
+
+def noisy_curvature(
+    curvature: Structure, product: Tensor, precision: Structure, rate: float, prior: Prior,
+    ratio: float,
+) -> Structure:
+    """The diagonal curvature S with one more estimate f = Λ ε ∘ g averaged in, at `rate` r.
+
+    For w = M + ε, ε ~ N(0, Λ⁻¹), the mean of Λ ε ∘ g is that of the Hessian's diagonal (Price's
+    theorem). It may be negative, and the last term of
+
+        S ← (1 - r) S + r f + r² (S - f)² / (2 (S + δT/N))
+
+    keeps S + δT/N positive. Lin, Schmidt & Khan 2020, arXiv:2002.10060; IVON: arXiv:2402.17641.
+    """
+    held = curvature.diag()
+    change = precision.diag() * product - held
+    floor = held + prior.precision / ratio
+    return Diagonal(held + rate * change + (rate * change).square() / (2 * floor))
 
 
 def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:

@@ -45,8 +45,9 @@ class Prior:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """A prior precision taken apart as delta · p_i · r_j; `roots` are sqrt(p) [O] and sqrt(r) [I].
+    """A prior precision taken apart as delta · p_i · r_j; `roots` are sqrt(p), sqrt(r).
 
+    They are [O] and [I], or [Γ, O] and [Γ, I].
     In the units sqrt(p_i r_j) · W a Kronecker block has one prior precision, `delta`.
     """
 
@@ -56,7 +57,9 @@ class Units:
     @property
     def root(self) -> Tensor | None:
         """sqrt(p_i r_j) as [P], if they are not one."""
-        return None if self.roots is None else torch.outer(*self.roots).flatten()
+        if self.roots is None:
+            return None
+        return (self.roots[0].unsqueeze(-1) * self.roots[1].unsqueeze(-2)).flatten()
 
 
 def kl(loc: Tensor, precision: Structure, prior: Prior) -> Tensor:
@@ -107,10 +110,12 @@ def units(block: Block, prior: Prior) -> Units:
     if prior.precision.dim() == 0:
         return Units(prior.precision)
     (layer,) = block.layers
-    log = prior.precision.log().view(layer.rows, layer.columns)
+    log = prior.precision.log().view(layer.matrix_shape)
     mean = log.mean()
-    output, input = log.mean(1) - mean, log.mean(0) - mean
-    if not torch.allclose(mean + output[:, None] + input, log, rtol=0, atol=1e-5):
+    output = log.mean(-1) - mean
+    input = log.mean(-2) - log.mean((-2, -1)).unsqueeze(-1)
+    product = mean + output.unsqueeze(-1) + input.unsqueeze(-2)
+    if not torch.allclose(product, log, rtol=0, atol=1e-5):
         warnings.warn(
             f"the prior precision of {layer.weight!r} is no product of one for each output and one "
             "for each input: the nearest product stands for it in the posterior",
@@ -132,7 +137,7 @@ class BlockPrior:
     def read(block: Block, priors: Mapping[str, Distribution]) -> BlockPrior:
         """From the distributions of the block's sites."""
         packed = read_prior(block, priors)
-        kronecker = block.structure in ("kfac", "ekfac")
+        kronecker = block.kind in ("kfac", "ekfac")
         sources = tuple(priors[name] for name in block.tensors)
         apart = units(block, packed) if kronecker else None
         return BlockPrior(sources, packed, apart, not any(map(_varies, sources)))

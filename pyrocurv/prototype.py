@@ -25,7 +25,8 @@ Site = Mapping[str, Any]
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
 
-    `missed` {site: why} are the real latents that an op or a prior of another kind keeps from it.
+    Those of form "opaque" are weights that no supported op consumes. `missed` {site: why} are these
+    and the real latents that a prior of another kind keeps from a Gaussian.
     """
 
     trace: Any
@@ -62,8 +63,13 @@ def _unwrapped(model: Any) -> tuple[Any, bool]:
 
 def modules(model: Any) -> list[nn.Module]:
     """The modules of a model, whatever `poutine` handlers are around it."""
+    return list(named_modules(model).values())
+
+
+def named_modules(model: Any) -> dict[str, nn.Module]:
+    """The same by name; a model that is no module has none."""
     module, _ = _unwrapped(model)
-    return list(module.modules()) if isinstance(module, nn.Module) else []
+    return dict(module.named_modules()) if isinstance(module, nn.Module) else {}
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -144,13 +150,16 @@ def inspect(
             )
         if not all(frame.vectorized for frame in site["cond_indep_stack"]):
             raise ValueError(f"latent {name!r} is in a sequential plate: use a vectorized one")
-    for layer in capture.layers():
-        for name in layer.tensors:
-            if reason := _refusal(latents.get(name)):
-                capture.missed.update(dict.fromkeys(layer.tensors, reason))
+    for name in capture.watched:
+        if reason := _refusal(latents.get(name)):
+            capture.missed[name] = reason
     layers = capture.layers()
     missed = {n: why for n, why in capture.missed.items() if _is_real(latents.get(n))}
-    return Prototype(trace, latents, layers, missed)
+    opaque = [
+        Layer(name, None, tuple(latents[name]["value"].shape), "opaque")
+        for name in missed if not _refusal(latents[name]) and _is_whole(latents[name])
+    ]
+    return Prototype(trace, latents, [*layers, *opaque], missed)
 
 
 def _refusal(site: Site | None) -> str:
@@ -163,6 +172,11 @@ def _refusal(site: Site | None) -> str:
             prior = prior.base_dist
         return f"a {type(prior).__name__} prior"
     return "a weight inside a plate" if site["cond_indep_stack"] else ""
+
+
+def _is_whole(site: Site) -> bool:
+    """Whether all axes belong to one event, as those of a weight do."""
+    return 0 < site["fn"].event_dim == site["value"].dim()
 
 
 def _is_real(site: Site | None) -> bool:

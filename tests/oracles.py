@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal, Normal
 
 Likelihood = str | Callable[[Tensor], Distribution]
-CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-LAYERS = (nn.Linear, *CONVOLUTIONS)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS)
+CHANNELS_FIRST = (*CONVOLUTIONS, *TRANSPOSED, *BATCH_NORMS, nn.GroupNorm)
+LAYERS = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED, *NORMS)
 
 NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     # the classes are the last axis of the logits; the axes before it are independent positions
@@ -176,25 +180,39 @@ def blocks(matrix: Tensor, sizes: list[int]) -> Tensor:
 
 # --- Kronecker factors ------------------------------------------------------------------------
 
-Pairs = list[tuple[Tensor, Tensor]]  # per example: inputs a [S, I], output gradients g [K, S, O]
+# per example: inputs a [groups, S, I] and output gradients g [K, groups, S, O]
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 def kfac_dense(
-    net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, curvature: str = "ggn"
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    curvature: str = "ggn",
+    sharing: str = "expand",
+    cuts: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """K-FAC, expand convention (Martens & Grosse 2015; Eschenhagen et al. 2023), [P, P].
+    """K-FAC (Martens & Grosse 2015; Eschenhagen et al. 2023), [P, P].
 
-    Per layer W = [weight | bias] the block is G kron A, reordered to [weight.flatten(), bias], with
+    Per layer and group W = [weight | bias] has the block G kron A, put where its weights are, with
     A = 1/B sum_n sum_s a a^T and G = 1/S sum_n sum_k sum_s g g^T. k runs over the columns of a root
     of the output Hessian ("ggn") or is the one gradient ("empirical"). The positions s are those of
-    every run of the layer, so a layer that runs twice on vectors has S = 2.
+    every run of the layer, so a layer that runs twice on vectors has S = 2. With sharing="reduce"
+    there is one position instead, of the mean a and the sum of g. `cuts` are the numbers of
+    diagonal blocks that G and A are cut into. A norm layer has its exact 2 x 2 blocks.
     """
 
     def block(pairs: Pairs) -> Tensor:
-        G, A = kronecker_factors(pairs)
-        return torch.kron(G, A)
+        G, A = kronecker_factors(pairs, sharing)
+        return torch.kron(cut(G, cuts[0]), cut(A, cuts[1]))
 
     return _layerwise(block, net, x, y, likelihood, curvature)
+
+
+def cut(matrix: Tensor, parts: int) -> Tensor:
+    """The matrix with all but `parts` diagonal blocks put to zero, the larger ones first."""
+    return blocks(matrix, [len(part) for part in torch.tensor_split(matrix, parts)])
 
 
 def ekfac_dense(
@@ -202,7 +220,7 @@ def ekfac_dense(
 ) -> Tensor:
     """EK-FAC (George et al. 2018), [P, P]: the eigenvectors of K-FAC with the best eigenvalues.
 
-    Per layer (Q_G kron Q_A) diag(Lambda) (Q_G kron Q_A)^T, reordered as in `kfac_dense`, with
+    Per layer and group (Q_G kron Q_A) diag(Lambda) (Q_G kron Q_A)^T, where its weights are, with
     Lambda = sum_n sum_k (Q_G^T (sum_s g a^T) Q_A)^2, the square elementwise.
     """
 
@@ -215,8 +233,10 @@ def ekfac_dense(
     return _layerwise(block, net, x, y, likelihood, curvature)
 
 
-def kronecker_factors(pairs: Pairs) -> tuple[Tensor, Tensor]:
+def kronecker_factors(pairs: Pairs, sharing: str = "expand") -> tuple[Tensor, Tensor]:
     """G = 1/S sum_n sum_k sum_s g g^T, [O, O], and A = 1/B sum_n sum_s a a^T, [I, I]."""
+    if sharing == "reduce":
+        pairs = [(a.mean(0, keepdim=True), g.sum(1, keepdim=True)) for a, g in pairs]
     B, S = len(pairs), len(pairs[0][0])
     G = sum_of(torch.einsum("kso,ksp->op", g, g) for _, g in pairs) / S
     return G, sum_of(a.T @ a for a, _ in pairs) / B
@@ -230,12 +250,55 @@ def _layerwise(
     likelihood: Likelihood,
     curvature: str,
 ) -> Tensor:
-    """The block-diagonal matrix of every layer's `block`, from [W | bias] to parameter order."""
+    """The block-diagonal matrix of every layer's `block`, in the order of its parameters."""
     matrices = []
     for layer, pairs in layer_pairs(net, x, y, likelihood, curvature).items():
-        order = parameter_order(pairs[0][1].shape[-1], pairs[0][0].shape[-1], _trains(layer.bias))
-        matrices.append(block(pairs)[order][:, order])
+        index = weight_index(layer)  # [groups, O, I]
+        matrix = torch.zeros(index.numel(), index.numel(), dtype=torch.float64)
+        for group, places in enumerate(index):
+            mine = [(a[group], g[:, group]) for a, g in pairs]
+            where = places.flatten()
+            exact = isinstance(layer, NORMS)
+            matrix[where[:, None], where] = _outer_products(mine) if exact else block(mine)
+        matrices.append(matrix)
     return torch.block_diag(*matrices)
+
+
+def _outer_products(pairs: Pairs) -> Tensor:
+    """sum_n sum_k vec(J) vec(J)^T with J = sum_s g a^T."""
+    J = torch.cat([(g.mT @ a).flatten(1) for a, g in pairs])
+    return J.T @ J
+
+
+def weight_index(layer: Any) -> Tensor:
+    """Where the entries of [weight | bias] stand among the layer's trained parameters, flattened.
+
+    [groups, O, I]: groups are those of a convolution, or the units of a norm layer.
+    """
+    parts, start = [], 0
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if _trains(weight):
+        parts.append(_weight_matrix(layer, torch.arange(weight.numel()).reshape(weight.shape)))
+        start = weight.numel()
+    if _trains(bias):
+        groups = len(parts[0]) if parts else 1
+        places = torch.arange(start, start + bias.numel()).reshape(groups, -1, 1)
+        parts.append(places)
+    return torch.cat(parts, -1)
+
+
+def _weight_matrix(layer: Any, weight: Tensor) -> Tensor:
+    """A weight as [groups, O, I]."""
+    groups = getattr(layer, "groups", 1)
+    if isinstance(layer, NORMS):
+        return weight.reshape(-1, 1, 1)
+    if isinstance(layer, nn.Embedding):
+        return weight.T[None]
+    if isinstance(layer, TRANSPOSED):
+        inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+        apart = weight.reshape(groups, inputs, outputs, -1)
+        return apart.transpose(1, 2).reshape(groups, outputs, -1)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def parameter_order(rows: int, columns: int, bias: bool) -> Tensor:
@@ -247,14 +310,14 @@ def parameter_order(rows: int, columns: int, bias: bool) -> Tensor:
 def layer_pairs(
     net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood, curvature: str
 ) -> dict[Any, Pairs]:
-    """Per trained layer and example: a [S, I] and g_k = (df / d output)^T v_k, [K, S, O]."""
+    """Per trained layer and example: a [groups, S, I] and g_k = (df / d output)^T v_k."""
     layers = [m for m in net.modules() if isinstance(m, LAYERS) and parameters(m)]
     pairs: dict[Any, Pairs] = {layer: [] for layer in layers}
     for example, target in zip(x.split(1), y.split(1), strict=True):
         f, seen = _watch(net, layers, example)
         vectors = output_vectors(curvature, likelihood, f, target)
         for layer, runs in seen.items():
-            a = torch.cat([a for a, _ in runs])
+            a = torch.cat([a for a, _ in runs], 1)
             g = torch.stack([_pull_back(f, v, layer, runs) for v in vectors])
             pairs[layer].append((a, g))
     return pairs
@@ -269,15 +332,20 @@ def output_vectors(curvature: str, likelihood: Likelihood, f: Tensor, y: Tensor)
 
 
 def _watch(net: nn.Module, layers: list[Any], x: Tensor) -> tuple[Tensor, dict[Any, Any]]:
-    """The output at x, and of each run of a layer the inputs [S, I] and a zero added to its output.
+    """The output at x, and of each run of a layer the inputs and a zero added to its output.
 
     The gradient in that zero is the gradient in the output, also when an in-place op follows.
     """
     seen: dict[Any, Any] = {layer: [] for layer in layers}
+    busy = []
 
     def hook(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        if busy:  # `_inputs` at work
+            return output
+        busy.append(layer)
         zero = torch.zeros_like(output, requires_grad=True)
         seen[layer].append((_inputs(layer, args[0].detach().clone()), zero))
+        busy.clear()
         return output + zero
 
     handles = [layer.register_forward_hook(hook) for layer in layers]
@@ -288,29 +356,58 @@ def _watch(net: nn.Module, layers: list[Any], x: Tensor) -> tuple[Tensor, dict[A
             handle.remove()
 
 
+@torch.no_grad()
 def _inputs(layer: Any, x: Tensor) -> Tensor:
-    """The rows a of out = [weight | bias] a, [S, I]: a conv's patches, a one for the bias."""
-    if isinstance(layer, tuple(CONVOLUTIONS)):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        size = layer.weight[0].numel()  # a kernel for each entry of a patch, that picks it out
-        picks = torch.eye(size).to(x).reshape(size, *layer.weight.shape[1:])
-        convolve = CONVOLUTIONS[type(layer)]
-        x = convolve(x, picks, stride=layer.stride, dilation=layer.dilation)[0].flatten(1).T
-    a = x.reshape(-1, x.shape[-1])
-    parts = [a] * _trains(layer.weight) + [torch.ones_like(a[:, :1])] * _trains(layer.bias)
-    return torch.cat(parts, dim=1)
+    """The rows a of out = [weight | bias] a, [groups, S, I].
+
+    A layer is linear in its weights, so a_i is the output where one weight is 1 and all others 0.
+    """
+    index = weight_index(layer)[:, 0]  # [groups, I], of the first output of each group
+    names = [name for name, p in layer.named_parameters() if p.requires_grad]
+    shapes = [layer.get_parameter(name).shape for name in names]
+    zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+    rows = []
+    for group, places in enumerate(index):
+        columns = []
+        for place in places:
+            flat = torch.zeros(sum(math.prod(shape) for shape in shapes), dtype=torch.float64)
+            flat[place] = 1.0
+            split = flat.split([math.prod(shape) for shape in shapes])
+            weights = {n: f.reshape(s) for n, f, s in zip(names, split, shapes, strict=True)}
+            output = torch.func.functional_call(layer, {**zeros, **weights}, (x,))
+            column = _positions(layer, output, len(index))[group, :, 0]
+            if place == _padding(layer):
+                column = torch.zeros_like(column)  # that row gets no gradient
+            columns.append(column)
+        rows.append(torch.stack(columns, 1))
+    return torch.stack(rows)
+
+
+def _padding(layer: Any) -> int | None:
+    """Where an embedding's padding row begins."""
+    index = getattr(layer, "padding_idx", None)
+    return None if index is None else index * layer.embedding_dim
+
+
+def _positions(layer: Any, output: Tensor, groups: int) -> Tensor:
+    """An output of one example as [groups, S, O]."""
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        units = output.reshape(-1, math.prod(layer.normalized_shape))
+    else:
+        channels = 1 if isinstance(layer, CHANNELS_FIRST) else -1
+        units = output.movedim(channels, -1)
+        units = units.reshape(-1, units.shape[-1])
+    return units.reshape(len(units), groups, -1).transpose(0, 1)
 
 
 def _pull_back(f: Tensor, v: Tensor, layer: Any, runs: Any) -> Tensor:
-    """v pulled back to the outputs of every run of a layer, [S, O]."""
+    """v pulled back to the outputs of every run of a layer, [groups, S, O]."""
     zeros = [zero for _, zero in runs]
     gradients = torch.autograd.grad(
         f, zeros, v.reshape(f.shape), retain_graph=True, materialize_grads=True
     )
-    channels = 1 if isinstance(layer, tuple(CONVOLUTIONS)) else -1
-    rows = [g.movedim(channels, -1) for g in gradients]
-    return torch.cat([g.reshape(-1, g.shape[-1]) for g in rows])
+    groups = len(weight_index(layer))
+    return torch.cat([_positions(layer, g, groups) for g in gradients], 1)
 
 
 def _trains(parameter: Tensor | None) -> bool:

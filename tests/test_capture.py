@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrocurv.blocks import Block, partition, positions
-from pyrocurv.capture import Capture
+from pyrocurv.capture import Call, Capture
 from pyrocurv.layers import Layer
 
 Weights = dict[str, Tensor]
@@ -125,7 +125,7 @@ def test_unpacked_weights_are_contiguous() -> None:
 def test_positions_of_blocks_in_a_flat_vector() -> None:
     layers = Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))
     order = {"v": (2, 2), "b": (2,), "w": (2, 3)}
-    one, two = positions([Block((layer,), "kfac") for layer in layers], order)
+    one, two = positions([Block((layer,), "block") for layer in layers], order)
     assert one.tolist() == [6, 7, 8, 4, 9, 10, 11, 5] and two.tolist() == [0, 1, 2, 3]
     (joint,) = positions([Block(layers, "full")], order)
     assert joint.tolist() == one.tolist() + two.tolist()
@@ -207,8 +207,9 @@ def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], obje
 
 X = torch.ones(5, 3, dtype=torch.float64)
 OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
-    "x @ w.T": (lambda w: X @ w["w"].T, ""),
-    "x @ w.mT": (lambda w: X @ w["w"].mT, ""),
+    "w @ x": (lambda w: w["w"] @ X.T, "the input of matmul"),
+    "a number times w": (lambda w: F.linear(X, 2 * w["w"]), "a product that is no scale"),
+    "addmm with factors": (lambda w: torch.addmm(w["b"], X, w["w"].T, beta=2), "addmm with"),
     "w.sum()": (lambda w: w["w"].sum(), "sum"),
     "penalty": (lambda w: F.linear(X, w["w"], w["b"]).sum() + w["w"].square().sum(), "square"),
     "in a list": (lambda w: torch.cat([w["w"], w["w"]]), "cat"),
@@ -223,40 +224,32 @@ OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
 def test_other_uses_are_missed(use: str) -> None:
     forward, reason = OTHER_USES[use]
     capture = watched(linear_weights(), forward)
-    assert capture.layers() == []
+    assert not any(layer.weight == "w" for layer in capture.layers())
     assert reason in capture.missed["w"]
 
 
-def test_a_bias_shares_the_fate_of_its_weight() -> None:
+def test_a_bias_stands_alone_where_its_weight_cannot() -> None:
+    """Its weight has another use, or is not watched: the bias is a layer of one input."""
     capture = watched(linear_weights(), OTHER_USES["penalty"][0])
-    assert capture.layers() == [] and set(capture.missed) == {"w", "b"}
+    assert capture.layers() == [Layer("b", None, (4,), "vector")] and set(capture.missed) == {"w"}
+    capture = watched({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
+    assert capture.layers() == [Layer("b", None, (4,), "vector")] and not capture.missed
 
 
-def test_a_bias_whose_weight_is_not_watched() -> None:
-    weights = {"b": leaf(4)}
-    capture = watched(weights, lambda w: F.linear(X, tensor(4, 3), w["b"]))
-    assert capture.missed == {"b": "linear whose weight has no posterior"}
-
-
-@pytest.mark.parametrize(("x", "groups", "reason"), [
-    ((5, 4, 6, 6), 2, "conv2d with groups=2"),
-    ((2, 6, 6), 1, "conv2d on an input without a batch axis"),
-])
-def test_convolutions_that_are_refused(x: tuple[int, ...], groups: int, reason: str) -> None:
-    weights = {"w": leaf(4, 2, 3, 3), "b": leaf(4)}
-    capture = watched(weights, lambda w: F.conv2d(tensor(*x), w["w"], w["b"], groups=groups))
+def test_a_convolution_without_a_batch_is_refused() -> None:
+    weights, reason = {"w": leaf(4, 2, 3, 3), "b": leaf(4)}, "2d convolution of an input without"
+    capture = watched(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
     assert capture.layers() == []
-    assert capture.missed == {"w": reason, "b": reason}
+    assert all(reason in capture.missed[name] for name in ("w", "b"))
 
 
-def test_attention_is_missed_not_passed_over() -> None:
-    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), tensor(5, 3, 4)
-    named = dict(attention.named_parameters())
-    capture = watched(named, lambda _: attention(x, x, x))
-    assert capture.layers() == [] and set(capture.missed) == set(named)
+def alone(*names: str) -> list[Layer]:
+    """Weights [4, 3] and biases [4], each a layer of its own."""
+    layers = {"w": Layer("w", None, (4, 3)), "v": Layer("v", None, (4, 3))}
+    return [layers.get(name, Layer(name, None, (4,), "vector")) for name in names]
 
 
-def test_a_weight_with_two_biases_is_no_layer() -> None:
+def test_a_weight_with_two_biases_is_parted_from_them() -> None:
     weights = {"w": leaf(4, 3), "b": leaf(4), "c": leaf(4)}
 
     def forward(weights: Weights) -> None:
@@ -264,19 +257,20 @@ def test_a_weight_with_two_biases_is_no_layer() -> None:
         F.linear(X, weights["w"], weights["c"])
 
     capture = watched(weights, forward)
-    assert capture.layers() == [] and set(capture.missed) == {"w", "b", "c"}
+    assert capture.layers() == alone("w", "b", "c") and not capture.missed
+    assert len(capture.calls) == 4
 
 
-def test_a_weight_with_and_without_a_bias_is_no_layer() -> None:
+def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"])
 
     capture = watched(linear_weights(), forward)
-    assert capture.layers() == [] and set(capture.missed) == {"w", "b"}
+    assert capture.layers() == alone("w", "b") and not capture.missed
 
 
-def test_one_bias_in_two_layers_is_no_layer() -> None:
+def test_one_bias_in_two_layers_is_parted_from_both() -> None:
     weights = {"w": leaf(4, 3), "v": leaf(4, 3), "b": leaf(4)}
 
     def forward(weights: Weights) -> None:
@@ -284,7 +278,118 @@ def test_one_bias_in_two_layers_is_no_layer() -> None:
         F.linear(X, weights["v"], weights["b"])
 
     capture = watched(weights, forward)
-    assert capture.layers() == [] and set(capture.missed) == {"w", "v", "b"}
+    assert capture.layers() == alone("w", "b", "v") and not capture.missed
+
+
+def test_a_weight_of_two_makes_is_missed() -> None:
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"])
+        F.conv1d(X[:, :, None], weights["w"][..., None])
+
+    capture = watched({"w": leaf(4, 3)}, forward)
+    assert capture.layers() == [] and "w" in capture.missed
+
+
+# ---- products and sums without a module ---------------------------------------------------------
+
+LINEAR = [Layer("w", "b", (4, 3))]
+TURNED = [Layer("v", "b", (3, 4), "columns")]
+AS_LINEAR: dict[str, Callable[[Weights], Tensor]] = {
+    "x @ w.T + b": lambda w: X @ w["w"].T + w["b"],
+    "b + x @ w.mT": lambda w: w["b"] + X @ w["w"].mT,
+    "matmul, t": lambda w: torch.matmul(X, w["w"].t()).add(w["b"]),
+    "mm, transpose": lambda w: X.mm(w["w"].transpose(0, 1)) + w["b"],
+    "twice": lambda w: F.linear(X, torch.transpose(w["w"].T, -1, 0).mT.T) + w["b"],
+    "in place": lambda w: (X @ w["w"].T).add_(w["b"]),
+    "linear and a sum": lambda w: F.linear(X, w["w"]) + w["b"],
+    "addmm": lambda w: torch.addmm(w["b"], X, w["w"].T),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", AS_LINEAR)
+def test_products_are_linear_layers(form: str) -> None:
+    weights = linear_weights()
+    with Capture(dict(weights)) as capture:
+        output = AS_LINEAR[form](weights)
+    layers, (call,) = capture.resolve()
+    assert layers == LINEAR and not capture.missed
+    expected = F.linear(X, weights["w"], weights["b"])
+    torch.testing.assert_close(output, expected)
+    assert_gradient(call, output, weights)
+
+
+def assert_gradient(call: Call, output: Tensor, weights: Weights) -> None:
+    """W's gradient is sum_ns g a^T of the rows."""
+    gradient, *expected = torch.autograd.grad(
+        output.sin().sum(), [call.edge, *weights.values()], retain_graph=True
+    )
+    g, a = call.gradients(gradient, call.batch), call.rows(call.batch)
+    found = call.layer.unpack((g.flatten(-3, -2).mT @ a.flatten(-3, -2)).flatten())
+    for name, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(found[name], value)
+
+
+def test_columns() -> None:
+    weights = {"v": leaf(3, 4), "b": leaf(4)}
+    for forward in (lambda w: X @ w["v"] + w["b"], lambda w: F.linear(X, w["v"].T, w["b"])):
+        with Capture(dict(weights)) as capture:
+            output = forward(weights)
+        layers, (call,) = capture.resolve()
+        assert layers == TURNED
+        assert_gradient(call, output, weights)
+
+
+@pytest.mark.parametrize("other", [
+    lambda y, w: y.square(), lambda y, w: y + w["c"], lambda y, w: y * 2, lambda y, w: -y,
+])  # fmt: skip
+def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
+    """The gradient onto the product is then not the one onto the sum."""
+    weights = {**linear_weights(), "c": leaf(4)}
+
+    def forward(weights: Weights) -> Tensor:
+        y = X @ weights["w"].T
+        return (y + weights["b"]).tanh().sum() + other(y, weights).sum()
+
+    with Capture(dict(weights)) as capture:
+        total = forward(weights)
+    layers, calls = capture.resolve()
+    assert layers[:2] == alone("w", "b")
+    found = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
+    for call, edge in zip(calls, found, strict=True):
+        (expected,) = torch.autograd.grad(total, weights[call.layer.weight], retain_graph=True)
+        g, a = call.gradients(edge, 5), call.rows(5)
+        actual = (g.flatten(0, 1).mT @ a.flatten(0, 1)).view_as(expected)
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_scale_and_a_shift_for_each_unit() -> None:
+    weights = {"w": leaf(3), "b": leaf(3)}
+    for forward in (lambda w: X * w["w"] + w["b"], lambda w: w["w"] * X + w["b"]):
+        with Capture(dict(weights)) as capture:
+            output = forward(weights)
+        layers, (call,) = capture.resolve()
+        assert layers == [Layer("w", "b", (3,), "units")]
+        assert_gradient(call, output, weights)
+
+
+def test_attention_shows_its_linear_maps() -> None:
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), tensor(5, 3, 4)
+    named = dict(attention.named_parameters())
+    with Capture(dict(named)) as capture:
+        output, _ = attention(x, x, x)
+    layers, calls = capture.resolve()
+    assert layers == [
+        Layer("in_proj_weight", "in_proj_bias", (12, 4)),
+        Layer("out_proj.weight", "out_proj.bias", (4, 4)),
+    ]
+    total = output.sin().sum()
+    edges = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
+    for call, edge in zip(calls, edges, strict=True):
+        g, a = call.gradients(edge, 5), call.rows(5)
+        found = call.layer.unpack(torch.einsum("bso,bsi->oi", g, a).flatten())
+        for name, value in found.items():
+            (expected,) = torch.autograd.grad(total, named[name], retain_graph=True)
+            torch.testing.assert_close(value, expected)
 
 
 # ---- the mode -----------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"structures", "layers"},
+    {"structures", "layers", "specs"},
     {"blocks"},
-    {"capture", "priors"},
-    {"distributions", "natural", "prototype"},
+    {"capture", "choice", "priors"},
+    {"distributions", "leftout", "natural", "prototype"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
     {"state"},
@@ -20,8 +20,8 @@ FLOORS = [
     {"infer"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "blocks", "capture", "priors", "curvature", "natural", "state",
-    "engine",
+    "structures", "layers", "specs", "blocks", "capture", "choice", "priors", "curvature",
+    "natural", "state", "engine",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -18,6 +18,7 @@ from pyrocurv.structures import (
     Rescaled,
     Structure,
     automatic_ranks,
+    cut,
 )
 from pyrocurv.structures.linalg import cholesky, eigh, eigh_psd, scale_tril
 
@@ -57,6 +58,13 @@ def truncated(dtype: torch.dtype, ranks: tuple[int, int]) -> KroneckerEigen:
     return KroneckerEigen(*bases, positive(*entries, dtype=dtype))
 
 
+def groups(count: int, make: Callable[[], Structure]) -> Any:
+    """`count` Kronecker structures of one shape as one, with a leading axis."""
+    parts = [make() for _ in range(count)]
+    names = [field.name for field in fields(parts[0])]
+    return type(parts[0])(*(torch.stack([getattr(p, name) for p in parts]) for name in names))
+
+
 def rescaled(inner: Structure, dtype: torch.dtype) -> Rescaled:
     return Rescaled(inner, positive(inner.size, dtype=dtype))
 
@@ -85,6 +93,16 @@ MAKERS: dict[str, Callable[[torch.dtype], Structure]] = {
     "KroneckerEigen, thin": lambda dtype: truncated(dtype, (2, 1)),
     "KroneckerEigen, thin output": lambda dtype: truncated(dtype, (2, 4)),
     "KroneckerEigen, thin input": lambda dtype: truncated(dtype, (5, 1)),
+    "Kronecker, groups": lambda dtype: groups(3, lambda: kronecker(dtype)),
+    "Kronecker, units": lambda dtype: groups(4, lambda: kronecker(dtype, output=1)),
+    "KroneckerEigen, groups": lambda dtype: groups(3, lambda: kronecker_eigen(dtype)),
+    "KroneckerEigen, units": lambda dtype: groups(4, lambda: kronecker(dtype, output=1).eigen()),
+    "KroneckerEigen, thin groups": lambda dtype: groups(2, lambda: truncated(dtype, (2, 1))),
+    "KroneckerEigen, thin output groups": lambda dtype: groups(2, lambda: truncated(dtype, (2, 4))),
+    "KroneckerEigen, thin input groups": lambda dtype: groups(2, lambda: truncated(dtype, (5, 1))),
+    "Rescaled(KroneckerEigen, groups)": lambda dtype: rescaled(
+        groups(3, lambda: kronecker_eigen(dtype)), dtype
+    ),
     "Rescaled(KroneckerEigen, thin)": lambda dtype: rescaled(truncated(dtype, (2, 1)), dtype),
     "Rescaled(KroneckerEigen)": lambda dtype: rescaled(kronecker_eigen(dtype), dtype),
     "BlockDiagonal in order": in_order,
@@ -92,7 +110,8 @@ MAKERS: dict[str, Callable[[torch.dtype], Structure]] = {
     "BlockDiagonal nested": nested,
 }
 NO_SHIFT = {  # no scalar is one in their units
-    "Rescaled(KroneckerEigen)", "Rescaled(KroneckerEigen, thin)", "BlockDiagonal nested",
+    "Rescaled(KroneckerEigen)", "Rescaled(KroneckerEigen, thin)",
+    "Rescaled(KroneckerEigen, groups)", "BlockDiagonal nested",
 }
 VECTOR_SHIFT = {
     "Dense", "Diagonal", "Rescaled(Dense)", "Rescaled(Diagonal)", "BlockDiagonal shuffled",
@@ -119,6 +138,9 @@ def written_out(structure: Structure) -> Tensor:
             return torch.diag(entries)
         case Rescaled(inner, root):
             return torch.diag(root) @ written_out(inner) @ torch.diag(root)
+        case Kronecker(output, _) | KroneckerEigen(output, _, _) if output.dim() == 3:
+            parts = zip(*tensors(structure), strict=True)
+            return torch.block_diag(*(written_out(type(structure)(*part)) for part in parts))
         case Kronecker(output, input):
             return torch.kron(output, input)
         case KroneckerEigen(output_basis, input_basis, spectrum):
@@ -244,7 +266,8 @@ def test_shift_by_a_vector(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "Kronecker", "KroneckerEigen", "KroneckerEigen, thin", "BlockDiagonal in order",
+    "Kronecker", "KroneckerEigen", "KroneckerEigen, thin", "KroneckerEigen, groups",
+    "BlockDiagonal in order",
 ])
 def test_a_kronecker_structure_refuses_a_vector(name: str) -> None:
     structure, _ = make(name)
@@ -361,6 +384,30 @@ def test_a_kronecker_in_its_eigenbasis(ranks: tuple[int, int]) -> None:
         same(eigen.dense(), written_out(structure))
 
 
+def test_groups_in_their_eigenbases() -> None:
+    """Group by group, in every verb that makes a new structure from factors or bases."""
+    a, b = (groups(3, lambda: kronecker(FLOAT64, output=4, input=5)) for _ in range(2))
+    p, r = positive(3, 4, dtype=FLOAT64), positive(3, 5, dtype=FLOAT64)
+    for ranks in ((4, 5), (2, 3)):
+        thin, other = a.eigen(ranks), b.eigen(ranks)
+        found = (
+            thin, a.lerp(b, 0.3), a.rescaled(p, r), thin.lerp(other, 0.3),
+            thin.rotated(other.output_basis, other.input_basis), a.nearest_sum(b),
+        )
+        for group in range(3):
+            one, two = Kronecker(a.output[group], a.input[group]), Kronecker(*(
+                factor[group] for factor in (b.output, b.input)))
+            alone, another = one.eigen(ranks), two.eigen(ranks)
+            expected = (
+                alone, one.lerp(two, 0.3), one.rescaled(p[group], r[group]),
+                alone.lerp(another, 0.3),
+                alone.rotated(another.output_basis, another.input_basis), one.nearest_sum(two),
+            )
+            rows = slice(20 * group, 20 * (group + 1))
+            for whole, part in zip(found, expected, strict=True):
+                same(whole.dense()[rows, rows], part.dense())
+
+
 @pytest.mark.parametrize(
     ("sides", "ranks"),
     [((1, 1), (1, 1)), ((160, 160), (160, 160)), ((10, 161), (10, 32)), ((64, 785), (64, 32)),
@@ -384,6 +431,103 @@ def test_lerp_of_blocks() -> None:
         a.lerp(b, 0.3).dense(),
         torch.block_diag(*(one.lerp(other, 0.3).dense() for one, other in parts)),
     )
+
+
+# ---- diagonal blocks of the factors -------------------------------------------------------------
+
+
+def block_mask(size: int, num_blocks: int) -> Tensor:
+    parts = torch.arange(size).tensor_split(min(num_blocks, size))
+    return torch.block_diag(*(torch.ones(len(part), len(part), dtype=FLOAT64) for part in parts))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 9])
+def test_cut(num_blocks: int, lead: tuple[int, ...]) -> None:
+    """The sizes of the blocks are `torch.tensor_split`'s; from n on the diagonal is left."""
+    matrix = torch.randn(*lead, 7, 7, dtype=FLOAT64)
+    found = cut(matrix, num_blocks)
+    assert torch.equal(found, matrix * block_mask(7, num_blocks))
+    if num_blocks >= 7:
+        assert torch.equal(found, torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 9])
+def test_eigh_of_diagonal_blocks(num_blocks: int, lead: tuple[int, ...]) -> None:
+    root = torch.randn(*lead, 7, 7, dtype=FLOAT64)
+    matrix = root @ root.mT
+    values, vectors = eigh_psd(matrix, num_blocks)
+    expected = cut(matrix, num_blocks)
+    same(vectors @ torch.diag_embed(values) @ vectors.mT, expected)
+    same(vectors.mT @ vectors, torch.eye(7, dtype=FLOAT64).expand_as(matrix))
+    same(values, torch.linalg.eigvalsh(expected))
+    together = vectors.abs() @ vectors.abs().mT  # rows that any vector has to do with
+    assert not (together * (1 - block_mask(7, num_blocks))).any()
+
+
+@pytest.mark.parametrize("num_blocks", [(1, 1), (2, 1), (2, 3), (5, 4)])
+def test_a_kronecker_of_diagonal_blocks(num_blocks: tuple[int, int]) -> None:
+    """From K-FAC, with one block, to the diagonals of its factors."""
+    structure = kronecker(FLOAT64, output=5, input=4)
+    sides = cut(structure.output, num_blocks[0]), cut(structure.input, num_blocks[1])
+    same(structure.eigen(num_blocks=num_blocks).dense(), torch.kron(*sides))
+    thin = structure.eigen((2, 3), num_blocks)
+    same(thin.dense(), Kronecker(*sides).eigen((2, 3)).dense())
+    if num_blocks == (5, 4):
+        same(structure.eigen(num_blocks=num_blocks).dense(), torch.diag(structure.diag()))
+
+
+# ---- sums of Kronecker products -----------------------------------------------------------------
+
+
+def rearranged(matrix: Tensor, output: int, input: int) -> Tensor:
+    """Rows vec(G) vec(A)ᵀ in place of G ⊗ A (Van Loan & Pitsianis)."""
+    return matrix.reshape(output, input, output, input).permute(0, 2, 1, 3).reshape(output**2, -1)
+
+
+def low_rank(size: int, rank: int) -> Tensor:
+    root = torch.randn(size, rank, dtype=FLOAT64)
+    return root @ root.mT
+
+
+@both_types
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e6, 1e-6), (1e-3, 5.0)])
+def test_nearest_kronecker_to_a_sum(scales: tuple[float, float], dtype: torch.dtype) -> None:
+    for _ in range(5):
+        a = Kronecker(low_rank(3, 2) * scales[0], low_rank(4, 2))
+        b = Kronecker(low_rank(3, 2), low_rank(4, 2) * scales[1])
+        total = written_out(a) + written_out(b)
+        u, s, v = torch.linalg.svd(rearranged(total, 3, 4))
+        best = s[0] * torch.outer(u[:, 0], v[0])
+        found = a.map(lambda t: t.to(dtype)).nearest_sum(b.map(lambda t: t.to(dtype)))
+        assert found.output.dtype == dtype
+        error = rearranged(found.dense().double(), 3, 4) - best
+        # the leading direction is lost in rounding as its gap closes
+        gap = (s[0] - s[1]) / s[0]
+        assert error.norm() <= 300 * torch.finfo(dtype).eps / gap * s[0]
+        for factor in (found.output, found.input):
+            values = torch.linalg.eigvalsh(factor)
+            assert values[0] >= -300 * torch.finfo(dtype).eps * values[-1]
+
+
+def test_nearest_kronecker_to_a_sum_that_is_one() -> None:
+    a = kronecker(FLOAT64)
+    for b in (Kronecker(a.output, spd(2, FLOAT64)), Kronecker(spd(3, FLOAT64), a.input)):
+        same(a.nearest_sum(b).dense(), written_out(a) + written_out(b))
+        same(b.nearest_sum(a).dense(), written_out(a) + written_out(b))
+    nothing = a.map(torch.zeros_like)
+    same(a.nearest_sum(nothing).dense(), written_out(a))
+    same(nothing.nearest_sum(a).dense(), written_out(a))
+    assert torch.equal(nothing.nearest_sum(nothing).dense(), nothing.dense())
+
+
+def test_nearest_kronecker_to_a_sum_of_equal_and_orthogonal_products() -> None:
+    """Then one is as near as the other: any best approximation of rank 1 will do."""
+    first, second = (torch.diag(torch.eye(2, dtype=FLOAT64)[i]) for i in range(2))
+    a, b = Kronecker(first, first), Kronecker(second, second)
+    error = a.nearest_sum(b).dense() - written_out(a) - written_out(b)
+    same(error.norm(), torch.ones((), dtype=FLOAT64))
 
 
 # ---- values -------------------------------------------------------------------------------------

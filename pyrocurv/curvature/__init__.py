@@ -2,5 +2,6 @@
 
 from pyrocurv.curvature.estimate import estimate
 from pyrocurv.curvature.spec import Curvature
+from pyrocurv.specs import EKFAC, KFAC
 
-__all__ = ["Curvature", "estimate"]
+__all__ = ["EKFAC", "KFAC", "Curvature", "estimate"]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
-from pyrocurv.blocks import Block, check_structure, partition, positions
-from pyrocurv.capture import Capture
+from pyrocurv.blocks import Block, partition, positions
+from pyrocurv.capture import Call, Capture
+from pyrocurv.choice import Choice, choose
 from pyrocurv.curvature import reduce
-from pyrocurv.curvature.pullback import Observation, pullback
+from pyrocurv.curvature.pullback import Observation, Opaque, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature, as_curvature
-from pyrocurv.structures import BlockDiagonal, Structure
+from pyrocurv.layers import Layer
+from pyrocurv.specs import EKFAC
+from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 Likelihood = str | Callable[[Tensor], Distribution]
 
@@ -44,10 +48,16 @@ def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
 
 
 def _reduce(block: Block, pairs: Pairs) -> Structure:
-    plain = reduce.PLAIN[block.structure](pairs)
-    if block.structure == "ekfac":
-        return reduce.kronecker_eigen(pairs, plain.eigen())
-    return plain
+    spec, plain = block.structure, reduce.plain(block, pairs)
+    if isinstance(spec, str):
+        return plain
+    ranks = None if spec.rank == "auto" else block.ranks
+    if isinstance(spec, EKFAC):
+        return reduce.kronecker_eigen(pairs, plain.eigen(ranks))
+    if ranks is not None:
+        return plain.eigen(ranks, spec.cuts)
+    factors = zip((plain.output, plain.input), spec.cuts, strict=True)
+    return Kronecker(*(cut(factor, blocks) for factor, blocks in factors))
 
 
 def estimate(
@@ -57,21 +67,24 @@ def estimate(
     *,
     likelihood: Likelihood = "categorical",
     curvature: str | Curvature = "fisher",
-    structure: str = "kfac",
+    structure: Choice = "kfac",
 ) -> Structure:
     """The curvature of -sum_n log p(y_n | net(x_n)) in the weights, as a structured matrix.
 
     Args:
-        net: of `Linear` and `Conv1d` to `Conv3d` layers; parameters with `requires_grad=False` are
-            left out.
+        net: any network; parameters with `requires_grad=False` are left out. What no supported op
+            consumes (recurrent layers, say) takes a backward pass for each example, and is diagonal
+            where Kronecker factors are asked for, with a warning.
         x: inputs [B, ...], the batch first.
         y: targets, as the likelihood takes them.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
         curvature: "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and `num_samples`
             count; all of the batch is used.
-        structure: "full" (one dense matrix), "block" (dense for each layer), "diag", "kfac" or
-            "ekfac".
+        structure: "full" (one dense matrix), "block" (dense for each layer), "diag", "kfac",
+            "ekfac", "kfac-block", a `KFAC` or an `EKFAC`; or a mapping {module type, or name with
+            * and ?: structure} or a rule (name, module) -> structure, by which "full" is one matrix
+            of the layers that have it. `rank="auto"` is all, here.
 
     Returns:
         A `Structure` [P, P], the SUM over the B examples; rows in the order of
@@ -80,8 +93,8 @@ def estimate(
         with a normal likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius).
 
     Raises:
-        ValueError: unknown names; a parameter that no supported op consumes; a layer that does not
-            see the batch as its first axis; a likelihood without closed form under "ggn".
+        ValueError: unknown names; a parameter that takes no part; a layer that does not see the
+            batch as its first axis; a likelihood without closed form under "ggn".
 
     Example:
         >>> import torch
@@ -92,23 +105,42 @@ def estimate(
         torch.Size([8, 8])
     """
     curvature, density = as_curvature(curvature), as_likelihood(likelihood)
-    check_structure(structure)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     with torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
-    layers = capture.layers()
-    left = [name for name in named if not any(name in layer.tensors for layer in layers)]
-    if left:
-        why = ", ".join(f"{name} ({capture.missed.get(name, 'not used')})" for name in left)
-        raise ValueError(f"no supported op consumes {why}: set requires_grad=False to leave it out")
-    calls, count = capture.calls, output.shape[0]
+    layers, calls = _with_opaque(capture, named, output.shape[0])
+    count = output.shape[0]
+    chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
     check_batch(calls, count)
     with torch.enable_grad():
         terms = [Observation(density(output), y)]
         gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    blocks = partition(layers, structure)
+    blocks = partition(layers, chosen.__getitem__)
     index = tuple(rows.to(output.device) for rows in positions(blocks, order))
     return BlockDiagonal(
         tuple(_reduce(block, gather(block, calls, gradients, count)) for block in blocks), index
     )
+
+
+def _with_opaque(
+    capture: Capture, named: dict[str, nn.Parameter], batch: int
+) -> tuple[list[Layer], list[Call | Opaque]]:
+    """The layers and calls of a forward pass, with those that no supported op consumes."""
+    layers, calls = capture.resolve()
+    found = {name for layer in layers for name in layer.tensors}
+    left = [name for name in named if name not in found]
+    if unused := [name for name in left if name not in capture.missed]:
+        raise ValueError(
+            f"{', '.join(unused)} took no part in the forward pass: set requires_grad=False to "
+            "leave it out"
+        )
+    if left:
+        warnings.warn(
+            f"no supported op consumes {', '.join(f'{n} ({capture.missed[n]})' for n in left)}: "
+            "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
+            stacklevel=3,
+        )
+    more = [Layer(name, None, tuple(named[name].shape), "opaque") for name in left]
+    opaque = [Opaque(layer, named[layer.weight], batch) for layer in more]
+    return [*layers, *more], [*calls, *opaque]

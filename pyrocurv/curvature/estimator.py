@@ -21,7 +21,8 @@ from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure, automatic_ranks
+from pyrocurv.specs import EKFAC
+from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 
@@ -77,11 +78,11 @@ def observe(
         for block, old, unit in zip(blocks, running, units, strict=True):
             pairs = gather(block, calls, gradients, count)
             if kept is not None:
-                pairs = [(a[kept], g[:, kept]) for a, g in pairs]
+                pairs = [[pair[kept] for pair in uses] for uses in pairs]
             number = 1 if old is None else old.count + 1
             turn = number in EARLY or spec.turns(step)
             roots = None if unit is None else unit.roots
-            fresh.append(update(old, block.structure, pairs, count, spec.decay, turn, roots))
+            fresh.append(update(old, block, pairs, count, spec.decay, turn, roots))
     return fresh
 
 
@@ -103,7 +104,7 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 
 def update(
-    running: Running | None, structure: str, pairs: Pairs, rows: int, decay: float, refresh: bool,
+    running: Running | None, block: Block, pairs: Pairs, rows: int, decay: float, refresh: bool,
     units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
@@ -113,7 +114,7 @@ def update(
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    new = reduce.PLAIN[structure](pairs).scale(1 / rows)
+    new = reduce.plain(block, pairs).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         if running is None:
             raise FloatingPointError("the first curvature estimate is not finite")
@@ -123,31 +124,27 @@ def update(
         return Running(count, new if running is None else running.curvature.lerp(new, weight))
     factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]
     if running is None or refresh or not _same(units, running.units):
-        curvature = _eigen(factors, units, running)
+        curvature = _eigen(block, factors, units, running)
     else:
         curvature = running.curvature  # type: ignore[assignment]
-    if structure == "ekfac":
-        moment = reduce.kronecker_eigen(_in_units(pairs, units), curvature)
+    if isinstance(block.structure, EKFAC):
+        moment = reduce.kronecker_eigen(reduce.in_units(pairs, units), curvature)
         moment = moment.scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
 
 
 def _eigen(
-    factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
+    block: Block, factors: Kronecker, units: tuple[Tensor, Tensor] | None, running: Running | None
 ) -> KroneckerEigen:
     try:
-        ranks = automatic_ranks(len(factors.output), len(factors.input))
-        return (factors if units is None else factors.rescaled(*units)).eigen(ranks)
+        factors = factors if units is None else factors.rescaled(*units)
+        return factors.eigen(block.ranks, block.structure.cuts)  # type: ignore[union-attr]
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise
         warnings.warn(f"the eigenvectors stay as they are: {error}", stacklevel=3)
         return running.curvature  # type: ignore[return-value]
-
-
-def _in_units(pairs: Pairs, units: tuple[Tensor, Tensor] | None) -> Pairs:
-    return pairs if units is None else [(a / units[1], g / units[0]) for a, g in pairs]
 
 
 def _same(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:

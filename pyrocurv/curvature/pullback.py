@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 from pyrocurv.capture import Call
+from pyrocurv.layers import Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,23 +119,57 @@ VECTORS: dict[str, Callable[[Observation, int], Iterator[Tensor]]] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A tensor that no supported op consumes, as a layer of one input: J is its gradient [P].
+
+    It takes a backward pass for each example.
+    """
+
+    layer: Layer
+    tensor: Tensor
+    batch: int
+    flipped: bool = False
+
+    def rows(self, count: int) -> Tensor:
+        """Ones [count, 1, 1]."""
+        return self.tensor.new_ones(count, 1, 1)
+
+    def gradients(self, scalar: Tensor, count: int) -> Tensor:
+        """The gradients of the first `count` examples, [count, 1, P]."""
+        rows = []
+        for example in scalar[:count]:
+            (gradient,) = torch.autograd.grad(
+                example.sum(), [self.tensor], retain_graph=True, materialize_grads=True
+            )
+            rows.append(gradient.reshape(1, -1))
+        return torch.stack(rows)
+
+
 def pullback(
-    kind: str, terms: Sequence[Observation], calls: Sequence[Call], count: int, num_samples: int
+    kind: str, terms: Sequence[Observation], calls: Sequence[Call | Opaque], count: int,
+    num_samples: int,
 ) -> list[Tensor]:
-    """Output gradients of the first `count` examples, one [K, count, S, O] for each call.
+    """Output gradients of the first `count` examples, one [K, *lead, count, S, O] for each call.
 
     The graph is kept; nobody's `.grad` is touched.
     """
-    edges = [call.edge for call in calls]
+    seen = [call for call in calls if isinstance(call, Call)]
+    edges = [call.edge for call in seen]
     if None in edges:
         raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
-    pulled: list[list[Tensor]] = [[] for _ in calls]
+    pulled: dict[int, list[Tensor]] = {id(call): [] for call in calls}
     for term in terms:
         for scalar in VECTORS[kind](term, num_samples):
             total = scalar[:count].sum() if scalar.dim() else scalar
             if not total.requires_grad:
                 continue
-            found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-            for gradients, call, gradient in zip(pulled, calls, found, strict=True):
-                gradients.append(call.gradients(gradient, count))
-    return [torch.stack(gradients) for gradients in pulled]
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                total, edges, retain_graph=True, allow_unused=True  # type: ignore[arg-type]
+            ) if edges else ()
+            for call, gradient in zip(seen, found, strict=True):
+                pulled[id(call)].append(call.gradients(gradient, count))
+            for one in calls:
+                if isinstance(one, Opaque):
+                    pulled[id(one)].append(one.gradients(scalar, count))
+    return [torch.stack(pulled[id(call)]) for call in calls]

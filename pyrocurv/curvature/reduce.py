@@ -2,13 +2,16 @@
 
 The gradient of example n in vector k is the matrix J_kn = sum_s g_kns a_nsᵀ [O, I]; the curvature
 of the layer is C = sum_kn vec(J) vec(J)ᵀ, a SUM over the examples. Several layers make one block by
-joining their J. Kronecker factors take the positions apart ("expand", Eschenhagen et al. 2023,
-arXiv:2311.00636): exact for one datum at one position, and for deep linear networks.
+joining their J. Kronecker factors take the positions apart ("expand") or add them up ("reduce",
+Eschenhagen et al. 2023, arXiv:2311.00636): exact for one datum at one position, and for deep linear
+networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +19,74 @@ from torch import Tensor
 
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
+from pyrocurv.curvature.pullback import Opaque
+from pyrocurv.layers import Layer
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
 
-Pairs = Sequence[tuple[Tensor, Tensor]]  # (a, g) of each layer of a block
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Inputs a [1 or K, *lead, B, S, I] and output gradients g [1 or K, *lead, B, S, O]."""
+
+    a: Tensor
+    g: Tensor
+
+    @property
+    def vectors(self) -> int:
+        """K."""
+        return max(len(self.a), len(self.g))
+
+    def jacobian(self, vector: int) -> Tensor:
+        """J of all examples for one k, [B, *lead, O, I]."""
+        a, g = (part[min(vector, len(part) - 1)] for part in (self.a, self.g))
+        return (g.mT @ a).movedim(-3, 0)
+
+    def __getitem__(self, rows: Tensor | slice) -> Pair:
+        """Some of the examples."""
+        return Pair(self.a[..., rows, :, :], self.g[..., rows, :, :])
 
 
-def gather(block: Block, calls: Sequence[Call], gradients: Sequence[Tensor], count: int) -> Pairs:
-    """(a [B, S, I], g [K, B, S, O]) of each layer; the calls of one layer are joined along S."""
+Uses = Sequence[Pair]  # of one layer: one, or two where its matrix is also used transposed
+Pairs = Sequence[Uses]  # of each layer of a block
+
+
+def gather(
+    block: Block, calls: Sequence[Call | Opaque], gradients: Sequence[Tensor], count: int
+) -> Pairs:
+    """What each layer of a block saw; its calls are joined along S."""
     pairs = []
     for layer in block.layers:
         mine = [i for i, call in enumerate(calls) if call.layer == layer]
         if not mine:
             raise ValueError(f"{layer.weight!r} took no part in this forward pass")
-        a = _joined([calls[i].rows(count) for i in mine], 1)
-        g = _joined([gradients[i] for i in mine], 2)
-        pairs.append((a, g))
+        pairs.append(_uses(layer, [calls[i] for i in mine], [gradients[i] for i in mine], count))
     return pairs
 
 
-def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)  # one is not copied
+def _uses(
+    layer: Layer, calls: Sequence[Call | Opaque], gradients: Sequence[Tensor], count: int
+) -> Uses:
+    uses = []
+    for flipped in (False, True):
+        mine = [i for i, call in enumerate(calls) if call.flipped == flipped]
+        if mine:
+            a = _joined([calls[i].rows(count) for i in mine]).unsqueeze(0)
+            g = _joined([gradients[i] for i in mine])
+            uses.append(Pair(g, a) if flipped else Pair(a, g))
+    return [_by_unit(pair) for pair in uses] if layer.form == "units" else uses
 
 
-def check_batch(calls: Sequence[Call], batch: int) -> None:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)  # one is not copied
+
+
+def _by_unit(pair: Pair) -> Pair:
+    """The same J [K, Γ, B, 1, I] of layers of one output: their Kronecker product is then exact."""
+    a = pair.g.mT @ pair.a
+    return Pair(a, a.new_ones(1, *a.shape[1:-1], 1))
+
+
+def check_batch(calls: Sequence[Call | Opaque], batch: int) -> None:
     """Examples must be the first axis of every layer's input."""
     for call in calls:
         if call.batch != batch:
@@ -48,10 +96,15 @@ def check_batch(calls: Sequence[Call], batch: int) -> None:
             )
 
 
+def _jacobian(uses: Uses, vector: int) -> Tensor:
+    """J of one layer, [B, *lead, O, I]."""
+    return sum((pair.jacobian(vector) for pair in uses[1:]), uses[0].jacobian(vector))
+
+
 def _jacobians(pairs: Pairs) -> Iterator[Tensor]:
     """J of all examples [B, P], one vector after the other."""
-    for vector in range(pairs[0][1].shape[0]):
-        parts = [torch.bmm(g[vector].mT, a).flatten(1) for a, g in pairs]
+    for vector in range(max(pair.vectors for uses in pairs for pair in uses)):
+        parts = [_jacobian(uses, vector).flatten(1) for uses in pairs]
         yield torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -62,27 +115,47 @@ def dense(pairs: Pairs) -> Dense:
 
 def diagonal(pairs: Pairs) -> Diagonal:
     """diag C, exactly."""
-    return Diagonal(torch.cat([_squares(a, g) for a, g in pairs]))
+    return Diagonal(torch.cat([_squares(uses) for uses in pairs]))
 
 
-def _squares(a: Tensor, g: Tensor) -> Tensor:
+def _squares(uses: Uses) -> Tensor:
     """sum_kn J_kn² of one layer [P]."""
-    if a.shape[1] == 1:  # one position: the square of a product is the product of squares
-        a, g = a.squeeze(1).square(), g.squeeze(2).square()  # [B, I], [K, B, O]
-        return (g.sum(0).mT @ a).flatten()
-    return sum(jacobian.square().sum(0) for jacobian in _jacobians([(a, g)]))  # type: ignore[return-value]
+    if _is_product(uses):  # the square of a product is the product of squares
+        a, g = (part.squeeze(-2).square().sum(0) for part in (uses[0].a, uses[0].g))
+        return (g.mT @ a).flatten()  # [*lead, B, O], [*lead, B, I]
+    return sum(jacobian.square().sum(0) for jacobian in _jacobians([uses]))  # type: ignore[return-value]
 
 
-def kronecker(pairs: Pairs) -> Kronecker:
-    """G ⊗ A with G = sum_kns g gᵀ / S and A = sum_ns a aᵀ / B."""
-    ((a, g),) = pairs
-    batch, positions = a.shape[:2]
-    return Kronecker(_gram(g.flatten(0, 1)) / positions, _gram(a) / batch)
+def _is_product(uses: Uses) -> bool:
+    """Whether J is an outer product: one use, one position, and K on one side only."""
+    (pair, *more) = uses
+    return not more and pair.a.shape[-2] == 1 and 1 in (len(pair.a), len(pair.g))
+
+
+def kronecker(pairs: Pairs, sharing: str = "expand") -> Kronecker:
+    """G ⊗ A with G = sum_kns g gᵀ / S and A = sum_ns a aᵀ / B.
+
+    Where a matrix is used transposed as well, the nearest product to the sum of both.
+    """
+    (uses,) = pairs
+    factors = [_factors(pair if sharing == "expand" else _reduced(pair)) for pair in uses]
+    return functools.reduce(Kronecker.nearest_sum, factors)
+
+
+def _reduced(pair: Pair) -> Pair:
+    """The positions added up: inputs averaged, gradients summed."""
+    return Pair(pair.a.mean(-2, keepdim=True), pair.g.sum(-2, keepdim=True))
+
+
+def _factors(pair: Pair) -> Kronecker:
+    batch, positions = pair.a.shape[-3:-1]
+    return Kronecker(_gram(pair.g) / positions, _gram(pair.a) / batch)
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """sum x xᵀ over rows [B, S, n]."""
-    rows = rows.flatten(0, 1)
+    """sum x xᵀ over rows [K, *lead, B, S, n], [*lead, n, n]."""
+    rows = rows[0] if len(rows) == 1 else rows.movedim(0, -4).flatten(-4, -3)
+    rows = rows.flatten(-3, -2)
     return rows.mT @ rows
 
 
@@ -92,41 +165,48 @@ def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:
     Of all matrices with these eigenspaces the nearest to C in the Frobenius norm.
     """
     u, v = basis.output_basis, basis.input_basis
-    ((a, g),) = pairs
-    if a.shape[1] == 1:  # one position: |uᵀ J v|² is a product
-        output, input = _energies(g.flatten(0, 1).squeeze(1), u), _energies(a.squeeze(1), v)
-        input = input.repeat(g.shape[0], 1)
+    (uses,) = pairs
+    if _is_product(uses):  # |uᵀ J v|² is a product
+        a, g = uses[0].a.squeeze(-2), uses[0].g.squeeze(-2)  # [1 or K, *lead, B, n]
+        output, input = _energies(g, u).sum(0), _energies(a, v).sum(0)
         return KroneckerEigen(u, v, output.mT @ input)
     total = torch.zeros_like(basis.spectrum)
-    for jacobian in _jacobians(pairs):
-        total += _block_energies(jacobian.view(len(a), len(u), len(v)), u, v)
+    for vector in range(max(pair.vectors for pair in uses)):
+        total += _block_energies(_jacobian(uses, vector), u, v)
     return KroneckerEigen(u, v, total)
 
 
 def _energies(rows: Tensor, basis: Tensor) -> Tensor:
-    """(xᵀ b)² for rows [N, n], and the mean over the rest where the basis is truncated."""
+    """(xᵀ b)² for rows [..., n], and the mean over the rest where the basis is truncated."""
     leading = (rows @ basis).square()
-    rest = basis.shape[0] - basis.shape[1]
+    rest = basis.shape[-2] - basis.shape[-1]
     if rest == 0:
         return leading
-    left = rows.square().sum(1) - leading.sum(1)
-    return torch.cat([leading, (left.clamp(min=0) / rest)[:, None]], 1)
+    left = rows.square().sum(-1) - leading.sum(-1)
+    return torch.cat([leading, (left.clamp(min=0) / rest).unsqueeze(-1)], -1)
 
 
 def _block_energies(jacobian: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The mean square of J [B, O, I] over each pair of eigenspaces, summed over B."""
-    rows = _energies((u.mT @ jacobian).flatten(0, 1), v).unflatten(0, (len(jacobian), -1)).sum(0)
-    rest = u.shape[0] - u.shape[1]
+    """The mean square of J [B, *lead, O, I] over each pair of eigenspaces, summed over B."""
+    rows = _energies(u.mT @ jacobian, v).sum(0)
+    rest = u.shape[-2] - u.shape[-1]
     if rest == 0:
         return rows
-    whole = _energies(jacobian.flatten(0, 1), v).sum(0)
-    return torch.cat([rows, ((whole - rows.sum(0)).clamp(min=0) / rest)[None]])
+    whole = _energies(jacobian, v).sum((0, -2))
+    return torch.cat([rows, ((whole - rows.sum(-2)).clamp(min=0) / rest).unsqueeze(-2)], -2)
 
 
-PLAIN: Mapping[str, Callable[[Pairs], Any]] = {  # before any eigenbasis
-    "full": dense,
-    "block": dense,
-    "diag": diagonal,
-    "kfac": kronecker,
-    "ekfac": kronecker,
-}
+def plain(block: Block, pairs: Pairs) -> Any:
+    """In the block's structure, before any eigenbasis: a `Kronecker` for the Kronecker ones."""
+    spec = block.structure
+    if isinstance(spec, str):
+        return diagonal(pairs) if spec == "diag" else dense(pairs)
+    return kronecker(pairs, spec.sharing)
+
+
+def in_units(pairs: Pairs, roots: tuple[Tensor, Tensor] | None) -> Pairs:
+    """Of a Kronecker block in the units of a prior: a / r, g / p for p [*lead, O], r [*lead, I]."""
+    if roots is None:
+        return pairs
+    p, r = (root[..., None, None, :] for root in roots)
+    return [[Pair(pair.a / r, pair.g / p) for pair in uses] for uses in pairs]

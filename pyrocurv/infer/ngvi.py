@@ -205,12 +205,11 @@ class NGVI:
             found.state, locs, found.gradients, found.priors, found.loss, found.rest, numbers,
             self.average,
         )
-        encoded: list[Any] = [None] * len(locs)
-        if due or self.average:
-            encoded = [
-                family.encode(one.average or one.metric.precision)  # type: ignore[union-attr]
-                for family, one in zip(families, proposal.state.blocks, strict=True)
-            ]
+        encoded = [
+            family.encode(one.average or one.metric.precision)  # type: ignore[union-attr]
+            if due or self.average or family.block.is_opaque else None
+            for family, one in zip(families, proposal.state.blocks, strict=True)
+        ]
 
         @torch.no_grad()
         def commit() -> None:
@@ -241,6 +240,7 @@ class NGVI:
         noises = [one.noise for one in carried]
         loss = locs[0].new_zeros(())
         gradients: list[Tensor] = []
+        products: list[Tensor | None] = [None] * len(families)
         rest: list[Tensor | None] = []
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
@@ -265,10 +265,20 @@ class NGVI:
             self._kept = found  # lest malloc give the heap's top back and fault it in every step
             leaves = zip(run.weights.items(), found, strict=False)
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
-            gradients = _add(gradients, [family.block.pack(weights) for family in families])
+            packed = [family.block.pack(weights) for family in families]
+            gradients = _add(gradients, packed)
+            if noise is not None:
+                products = [
+                    _sum(sum_, one.epsilon * g) if family.block.is_opaque else None
+                    for family, sum_, one, g in zip(families, products, noise, packed, strict=True)
+                ]
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
             divergence = engine.divergence(sample, noise, held, priors)
             loss = loss + energy.detach() + heat * divergence
+        carried = engine.sense(
+            self.curvature, state.step, [family.block for family in families], carried, products,
+            run.batch / run.num_data, priors, self._numbers(run),
+        )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
         return _Found(loss, gradients, rest, run, priors, seen)

@@ -4,9 +4,11 @@ from pyrocurv.structures.base import Structure
 from pyrocurv.structures.block_diagonal import BlockDiagonal
 from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.diagonal import Diagonal, Rescaled
-from pyrocurv.structures.kronecker import Kronecker, KroneckerEigen, automatic_ranks
+from pyrocurv.structures.kronecker import Kronecker, automatic_ranks
+from pyrocurv.structures.kronecker_eigen import KroneckerEigen
+from pyrocurv.structures.linalg import cut
 
 __all__ = [
     "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Structure",
-    "automatic_ranks",
+    "automatic_ranks", "cut",
 ]

@@ -1,0 +1,79 @@
+"""Which structure each layer gets: one for all, by the type of its module, by name, by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from pyrocurv.layers import Layer
+from pyrocurv.specs import Spec, as_structure
+
+LEFT_OUT = ("point", "frozen")  # no posterior: trained by `optim`, or kept as it is
+Rule = Callable[[str, "nn.Module | None"], Any]
+Choice = str | Spec | Mapping[Any, Any] | Rule | None
+
+
+def choose(
+    choice: Choice, default: Any, layers: Sequence[Layer], modules: Mapping[str, nn.Module],
+    left_out: Sequence[str] = (),
+) -> dict[Layer, Any]:
+    """The structure of each layer, or a name in `left_out`.
+
+    Args:
+        choice: a structure for all layers; or {module type, or name with * and ?: structure}, where
+            names go before types and the first that fits counts; or a rule (name, module) ->
+            structure, or None for the default; or None. A layer's name is that of its module, or of
+            the tensor where no module owns it; the module is then None.
+        modules: by name, as in `named_modules()`.
+
+    Raises:
+        ValueError: an unknown structure, or a name that fits no layer.
+        TypeError: a key that is neither a type nor a name.
+    """
+    rule = _rule(choice, layers)
+    chosen = {}
+    for layer in layers:
+        owner, _, _ = layer.weight.rpartition(".")
+        value = rule(_name(layer), modules.get(owner))
+        value = default if value is None else value
+        chosen[layer] = value if value in left_out else as_structure(value)
+    return chosen
+
+
+def _name(layer: Layer) -> str:
+    return layer.weight.removesuffix(".weight")
+
+
+def _rule(choice: Choice, layers: Sequence[Layer]) -> Rule:
+    if isinstance(choice, Mapping):
+        return _by_key(choice, layers)
+    if callable(choice):
+        return choice
+    return lambda name, module: choice
+
+
+def _by_key(choice: Mapping[Any, Any], layers: Sequence[Layer]) -> Rule:
+    names = [key for key in choice if isinstance(key, str)]
+    types = [key for key in choice if isinstance(key, type)]
+    for key in choice:
+        if not isinstance(key, (str, type)):
+            raise TypeError(f"structure: the key {key!r} is neither a module type nor a name")
+    have = [_name(layer) for layer in layers]
+    for pattern in names:
+        if not any(_fits(name, pattern) for name in have):
+            raise ValueError(f"structure: no layer {pattern!r}; {', '.join(have)} exist")
+
+    def rule(name: str, module: nn.Module | None) -> Any:
+        for pattern in names:
+            if _fits(name, pattern):
+                return choice[pattern]
+        return next((choice[kind] for kind in types if isinstance(module, kind)), None)
+
+    return rule
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(f"{name}.weight", pattern)

@@ -1,0 +1,58 @@
+"""Guides for weights left out of a posterior: trained as points, or kept as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoDelta, AutoGuide
+from torch import Tensor
+
+
+class Points(AutoDelta):
+    """Point estimates, from given values on; the prior counts as a penalty."""
+
+    def __init__(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> None:
+        super().__init__(model, init_loc_fn=lambda site: values[site["name"]].detach().clone())
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The point itself, for each quantile."""
+        points = self.median(*args, **kwargs)
+        return {name: torch.stack([value] * len(quantiles)) for name, value in points.items()}
+
+
+class Frozen(AutoGuide):
+    """Fixed values."""
+
+    def __init__(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> None:
+        super().__init__(model)
+        self._names = list(values)
+        for number, value in enumerate(values.values()):
+            self.register_buffer(f"value_{number}", value.detach().clone())
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"value_{i}") for i, name in enumerate(self._names)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return {
+            name: pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
+            for name, value in self._values().items()
+        }
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The values."""
+        return self._values()
+
+    def quantiles(
+        self, quantiles: Sequence[float], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The value itself, for each quantile."""
+        return {n: torch.stack([v] * len(quantiles)) for n, v in self._values().items()}

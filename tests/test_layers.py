@@ -1,0 +1,306 @@
+"""Every kind of layer in every structure, against the dense oracles."""
+
+import warnings
+from functools import cache
+
+import layer_cases
+import oracles
+import pytest
+import torch
+from layer_cases import LAYERED, OPAQUE, WOVEN
+from torch import Tensor, nn
+
+from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
+from pyrocurv.structures import Kronecker
+
+LIKELIHOODS = ["categorical", "normal"]
+BATCH = 3
+each_layer = pytest.mark.parametrize("name", LAYERED)
+each_net = pytest.mark.parametrize("name", {**LAYERED, **WOVEN})
+each_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
+each_curvature = pytest.mark.parametrize("curvature", ["ggn", "empirical"])
+
+
+@cache
+def case(name: str, likelihood: str, batch: int = BATCH) -> tuple[nn.Module, Tensor, Tensor]:
+    net, x = layer_cases.make(name, batch)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(5)
+        f = net(x)
+        classes = torch.randint(f.shape[-1], f.shape[:-1])
+        return net, x, classes if likelihood == "categorical" else torch.randn_like(f)
+
+
+@cache
+def truth(name: str, likelihood: str, curvature: str, batch: int = BATCH) -> Tensor:
+    return getattr(oracles, curvature)(*case(name, likelihood, batch), likelihood)
+
+
+def estimated(name: str, likelihood: str, batch: int = BATCH, **kwargs) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore" if name in OPAQUE else "error", "no supported op")
+        matrix = estimate(*case(name, likelihood, batch), likelihood=likelihood, **kwargs)
+    return matrix.dense()
+
+
+def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).norm() <= rtol * expected.norm()
+
+
+def kept(name: str) -> list[list[str]]:
+    """The names of the parameters that share a layer."""
+    names = [n for n, _ in case(name, "normal")[0].named_parameters()]
+    apart = {  # each a layer of its own, where their module's others would be
+        "tied": ["embed.weight", "head.bias"],
+        "two-biases": ["first.weight", "first.bias", "second.bias"],
+        "attention-apart": [n for n in names if n.startswith("attention.") and "out" not in n],
+        **{opaque: [n for n in names if n.startswith("recurrent.")] for opaque in OPAQUE},
+    }.get(name, [])
+    if name == "products":
+        return [["w", "b"], ["v", "c"], ["scale"]]
+    groups: dict[str, list[str]] = {}
+    for one in names:
+        groups.setdefault(one if one in apart else one.rpartition(".")[0], []).append(one)
+    return list(groups.values())
+
+
+def blocks_of(name: str, matrix: Tensor) -> Tensor:
+    """The matrix with everything outside the layers' blocks put to zero."""
+    label = {parameter: i for i, names in enumerate(kept(name)) for parameter in names}
+    named = case(name, "normal")[0].named_parameters()
+    labels = torch.cat([torch.full((p.numel(),), label[n]) for n, p in named])
+    return torch.where(labels[:, None] == labels, matrix, 0.0)
+
+
+# --- exact ------------------------------------------------------------------------------------
+
+
+@each_net
+@each_likelihood
+@each_curvature
+def test_full(name: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(name, likelihood, curvature=curvature, structure="full")
+    assert_same(actual, truth(name, likelihood, curvature))
+
+
+@each_net
+@each_likelihood
+@each_curvature
+def test_block(name: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(name, likelihood, curvature=curvature, structure="block")
+    assert_same(actual, blocks_of(name, truth(name, likelihood, curvature)))
+
+
+@each_net
+@each_likelihood
+@each_curvature
+def test_diag(name: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(name, likelihood, curvature=curvature, structure="diag")
+    assert_same(actual, torch.diag(truth(name, likelihood, curvature).diag()))
+
+
+# --- Kronecker --------------------------------------------------------------------------------
+
+
+@each_layer
+@each_likelihood
+@each_curvature
+def test_kfac(name: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(name, likelihood, curvature=curvature, structure="kfac")
+    assert_same(actual, oracles.kfac_dense(*case(name, likelihood), likelihood, curvature))
+
+
+@each_layer
+@each_likelihood
+def test_reduce(name: str, likelihood: str) -> None:
+    actual = estimated(name, likelihood, curvature="ggn", structure=KFAC(sharing="reduce"))
+    args = *case(name, likelihood), likelihood
+    assert_same(actual, oracles.kfac_dense(*args, sharing="reduce"))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERED if "norm" not in name])
+@pytest.mark.parametrize("num_blocks", [2, 3, (2, 1), (1, 2), 100])
+def test_factors_in_blocks(name: str, num_blocks) -> None:
+    """A pair is (A, G); as many blocks as rows, or more, leave the diagonal."""
+    actual = estimated(name, "normal", curvature="ggn", structure=KFAC(num_blocks=num_blocks))
+    a, g = num_blocks if isinstance(num_blocks, tuple) else (num_blocks, num_blocks)
+    assert_same(actual, oracles.kfac_dense(*case(name, "normal"), "normal", cuts=(g, a)))
+
+
+@each_net
+def test_one_block_is_kfac_and_two_are_its_short_name(name: str) -> None:
+    one, kfac = (
+        estimated(name, "normal", curvature="ggn", structure=structure)
+        for structure in (KFAC(num_blocks=1), "kfac")
+    )
+    assert torch.equal(one, kfac)
+    two, short = (
+        estimated(name, "normal", curvature="ggn", structure=structure)
+        for structure in (KFAC(num_blocks=2), "kfac-block")
+    )
+    assert torch.equal(two, short)
+
+
+@pytest.mark.parametrize("name", [name for name in {**LAYERED, **WOVEN} if name not in OPAQUE])
+@each_likelihood
+@each_curvature
+def test_ekfac_is_no_farther_from_the_block_than_kfac(name, likelihood, curvature) -> None:
+    true = blocks_of(name, truth(name, likelihood, curvature))
+    kfac, ekfac = (
+        estimated(name, likelihood, curvature=curvature, structure=structure) - true
+        for structure in ("kfac", "ekfac")
+    )
+    assert ekfac.norm() <= kfac.norm() + 1e-10 * true.norm()
+
+
+@pytest.mark.parametrize("name", sorted(OPAQUE))
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "kfac-block"])
+def test_what_no_op_consumes_is_diagonal_among_kronecker_factors(name, structure) -> None:
+    with pytest.warns(UserWarning, match="recurrent.weight_ih_l0 .*diagonal") as caught:
+        matrix = estimate(
+            *case(name, "normal"), likelihood="normal", curvature="ggn", structure=structure
+        ).dense()
+    assert len(caught) == 1
+    true, size = truth(name, "normal", "ggn"), len(matrix) - 6
+    assert_same(matrix[:size, :size], torch.diag(true.diag()[:size]))
+    assert not matrix[:size, size:].any()
+
+
+def test_a_grouped_convolution_is_exact_in_blocks() -> None:
+    """As a convolution without groups whose kernel is zero elsewhere, with factors in blocks."""
+    net, x, y = case("depthwise", "normal")
+    grouped, head = net[0], net[-1]
+    dense = nn.Conv1d(3, 6, 2).double()
+    mask = torch.zeros_like(dense.weight)
+    for group in range(3):
+        mask[2 * group : 2 * group + 2, group] = 1
+    whole = nn.Sequential(dense, nn.Tanh(), nn.Flatten(), head)
+    with torch.no_grad():
+        dense.weight.copy_(mask * grouped.weight.repeat(1, 3, 1))
+        dense.bias.copy_(grouped.bias)
+    dense.bias.requires_grad_(False)
+    net[0].bias.requires_grad_(False)
+    try:
+        kwargs = {"likelihood": "normal", "curvature": "ggn", "structure": KFAC(num_blocks=3)}
+        matrix = estimate(whole, x, y, **kwargs).dense()[:36, :36]
+        inside = mask.flatten().bool()
+        expected = estimate(net, x, y, **{**kwargs, "structure": "kfac"}).dense()[:12, :12]
+    finally:
+        net[0].bias.requires_grad_(True)
+    assert_same(matrix[inside][:, inside], expected)
+
+
+def test_attention_is_what_it_is_by_hand() -> None:
+    net, x, y = case("attention", "normal")
+    hand = layer_cases.HandAttention().double()
+    names = {"project": "attention.in_proj_", "out": "attention.out_proj.", "head": "head."}
+    state = {f"{ours}.{part}": net.state_dict()[theirs + part]
+             for ours, theirs in names.items() for part in ("weight", "bias")}
+    hand.load_state_dict(state)
+    names = "full", "block", "diag", "kfac", "ekfac", "kfac-block"
+    for structure in (*names, KFAC(sharing="reduce")):
+        kwargs = {"likelihood": "normal", "curvature": "ggn", "structure": structure}
+        ours, theirs = (estimate(one, x, y, **kwargs).dense() for one in (net, hand))
+        assert_same(ours, theirs, rtol=1e-7 if structure == "ekfac" else 1e-10)
+
+
+@each_likelihood
+def test_a_tied_weight_has_the_product_nearest_to_the_sum_of_its_uses(likelihood: str) -> None:
+    net, x, y = case("tied", likelihood)
+    free = layer_cases.Tied().double()
+    free.head.weight = nn.Parameter(net.embed.weight.detach().clone())
+    free.load_state_dict(net.state_dict())
+    kwargs = {"likelihood": likelihood, "curvature": "ggn", "structure": "kfac"}
+    tied, apart = (estimate(one, x, y, **kwargs) for one in (net, free))
+    (embed,) = [b for b, i in zip(apart.blocks, apart.index, strict=True) if i.min() == 0]
+    (head,) = [b for b in apart.blocks if b.shape == (4, 4)]  # its last input is the bias
+    (ours,) = [b for b, i in zip(tied.blocks, tied.index, strict=True) if i.min() == 0]
+    assert embed.shape == ours.shape == (3, 4)  # the embedding is the first use: all are turned
+    turned = Kronecker(head.input[:3, :3], head.output)
+    assert_same(ours.dense(), embed.nearest_sum(turned).dense())
+
+
+@pytest.mark.parametrize("name", ["grouped", "transposed-1d", "embedding", "batch-norm", "tied"])
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "ekfac"])
+def test_fisher_averages_to_the_ggn(name: str, structure: str) -> None:
+    """Within six standard errors of a mean over independent estimates, entry by entry."""
+    kwargs = {"structure": structure}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kwargs["curvature"] = Curvature("fisher", num_samples=100)
+        draws = torch.stack([estimated(name, "normal", **kwargs) for _ in range(30)])
+    expected = estimated(name, "normal", curvature="ggn", structure=structure)
+    if structure == "ekfac":  # each has a basis of its own: only the trace is unbiased
+        draws, expected = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (draws, expected))
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-10 * expected.norm()).all()
+
+
+# --- choice -----------------------------------------------------------------------------------
+
+
+def test_a_structure_for_each_layer() -> None:
+    net, x, y = case("batch-norm-2d", "normal")
+    kwargs = {"likelihood": "normal", "curvature": "ggn"}
+    mixed = estimate(
+        net, x, y, structure={nn.Conv2d: "kfac", "2": "diag", "5": "block"}, **kwargs
+    ).dense()
+    kfac, diag, block = (estimate(net, x, y, structure=s, **kwargs).dense()
+                         for s in ("kfac", "diag", "block"))
+    conv, norm = slice(0, 10), slice(10, 14)
+    head = slice(14, None)
+    for rows, source in ((conv, kfac), (norm, diag), (head, block)):
+        assert_same(mixed[rows, rows], source[rows, rows])
+    assert not mixed[conv, norm].any() and not mixed[norm, head].any()
+
+
+def test_names_go_before_types_and_a_rule_may_abstain() -> None:
+    net, x, y = case("grouped", "normal")
+    kwargs = {"likelihood": "normal", "curvature": "ggn"}
+    by_name = estimate(net, x, y, structure={nn.Module: "diag", "[0-9]": "block"}, **kwargs).dense()
+    assert_same(by_name, estimate(net, x, y, structure="block", **kwargs).dense())
+    seen = []
+
+    def rule(name: str, module: nn.Module | None) -> str | None:
+        seen.append((name, type(module)))
+        return "full" if isinstance(module, nn.Linear) else None
+
+    by_rule = estimate(net, x, y, structure=rule, **kwargs).dense()
+    assert seen == [("0", nn.Conv2d), ("3", nn.Linear)]
+    kfac = estimate(net, x, y, structure={"3": "block"}, **kwargs).dense()
+    assert_same(by_rule, kfac)
+
+
+@pytest.mark.parametrize(("structure", "error", "reason"), [
+    ({"fc9": "kfac"}, ValueError, "no layer 'fc9'; 0, 3 exist"),
+    ({"0": "kfack"}, ValueError, "'kfack': choose one of full"),
+    ({3: "kfac"}, TypeError, "the key 3"),
+    ({"0": "point"}, ValueError, "'point': choose one of"),
+])  # fmt: skip
+def test_a_wrong_choice_is_answered(structure, error, reason) -> None:
+    net, x, y = case("grouped", "normal")
+    with pytest.raises(error, match=reason):
+        estimate(net, x, y, likelihood="normal", structure=structure)
+
+
+@pytest.mark.parametrize(("make", "reason"), [
+    (lambda: KFAC(num_blocks=0), "num_blocks=0"),
+    (lambda: KFAC(num_blocks=(1, 2, 3)), "num_blocks"),
+    (lambda: KFAC(rank="all"), "rank='all'"), (lambda: EKFAC(rank=0), "rank=0"),
+    (lambda: KFAC(sharing="mean"), "choose one of expand, reduce"),
+])  # fmt: skip
+def test_options_out_of_range(make, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        make()
+
+
+@each_layer
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_rank_keeps_the_trace(name: str, rank: int) -> None:
+    kfac = estimated(name, "normal", curvature="ggn", structure=KFAC(rank=None))
+    for spec in (KFAC(rank=rank), EKFAC(rank=rank)):
+        thin = estimated(name, "normal", curvature="ggn", structure=spec)
+        if isinstance(spec, KFAC):
+            torch.testing.assert_close(thin.trace(), kfac.trace())
+        assert torch.linalg.eigvalsh(thin).min() > -1e-10 * thin.norm()
