@@ -50,8 +50,8 @@ ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 SPLIT_SEED, WINDOW, FILES = 0, 2048, {"val": 16, "test": 32}
 TRAIN_SIZE, CONTEXT, BATCH, STEPS, WARM_UP = 1_500_000, 64, 32, 1000, 50
-REST_LR, TEMPERATURE, SAMPLES = 2e-3, 0.1, 8
-LRS = {"adamw": 1.5e-3, "ngvi": 0.03}  # chosen on the validation files
+REST_LR, TEMPERATURE, SAMPLES = 4e-3, 0.1, 8
+LRS = {"adamw": 3e-3, "ngvi": 0.03}  # chosen on the validation files
 TARGETS = {"gap": 0.08, "cost": 1.3}
 
 Batch = tuple[Tensor, Tensor]  # characters and the next ones, [B, T]
