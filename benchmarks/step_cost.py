@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                      # LeNet-5, batch 128; about a minute
     python benchmarks/step_cost.py --net mlp --rounds 5
+    python benchmarks/step_cost.py --net resnet18 --methods kfac --steps 20 --rounds 5
 
 All methods take turns in one process on one thread: in each round a block of steps of each, whole
 cycles of the curvature (`every=20`), and each block's CPU time is divided by that of Adam's block
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyrocurv
-from nets import CLASSES, NETS
+from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv import engine
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI, ngvi
@@ -43,7 +44,9 @@ NUM_DATA = 12_800
 CYCLE = 20  # steps from one curvature estimate to the next
 GUIDES = {"kfac": KFACGuide, "ekfac": EKFACGuide, "diagonal": DiagonalGuide}
 METHODS = ("adam", "sgd", *GUIDES, "ivon")
-TARGETS = {"lenet": {"kfac": 1.25, "diagonal": 1.15}, "mlp": {}}
+TARGETS = {
+    "lenet": {"kfac": 1.25, "diagonal": 1.15}, "mlp": {"kfac": 1.8}, "resnet18": {"kfac": 1.5}
+}
 PARTS = ("sample", "forward + backward", "curvature", "update, rest")
 
 Batch = tuple[Tensor, Tensor]
@@ -60,13 +63,12 @@ def keep_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def blobs() -> Batch:
-    """Ten clouds [N, 1, 28, 28] of which a tenth have another's label [N]."""
+def blobs(shape: tuple[int, ...]) -> Batch:
+    """Ten clouds of images [N, *shape] of which a tenth have another's label [N]."""
     y = torch.randint(CLASSES, (NUM_DATA,))
-    x = torch.randn(CLASSES, 784)[y] / 4 + torch.randn(NUM_DATA, 784)
+    x = torch.randn(CLASSES, *shape)[y] / 4 + torch.randn(NUM_DATA, *shape)
     wrong = torch.rand(NUM_DATA) < 0.1
-    y = torch.where(wrong, torch.randint(CLASSES, (NUM_DATA,)), y)
-    return x.view(-1, 1, 28, 28), y
+    return x, torch.where(wrong, torch.randint(CLASSES, (NUM_DATA,)), y)
 
 
 def torch_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
@@ -220,7 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=2 * CYCLE, help=f"of a block, a multiple of {CYCLE}")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--net", choices=NETS, default="lenet")
-    add("--batch", type=int, default=128)
+    add("--batch", type=int, help="by default 32 for resnet18, 128 for the others")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.steps < 1 or args.steps % CYCLE:
         parser.error(f"--rounds: from 1; --steps: a multiple of {CYCLE}, whole curvature cycles")
@@ -237,8 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("ivon is missing: pip install ivon-opt")
         wanted.remove("ivon")
     steps = {method: make_step(method, NETS[args.net]()) for method in wanted}
-    source = batches(*blobs(), args.batch)
-    print(f"{args.net}, batch {args.batch}, {args.rounds} rounds of {args.steps} steps, one thread")
+    batch = args.batch or BATCH[args.net]
+    source = batches(*blobs(IMAGES[args.net]), batch)
+    print(f"{args.net}, batch {batch}, {args.rounds} rounds of {args.steps} steps, one thread")
     times = measure(steps, source, args.rounds, args.steps)
     print(table(times, TARGETS[args.net]), flush=True)
     steps["plain"] = plain_step(NETS[args.net]())

@@ -59,11 +59,9 @@ class Block:
     def ranks(self) -> tuple[int, int]:
         """How many eigenvectors of G and of A a Kronecker structure keeps."""
         assert isinstance(self.structure, (KFAC, EKFAC))
-        sides = self.layers[0].matrix_shape[-2:]
-        if self.structure.rank == "auto":
-            return automatic_ranks(*sides)
-        rank = self.structure.rank or max(sides)
-        return min(sides[0], rank), min(sides[1], rank)  # type: ignore[return-value]
+        rank = self.structure.rank
+        outputs, inputs = self.layers[0].matrix_shape[-2:]
+        return (outputs, inputs) if rank is None else automatic_ranks(outputs, inputs, rank)
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:

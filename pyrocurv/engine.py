@@ -20,7 +20,7 @@ from pyrocurv.curvature.pullback import Observation
 from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, Noise, State
-from pyrocurv.structures import Diagonal, Structure
+from pyrocurv.structures import Diagonal, Solution, Structure
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,20 @@ class Numbers:
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """A step that is ready to be made: the means move by -rate · direction."""
+    """A step that is ready to be made: the means move by -rate · direction.
+
+    The directions are solutions that are not formed; `move` adds them to the means.
+    """
 
     loss: float
     rate: float
-    directions: list[Tensor]
+    directions: list[Solution]
     state: State
+
+    def move(self, locs: Sequence[Tensor]) -> None:
+        """Carry it out, in place."""
+        for loc, direction in zip(locs, self.directions, strict=True):
+            direction.add_to(loc, -self.rate)
 
 
 def draw(
@@ -67,8 +75,16 @@ def draw(
     fresh = []
     for precision in precisions:
         z = torch.randn(precision.size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
-        fresh.append(Noise(precision.rsqrt(z), torch.dot(z, z)))  # type: ignore[union-attr]
+        square = torch.dot(z, z)
+        fresh.append(Noise(precision.rsqrt_(z), square))  # type: ignore[union-attr]
     return fresh, [*fresh] if antithetic else nothing
+
+
+def around(locs: Sequence[Tensor], noise: Sequence[Noise] | None) -> list[Tensor]:
+    """The sampled weights; the means themselves where there is no noise."""
+    if noise is None:
+        return [loc.clone() for loc in locs]
+    return [one.around(loc) for one, loc in zip(noise, locs, strict=True)]
 
 
 def observe(
@@ -162,20 +178,20 @@ def propose(
         replace(one, momentum=push(one.momentum, gradient, numbers.momentum))
         for one, gradient in zip(state.blocks, gradients, strict=True)
     ]
-    slopes, directions = [], []
-    for one, loc, prior in zip(blocks, locs, priors, strict=True):
-        deviation = prior.packed.deviation(loc)
-        h = slope(one.momentum, state.step + 1, numbers.momentum, deviation, prior.packed,  # type: ignore[arg-type]
-                  numbers.ratio)
-        slopes.append(h)
-        directions.append(one.metric.preconditioner.solve(h))  # type: ignore[union-attr]
-    inner = torch.stack([torch.dot(d, h) for d, h in zip(directions, slopes, strict=True)]).sum()
+    bias = 1 - numbers.momentum ** (state.step + 1)
+    directions = [
+        one.metric.preconditioner.solution(  # type: ignore[union-attr]
+            slope(one.momentum, loc, prior.packed, numbers.ratio, bias)  # type: ignore[arg-type]
+        )
+        for one, loc, prior in zip(blocks, locs, priors, strict=True)
+    ]
+    inner = torch.stack([direction.dot for direction in directions]).sum() / bias**2
     value, power = _finite([loss, inner], others, state.step)
-    rate = numbers.lr * trust(power, numbers.base_lr, numbers.kl_clip)
+    rate = numbers.lr * trust(power, numbers.base_lr, numbers.kl_clip) / bias
     if average:
         blocks = [
-            _averaged(one, loc - rate * d, state.step)
-            for one, loc, d in zip(blocks, locs, directions, strict=True)
+            _averaged(one, direction.add_to(loc.clone(), -rate), state.step)
+            for one, loc, direction in zip(blocks, locs, directions, strict=True)
         ]
     return Proposal(value, rate, directions, State(state.step + 1, tuple(blocks)))
 

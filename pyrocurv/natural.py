@@ -76,11 +76,9 @@ def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
     return momentum.lerp(gradient, 1 - beta)
 
 
-def slope(
-    momentum: Tensor, step: int, beta: float, deviation: Tensor, prior: Prior, ratio: float
-) -> Tensor:
-    """h [P], for the `step`-th momentum (from 1) and deviation = M - M₀."""
-    return torch.addcmul(momentum / (1 - beta**step), deviation, prior.precision, value=1 / ratio)
+def slope(momentum: Tensor, loc: Tensor, prior: Prior, ratio: float, bias: float) -> Tensor:
+    """bias · h [P], with bias = 1-βᵗ, for the momentum m of the t-th step (from 1)."""
+    return torch.addcmul(momentum, prior.deviation(loc), prior.precision, value=bias / ratio)
 
 
 def trust(inner: float, lr: float, kl_clip: float | None) -> float:

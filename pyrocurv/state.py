@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyrocurv.curvature.estimator import Running
@@ -15,14 +16,19 @@ from pyrocurv.structures import Structure
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """A deviation from the mean, epsilon = Λ^-½ z [P], and |z|²."""
+    """A deviation from the mean, sign · epsilon with epsilon = Λ^-½ z [P], and |z|²."""
 
     epsilon: Tensor
     square: Tensor
+    sign: float = 1.0
 
     def mirrored(self) -> Noise:
         """The antithetic deviation."""
-        return Noise(-self.epsilon, self.square)
+        return Noise(self.epsilon, self.square, -self.sign)
+
+    def around(self, loc: Tensor) -> Tensor:
+        """The sample, loc + sign · epsilon."""
+        return torch.add(loc, self.epsilon, alpha=self.sign)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +51,9 @@ class Carried:
                 metric.precision.state(), metric.preconditioner.state()
             ),
             "momentum": self.momentum,
-            "noise": None if noise is None else (noise.epsilon, noise.square),
+            "noise": None if noise is None else (
+                noise.epsilon, noise.square, noise.sign
+            ),
             "iterate": self.iterate,
             "average": None if self.average is None else self.average.state(),
         }

@@ -54,7 +54,8 @@ def kept(name: str) -> list[list[str]]:
     apart = {  # each a layer of its own, where their module's others would be
         "tied": ["embed.weight", "head.bias"],
         "two-biases": ["first.weight", "first.bias", "second.bias"],
-        "attention-apart": [n for n in names if n.startswith("attention.") and "out" not in n],
+        **{net: [n for n in names if n.startswith("attention.") and "out" not in n]
+           for net in ("attention-apart", "attention-keys")},
         **{opaque: [n for n in names if n.startswith("recurrent.")] for opaque in OPAQUE},
     }.get(name, [])
     if name == "products":

@@ -222,6 +222,31 @@ def test_rsqrt(name: str, dtype: torch.dtype) -> None:
 
 @both_types
 @each
+def test_a_solution_that_is_added_to_something(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    x, y = torch.randn(2, structure.size, dtype=dtype)
+    expected = torch.linalg.solve(matrix, x)
+    solution, before = structure.solution(x), x.clone()
+    same(solution.dot, x @ expected)
+    total = y.clone()
+    assert solution.add_to(total, -0.7) is total
+    same(total, y - 0.7 * expected)
+    assert torch.equal(x, before)
+
+
+@both_types
+@each
+def test_rsqrt_in_the_memory_of_its_argument(name: str, dtype: torch.dtype) -> None:
+    structure, _ = make(name, dtype)
+    z = torch.randn(structure.size, dtype=dtype)
+    expected = structure.rsqrt(z)
+    found = structure.rsqrt_(z)
+    assert found.shape == z.shape
+    same(found, expected)
+
+
+@both_types
+@each
 def test_scalars_and_diagonals(name: str, dtype: torch.dtype) -> None:
     structure, matrix = make(name, dtype)
     same(structure.logdet(), torch.logdet(matrix))

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Call
 from pyrocurv.curvature import reduce
+from pyrocurv.curvature.leading import Leading, mean_squares, product
 from pyrocurv.curvature.pullback import Observation, pullback
 from pyrocurv.curvature.reduce import Pairs, check_batch, gather
 from pyrocurv.curvature.spec import Curvature
@@ -31,13 +32,15 @@ EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever t
 class Running:
     """After `count` estimates: the curvature, and for Kronecker structures the averaged factors.
 
-    `curvature` is in the units of the prior that held at the last estimate, `units`, if any.
+    Where a side is truncated `sides` are kept instead of factors. `curvature` and `sides` are in
+    the units of the prior that held at the last estimate, `units`, if any.
     """
 
     count: int
     curvature: Structure
     factors: Kronecker | None = None
     units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
+    sides: tuple[Leading, Leading] | None = None  # output and input
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -45,14 +48,16 @@ class Running:
         return {
             "count": self.count, "curvature": self.curvature.state(), "factors": factors,
             "units": self.units,
+            "sides": None if self.sides is None else [side.state() for side in self.sides],
         }
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Running:
         """The way back from `state`."""
         factors = None if state["factors"] is None else Structure.from_state(state["factors"])
+        sides = None if state["sides"] is None else tuple(Leading(**s) for s in state["sides"])
         curvature = Structure.from_state(state["curvature"])
-        return Running(state["count"], curvature, factors, state["units"])  # type: ignore[arg-type]
+        return Running(state["count"], curvature, factors, state["units"], sides)  # type: ignore[arg-type]
 
 
 def observe(
@@ -109,17 +114,17 @@ def update(
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
-    `refresh` asks for new eigenvectors of Kronecker factors. An estimate that is not finite is left
-    out, with a warning.
+    `refresh` asks for new eigenvectors of Kronecker factors. Sides that are truncated by `rank` are
+    kept as their leading part, and have new eigenvectors at every estimate. An estimate that is not
+    finite is left out, with a warning.
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
+    if _is_thin(block, pairs):
+        return _thin(running, block, pairs, rows, weight, units)
     new = reduce.plain(block, pairs).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
-        if running is None:
-            raise FloatingPointError("the first curvature estimate is not finite")
-        warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=2)
-        return running
+        return _left_out(running)
     if not isinstance(new, Kronecker):
         return Running(count, new if running is None else running.curvature.lerp(new, weight))
     factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]
@@ -132,6 +137,62 @@ def update(
         moment = moment.scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
+
+
+def _left_out(running: Running | None) -> Running:
+    if running is None:
+        raise FloatingPointError("the first curvature estimate is not finite")
+    warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=3)
+    return running
+
+
+def _is_thin(block: Block, pairs: Pairs) -> bool:
+    """Whether leading parts of the factors are kept up from rows, without the factors."""
+    spec, (layer, *_) = block.structure, block.layers
+    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead or len(pairs[0]) > 1:
+        return False
+    return block.ranks != layer.matrix_shape
+
+
+def _thin(
+    running: Running | None, block: Block, pairs: Pairs, rows: int, weight: float,
+    units: tuple[Tensor, Tensor] | None,
+) -> Running:
+    """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
+    ((pair,),) = reduce.in_units(pairs, units)
+    shared = reduce.shared(pair, block.structure.sharing)  # type: ignore[union-attr]
+    a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
+    if not bool(torch.isfinite(a.sum() + g.sum())):
+        return _left_out(running)
+    if running is None:
+        output, input = (Leading.nothing(x, n) for x, n in zip((g, a), block.ranks, strict=True))
+    else:
+        output, input = _sides_in(units, running)
+    try:
+        output = output.average(g, 1 / (rows * a.shape[1]), weight)
+        input = input.average(a, 1 / rows, weight)
+    except torch.linalg.LinAlgError as error:
+        if running is None:
+            raise
+        warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
+        return running
+    count, curvature = 1 if running is None else running.count + 1, product(output, input)
+    if isinstance(block.structure, EKFAC):
+        moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
+        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
+    return Running(count, curvature, None, units, (output, input))
+
+
+def _sides_in(
+    units: tuple[Tensor, Tensor] | None, running: Running
+) -> tuple[Leading, Leading]:
+    """The sides, from the units that they were kept in to these."""
+    output, input = running.sides  # type: ignore[misc]
+    if _same(units, running.units):
+        return output, input
+    old = running.units or tuple(torch.ones_like(side.diagonal) for side in (output, input))
+    new = units or tuple(map(torch.ones_like, old))
+    return output.rescaled(old[0] / new[0]), input.rescaled(old[1] / new[1])
 
 
 def _eigen(

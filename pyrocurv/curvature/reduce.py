@@ -138,12 +138,14 @@ def kronecker(pairs: Pairs, sharing: str = "expand") -> Kronecker:
     Where a matrix is used transposed as well, the nearest product to the sum of both.
     """
     (uses,) = pairs
-    factors = [_factors(pair if sharing == "expand" else _reduced(pair)) for pair in uses]
+    factors = [_factors(shared(pair, sharing)) for pair in uses]
     return functools.reduce(Kronecker.nearest_sum, factors)
 
 
-def _reduced(pair: Pair) -> Pair:
-    """The positions added up: inputs averaged, gradients summed."""
+def shared(pair: Pair, sharing: str) -> Pair:
+    """Positions by themselves ("expand"), or inputs averaged and gradients summed ("reduce")."""
+    if sharing == "expand":
+        return pair
     return Pair(pair.a.mean(-2, keepdim=True), pair.g.sum(-2, keepdim=True))
 
 

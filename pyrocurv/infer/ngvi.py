@@ -217,14 +217,13 @@ class NGVI:
             self._rest.step(
                 run.model_params, run.guide_params(), found.rest, factor, run.own_params
             )
-            moves = zip(
-                families, proposal.state.blocks, proposal.directions, encoded, strict=True
-            )
-            for family, one, direction, precision in moves:
-                if one.iterate is None:
-                    loc = family.raw_loc.sub_(direction, alpha=proposal.rate)
-                else:
-                    loc = family.raw_loc.lerp(one.iterate, engine.average_weight(state.step))
+            if not self.average:
+                proposal.move([family.raw_loc for family in families])
+            moves = zip(families, proposal.state.blocks, encoded, strict=True)
+            for family, one, precision in moves:
+                loc = family.raw_loc
+                if one.iterate is not None:
+                    loc = loc.lerp(one.iterate, engine.average_weight(state.step))
                 if one.iterate is not None or precision is not None:
                     family.write(loc, precision)
 
@@ -244,7 +243,7 @@ class NGVI:
         rest: list[Tensor | None] = []
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
-            sample, watch = _add(locs, noise), due and particle == 0
+            sample, watch = engine.around(locs, noise), due and particle == 0
             run = run_model(self.model, self.guide, sample, args, kwargs, watch)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
@@ -332,7 +331,7 @@ class NGVI:
         for _ in range(self.num_particles):
             noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
             with frozen_buffers(self.model):
-                sample = _add(locs, noise)
+                sample = engine.around(locs, noise)
                 run = run_model(self.model, self.guide, sample, args, kwargs)
             priors = self._read_priors(run)
             energy = run.energy(self._heat(run))
@@ -370,12 +369,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
-def _add(base: Sequence[Tensor], more: Sequence[Tensor] | Sequence[Noise] | None) -> list[Tensor]:
-    """New tensors with the sums, block by block; an empty base or no more is zero."""
-    if more is None:
-        return [part.clone() for part in base]
-    parts = [part.epsilon if isinstance(part, Noise) else part for part in more]
-    return [a + b for a, b in zip(base, parts, strict=True)] if base else parts
+def _add(base: Sequence[Tensor], more: Sequence[Tensor]) -> list[Tensor]:
+    """The sums, block by block; an empty base is zero."""
+    return [a + b for a, b in zip(base, more, strict=True)] if base else [*more]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """Structured symmetric matrices: immutable values that act like the dense matrix they stand for."""
 
-from pyrocurv.structures.base import Structure
+from pyrocurv.structures.base import Solution, Structure
 from pyrocurv.structures.block_diagonal import BlockDiagonal
 from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.diagonal import Diagonal, Rescaled
@@ -9,6 +9,6 @@ from pyrocurv.structures.kronecker_eigen import KroneckerEigen
 from pyrocurv.structures.linalg import cut
 
 __all__ = [
-    "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Structure",
-    "automatic_ranks", "cut",
+    "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Solution",
+    "Structure", "automatic_ranks", "cut",
 ]

@@ -12,13 +12,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="Structure")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """M⁻¹x as rest·x + left @ right, never formed where it is only to be added to something."""
+
+    dot: Tensor  # <x, M⁻¹x>
+    x: Tensor  # [P]
+    rest: float
+    left: Tensor | None = None  # [O, k]
+    right: Tensor | None = None  # [k, I]
+
+    def add_to(self, y: Tensor, alpha: float) -> Tensor:
+        """y [P] with alpha · M⁻¹x added to it in place."""
+        if self.rest:
+            y.add_(self.x, alpha=alpha * self.rest)
+        if self.left is not None:
+            matrix = y.view(len(self.left), -1)
+            matrix.addmm_(self.left, self.right, alpha=alpha)  # type: ignore[arg-type]
+        return y
 
 
 class Structure(ABC):
@@ -73,6 +93,15 @@ class Structure(ABC):
     @abstractmethod
     def lerp(self: S, other: S, weight: float) -> S:
         """(1 - weight) M + weight · other, exactly or as near as the structure can come."""
+
+    def solution(self, x: Tensor) -> Solution:
+        """M⁻¹x, to be added to something, for x [P]."""
+        solved = self.solve(x)
+        return Solution(torch.dot(x, solved), solved, 1.0)
+
+    def rsqrt_(self, z: Tensor) -> Tensor:
+        """`rsqrt` of z [P], whose memory may be used for it; without gradients."""
+        return self.rsqrt(z)
 
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar."""

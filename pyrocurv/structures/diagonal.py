@@ -30,6 +30,13 @@ class Diagonal(Structure):
     def rsqrt(self, z: Tensor) -> Tensor:
         return z * self.entries.rsqrt()
 
+    def rsqrt_(self, z: Tensor) -> Tensor:
+        return z.mul_(self._inverse_root)
+
+    @cached_property
+    def _inverse_root(self) -> Tensor:
+        return self.entries.rsqrt()
+
     @cached_property
     def _logdet(self) -> Tensor:
         return self.entries.log().sum()
@@ -83,6 +90,9 @@ class Rescaled(Structure):
 
     def rsqrt(self, z: Tensor) -> Tensor:
         return self.inner.rsqrt(z) / self.root
+
+    def rsqrt_(self, z: Tensor) -> Tensor:
+        return self.inner.rsqrt_(z).div_(self.root)
 
     def logdet(self) -> Tensor:
         return self.inner.logdet() + 2 * self.root.log().sum()

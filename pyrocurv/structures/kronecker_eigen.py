@@ -11,7 +11,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyrocurv.structures.base import Structure
+from pyrocurv.structures.base import Solution, Structure
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """Eigenvalues [s', r'] as what is left of them in turn: of the rest, rows, columns and core."""
+
+    rest: Tensor  # [1, 1]; 0 where a side is full
+    rows: Tensor  # [s, 1], empty where the input side is full
+    columns: Tensor  # [1, r], empty where the output side is full
+    core: Tensor  # [s, r]
+
+    @cached_property
+    def number(self) -> float:
+        """`rest` of one group, read from its device once."""
+        return float(self.rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +57,21 @@ class KroneckerEigen(Structure):
     def size(self) -> int:
         return self.shape.numel()
 
+    @property
+    def _is_thin(self) -> bool:
+        """Whether both sides are truncated and there is one group."""
+        (o, s), (i, r) = self.output_basis.shape[-2:], self.input_basis.shape[-2:]
+        return s < o and r < i and self.spectrum.dim() == 2
+
     @cached_property
-    def _inverse(self) -> tuple[Tensor, ...]:
+    def _inverse(self) -> _Parts:
         return self._parts(self.spectrum.reciprocal())
 
     @cached_property
-    def _inverse_root(self) -> tuple[Tensor, ...]:
+    def _inverse_root(self) -> _Parts:
         return self._parts(self.spectrum.rsqrt())
 
-    def _parts(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Eigenvalues c as what is left of them in turn: the rest, rows, columns and core."""
+    def _parts(self, c: Tensor) -> _Parts:
         s, r = self.output_basis.shape[-1], self.input_basis.shape[-1]
         rest = c[..., s:, r:].sum((-2, -1), keepdim=True)  # 0 where a side is full
         rows, columns = c[..., :s, r:], c[..., s:, :r]
@@ -60,34 +80,70 @@ class KroneckerEigen(Structure):
             core = core - rows
         if columns.numel():
             core = core - columns + rest
-        return rest, rows - rest, columns - rest, core
+        return _Parts(rest, rows - rest, columns - rest, core)
 
-    def _spectral(self, x: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
+        p = self.output_basis.mT @ x
+        beside = self.output_basis.shape[-1] < self.output_basis.shape[-2]
+        return p, p @ self.input_basis, x @ self.input_basis if beside else None
+
+    def _factors(
+        self, parts: _Parts, p: Tensor, k: Tensor, q: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """left [..., O, k] and right [..., k, I], whose product is all that is beside rest·x."""
+        u, v = self.output_basis, self.input_basis
+        inner = (k * parts.core) @ v.mT
+        if parts.rows.numel():
+            inner = torch.addcmul(inner, parts.rows, p)
+        if q is None:
+            return u, inner
+        lead = q.shape[:-2]
+        left = torch.cat([u.expand(*lead, *u.shape[-2:]), q * parts.columns], -1)
+        return left, torch.cat([inner, v.mT.expand(*lead, *v.mT.shape[-2:])], -2)
+
+    def _product(self, x: Tensor, parts: _Parts) -> Tensor:
         """The matrix of the same eigenspaces with the eigenvalues of `parts`, times x."""
-        u, v, (rest, rows, columns, core) = self.output_basis, self.input_basis, parts
-        shape, x = x.shape, x.unflatten(-1, self.shape)
-        p = u.mT @ x  # [..., s, I]
-        inner = ((p @ v) * core) @ v.mT
-        if rows.numel():
-            inner = inner + rows * p
-        if not columns.numel():  # the output side is full
-            return (u @ inner).reshape(shape)
-        left = (x @ v) * columns  # [..., O, r]
-        if x.dim() > 2 or not rows.numel():
-            return (u @ inner + left @ v.mT + rest * x).reshape(shape)
-        return (rest * x).addmm_(u, inner).addmm_(left, v.mT).flatten()  # one pass the less, twice
+        matrix = x.unflatten(-1, self.shape)
+        left, right = self._factors(parts, *self._project(matrix))
+        if not (parts.rows.numel() and parts.columns.numel()):
+            return (left @ right).reshape(x.shape)
+        rest = parts.rest * matrix
+        if rest.dim() > 2:
+            return (rest + left @ right).reshape(x.shape)
+        return rest.addmm_(left, right).reshape(x.shape)  # one pass the less
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        return self._spectral(x, self._parts(self.spectrum))
+        return self._product(x, self._parts(self.spectrum))
 
     def solve(self, x: Tensor) -> Tensor:
-        return self._spectral(x, self._inverse)
+        return self._product(x, self._inverse)
+
+    def solution(self, x: Tensor) -> Solution:
+        if self.spectrum.dim() > 2:
+            return super().solution(x)
+        parts, matrix = self._inverse, x.view(self.shape)
+        p, k, q = self._project(matrix)
+        left, right = self._factors(parts, p, k, q)
+        dot = (p * right[: len(p)]).sum()
+        if q is not None:
+            dot = dot + (q.square() * parts.columns).sum()
+        if self._is_thin:
+            dot = dot + parts.number * torch.dot(x, x)
+        return Solution(dot, x, parts.number if self._is_thin else 0.0, left, right)
 
     def rsqrt(self, z: Tensor) -> Tensor:
         if self.spectrum.shape != self.shape:
-            return self._spectral(z, self._inverse_root)
-        scaled = z.unflatten(-1, self.shape) * self._inverse_root[-1]  # z is as good in this basis
+            return self._product(z, self._inverse_root)
+        scaled = z.unflatten(-1, self.shape) * self._inverse_root.core  # z is as good in this basis
         return (self.output_basis @ scaled @ self.input_basis.mT).reshape(z.shape)
+
+    def rsqrt_(self, z: Tensor) -> Tensor:
+        if not self._is_thin:
+            return self.rsqrt(z)
+        parts, matrix = self._inverse_root, z.view(self.shape)
+        left, right = self._factors(parts, *self._project(matrix))
+        return matrix.addmm_(left, right, beta=parts.number).view(-1)
 
     @cached_property
     def _multiplicity(self) -> Tensor:
