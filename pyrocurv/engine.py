@@ -94,7 +94,7 @@ def observe(
 ) -> list[Carried]:
     """Average one more estimate of the curvature in; `share` is B/N.
 
-    The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N).
+    The initial curvature fades, see `fading`.
     """
     seen = [number for number, block in enumerate(blocks) if not block.is_opaque]
     running = [one.running or _nothing(block, prior)
@@ -116,8 +116,12 @@ def observe(
 
 
 def fading(spec: Curvature, step: int, share: float) -> float:
-    """e, the initial curvature; `share` is B/N."""
-    return spec.initial * (1 - min(0.05, share)) ** step
+    """e = initial · (1 - ρ)^step with ρ = B/N, the `share`, but within [0.01, 0.05].
+
+    It bridges the first hundreds of steps, in which the network changes faster than the average
+    follows: with plenty of data an epoch would be far too long for that.
+    """
+    return spec.initial * (1 - min(0.05, max(0.01, share))) ** step
 
 
 def _nothing(block: Block, prior: BlockPrior) -> Running:
