@@ -12,7 +12,7 @@ FLOORS = [
     {"structures", "layers", "specs"},
     {"blocks", "uses"},
     {"capture", "choice", "priors"},
-    {"distributions", "leftout", "natural", "prototype"},
+    {"distributions", "natural", "prototype"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
     {"state"},
