@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import Curvature, estimator
 from pyrocurv.curvature.estimator import Running
 from pyrocurv.curvature.pullback import Observation
@@ -21,6 +20,7 @@ from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trus
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.structures import Diagonal, Solution, Structure
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"structures", "layers", "specs"},
-    {"blocks"},
+    {"blocks", "uses"},
     {"capture", "choice", "priors"},
     {"distributions", "leftout", "natural", "prototype"},
     {"families"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"infer"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "specs", "blocks", "capture", "choice", "priors", "curvature",
+    "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "curvature",
     "natural", "state", "engine",
 }
 FILES = {

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import hessian, reduce
 from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
 from pyrocurv.curvature.leading import Leading, mean_squares, product
@@ -25,6 +24,7 @@ from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.uses import Call
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import in_weights, reduce
 from pyrocurv.curvature.in_outputs import InOutputs
 from pyrocurv.curvature.in_weights import InWeights, Units
@@ -31,6 +30,7 @@ from pyrocurv.curvature.pullback import Observation, Opaque
 from pyrocurv.curvature.reduce import Pairs
 from pyrocurv.layers import Layer
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
+from pyrocurv.uses import Call
 
 NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, should not exceed
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrocurv.capture import Call
 from pyrocurv.curvature import in_weights
 from pyrocurv.curvature.in_weights import (
     Units,
@@ -34,6 +33,7 @@ from pyrocurv.curvature.in_weights import (
     symmetric,
 )
 from pyrocurv.structures import Kronecker, KroneckerEigen
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True, eq=False)
