@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -47,7 +48,7 @@ from pyrocurv.curvature import Curvature, estimate, estimator, hessian, in_outpu
 from pyrocurv.curvature.estimate import as_likelihood
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.infer import NGVI
-from pyrocurv.specs import KFAC, as_structure
+from pyrocurv.specs import EKFAC, KFAC, as_structure
 from pyrocurv.structures import Kronecker, KroneckerEigen
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -611,7 +612,7 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         net = net if model == "tanh" else nn.Sequential(net[0], nn.Sigmoid(), net[2])
         term = lambda f, y=y: Observation(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
-        running = estimator.update(running, seen._block, seen, len(x), 0.9, True)
+        running = estimator.update(running, seen.block, seen, len(x), 0.9, True)
         parts.append(seen.plain.dense() / len(x))
     assert running is not None
     for part in parts:
@@ -623,6 +624,28 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
     assert running.semidefinite("hessian").eigenvalues()[0] > -1e-12
     if running.factors is not None:
         assert torch.linalg.eigvalsh(running.factors.output)[0] < -1e-4
+
+
+@pytest.mark.parametrize("spec", [KFAC(rank=2), EKFAC(rank=2)], ids=str)
+@pytest.mark.parametrize("in_units", [False, True])
+def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_units) -> None:
+    """Of the first estimate the leading part is that of G ⊗ A, which is not formed."""
+    net, x, y = case("conv-stride", "normal")
+    density = as_likelihood("normal")
+    term = lambda f: Observation(density(f), y)  # noqa: E731
+    for one in blocks_of(net, x, "kfac", term, count=len(x)):
+        seen = replace(one, block=Block(one.block.layers, spec))
+        units = tuple(torch.arange(1.0, 1.0 + n).double() for n in one.block.layers[0].matrix_shape)
+        units = units if in_units else tuple(map(torch.ones_like, units))
+        factors = one.plain.rescaled(*units)
+        with monkeypatch.context() as patch:
+            patch.setattr(in_outputs.InOutputs, "kronecker", None)
+            running = estimator.update(None, seen.block, seen, len(x), 0.9, True, units)
+        expected = factors.eigen((2, 2)).psd()
+        if isinstance(spec, EKFAC):
+            expected = one.eigen(expected, units)
+        assert_same(running.curvature.dense(), expected.dense() / len(x), rtol=1e-8)
+        assert running.factors is None
 
 
 def test_a_large_convolution_by_signs() -> None:
