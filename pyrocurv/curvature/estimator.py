@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyrocurv.blocks import Block
 from pyrocurv.curvature import hessian, reduce
+from pyrocurv.curvature.clock import Clock, tick
 from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
 from pyrocurv.curvature.leading import Leading, mean_squares, product
 from pyrocurv.curvature.pullback import Observation, pullback
@@ -52,6 +53,10 @@ class Running:
         """The curvature of this kind, positive semi-definite."""
         return self.curvature.psd() if kind == "hessian" else self.curvature
 
+    def is_in(self, units: Units | None) -> bool:
+        """Whether these are the units of `curvature` still."""
+        return _same(self.units, None if units is None else units.roots)
+
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         factors = None if self.factors is None else self.factors.state()
@@ -72,29 +77,40 @@ class Running:
 
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], running: Sequence[Running | None],
-    terms: Sequence[Observation], calls: Sequence[Call], rows: int,
+    clocks: Sequence[Clock | None], terms: Sequence[Observation], calls: Sequence[Call], rows: int,
     units: Sequence[Units | None],
-) -> list[Running]:
-    """The running curvature of all blocks with one more estimate averaged in.
+) -> list[tuple[Running, Clock | None]]:
+    """The running curvature of blocks with one more estimate averaged in, and their clocks then.
+
+    There are clocks where `every="auto"`, from the first estimate on.
 
     Args:
+        blocks: those that are due; no gradient is taken onto the ops of others.
         terms, calls: the likelihood and the layers' ops of one forward pass over `rows` examples.
         units: of the blocks' priors. The eigenbasis of a block that has any is reckoned in them;
             when they change, the eigenvalues of EK-FAC are carried over as they were.
     """
     check_batch(calls, rows)
     count = rows if spec.batch is None else min(spec.batch, rows)
+    layers = {layer for block in blocks for layer in block.layers}
+    calls = [call for call in calls if call.layer in layers] or calls
     kept = _kept(terms, count)
-    fresh: list[Running] = []
+    fresh: list[tuple[Running, Clock | None]] = []
     if kept is not None and len(kept) == 0:
-        return _without(running)
-    seen = _seen(spec, blocks, terms, calls, count, kept)
+        return list(zip(_without(running), clocks, strict=True))
+    every = zip(blocks, running, clocks, units, _seen(spec, blocks, terms, calls, count, kept),
+                strict=True)
     with torch.no_grad():
-        for block, old, unit, pairs in zip(blocks, running, units, seen, strict=True):
+        for block, old, clock, unit, seen in every:
             number = 1 if old is None else old.count + 1
-            turn = number in EARLY or spec.turns(step)
+            turn = number in EARLY or spec.turns(step, clock)
             roots = None if unit is None else unit.roots
-            fresh.append(update(old, block, pairs, count, spec.decay, turn, roots))
+            new = update(old, block, seen, count, spec.decay, turn, roots)
+            if spec.every == "auto":
+                clock = clock or Clock()
+                pairs = seen.pairs if isinstance(seen, BlockHessian) else seen
+                clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
+            fresh.append((new, clock))
     return fresh
 
 
