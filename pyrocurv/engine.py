@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import Curvature, estimator
 from pyrocurv.curvature.estimator import Running
 from pyrocurv.curvature.pullback import Observation
@@ -21,6 +20,7 @@ from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trus
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.structures import Diagonal, Solution, Structure
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def observe(
 ) -> list[Carried]:
     """Average one more estimate of the curvature of the blocks that are due in; `share` is B/N.
 
-    The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N), in all blocks, due or not.
+    The initial curvature fades in all blocks, due or not; see `fading`.
     """
     now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
            if is_due(spec, step, block, one) and not block.is_opaque]
@@ -133,8 +133,12 @@ def faded(
 
 
 def fading(spec: Curvature, step: int, share: float) -> float:
-    """e, the initial curvature; `share` is B/N."""
-    return spec.initial * (1 - min(0.05, share)) ** step
+    """e = initial · (1 - ρ)^step with ρ = B/N, the `share`, but within [0.01, 0.05].
+
+    It bridges the first hundreds of steps, in which the network changes faster than the average
+    follows: with plenty of data an epoch would be far too long for that.
+    """
+    return spec.initial * (1 - min(0.05, max(0.01, share))) ** step
 
 
 def _nothing(block: Block, prior: BlockPrior) -> Running:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -47,7 +48,7 @@ from pyrocurv.curvature import Curvature, estimate, estimator, hessian, in_outpu
 from pyrocurv.curvature.estimate import as_likelihood
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.infer import NGVI
-from pyrocurv.specs import KFAC, as_structure
+from pyrocurv.specs import EKFAC, KFAC, as_structure
 from pyrocurv.structures import Kronecker, KroneckerEigen
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -233,32 +234,6 @@ def test_ekfac_is_no_farther_than_kfac_in_any_layer(name: str) -> None:
     assert_same(ekfac.trace(), block.trace())
 
 
-@pytest.mark.parametrize("name", ["tied", "grouped", "layer-norm", "batch-norm", "depthwise"])
-def test_signs_in_the_weights_and_between_groups(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Where a layer has more than `PASSES` weights, without bias too."""
-    expected = of_layers(name, "normal", "kfac")
-    monkeypatch.setattr(in_weights, "PASSES", 0)
-    draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
-    error = draws.std(0) / math.sqrt(len(draws))
-    if name != "tied":  # the nearest to a sum of two products is no mean of its draws
-        assert_unbiased(draws.mean(0) - expected, error + 1e-9, expected.norm())
-    monkeypatch.undo()
-    basis = of_layers(name, "normal", "ekfac")
-    if name in ("tied", "layer-norm", "batch-norm"):
-        kronecker = hessian._Graph._factors  # noqa: SLF001
-        monkeypatch.setattr(hessian._Graph, "_factors", lambda *args: with_passes(
-            monkeypatch, lambda: kronecker(*args)))
-        groups = in_weights.InWeights.groups
-        monkeypatch.setattr(in_weights.InWeights, "groups", lambda *args: with_passes(
-            monkeypatch, lambda: groups(*args)))
-        monkeypatch.setattr(in_weights, "PASSES", 0)
-        draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
-        error = draws.std(0) / math.sqrt(len(draws))
-        assert_unbiased(draws.mean(0) - basis, error + 1e-9, basis.norm())
-
-
 # --- random signs -----------------------------------------------------------------------------
 
 NUM_SAMPLES = 400
@@ -290,30 +265,61 @@ def test_hutchinson_diagonal(monkeypatch: pytest.MonkeyPatch, model: str, likeli
 
 @pytest.mark.parametrize("model", ["twice", "conv1d", "conv-image"])
 @pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
-@each_kronecker
-def test_signs_for_many_positions(
-    monkeypatch: pytest.MonkeyPatch, model: str, likelihood: str, structure: str
-) -> None:
-    """Without bias, and its error falls as 1 / sqrt(num_samples)."""
-    if structure == "ekfac":  # in the true basis, which is not known from signs
-        exact = in_outputs.InOutputs.kronecker
-        monkeypatch.setattr(in_outputs.InOutputs, "kronecker", lambda *args: with_passes(
-            monkeypatch, lambda: exact(*args)))
-        if model == "twice":
-            pytest.skip("then C stands for the block, without what later inputs owe to the layer")
-    several = probed(monkeypatch, model, likelihood, structure, draws=60, num_samples=3)
-    expected, error = true(model, likelihood, structure), several.std(0) / math.sqrt(60)
-    assert error.norm() > 1e-6 * expected.norm()
-    assert_unbiased(several.mean(0) - expected, error + 1e-8 * expected.norm(), expected.norm())
-    more = probed(monkeypatch, model, likelihood, structure, draws=60, num_samples=27)
+def test_positions_by_signs(monkeypatch, model: str, likelihood: str) -> None:
+    """Without bias, and the variance falls as 1 / num_samples."""
+    expected = true(model, likelihood, "kfac")
+    several = probed(monkeypatch, model, likelihood, "kfac", draws=60, num_samples=3)
+    assert_unbiased_draws(several, expected)
+    more = probed(monkeypatch, model, likelihood, "kfac", draws=60, num_samples=27)
     ratio = several.var(0).sum() / more.var(0).sum()  # 9, with a standard deviation
     assert 9 / 1.8 < ratio < 9 * 1.8  # of 0.26 in its logarithm if one direction has all the noise
 
 
-def with_passes(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]) -> Any:
-    with monkeypatch.context() as patch:
-        patch.setattr(in_weights, "PASSES", 10**6)
-        return function()
+@pytest.mark.parametrize("model", ["conv1d", "conv-image"])
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
+def test_eigenvalues_by_signs_in_the_outputs(monkeypatch, model: str, likelihood: str) -> None:
+    exact_factors(monkeypatch)
+    several = probed(monkeypatch, model, likelihood, "ekfac", draws=60, num_samples=3)
+    assert_unbiased_draws(several, true(model, likelihood, "ekfac"))
+
+
+@pytest.mark.parametrize("name", ["grouped", "layer-norm", "batch-norm", "depthwise"])
+def test_groups_by_signs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of K-FAC: groups, and the exact blocks of the units of a norm layer."""
+    expected = of_layers(name, "normal", "kfac")
+    monkeypatch.setattr(in_weights, "PASSES", 0)
+    draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
+    assert_unbiased_draws(draws, expected)
+
+
+@pytest.mark.parametrize("name", ["tied", "layer-norm", "batch-norm"])
+def test_eigenvalues_by_signs_in_the_weights(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of layers whose outputs do not say all."""
+    expected = of_layers(name, "normal", "ekfac")
+    exact_factors(monkeypatch)
+    monkeypatch.setattr(in_weights, "PASSES", 0)
+    draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
+    assert_unbiased_draws(draws, expected)
+
+
+def assert_unbiased_draws(draws: Tensor, expected: Tensor) -> None:
+    error, scale = draws.std(0) / math.sqrt(len(draws)), expected.norm()
+    assert error.norm() > 1e-6 * scale  # it is by signs
+    # eigenvectors answer to rounding divided by the gaps between eigenvalues
+    assert_unbiased(draws.mean(0) - expected, error + 1e-8 * scale, scale)
+
+
+def exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For eigenvalues in the true basis, which is not known from signs."""
+    for owner, name in ((in_outputs.InOutputs, "kronecker"), (in_weights.InWeights, "groups")):
+        function = getattr(owner, name)
+
+        def exactly(*args: Any, function: Callable[..., Any] = function) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(in_weights, "PASSES", 10**6)
+                return function(*args)
+
+        monkeypatch.setattr(owner, name, exactly)
 
 
 @pytest.mark.parametrize("model", ["tanh", "relu-inplace", "no-bias", "conv1d"])
@@ -338,6 +344,31 @@ def test_nothing_is_random_where_the_answer_is_exact(structure: str) -> None:
     state = torch.get_rng_state()
     found("conv1d", "categorical", structure, num_samples=7)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_examples_that_meet_in_batch_norm() -> None:
+    """Through the weights nothing is left out; the blocks are the Hessian of the whole sum."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+        x, y = torch.randn(6, 3).double(), torch.randint(2, (6,))
+    names, tensors = zip(*net.named_parameters(), strict=True)
+    sizes = [t.numel() for t in tensors]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = [p.view_as(t) for p, t in zip(flat.split(sizes), tensors, strict=True)]
+        f = torch.func.functional_call(net, dict(zip(names, parts, strict=True)), (x,))
+        return nn.functional.cross_entropy(f, y, reduction="sum")
+
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    whole = torch.autograd.functional.hessian(loss, flat)
+    full = estimate(net, x, y, curvature="hessian", structure="full").dense()
+    assert_same(full, whole)
+    diag = estimate(net, x, y, curvature="hessian", structure="diag").dense()
+    assert_same(diag, torch.diag(whole.diag()))
+    alone = oracles.sum_of(oracles.hessian(net.eval(), a, b, "categorical")
+                           for a, b in zip(x.split(1), y.split(1), strict=True))
+    assert (alone - whole).norm() > 0.1 * whole.norm()
 
 
 # --- losses that do not bend ------------------------------------------------------------------
@@ -581,7 +612,7 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         net = net if model == "tanh" else nn.Sequential(net[0], nn.Sigmoid(), net[2])
         term = lambda f, y=y: Observation(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
-        running = estimator.update(running, seen._block, seen, len(x), 0.9, True)
+        running = estimator.update(running, seen.block, seen, len(x), 0.9, True)
         parts.append(seen.plain.dense() / len(x))
     assert running is not None
     for part in parts:
@@ -593,6 +624,28 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
     assert running.semidefinite("hessian").eigenvalues()[0] > -1e-12
     if running.factors is not None:
         assert torch.linalg.eigvalsh(running.factors.output)[0] < -1e-4
+
+
+@pytest.mark.parametrize("spec", [KFAC(rank=2), EKFAC(rank=2)], ids=str)
+@pytest.mark.parametrize("in_units", [False, True])
+def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_units) -> None:
+    """Of the first estimate the leading part is that of G ⊗ A, which is not formed."""
+    net, x, y = case("conv-stride", "normal")
+    density = as_likelihood("normal")
+    term = lambda f: Observation(density(f), y)  # noqa: E731
+    for one in blocks_of(net, x, "kfac", term, count=len(x)):
+        seen = replace(one, block=Block(one.block.layers, spec))
+        units = tuple(torch.arange(1.0, 1.0 + n).double() for n in one.block.layers[0].matrix_shape)
+        units = units if in_units else tuple(map(torch.ones_like, units))
+        factors = one.plain.rescaled(*units)
+        with monkeypatch.context() as patch:
+            patch.setattr(in_outputs.InOutputs, "kronecker", None)
+            running = estimator.update(None, seen.block, seen, len(x), 0.9, True, units)
+        expected = factors.eigen((2, 2)).psd()
+        if isinstance(spec, EKFAC):
+            expected = one.eigen(expected, units)
+        assert_same(running.curvature.dense(), expected.dense() / len(x), rtol=1e-8)
+        assert running.factors is None
 
 
 def test_a_large_convolution_by_signs() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from pyrocurv.blocks import Block, partition, positions
-from pyrocurv.capture import Call, Capture
+from pyrocurv.capture import Capture
 from pyrocurv.choice import Choice, choose
 from pyrocurv.curvature import hessian
 from pyrocurv.curvature.hessian import Seen, hessians, twice_differentiable
@@ -21,6 +21,7 @@ from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
+from pyrocurv.uses import Call
 
 Likelihood = str | Callable[[Tensor], Distribution]
 

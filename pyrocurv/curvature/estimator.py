@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import hessian, reduce
 from pyrocurv.curvature.clock import Clock, tick
 from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
 from pyrocurv.curvature.leading import Leading, mean_squares, product
 from pyrocurv.curvature.pullback import Observation, pullback
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather, only
+from pyrocurv.curvature.reduce import check_batch, gather, only
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.uses import Call
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 
@@ -154,7 +154,7 @@ def update(
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    if not isinstance(seen, BlockHessian) and _is_thin(block, seen):
+    if _is_thin(block, seen):
         return _thin(running, block, seen, rows, weight, units)
     new = hessian.plain(block, seen).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
@@ -179,33 +179,37 @@ def _left_out(running: Running | None) -> Running:
     return running
 
 
-def _is_thin(block: Block, pairs: Pairs) -> bool:
+def _is_thin(block: Block, seen: Seen) -> bool:
     """Whether leading parts of the factors are kept up from rows, without the factors."""
     spec, (layer, *_) = block.structure, block.layers
     if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
         return False
-    uses = pairs[0]
+    uses = hessian.pairs(seen)[0]
     if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
         return False
     return block.ranks != layer.matrix_shape
 
 
 def _thin(
-    running: Running | None, block: Block, pairs: Pairs, rows: int, weight: float,
+    running: Running | None, block: Block, seen: Seen, rows: int, weight: float,
     units: tuple[Tensor, Tensor] | None,
 ) -> Running:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
-    ((pair,),) = reduce.in_units(pairs, units)
+    ((pair,),) = reduce.in_units(hessian.pairs(seen), units)
     shared = reduce.shared(pair, block.structure.sharing)  # type: ignore[union-attr]
     a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
-    if not bool(torch.isfinite(a.sum() + g.sum())):
+    matrix = seen.output(units) / rows if isinstance(seen, BlockHessian) else None
+    if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
         return _left_out(running)
     if running is None:
         output, input = (Leading.nothing(x, n) for x, n in zip((g, a), block.ranks, strict=True))
     else:
         output, input = _sides_in(units, running)
     try:
-        output = output.average(g, 1 / (rows * a.shape[1]), weight)
+        if matrix is None:
+            output = output.average(g, 1 / (rows * a.shape[1]), weight)
+        else:
+            output = output.average_matrix(matrix, weight)
         input = input.average(a, 1 / rows, weight)
     except torch.linalg.LinAlgError as error:
         if running is None:
@@ -214,7 +218,10 @@ def _thin(
         return running
     count, curvature = 1 if running is None else running.count + 1, product(output, input)
     if isinstance(block.structure, EKFAC):
-        moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
+        if isinstance(seen, BlockHessian):
+            moment = seen.eigen(curvature, units).scale(1 / rows)
+        else:
+            moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, None, units, (output, input))
 

@@ -13,7 +13,7 @@ and the outputs of K-FAC at one position, are exact whatever it takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import in_weights, reduce
 from pyrocurv.curvature.in_outputs import InOutputs
 from pyrocurv.curvature.in_weights import InWeights, Units
@@ -31,6 +30,7 @@ from pyrocurv.curvature.pullback import Observation, Opaque
 from pyrocurv.curvature.reduce import Pairs
 from pyrocurv.layers import Layer
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
+from pyrocurv.uses import Call
 
 NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, should not exceed
 
@@ -58,20 +58,32 @@ def _log_prob(term: Observation, count: int) -> Tensor:
 class BlockHessian:
     """What the graph of a gradient says of one block, a SUM over the examples."""
 
-    plain: Any  # in the block's structure, before any eigenbasis: Dense, Diagonal or Kronecker
-    _block: Block
+    block: Block
     _graph: _Graph
+    _make: Callable[[], Dense | Diagonal | Kronecker]
     _source: InWeights | InOutputs | None = None  # of the eigenvalues in a basis
+    outputs: InOutputs | None = None  # of a Kronecker block that is used one way
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        """In the block's structure, before any eigenbasis: Dense, Diagonal or Kronecker."""
+        return self._make()
 
     def eigen(self, basis: KroneckerEigen, units: Units | None = None) -> KroneckerEigen:
         """The nearest matrix to a layer's Hessian on these eigenspaces, in the units of a prior."""
         assert self._source is not None
         return self._source.eigen(basis, units)
 
+    def output(self, units: Units | None) -> Tensor:
+        """G alone, in the units of a prior."""
+        assert self.outputs is not None
+        matrix = self.outputs.output(self.block.structure.sharing)  # type: ignore[union-attr]
+        return matrix if units is None else matrix / torch.outer(units[0], units[0])
+
     @property
     def pairs(self) -> Pairs:
         """The inputs of the block's layers and the gradients in their outputs."""
-        return self._graph.pairs(self._block)
+        return self._graph.pairs(self.block)
 
 
 Seen = Pairs | BlockHessian
@@ -80,6 +92,11 @@ Seen = Pairs | BlockHessian
 def plain(block: Block, seen: Seen) -> Any:
     """In the block's structure, before any eigenbasis: a `Kronecker` for the Kronecker ones."""
     return seen.plain if isinstance(seen, BlockHessian) else reduce.plain(block, seen)
+
+
+def pairs(seen: Seen) -> Pairs:
+    """The inputs of the block's layers and the gradients in their outputs."""
+    return seen.pairs if isinstance(seen, BlockHessian) else seen
 
 
 def eigen(seen: Seen, basis: KroneckerEigen, units: Units | None = None) -> KroneckerEigen:
@@ -175,49 +192,56 @@ class _Graph:
 
     def block(self, block: Block) -> BlockHessian:
         """In the block's structure."""
+        sharing = getattr(block.structure, "sharing", None)
         if block.structure == "diag":
             parts = [self._diagonal(layer) for layer in block.layers]
-            return BlockHessian(Diagonal(torch.cat(parts)), block, self)
-        if isinstance(block.structure, str):
-            return BlockHessian(Dense(self.weights(block).matrix()), block, self)
-        (layer,) = block.layers
-        if layer.form == "units":  # one output, so a group's block is 1 ⊗ itself
+            return BlockHessian(block, self, lambda: Diagonal(torch.cat([p() for p in parts])))
+        if sharing is None:
             weights = self.weights(block)
-            groups = weights.groups()
-            ones = groups.new_ones(len(groups), 1, 1)
-            factors = Kronecker(ones * self.count, groups / self.count)
-            return BlockHessian(factors, block, self, weights)
+            return BlockHessian(block, self, lambda: Dense(weights.matrix()))
+        (layer,) = block.layers
+        if layer.form == "units":
+            weights = self.weights(block)
+            return BlockHessian(block, self, lambda: _units(weights.groups(), self.count), weights)
         mine = self.uses(layer)
-        factors = self._factors(mine, block.structure.sharing)
-        straight = not any(call.flipped for call in mine)
-        if straight and (len(mine) == 1 or block.size > in_weights.PASSES):
-            return BlockHessian(factors, block, self, self.outputs(mine))
-        return BlockHessian(factors, block, self, self.weights(block))
+        straight, flipped = ([c for c in mine if c.flipped == f] for f in (False, True))
+        if flipped:
+            uses = [(self.outputs(straight), False)] if straight else []
+            uses.append((self.outputs(flipped), True))
+            return BlockHessian(block, self, lambda: _both_ways(uses, sharing), self.weights(block))
+        outputs = self.outputs(mine)
+        often = len(mine) > 1 and block.size <= in_weights.PASSES
+        source = self.weights(block) if often else outputs
+        return BlockHessian(block, self, lambda: outputs.kronecker(sharing), source, outputs)
 
-    def _factors(self, calls: Sequence[Call], sharing: str) -> Kronecker:
-        """G ⊗ A; where a matrix is used transposed as well, the nearest product to both."""
-        factors = []
-        for flipped in (False, True):
-            mine = [call for call in calls if call.flipped == flipped]
-            if mine:
-                one = self.outputs(mine).kronecker(sharing)
-                factors.append(Kronecker(one.input, one.output) if flipped else one)
-        return functools.reduce(Kronecker.nearest_sum, factors)
-
-    def _diagonal(self, layer: Layer) -> Tensor:
+    def _diagonal(self, layer: Layer) -> Callable[[], Tensor]:
         weights, mine = self.weights(Block((layer,), "diag")), self.uses(layer)
         once = len(mine) == 1 and not mine[0].flipped and layer.form != "units"
         if once and not weights.is_exact:
             outputs = self.outputs(mine)
             if outputs.passes <= in_weights.PASSES:
-                return outputs.diagonal()
-        return weights.diagonal()
+                return outputs.diagonal
+        return weights.diagonal
 
     def pairs(self, block: Block) -> Pairs:
         """The inputs and the gradients of layers that are no opaque ones, without their graph."""
-        calls = [call for call in self.calls if isinstance(call, Call)]
+        calls = [call for layer in block.layers for call in self.uses(layer)]
         arranged = [
             call.gradients(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
             for call in calls
         ]
         return reduce.only(reduce.gather(block, calls, arranged, self.count), self.kept)
+
+
+def _units(groups: Tensor, count: int) -> Kronecker:
+    """Blocks [Γ, I, I] of groups that have one output: each is 1 ⊗ itself."""
+    return Kronecker(groups.new_ones(len(groups), 1, 1) * count, groups / count)
+
+
+def _both_ways(uses: Sequence[tuple[InOutputs, bool]], sharing: str) -> Kronecker:
+    """Of a matrix that is used transposed (True): the nearest product to the sum over its uses."""
+    factors = []
+    for outputs, flipped in uses:
+        one = outputs.kronecker(sharing)
+        factors.append(Kronecker(one.input, one.output) if flipped else one)
+    return functools.reduce(Kronecker.nearest_sum, factors)

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrocurv.capture import Call
 from pyrocurv.curvature import in_weights
 from pyrocurv.curvature.in_weights import (
     Units,
@@ -34,6 +33,7 @@ from pyrocurv.curvature.in_weights import (
     symmetric,
 )
 from pyrocurv.structures import Kronecker, KroneckerEigen
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,13 @@ class InOutputs:
         return places.expand(count, *groups, examples, shared)
 
     def kronecker(self, sharing: str) -> Kronecker:
-        """G ⊗ A. With sharing "reduce", G = sum_n sum_st H_n[s, t] and A of the mean inputs."""
+        """G ⊗ A. With sharing "reduce" G = sum_n sum_st H_n[s, t], and A is of the mean inputs."""
+        rows = self.inputs if sharing == "expand" else self.inputs.mean(-2, keepdim=True)
+        rows, examples = rows.flatten(-3, -2), rows.shape[-3]
+        return Kronecker(self.output(sharing), (rows.mT @ rows) / examples)
+
+    def output(self, sharing: str) -> Tensor:
+        """G [*Γ, O, O]."""
         apart = sharing == "expand"
         *groups, examples, shared, outputs = self.gradient.shape
         places, draws = self._places(apart), 1
@@ -109,9 +115,7 @@ class InOutputs:
         for place in places:
             for some, product in self._along(place, columns):
                 total[..., some] += torch.einsum("...bs,n...bso->...on", place, product)
-        rows = self.inputs if apart else self.inputs.mean(-2, keepdim=True)
-        rows, positions = rows.flatten(-3, -2), shared if apart else 1
-        return Kronecker(symmetric(total) / (draws * positions), (rows.mT @ rows) / examples)
+        return symmetric(total) / (draws * (shared if apart else 1))
 
     def quadratic(self, columns: Tensor, along: Tensor) -> Tensor:
         """sum_n sum_st (uᵀ H_n[s, t] u) α_ns α_nt for columns u [*Γ, O, N], α [*Γ, B, S, J].
@@ -137,11 +141,14 @@ class InOutputs:
 
     def eigen(self, basis: KroneckerEigen, units: Units | None) -> KroneckerEigen:
         """The mean of C over the eigenspaces of a basis, in the units of a prior."""
-        u, v, columns, along = basis.output_basis, basis.input_basis, None, self.inputs
-        columns = spanning(u)
+        u, v = basis.output_basis, basis.input_basis
+        columns, along = spanning(u), self.inputs
         if units is not None:
             columns, along = columns / units[0].unsqueeze(-1), along / units[1][..., None, None, :]
-        along = torch.einsum("...bsi,...ij->...bsj", along, spanning(v))
+        leading = torch.einsum("...bsi,...ij->...bsj", along, v)
+        if v.shape[-1] < v.shape[-2]:  # as with `spanning`, of which no product is formed
+            leading = torch.cat([leading, along], -1)
+        along = leading
         return averaged(self.quadratic(columns, along), u, v)
 
     def diagonal(self) -> Tensor:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from pyrocurv.capture import Call
 from pyrocurv.layers import Layer
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,8 +32,8 @@ class Curvature:
         decay: weight of the past in the running average, per estimate; the first 1/(1 - decay)
             estimates are averaged equally.
         initial: an isotropic curvature per datum at the start, that fades as (1 - ρ)^step with
-            ρ = min(0.05, B/N). Without it the first samples of a network's posterior are so wide
-            that training explodes.
+            ρ = B/N within [0.01, 0.05]. Without it the first samples of a network's posterior are
+            so wide that training explodes.
         num_samples: sampled targets for each example (kind "fisher"); draws of random signs (kind
             "hessian") for layers that an exact answer would take more than 512 backward passes
             for, and for no others.
