@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--nets", nargs="+", choices=NETS, default=list(NETS))
+    add("--nets", nargs="+", choices=NETS, default=["lenet", "mlp"])
     add("--peers", nargs="+", choices=list(MAKERS)[1:], default=list(MAKERS)[1:])
     add("--rounds", type=int, default=15)
     add("--repeats", type=int, default=5, help="estimates of each library in a round")

@@ -196,7 +196,7 @@ def adamw(lr: float, num_tokens: int, total: int) -> Method:
 
 
 def ngvi(
-    lr: float, num_tokens: int, total: int, damping: float = 1e-4, kl_clip: float = 0.1,
+    lr: float, num_tokens: int, total: int, damping: float = 3e-5, kl_clip: float = 0.1,
     initial: float = 0.1,
 ) -> Method:
     net = pyrocurv.nn.bayesianize(GPT(), layers=[nn.Linear])
