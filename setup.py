@@ -5,6 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib", "tqdm"]
+PEERS = [  # what the benchmarks compare with
+    "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
+]
 TEST = ["pytest", "curvlinops-for-pytorch", *EXAMPLES]  # the suite runs the examples too
 
 setup(
@@ -30,7 +33,7 @@ setup(
     install_requires=["torch>=2.6", "pyro-ppl>=1.9.1"],
     extras_require={
         "examples": EXAMPLES,
-        "peers": ["ivon-opt"],  # what the benchmarks compare with
+        "peers": PEERS,
         "test": TEST,
         "dev": ["ruff", "mypy", *TEST],
     },

@@ -8,8 +8,6 @@ an in-place activation may overwrite the tensor, never the edge.
 from __future__ import annotations
 
 import functools
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import FunctionType
@@ -17,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyrocurv.layers import OPS, Arguments, Layer, Op
+from pyrocurv.uses import Call, Known, Use, resolve
 
 ADDITIONS = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
@@ -37,109 +36,6 @@ TURNS: dict[Any, Callable[..., bool]] = {  # whether the call swaps the axes of 
 CUTS = {Tensor.chunk, torch.chunk, Tensor.split, torch.split}
 
 
-@dataclass(frozen=True, eq=False)
-class _Known:
-    """A watched tensor, or a view of one: turned around, or the rows start:stop of `total`."""
-
-    name: str
-    tensor: Tensor  # kept alive, so that its identity stays its own
-    shape: tuple[int, ...]  # of the watched tensor
-    turned: bool = False
-    cut: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Use:
-    """One op that consumed a weight, a bias or both. `edge` is None where no gradient flows."""
-
-    op: Op | None  # None for an addition of a bias alone
-    weight: _Known | None
-    bias: _Known | None
-    form: str
-    input: Tensor
-    settings: Any
-    edge: GradientEdge | None
-    output_shape: torch.Size
-    version: int
-    batch_second: int | None = None  # B, inside attention: tensors are [L, B, E] or [L·B, E]
-    product: _Use | None = None  # what a bias was added to
-
-    @property
-    def names(self) -> tuple[str | None, str | None]:
-        weight, bias = self.weight, self.bias
-        return None if weight is None else weight.name, None if bias is None else bias.name
-
-    @property
-    def groups(self) -> int:
-        return self.settings.get("groups", 1) if self.settings else 1
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The part that one op had in a layer: inputs and output gradients as rows.
-
-    `flipped` calls see the layer's matrix turned around, as an embedding that is tied to a head.
-    """
-
-    layer: Layer
-    flipped: bool
-    edge: GradientEdge | None
-    _use: _Use
-    _part: str  # "both", "weight" or "bias"
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        use = self._use
-        return use.batch_second or (use.output_shape if use.op is None else use.input.shape)[0]
-
-    def rows(self, count: int) -> Tensor:
-        """The inputs of the first `count` examples, [*lead, count, S, I]; 1 for the bias."""
-        use = self._use
-        if self._part == "bias":
-            assert use.bias is not None
-            start, stop = use.bias.cut or (0, self.layer.size)
-            positions = math.prod(use.output_shape) // (self.batch * (stop - start))
-            return use.input.new_ones(count, positions, 1, dtype=self._dtype)
-        assert use.op is not None
-        if use.input._version != use.version:
-            raise RuntimeError(
-                f"the input of {self.layer.weight!r} was changed in place after the layer read it"
-            )
-        input = self._batch_first(use.input.detach())
-        return use.op.rows(input, use.settings, self._part == "both", count)
-
-    def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
-        """A gradient onto the output as [*lead, count, S, O]; None (no path) is zero."""
-        use = self._use
-        if gradient is None:
-            gradient = use.input.new_zeros(use.output_shape, dtype=self._dtype)
-        gradient = self._batch_first(gradient)[:count]
-        if use.op is None:
-            rows = gradient.reshape(count, -1, self.layer.size)
-        else:
-            rows = use.op.gradients(gradient, use.settings)
-        known = use.weight or use.bias
-        if known is not None and known.cut is not None:
-            start, stop = known.cut
-            rows = F.pad(rows, (start, known.shape[0] - stop))
-        if self._part == "bias" and rows.dim() == 4:  # [Γ, B, S, O] -> [B, S, Γ·O]
-            rows = rows.movedim(0, -2).flatten(-2)
-        return rows
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        known = self._use.weight or self._use.bias
-        assert known is not None
-        return known.tensor.dtype
-
-    def _batch_first(self, tensor: Tensor) -> Tensor:
-        batch = self._use.batch_second
-        if batch is None:
-            return tensor
-        return tensor.reshape(-1, batch, tensor.shape[-1]).transpose(0, 1)
-
-
 @dataclass
 class Capture(TorchFunctionMode):
     """Records the supported ops on watched tensors, and in `missed` {name: why} the others.
@@ -152,9 +48,9 @@ class Capture(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._known: dict[int, _Known] = {}
-        self._uses: list[_Use] = []
-        self._products: dict[int, tuple[_Use, Tensor]] = {}  # outputs that a bias may be added to
+        self._known: dict[int, Known] = {}
+        self._uses: list[Use] = []
+        self._products: dict[int, tuple[Use, Tensor]] = {}  # outputs that a bias may be added to
         self._shifted: set[int] = set()  # uses whose product had a bias added,
         self._reused: set[int] = set()  # and those whose product was used otherwise
         self._batch_second: int | None = None
@@ -164,7 +60,7 @@ class Capture(TorchFunctionMode):
     def watch(self, name: str, tensor: Tensor) -> None:
         """Look out for one more tensor."""
         self.watched[name] = tensor
-        self._known[id(tensor)] = _Known(name, tensor, tuple(tensor.shape))
+        self._known[id(tensor)] = Known(name, tensor, tensor)
 
     # ---- during the forward pass ----------------------------------------------------------------
 
@@ -194,7 +90,7 @@ class Capture(TorchFunctionMode):
             self._batch_second = before
 
     def _meet(
-        self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any, known: list[_Known]
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any, known: list[Known]
     ) -> None:
         op = OPS.get(func)
         if op is not None:
@@ -210,15 +106,15 @@ class Capture(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             self._miss(known, name.strip("_") if name != "__get__" else "an attribute")
 
-    def _miss(self, known: list[_Known], why: str) -> None:
+    def _miss(self, known: list[Known], why: str) -> None:
         for one in known:
             self.missed.setdefault(one.name, why)
 
-    def _alias(self, known: _Known) -> None:
+    def _alias(self, known: Known) -> None:
         self._known[id(known.tensor)] = known
 
     def _alias_cuts(
-        self, args: tuple[Any, ...], kwargs: Any, output: Any, known: _Known
+        self, args: tuple[Any, ...], kwargs: Any, output: Any, known: Known
     ) -> bool:
         """Whether a call cuts a whole watched tensor along its first axis, as attention does."""
         axis = kwargs.get("dim", args[2] if len(args) > 2 else 0)
@@ -231,7 +127,7 @@ class Capture(TorchFunctionMode):
             start = stop
         return True
 
-    def _record(self, op: Op, call: Arguments, output: Tensor, known: list[_Known]) -> None:
+    def _record(self, op: Op, call: Arguments, output: Tensor, known: list[Known]) -> None:
         weight, bias = self._find(call.weight), self._find(call.bias)
         reason = op.refusal(call)
         form = op.form
@@ -248,7 +144,7 @@ class Capture(TorchFunctionMode):
             self._miss(known, reason)
             return
         edge = get_gradient_edge(output) if output.requires_grad else None
-        use = _Use(
+        use = Use(
             op, weight, bias, form, call.input, call.settings, edge, output.shape,
             call.input._version, self._batch_second,
         )
@@ -278,7 +174,7 @@ class Capture(TorchFunctionMode):
         known, other = (self._find(args[1]), args[0]) if first is None else (first, args[1])
         product, _ = self._products.pop(id(other), (None, None))
         edge = get_gradient_edge(output) if output.requires_grad else None
-        self._uses.append(_Use(
+        self._uses.append(Use(
             None, None, known, "vector", other, None, edge, output.shape, 0, self._batch_second,
             product,
         ))
@@ -298,10 +194,10 @@ class Capture(TorchFunctionMode):
             if use is not None and output is value:
                 self._reused.add(id(use))
 
-    def _find(self, value: Any) -> _Known | None:
+    def _find(self, value: Any) -> Known | None:
         return self._known.get(id(value)) if isinstance(value, Tensor) else None
 
-    def _among(self, values: Any) -> Iterator[_Known]:
+    def _among(self, values: Any) -> Iterator[Known]:
         for value in values:
             if isinstance(value, (tuple, list)):
                 yield from self._among(value)
@@ -311,63 +207,8 @@ class Capture(TorchFunctionMode):
     # ---- after it -------------------------------------------------------------------------------
 
     def resolve(self) -> tuple[list[Layer], list[Call]]:
-        """The layers all of whose uses are supported, in order of first use, and their calls.
-
-        A weight and a bias that always come together are one layer; those that do not, as a weight
-        with two biases, are a layer each. A weight met in two forms that are not each other's
-        transpose goes to `missed`.
-        """
-        uses = self._joined()
-        makes: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
-        partners: dict[str, set[str | None]] = defaultdict(set)
-        for use in uses:
-            weight, bias = use.names
-            if use.weight is not None:
-                makes[use.weight.name].append((use.form, use.groups, use.weight.shape))
-                partners[use.weight.name].add(bias)
-            if use.bias is not None:
-                partners[use.bias.name].add(weight)
-        biases = {use.bias.name for use in uses if use.bias is not None}
-        for name, found in makes.items():
-            if len(set(found)) > 1 and not _are_transposes(found) or name in biases:
-                self.missed.setdefault(name, "a weight in two layers of different make")
-
-        def together(weight: str | None, bias: str | None) -> bool:
-            return (
-                weight is not None and bias is not None
-                and partners[weight] == {bias} and partners[bias] == {weight}
-                and len(set(makes[weight])) == 1
-                and weight not in self.missed and bias not in self.missed
-            )
-
-        calls: list[Call] = []
-        for use in uses:
-            weight, bias = use.names
-            joined = together(weight, bias)
-            if use.weight is not None and weight not in self.missed:
-                assert weight is not None
-                form, groups, shape = makes[weight][0]
-                layer = Layer(weight, bias if joined else None, shape, form, groups)
-                part = "both" if joined else "weight"
-                calls.append(Call(layer, use.form != form, use.edge, use, part))
-            if use.bias is not None and not joined and bias not in self.missed:
-                assert bias is not None
-                layer = Layer(bias, None, use.bias.shape, "vector")
-                calls.append(Call(layer, False, use.edge, use, "bias"))
-        return list(dict.fromkeys(call.layer for call in calls)), calls
-
-    def _joined(self) -> list[_Use]:
-        """The uses, with a bias that was added to a product of no other use joined to it."""
-        shifts = {id(use.product): use for use in self._uses if use.product is not None}
-        merged: list[_Use] = []
-        for use in self._uses:
-            shift = None if id(use) in self._reused else shifts.get(id(use))
-            if shift is not None and _fits(use, shift):
-                merged.append(replace(use, bias=shift.bias))
-            elif not (use.product is not None and id(use.product) not in self._reused
-                      and _fits(use.product, use)):
-                merged.append(use)
-        return merged
+        """The layers all of whose uses are supported, and their calls; see `uses.resolve`."""
+        return resolve(self._uses, self._reused, self.missed)
 
     def layers(self) -> list[Layer]:
         """The layers of `resolve`."""
@@ -377,18 +218,6 @@ class Capture(TorchFunctionMode):
     def calls(self) -> list[Call]:
         """The calls of `resolve`."""
         return self.resolve()[1]
-
-
-def _fits(product: _Use, shift: _Use) -> bool:
-    """Whether a bias can be the last column of a product's weight."""
-    assert product.weight is not None and shift.bias is not None
-    return product.weight.cut is None
-
-
-def _are_transposes(makes: list[tuple[Any, ...]]) -> bool:
-    """Whether they are rows and columns of one matrix."""
-    forms, groups, shapes = map(set, zip(*makes, strict=True))
-    return forms <= {"rows", "columns"} and groups == {1} and all(len(s) == 2 for s in shapes)
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature import Curvature, estimator
 from pyrocurv.curvature.estimator import Running
 from pyrocurv.curvature.pullback import Observation
@@ -21,6 +20,7 @@ from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trus
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.structures import Diagonal, Solution, Structure
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True)
@@ -87,36 +87,58 @@ def around(locs: Sequence[Tensor], noise: Sequence[Noise] | None) -> list[Tensor
     return [one.around(loc) for one, loc in zip(noise, locs, strict=True)]
 
 
+def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
+    """Whether `step` takes an estimate of a block."""
+    if spec.every == "auto" and block.is_opaque:  # every step does, by itself
+        return carried.running is None
+    return spec.is_due(step, carried.clock)
+
+
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
     terms: Sequence[Observation], calls: Sequence[Call], rows: int, share: float,
     priors: Sequence[BlockPrior], numbers: Numbers,
 ) -> list[Carried]:
-    """Average one more estimate of the curvature in; `share` is B/N.
+    """Average one more estimate of the curvature of the blocks that are due in; `share` is B/N.
 
-    The initial curvature fades as (1 - ρ)^step with ρ = min(0.05, B/N).
+    The initial curvature fades in all blocks, due or not; see `fading`.
     """
-    seen = [number for number, block in enumerate(blocks) if not block.is_opaque]
-    running = [one.running or _nothing(block, prior)
-               if block.is_opaque else one.running
-               for block, one, prior in zip(blocks, carried, priors, strict=True)]
+    now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
+           if is_due(spec, step, block, one) and not block.is_opaque]
     found = estimator.observe(
-        spec, step, [blocks[n] for n in seen], [running[n] for n in seen], terms, calls, rows,
-        [priors[n].units for n in seen],
+        spec, step, [blocks[n] for n in now], [carried[n].running for n in now],
+        [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now],
     )
-    for number, new in zip(seen, found, strict=True):
-        running[number] = new
+    fresh = [
+        replace(one, running=one.running or _nothing(block, prior)) if block.is_opaque else one
+        for block, one, prior in zip(blocks, carried, priors, strict=True)
+    ]
+    for number, (running, clock) in zip(now, found, strict=True):
+        fresh[number] = replace(carried[number], running=running, clock=clock)
+    return faded(spec, step, fresh, share, priors, numbers)
+
+
+def faded(
+    spec: Curvature, step: int, carried: Sequence[Carried], share: float,
+    priors: Sequence[BlockPrior], numbers: Numbers,
+) -> list[Carried]:
+    """With the initial curvature of `step`; a prior of new units waits for the next estimate."""
     faint = fading(spec, step, share)
     return [
-        replace(one, running=new,
-                metric=metric(new.curvature, faint, prior, numbers.ratio, numbers.damping))  # type: ignore[union-attr]
-        for one, new, prior in zip(carried, running, priors, strict=True)
+        replace(one, metric=metric(
+            one.running.semidefinite(spec.kind), faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]
+        )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]
+        for one, prior in zip(carried, priors, strict=True)
     ]
 
 
 def fading(spec: Curvature, step: int, share: float) -> float:
-    """e, the initial curvature; `share` is B/N."""
-    return spec.initial * (1 - min(0.05, share)) ** step
+    """e = initial · (1 - ρ)^step with ρ = B/N, the `share`, but within [0.01, 0.05].
+
+    It bridges the first hundreds of steps, in which the network changes faster than the average
+    follows: with plenty of data an epoch would be far too long for that.
+    """
+    return spec.initial * (1 - min(0.05, max(0.01, share))) ** step
 
 
 def _nothing(block: Block, prior: BlockPrior) -> Running:

@@ -17,7 +17,16 @@ from torch.distributions import Distribution
 
 from pyrocurv.priors import as_normal, compact
 
-LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.MultiheadAttention,
+    *RECURRENT,
+)
+NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)
 Prior = float | str | Callable[[nn.Module, str], Distribution]
 
 
@@ -58,17 +67,21 @@ def bayesianize(
 
     Args:
         net: any network. Its present weights are where `pyrocurv.guides` start.
-        prior: independent normals of mean 0: "fan_in" (variance 1/(fan_in + 1)), a standard
-            deviation, or a callable (module, parameter name) -> Distribution of that shape.
-        layers: which modules, by type or by name as in `net.named_modules()`; by default all
-            `Linear` and `Conv1d` to `Conv3d`. What is left out keeps point estimates.
+        prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
+            1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
+            Distribution of that shape.
+        layers: which modules, by type or by name as in `net.named_modules()`; by default linear
+            layers, (transposed) convolutions, attention and recurrent layers. Norm layers and
+            embeddings are left out unless asked for. What is left out keeps point estimates, which
+            the `summary()` of a guide lists too.
 
     Returns:
-        `net` itself, now a `PyroModule`; a site's name is that of its parameter.
+        `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
+        modules share is one site, named after the first.
 
     Raises:
         ValueError: a prior out of range or of another shape; a layer name that does not exist; no
-            layer that fits; a weight shared by two modules.
+            layer that fits; a weight that a module asked for shares with one left out.
 
     Example:
         >>> import torch
@@ -79,9 +92,11 @@ def bayesianize(
     """
     make = _prior_maker(prior)
     chosen = _chosen(net, layers)
+    ties = _ties(net, chosen)
     planned = [
         (module, name, make(module, name), parameter)
         for module in chosen for name, parameter in module.named_parameters(recurse=False)
+        if (module, name) not in ties
     ]
     for module, name, fn, parameter in planned:
         if fn.batch_shape + fn.event_shape != parameter.shape:
@@ -90,6 +105,8 @@ def bayesianize(
                 f"{tuple(fn.batch_shape + fn.event_shape)}, the parameter {tuple(parameter.shape)}"
             )
     to_pyro_module_(net)
+    for (module, name), owner in ties.items():
+        _tie(module, name, owner)
     for module, name, fn, parameter in planned:
         _set_prior(module, name, fn, parameter)
     return net
@@ -109,13 +126,20 @@ def _prior_maker(prior: Prior) -> Callable[[nn.Module, str], Distribution]:
 
 
 def _fan_in(module: nn.Module) -> int:
-    return module.weight[0].numel()  # type: ignore[index]
+    """How many inputs an output adds up."""
+    if isinstance(module, TRANSPOSED):
+        weight = module.weight
+        return weight.numel() // (weight.shape[1] * module.groups)
+    if isinstance(module, (nn.Embedding, *NORMS)):
+        return 1
+    matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+    return max(matrices, default=1)
 
 
 def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
     like = getattr(module, name)
-    zero, scale_ = like.new_zeros(()), like.new_full((), scale)
-    return dist.Normal(zero, scale_).expand(like.shape)
+    loc = like.new_full((), float(isinstance(module, NORMS) and name == "weight"))
+    return dist.Normal(loc, like.new_full((), scale)).expand(like.shape)
 
 
 def _chosen(net: nn.Module, layers: Iterable[type[nn.Module] | str] | None) -> list[nn.Module]:
@@ -130,23 +154,52 @@ def _chosen(net: nn.Module, layers: Iterable[type[nn.Module] | str] | None) -> l
     chosen = [m for m in chosen if any(True for _ in m.parameters(recurse=False))]
     if not chosen:
         raise ValueError(f"layers: nothing in {type(net).__name__} fits {wanted}")
-    _refuse_tied(named, chosen)
     return chosen
 
 
-def _refuse_tied(named: dict[str, nn.Module], chosen: list[nn.Module]) -> None:
-    owners: dict[int, tuple[str, bool]] = {}
-    for name, module in named.items():
-        for part, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{part}".lstrip(".")
-            other, is_chosen = owners.setdefault(id(parameter), (full, module in chosen))
-            if other != full and (is_chosen or module in chosen):
-                raise ValueError(f"{other} and {full} are one tensor, a tied weight")
+def _ties(
+    net: nn.Module, chosen: list[nn.Module]
+) -> dict[tuple[nn.Module, str], tuple[nn.Module, str]]:
+    """{(module, parameter): the first module and name that have the same tensor}."""
+    owners: dict[int, tuple[nn.Module, str, str]] = {}
+    ties = {}
+    for path, module in net.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}".lstrip(".")
+            owner, attribute, other = owners.setdefault(id(parameter), (module, name, full))
+            if owner is module and attribute == name:
+                continue
+            if (owner in chosen) != (module in chosen):
+                raise ValueError(
+                    f"{other} and {full} are one tensor, a tied weight: choose both layers or none"
+                )
+            if module in chosen:
+                ties[module, name] = owner, attribute
+    return ties
+
+
+def _tie(module: nn.Module, name: str, owner: tuple[nn.Module, str]) -> None:
+    """Let a module use, during its forward pass, the weight that another one samples."""
+    delattr(module, name)
+    if "_tied" not in module.__dict__:
+        module.__dict__["_tied"] = {}  # beside the submodules; deepcopy and pickle keep it
+        module.register_forward_pre_hook(_borrow)
+        module.register_forward_hook(_give_back, always_call=True)
+    module.__dict__["_tied"][name] = owner
+
+
+def _borrow(module: nn.Module, args: Any) -> None:
+    for name, (owner, attribute) in module.__dict__["_tied"].items():
+        module.__dict__[name] = getattr(owner, attribute)
+
+
+def _give_back(module: nn.Module, args: Any, output: Any) -> None:
+    for name in module.__dict__["_tied"]:
+        module.__dict__.pop(name, None)
 
 
 def _set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
     initial = parameter.detach().clone()
-    delattr(module, name)
     normal = as_normal(fn)
     if normal is None:
         if fn.event_dim < initial.dim():

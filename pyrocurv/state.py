@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrocurv.curvature.clock import Clock
 from pyrocurv.curvature.estimator import Running
 from pyrocurv.natural import Metric
 from pyrocurv.structures import Structure
@@ -46,6 +47,7 @@ class Carried:
     noise: Noise | None = None  # used once already: the next sample is its mirror image
     iterate: Tensor | None = None  # the mean that training is at, when the guide holds an average
     average: Structure | None = None  # the averaged precision
+    clock: Clock | None = None  # of `every="auto"`
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -61,13 +63,14 @@ class Carried:
             ),
             "iterate": self.iterate,
             "average": None if self.average is None else self.average.state(),
+            "clock": None if self.clock is None else self.clock.state(),
         }
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Carried:
         """The way back from `state`."""
         running, metric, noise = state["running"], state["metric"], state["noise"]
-        average = state["average"]
+        average, clock = state["average"], state["clock"]
         return Carried(
             None if running is None else Running.from_state(running),
             None if metric is None else Metric(*(Structure.from_state(part) for part in metric)),
@@ -75,6 +78,7 @@ class Carried:
             None if noise is None else Noise(*noise),
             state["iterate"],
             None if average is None else Structure.from_state(average),
+            None if clock is None else Clock.from_state(clock),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal, Normal
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Likelihood = str | Callable[[Tensor], Distribution]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -115,8 +116,11 @@ def empirical(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> T
 def hessian(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
     """sum_n d^2 -log p(y_n | f_n) / d theta d theta^T, [P, P]."""
 
+    @sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
     def one(x: Tensor, y: Tensor) -> Tensor:
         gradient = flat_gradient(nll(likelihood, net(x), y).sum(), net, create_graph=True)
+        if not gradient.requires_grad:  # linear in all weights
+            return gradient.new_zeros(len(gradient), len(gradient))
         return torch.stack([flat_gradient(g, net) for g in gradient])
 
     return sum_of(one(x, y) for x, y in zip(x.split(1), y.split(1), strict=True))
@@ -231,6 +235,110 @@ def ekfac_dense(
         return Q @ torch.diag(eigenvalues.flatten()) @ Q.T
 
     return _layerwise(block, net, x, y, likelihood, curvature)
+
+
+def hessian_kfac_dense(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+    sharing: str = "expand",
+    cuts: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """K-FAC of the Hessian, [P, P]: per layer and group G kron A as in `kfac_dense`.
+
+    G = 1/S sum_n sum_s H_n[s, s] with H_n the Hessian in the layer's output, which may be
+    indefinite; with sharing="reduce" sum_n sum_st H_n[s, t]. A norm layer has its exact blocks.
+    """
+
+    def block(seen: OutputHessians) -> Tensor:
+        G, A = hessian_factors(seen, sharing)
+        return torch.kron(cut(G, cuts[0]), cut(A, cuts[1]))
+
+    return _hessian_layerwise(block, output_block, net, x, y, likelihood)
+
+
+def hessian_ekfac_dense(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    """Q diag(Q^T H Q) Q^T with the eigenvectors Q of `hessian_kfac_dense`, [P, P].
+
+    H is the true Hessian, in the block of each layer and group.
+    """
+
+    def basis(seen: OutputHessians) -> Tensor:
+        return torch.kron(*(torch.linalg.eigh(f).eigenvectors for f in hessian_factors(seen)))
+
+    def exact(seen: OutputHessians) -> Tensor:
+        return torch.linalg.eigh(output_block(seen)).eigenvectors
+
+    Q = _hessian_layerwise(basis, exact, net, x, y, likelihood)
+    return Q @ torch.diag((Q.T @ hessian(net, x, y, likelihood) @ Q).diag()) @ Q.T
+
+
+# per example, of one group: inputs a [S, I] and H [S, O, S, O]
+OutputHessians = list[tuple[Tensor, Tensor]]
+
+
+def hessian_factors(seen: OutputHessians, sharing: str = "expand") -> tuple[Tensor, Tensor]:
+    """G = 1/S sum_n sum_s H_n[s, s], [O, O], and A = 1/B sum_n sum_s a a^T, [I, I]."""
+    if sharing == "reduce":
+        seen = [(a.mean(0, keepdim=True), H.sum((0, 2))[None, :, None]) for a, H in seen]
+    G = sum_of(torch.einsum("sosp->op", H) for _, H in seen) / len(seen[0][0])
+    return G, sum_of(a.T @ a for a, _ in seen) / len(seen)
+
+
+def output_block(seen: OutputHessians) -> Tensor:
+    """C = sum_n sum_st H_n[s, t] kron a_s a_t^T over W row-major, [O I, O I]."""
+    C = sum_of(torch.einsum("sotp,si,tj->oipj", H, a, a) for a, H in seen)
+    return C.reshape(C.shape[0] * C.shape[1], -1)
+
+
+def layer_output_hessians(
+    net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood
+) -> dict[Any, list[OutputHessians]]:
+    """Per trained layer, group and example: a [S, I], and d^2 -log p in the outputs."""
+    layers = [m for m in net.modules() if isinstance(m, LAYERS) and parameters(m)]
+    found: dict[Any, list[OutputHessians]] = {m: [[] for _ in weight_index(m)] for m in layers}
+    for example, target in zip(x.split(1), y.split(1), strict=True):
+        with sdpa_kernel(SDPBackend.MATH):
+            f, seen = _watch(net, layers, example)
+        loss = nll(likelihood, f, target).sum()
+        for layer, runs in seen.items():
+            zeros, a = [zero for _, zero in runs], torch.cat([a for a, _ in runs], 1)
+            g = _all_positions(layer, _gradients(loss, zeros, create_graph=True))
+            for group, mine in enumerate(g):
+                rows = [_all_positions(layer, _gradients(e, zeros))[group] for e in mine.flatten()]
+                H = torch.stack(rows).reshape(*mine.shape, *mine.shape)
+                found[layer][group].append((a[group], H))
+    return found
+
+
+def _gradients(scalar: Tensor, zeros: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    if not scalar.requires_grad:
+        return [torch.zeros_like(zero) for zero in zeros]
+    return list(torch.autograd.grad(
+        scalar, zeros, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    ))
+
+
+def _hessian_layerwise(
+    block: Callable[[OutputHessians], Tensor],
+    norm_block: Callable[[OutputHessians], Tensor],
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    likelihood: Likelihood,
+) -> Tensor:
+    """As `_layerwise`, with a function of its own for norm layers."""
+    matrices = []
+    for layer, groups in layer_output_hessians(net, x, y, likelihood).items():
+        index = weight_index(layer)  # [groups, O, I]
+        matrix = torch.zeros(index.numel(), index.numel(), dtype=torch.float64)
+        for places, seen in zip(index, groups, strict=True):
+            where = places.flatten()
+            make = norm_block if isinstance(layer, NORMS) else block
+            matrix[where[:, None], where] = make(seen)
+        matrices.append(matrix)
+    return torch.block_diag(*matrices)
 
 
 def kronecker_factors(pairs: Pairs, sharing: str = "expand") -> tuple[Tensor, Tensor]:
@@ -406,6 +514,11 @@ def _pull_back(f: Tensor, v: Tensor, layer: Any, runs: Any) -> Tensor:
     gradients = torch.autograd.grad(
         f, zeros, v.reshape(f.shape), retain_graph=True, materialize_grads=True
     )
+    return _all_positions(layer, gradients)
+
+
+def _all_positions(layer: Any, gradients: Any) -> Tensor:
+    """Gradients in the outputs of every run of a layer, [groups, S, O]."""
     groups = len(weight_index(layer))
     return torch.cat([_positions(layer, g, groups) for g in gradients], 1)
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrocurv.blocks import Block, partition, positions
-from pyrocurv.capture import Call, Capture
+from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
+from pyrocurv.uses import Call
 
 Weights = dict[str, Tensor]
 

@@ -451,18 +451,3 @@ def test_a_parameter_that_takes_no_part_is_named(structure) -> None:
     net.register_parameter("idle", nn.Parameter(torch.ones(2)))
     with pytest.raises(ValueError, match="idle took no part"):
         estimate(net, x, y, likelihood="categorical", curvature="ggn", structure=structure)
-
-
-# --- another library --------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_agrees_with_curvlinops() -> None:
-    curvlinops = pytest.importorskip("curvlinops")
-    net, x, y = case("conv-stride", "categorical")
-    loss = nn.CrossEntropyLoss(reduction="sum")
-    operator = curvlinops.GGNLinearOperator(net, loss, list(net.parameters()), [(x, y)])
-    expected = operator @ torch.eye(operator.shape[1], dtype=torch.float64)
-    assert_same(
-        estimated("conv-stride", "categorical", curvature="ggn", structure="full"), expected
-    )

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"structures", "layers", "specs"},
-    {"blocks"},
+    {"blocks", "uses"},
     {"capture", "choice", "priors"},
-    {"distributions", "leftout", "natural", "prototype"},
+    {"distributions", "natural", "prototype"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
     {"state"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"infer"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "specs", "blocks", "capture", "choice", "priors", "curvature",
+    "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "curvature",
     "natural", "state", "engine",
 }
 FILES = {

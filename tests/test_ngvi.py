@@ -237,7 +237,7 @@ def test_temperature_multiplies_the_whole_kl() -> None:
 
 
 def test_initial_curvature_fades() -> None:
-    """Λ = (N/T)(C + e) + δ, e = initial (1 - ρ)^t, ρ = min(0.05, B/N)."""
+    """Λ = (N/T)(C + e) + δ, e = initial (1 - ρ)^t, ρ = B/N, at most 0.05."""
     x, y = regression_data()
     ngvi = exactly(linear("unequal"), "full",
                    curvature=Curvature("ggn", every=1, batch=None, initial=0.4), temperature=0.5)
@@ -247,6 +247,21 @@ def test_initial_curvature_fades() -> None:
         faint = 0.4 * 0.95**step * NUM_DATA / 0.5
         precision = torch.linalg.inv(covariance) + faint * torch.eye(8).double()
         torch.testing.assert_close(ngvi.guide.posterior.precision.dense(), precision)
+
+
+@pytest.mark.parametrize("num_data, rho", [(30, 0.05), (1_000, 0.03), (1_000_000, 0.01)])
+def test_how_fast_the_initial_curvature_fades(num_data: int, rho: float) -> None:
+    """By epochs, yet not slower than 0.01 a step where an epoch is thousands of steps."""
+    x, y = regression_data()
+    found = []
+    for initial in (0.0, 0.4):
+        spec = Curvature("ggn", every=1, batch=None, initial=initial)
+        ngvi = exactly(linear("unequal", num_data), "full", curvature=spec)
+        for _ in range(3):
+            ngvi.step(x, y)
+        found.append(ngvi.guide.posterior.precision.diag())
+    faint = torch.full((8,), 0.4 * (1 - rho) ** 2 * num_data).double()
+    torch.testing.assert_close(found[1] - found[0], faint)
 
 
 def test_damping_never_shrinks_the_posterior() -> None:
@@ -1469,7 +1484,7 @@ def test_validation_is_put_back() -> None:
 # ---- bad input ----------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "curvature": ({"curvature": "gnn"}, ValueError, "curvature='gnn': choose one of ggn, fisher"),
+    "curvature": ({"curvature": "gnn"}, ValueError, "curvature='gnn': choose one of hessian, ggn"),
     "curvature type": ({"curvature": 3}, TypeError, "a name or a Curvature is needed, got 3"),
     "on_nonfinite": ({"on_nonfinite": "ignore"}, ValueError, "'ignore': choose 'raise' or 'skip'"),
     "lr": ({"lr": 0.0}, ValueError, "lr=0.0"),

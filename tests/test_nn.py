@@ -150,14 +150,73 @@ def test_layers_that_are_not_there(layers: list[Any]) -> None:
     assert not isinstance(net, PyroModule)
 
 
-def test_a_tied_weight_is_refused() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    net[1].weight = net[0].weight
-    with pytest.raises(ValueError, match="0.weight and 1.weight are one.* tied weight"):
-        bayesianize(net)
-    with pytest.raises(ValueError, match="tied weight"):
+def tied_net() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def test_a_tied_weight_is_one_site() -> None:
+    net, x = tied_net().double(), torch.randn(5, 3).double()
+    before = net(x)
+    model = bayesianize(net)
+    found = priors(net, x)
+    assert list(found) == ["0.weight", "0.bias", "2.bias"]
+    values = {name: fn.initial for name, fn in found.items()}
+    for again in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with poutine.condition(data=values):
+            assert torch.equal(again(x), before)
+        assert "weight" not in again[2].__dict__  # nothing sampled is left behind
+
+
+def test_a_tied_weight_does_not_outlive_an_exception() -> None:
+    net = bayesianize(tied_net())
+    with pytest.raises(RuntimeError):
+        net[2](torch.randn(5, 7))
+    assert "weight" not in net[2].__dict__
+
+
+def test_a_tied_weight_of_which_one_layer_is_left_out_is_refused() -> None:
+    net = tied_net()
+    with pytest.raises(ValueError, match="0.weight and 2.weight are one tensor, a tied weight"):
         bayesianize(net, layers=["0"])
-    assert not isinstance(net, PyroModule) and net[1].weight is net[0].weight
+    assert not isinstance(net, PyroModule) and net[2].weight is net[0].weight
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers_use_the_sampled_weights(kind: Any) -> None:
+    net, x = nn.Sequential(kind(3, 2, batch_first=True)).double(), torch.randn(4, 3, 3).double()
+    before, _ = net(x)
+    model = bayesianize(net)
+    found = priors(model, x)
+    assert set(found) == {f"0.{n}_l0" for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    values = {name: fn.initial for name, fn in found.items()}
+    with poutine.condition(data=values):
+        assert torch.equal(model(x)[0], before)
+    with poutine.condition(data={**values, "0.weight_ih_l0": 2 * values["0.weight_ih_l0"]}):
+        assert not torch.allclose(model(x)[0], before)
+
+
+@pytest.mark.parametrize(("make", "fan_in"), [
+    (lambda: nn.Conv2d(4, 6, 3, groups=2), 18),
+    (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), 18),
+    (lambda: nn.Embedding(7, 5), 1),
+    (lambda: nn.MultiheadAttention(4, 2), 4),
+    (lambda: nn.LSTM(3, 5), 5),
+])  # fmt: skip
+def test_fan_in_of_other_layers(make: Any, fan_in: int) -> None:
+    module = make()
+    bayesianize(module, layers=[type(module)])
+    name = next(n for n in ("weight", "in_proj_weight", "weight_ih_l0") if hasattr(type(module), n)
+                or f"_{n}_scale" in module._buffers)
+    assert float(module._buffers[f"_{name}_scale"]) == pytest.approx((fan_in + 1) ** -0.5)
+
+
+def test_the_scales_of_norm_layers_have_mean_one() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    found = priors(bayesianize(net, layers=[nn.Linear, nn.LayerNorm]), torch.randn(5, 3))
+    locs = {name: fn.base_dist.loc.unique().tolist() for name, fn in found.items()}
+    assert locs["1.weight"] == [1.0] and locs["1.bias"] == locs["0.weight"] == [0.0]
 
 
 def test_a_module_used_twice_is_one_layer() -> None:

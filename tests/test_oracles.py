@@ -157,6 +157,30 @@ def test_ekfac_keeps_the_trace_and_is_no_farther_than_kfac(curvature: str) -> No
     assert (ekfac - true).norm() < (kfac - true).norm()
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_hessian_through_the_outputs_is_that_in_the_weights(likelihood: str) -> None:
+    """In every layer that runs once, at several positions too."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    args = net, *data(likelihood, (3, 1, 3, 3), (3, 2)), likelihood
+    found = []
+    for layer, (seen,) in oracles.layer_output_hessians(*args).items():
+        order = oracles.parameter_order(2, seen[0][0].shape[-1], bias=True)
+        found.append(oracles.output_block(seen)[order][:, order])
+        assert seen[0][1].shape[0] == (4 if isinstance(layer, nn.Conv2d) else 1)
+    true = oracles.blocks(oracles.hessian(*args), oracles.block_sizes(net))
+    assert_same(torch.block_diag(*found), true)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac"])
+def test_kronecker_hessians_are_exact_on_one_datum_and_the_ggn_s_for_relu(structure: str) -> None:
+    oracle = getattr(oracles, f"hessian_{structure}_dense")
+    tanh = mlp(3, 4, 3), *data("categorical", (1, 3), (1, 3)), "categorical"
+    true = oracles.blocks(oracles.hessian(*tanh), oracles.block_sizes(tanh[0]))
+    assert_same(oracle(*tanh), true)
+    relu = mlp(3, 8, 3, activation=nn.ReLU), *data("categorical", (5, 3), (5, 3)), "categorical"
+    assert_same(oracle(*relu), getattr(oracles, f"{structure}_dense")(*relu), rtol=1e-8)
+
+
 def test_linear_posterior_and_evidence_of_the_joint_gaussian() -> None:
     """Conditioning the joint Gaussian of w and y gives mean and covariance, its margin log p(y)."""
     X, y = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)

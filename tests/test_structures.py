@@ -343,6 +343,65 @@ def test_rescaled_factors() -> None:
     same(Rescaled(inner.shift(0.7), root).dense(), matrix + torch.diag(0.7 * root.square()))
 
 
+# ---- the nearest positive semi-definite matrix --------------------------------------------------
+
+
+INDEFINITE: dict[str, Callable[[], Structure]] = {
+    "Dense": lambda: Dense(symmetric(5)),
+    "Diagonal": lambda: Diagonal(torch.randn(5, dtype=FLOAT64)),
+    "Kronecker": lambda: Kronecker(symmetric(3), spd(2, FLOAT64)),
+    "Kronecker, both": lambda: Kronecker(symmetric(3), symmetric(2)),
+    "Kronecker, groups": lambda: Kronecker(
+        torch.stack([symmetric(3), symmetric(3)]), torch.stack([spd(2, FLOAT64), symmetric(2)])
+    ),
+    "KroneckerEigen": lambda: signed(kronecker_eigen(FLOAT64)),
+    "KroneckerEigen, thin": lambda: signed(truncated(FLOAT64, (2, 1))),
+    "BlockDiagonal": lambda: BlockDiagonal(
+        (Dense(symmetric(2)), Diagonal(torch.randn(3, dtype=FLOAT64)), Dense(symmetric(4))),
+        torch.randperm(9).split([2, 3, 4]),
+    ),
+}
+
+
+def symmetric(size: int) -> Tensor:
+    """Of eigenvalues of both signs."""
+    basis = orthogonal(size, FLOAT64)
+    values = positive(size, dtype=FLOAT64) * torch.tensor([-1.0, 1.0]).repeat(size)[:size]
+    return (basis * values) @ basis.mT
+
+
+def signed(eigen: KroneckerEigen) -> KroneckerEigen:
+    spectrum = eigen.spectrum - eigen.spectrum.median()
+    return KroneckerEigen(eigen.output_basis, eigen.input_basis, spectrum)
+
+
+@pytest.mark.parametrize("name", INDEFINITE)
+def test_an_indefinite_structure(name: str) -> None:
+    """Its eigenvalues and shifts keep their signs; `psd` is the nearest without negative ones."""
+    structure = INDEFINITE[name]()
+    matrix = written_out(structure)
+    values, vectors = torch.linalg.eigh(matrix)
+    assert values[0] < -0.01 < 0.01 < values[-1]
+    same(structure.dense(), matrix)
+    same(structure.eigenvalues(), values)
+    same(structure.shift(0.7).dense(), matrix + 0.7 * torch.eye(len(matrix), dtype=FLOAT64))
+    same(structure.psd().dense(), (vectors * values.clamp(min=0)) @ vectors.mT)
+    assert (structure.psd().eigenvalues() >= -1e-14).all()
+
+
+@both_types
+@each
+def test_psd_of_a_positive_matrix_is_itself(name: str, dtype: torch.dtype) -> None:
+    structure, matrix = make(name, dtype)
+    same(structure.psd().dense(), matrix)
+
+
+def test_psd_of_a_rescaled_matrix_is_the_nearest_in_its_units() -> None:
+    inner, root = Dense(symmetric(4)), positive(4, dtype=FLOAT64)
+    expected = inner.psd().dense() * torch.outer(root, root)
+    same(Rescaled(inner, root).psd().dense(), expected)
+
+
 # ---- averages -----------------------------------------------------------------------------------
 
 

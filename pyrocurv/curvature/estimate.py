@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from pyrocurv.blocks import Block, partition, positions
-from pyrocurv.capture import Call, Capture
+from pyrocurv.capture import Capture
 from pyrocurv.choice import Choice, choose
-from pyrocurv.curvature import reduce
+from pyrocurv.curvature import hessian
+from pyrocurv.curvature.hessian import Seen, hessians, twice_differentiable
 from pyrocurv.curvature.pullback import Observation, Opaque, pullback
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather
+from pyrocurv.curvature.reduce import check_batch, gather
 from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
+from pyrocurv.uses import Call
 
 Likelihood = str | Callable[[Tensor], Distribution]
 
@@ -47,13 +50,13 @@ def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
     return LIKELIHOODS[likelihood]
 
 
-def _reduce(block: Block, pairs: Pairs) -> Structure:
-    spec, plain = block.structure, reduce.plain(block, pairs)
+def _reduce(block: Block, seen: Seen) -> Structure:
+    spec, plain = block.structure, hessian.plain(block, seen)
     if isinstance(spec, str):
         return plain
     ranks = None if spec.rank == "auto" else block.ranks
     if isinstance(spec, EKFAC):
-        return reduce.kronecker_eigen(pairs, plain.eigen(ranks))
+        return hessian.eigen(seen, plain.eigen(ranks))
     if ranks is not None:
         return plain.eigen(ranks, spec.cuts)
     factors = zip((plain.output, plain.input), spec.cuts, strict=True)
@@ -79,8 +82,8 @@ def estimate(
         y: targets, as the likelihood takes them.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
-        curvature: "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and `num_samples`
-            count; all of the batch is used.
+        curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
+            `num_samples` count; all of the batch is used.
         structure: "full" (one dense matrix), "block" (dense for each layer), "diag", "kfac",
             "ekfac", "kfac-block", a `KFAC` or an `EKFAC`; or a mapping {module type, or name with
             * and ?: structure} or a rule (name, module) -> structure, by which "full" is one matrix
@@ -91,6 +94,15 @@ def estimate(
         `net.named_parameters()`, each flattened row-major. full, block and diag are exact; "kfac"
         is exact for one datum at one position with one output vector, and for deep linear networks
         with a normal likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius).
+
+        The Hessian is as it is, which may be indefinite: `psd()` is the nearest matrix that is not.
+        "full" and "block" are exact whatever they cost, a double backward pass for each weight. For
+        Kronecker factors G is the mean Hessian in a layer's output and A as for the others; no
+        example may reach another's loss then, as it does through batch norm in training mode.
+        Random signs replace what takes more than 512 passes for one layer: diagonals of layers with
+        more weights than that, and more outputs times positions; positions in G; and the
+        eigenvalues of "ekfac". For a layer of more weights that runs several times those leave out
+        that its later inputs move with its weights.
 
     Raises:
         ValueError: unknown names; a parameter that takes no part; a layer that does not see the
@@ -106,20 +118,26 @@ def estimate(
     """
     curvature, density = as_curvature(curvature), as_likelihood(likelihood)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    with torch.enable_grad(), Capture(dict(named)) as capture:
+    twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
+    with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
     layers, calls = _with_opaque(capture, named, output.shape[0])
     count = output.shape[0]
     chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
     check_batch(calls, count)
+    blocks = partition(layers, chosen.__getitem__)
+    seen: Iterable[Seen]
     with torch.enable_grad():
         terms = [Observation(density(output), y)]
-        gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
+        if curvature.kind == "hessian":
+            seen = hessians(blocks, terms, calls, count, curvature.num_samples)
+        else:
+            gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
+            seen = (gather(block, calls, gradients, count) for block in blocks)
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    blocks = partition(layers, chosen.__getitem__)
     index = tuple(rows.to(output.device) for rows in positions(blocks, order))
     return BlockDiagonal(
-        tuple(_reduce(block, gather(block, calls, gradients, count)) for block in blocks), index
+        tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True)), index
     )
 
 

@@ -7,7 +7,7 @@ step that fails has changed nothing. All structures here are per datum: a mean o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
-from pyrocurv.curvature import reduce
+from pyrocurv.curvature import hessian, reduce
+from pyrocurv.curvature.clock import Clock, tick
+from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
 from pyrocurv.curvature.leading import Leading, mean_squares, product
 from pyrocurv.curvature.pullback import Observation, pullback
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather
+from pyrocurv.curvature.reduce import check_batch, gather, only
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.uses import Call
 
 EARLY = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
 
@@ -34,6 +36,11 @@ class Running:
 
     Where a side is truncated `sides` are kept instead of factors. `curvature` and `sides` are in
     the units of the prior that held at the last estimate, `units`, if any.
+
+    Of Hessians it is the mean as it is, which may be indefinite; `semidefinite` is the nearest
+    matrix that can be part of a precision. Noise of either sign cancels in the mean before it is
+    projected; a correction of each estimate that keeps it positive would add the noise's variance
+    instead, and is not known for factors.
     """
 
     count: int
@@ -41,6 +48,14 @@ class Running:
     factors: Kronecker | None = None
     units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
     sides: tuple[Leading, Leading] | None = None  # output and input
+
+    def semidefinite(self, kind: str) -> Structure:
+        """The curvature of this kind, positive semi-definite."""
+        return self.curvature.psd() if kind == "hessian" else self.curvature
+
+    def is_in(self, units: Units | None) -> bool:
+        """Whether these are the units of `curvature` still."""
+        return _same(self.units, None if units is None else units.roots)
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -62,33 +77,52 @@ class Running:
 
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], running: Sequence[Running | None],
-    terms: Sequence[Observation], calls: Sequence[Call], rows: int,
+    clocks: Sequence[Clock | None], terms: Sequence[Observation], calls: Sequence[Call], rows: int,
     units: Sequence[Units | None],
-) -> list[Running]:
-    """The running curvature of all blocks with one more estimate averaged in.
+) -> list[tuple[Running, Clock | None]]:
+    """The running curvature of blocks with one more estimate averaged in, and their clocks then.
+
+    There are clocks where `every="auto"`, from the first estimate on.
 
     Args:
+        blocks: those that are due; no gradient is taken onto the ops of others.
         terms, calls: the likelihood and the layers' ops of one forward pass over `rows` examples.
         units: of the blocks' priors. The eigenbasis of a block that has any is reckoned in them;
             when they change, the eigenvalues of EK-FAC are carried over as they were.
     """
     check_batch(calls, rows)
     count = rows if spec.batch is None else min(spec.batch, rows)
-    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
+    layers = {layer for block in blocks for layer in block.layers}
+    calls = [call for call in calls if call.layer in layers] or calls
     kept = _kept(terms, count)
-    fresh: list[Running] = []
+    fresh: list[tuple[Running, Clock | None]] = []
     if kept is not None and len(kept) == 0:
-        return _without(running)
+        return list(zip(_without(running), clocks, strict=True))
+    every = zip(blocks, running, clocks, units, _seen(spec, blocks, terms, calls, count, kept),
+                strict=True)
     with torch.no_grad():
-        for block, old, unit in zip(blocks, running, units, strict=True):
-            pairs = gather(block, calls, gradients, count)
-            if kept is not None:
-                pairs = [[pair[kept] for pair in uses] for uses in pairs]
+        for block, old, clock, unit, seen in every:
             number = 1 if old is None else old.count + 1
-            turn = number in EARLY or spec.turns(step)
+            turn = number in EARLY or spec.turns(step, clock)
             roots = None if unit is None else unit.roots
-            fresh.append(update(old, block, pairs, count, spec.decay, turn, roots))
+            new = update(old, block, seen, count, spec.decay, turn, roots)
+            if spec.every == "auto":
+                clock = clock or Clock()
+                pairs = seen.pairs if isinstance(seen, BlockHessian) else seen
+                clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
+            fresh.append((new, clock))
     return fresh
+
+
+def _seen(
+    spec: Curvature, blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call],
+    count: int, kept: Tensor | None,
+) -> Iterable[Seen]:
+    """What each block is estimated from."""
+    if spec.kind == "hessian":
+        return hessians(blocks, terms, calls, count, spec.num_samples, kept)
+    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
+    return (only(gather(block, calls, gradients, count), kept) for block in blocks)
 
 
 def _kept(terms: Sequence[Observation], count: int) -> Tensor | None:
@@ -109,8 +143,8 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 
 def update(
-    running: Running | None, block: Block, pairs: Pairs, rows: int, decay: float, refresh: bool,
-    units: tuple[Tensor, Tensor] | None = None,
+    running: Running | None, block: Block, seen: Seen, rows: int, decay: float,
+    refresh: bool, units: tuple[Tensor, Tensor] | None = None,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
@@ -120,9 +154,9 @@ def update(
     """
     count = 1 if running is None else running.count + 1
     weight = max(1 - decay, 1 / count)
-    if _is_thin(block, pairs):
-        return _thin(running, block, pairs, rows, weight, units)
-    new = reduce.plain(block, pairs).scale(1 / rows)
+    if _is_thin(block, seen):
+        return _thin(running, block, seen, rows, weight, units)
+    new = hessian.plain(block, seen).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         return _left_out(running)
     if not isinstance(new, Kronecker):
@@ -133,8 +167,7 @@ def update(
     else:
         curvature = running.curvature  # type: ignore[assignment]
     if isinstance(block.structure, EKFAC):
-        moment = reduce.kronecker_eigen(reduce.in_units(pairs, units), curvature)
-        moment = moment.scale(1 / rows)
+        moment = hessian.eigen(seen, curvature, units).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, factors, units)
 
@@ -146,33 +179,37 @@ def _left_out(running: Running | None) -> Running:
     return running
 
 
-def _is_thin(block: Block, pairs: Pairs) -> bool:
+def _is_thin(block: Block, seen: Seen) -> bool:
     """Whether leading parts of the factors are kept up from rows, without the factors."""
     spec, (layer, *_) = block.structure, block.layers
     if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
         return False
-    uses = pairs[0]
+    uses = hessian.pairs(seen)[0]
     if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
         return False
     return block.ranks != layer.matrix_shape
 
 
 def _thin(
-    running: Running | None, block: Block, pairs: Pairs, rows: int, weight: float,
+    running: Running | None, block: Block, seen: Seen, rows: int, weight: float,
     units: tuple[Tensor, Tensor] | None,
 ) -> Running:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
-    ((pair,),) = reduce.in_units(pairs, units)
+    ((pair,),) = reduce.in_units(hessian.pairs(seen), units)
     shared = reduce.shared(pair, block.structure.sharing)  # type: ignore[union-attr]
     a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
-    if not bool(torch.isfinite(a.sum() + g.sum())):
+    matrix = seen.output(units) / rows if isinstance(seen, BlockHessian) else None
+    if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
         return _left_out(running)
     if running is None:
         output, input = (Leading.nothing(x, n) for x, n in zip((g, a), block.ranks, strict=True))
     else:
         output, input = _sides_in(units, running)
     try:
-        output = output.average(g, 1 / (rows * a.shape[1]), weight)
+        if matrix is None:
+            output = output.average(g, 1 / (rows * a.shape[1]), weight)
+        else:
+            output = output.average_matrix(matrix, weight)
         input = input.average(a, 1 / rows, weight)
     except torch.linalg.LinAlgError as error:
         if running is None:
@@ -181,7 +218,10 @@ def _thin(
         return running
     count, curvature = 1 if running is None else running.count + 1, product(output, input)
     if isinstance(block.structure, EKFAC):
-        moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
+        if isinstance(seen, BlockHessian):
+            moment = seen.eigen(curvature, units).scale(1 / rows)
+        else:
+            moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
         curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
     return Running(count, curvature, None, units, (output, input))
 
@@ -203,7 +243,7 @@ def _eigen(
 ) -> KroneckerEigen:
     try:
         factors = factors if units is None else factors.rescaled(*units)
-        return factors.eigen(block.ranks, block.structure.cuts)  # type: ignore[union-attr]
+        return factors.eigen(block.ranks, block.structure.cuts).psd()  # type: ignore[union-attr]
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise

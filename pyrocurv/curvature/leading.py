@@ -69,6 +69,15 @@ class Leading:
         values = (y @ basis).square().sum(0)
         return Leading(basis, values, torch.lerp(self.diagonal, diagonal, weight))
 
+    def average_matrix(self, matrix: Tensor, weight: float) -> Leading:
+        """(1 - weight) A + weight · matrix [n, n], which may be indefinite: A's trace is exact, and
+        of its eigenvalues the largest are kept, none below zero."""
+        past = (self.basis * self.values) @ self.basis.mT
+        values, vectors = eigh_psd(torch.lerp(past, matrix, weight))
+        rank = len(self.values)
+        diagonal = torch.lerp(self.diagonal, matrix.diagonal(), weight)
+        return Leading(vectors[:, -rank:].flip(-1), values[-rank:].flip(-1), diagonal)
+
     def rescaled(self, ratio: Tensor) -> Leading:
         """In other units, with rows x · ratio [n]: the leading part and the diagonal are carried
         over exactly, only the rest is spread evenly again."""

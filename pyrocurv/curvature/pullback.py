@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from pyrocurv.capture import Call
 from pyrocurv.layers import Layer
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,11 @@ class Opaque:
     tensor: Tensor
     batch: int
     flipped: bool = False
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensor, by name."""
+        return {self.layer.weight: self.tensor}
 
     def rows(self, count: int) -> Tensor:
         """Ones [count, 1, 1]."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pyrocurv.blocks import Block
-from pyrocurv.capture import Call
 from pyrocurv.curvature.pullback import Opaque
 from pyrocurv.layers import Layer
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
+from pyrocurv.uses import Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,11 @@ def _uses(
             g = _joined([gradients[i] for i in mine])
             uses.append(Pair(g, a) if flipped else Pair(a, g))
     return [_by_unit(pair) for pair in uses] if layer.form == "units" else uses
+
+
+def only(pairs: Pairs, rows: Tensor | None) -> Pairs:
+    """Of these examples; None: of all."""
+    return pairs if rows is None else [[pair[rows] for pair in uses] for uses in pairs]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

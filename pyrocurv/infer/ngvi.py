@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyrocurv import engine
 from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
@@ -43,6 +44,13 @@ class NaturalGradient(torch.optim.Optimizer):
         if closure is None:
             raise RuntimeError("call ngvi.step(...): this optimizer is there for schedulers")
         return closure()
+
+
+class Updates(NamedTuple):
+    """Of a block's curvature."""
+
+    updates: int
+    interval: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +202,11 @@ class NGVI:
         self, state: State, args: Any, kwargs: Any
     ) -> tuple[Proposal, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
-        families, due = self.guide.blocks, self.curvature.is_due(state.step)
+        families = self.guide.blocks
+        due = any(
+            engine.is_due(self.curvature, state.step, family.block, one)
+            for family, one in zip(families, state.blocks, strict=True)
+        )
         locs = [
             family.raw_loc.detach() if one.iterate is None else one.iterate
             for family, one in zip(families, state.blocks, strict=True)
@@ -206,9 +218,9 @@ class NGVI:
             self.average,
         )
         encoded = [
-            family.encode(one.average or one.metric.precision)  # type: ignore[union-attr]
-            if due or self.average or family.block.is_opaque else None
-            for family, one in zip(families, proposal.state.blocks, strict=True)
+            family.encode(new.average or new.metric.precision)  # type: ignore[union-attr]
+            if self.average or new.metric is not old.metric else None
+            for family, old, new in zip(families, state.blocks, proposal.state.blocks, strict=True)
         ]
 
         @torch.no_grad()
@@ -244,7 +256,9 @@ class NGVI:
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = engine.around(locs, noise), due and particle == 0
-            run = run_model(self.model, self.guide, sample, args, kwargs, watch)
+            twice = watch and self.curvature.kind == "hessian"
+            with twice_differentiable() if twice else nullcontext():
+                run = run_model(self.model, self.guide, sample, args, kwargs, watch)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
             if watch:
@@ -274,6 +288,11 @@ class NGVI:
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
             divergence = engine.divergence(sample, noise, held, priors)
             loss = loss + energy.detach() + heat * divergence
+        if not due and self.curvature.fades(state.step):
+            carried = engine.faded(
+                self.curvature, state.step, carried, run.batch / run.num_data, priors,
+                self._numbers(run),
+            )
         carried = engine.sense(
             self.curvature, state.step, [family.block for family in families], carried, products,
             run.batch / run.num_data, priors, self._numbers(run),
@@ -338,6 +357,22 @@ class NGVI:
             divergence = engine.divergence(sample, noise, precisions, priors)
             losses.append(energy + self._heat(run) * divergence)
         return float(torch.stack(losses).mean())
+
+    def update_counts(self) -> dict[str, Updates]:
+        """How often each block's curvature was estimated, and its present interval in steps.
+
+        A block goes by its layer's module, "net.0", or its weight where that is no module's; one of
+        several layers by the first and the last, "net.0 ... net.4". Weights that no supported op
+        consumes have an estimate from every step. Empty before the first step.
+        """
+        if self._state is None:
+            return {}
+        step, counts = self._state.step, {}
+        for family, one in zip(self.guide.blocks, self._state.blocks, strict=True):
+            block, updates = family.block, 0 if one.running is None else one.running.count
+            interval = 1 if block.is_opaque else self.curvature.interval(step, one.clock)
+            counts[block.name] = Updates(updates, interval)
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """All but the parameters of guide and model, which have states of their own."""

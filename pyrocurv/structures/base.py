@@ -3,7 +3,7 @@
 Every structure stands for one symmetric matrix M [P, P] and acts on the last axis of its arguments:
 
     M @ x, solve(x) = M⁻¹x, rsqrt(z) (covariance M⁻¹ when z ~ N(0, I)), logdet, trace, diag,
-    inverse_diag, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp, map
+    inverse_diag, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp, psd, map
 
 Signs and verbs keep their algebra; where a result is an approximation the docstring says so.
 """
@@ -93,6 +93,10 @@ class Structure(ABC):
     @abstractmethod
     def lerp(self: S, other: S, weight: float) -> S:
         """(1 - weight) M + weight · other, exactly or as near as the structure can come."""
+
+    @abstractmethod
+    def psd(self) -> Structure:
+        """The nearest positive semi-definite matrix in the Frobenius norm."""
 
     def solution(self, x: Tensor) -> Solution:
         """M⁻¹x, to be added to something, for x [P]."""

@@ -76,3 +76,6 @@ class BlockDiagonal(Structure):
         """Block by block, each as its own structure lerps."""
         parts = zip(self.blocks, other.blocks, strict=True)
         return BlockDiagonal(tuple(a.lerp(b, weight) for a, b in parts), self.index)
+
+    def psd(self) -> BlockDiagonal:
+        return BlockDiagonal(tuple(block.psd() for block in self.blocks), self.index)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
-from pyrocurv.structures.linalg import cholesky
+from pyrocurv.structures.linalg import cholesky, eigh_psd
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,3 +61,7 @@ class Dense(Structure):
 
     def lerp(self, other: Dense, weight: float) -> Dense:
         return Dense(torch.lerp(self.matrix, other.matrix, weight))
+
+    def psd(self) -> Dense:
+        values, vectors = eigh_psd(self.matrix)
+        return Dense((vectors * values) @ vectors.mT)

@@ -65,6 +65,9 @@ class Diagonal(Structure):
     def lerp(self, other: Diagonal, weight: float) -> Diagonal:
         return Diagonal(torch.lerp(self.entries, other.entries, weight))
 
+    def psd(self) -> Diagonal:
+        return Diagonal(self.entries.clamp(min=0))
+
 
 @dataclass(frozen=True, eq=False)
 class Rescaled(Structure):
@@ -115,3 +118,7 @@ class Rescaled(Structure):
     def lerp(self, other: Rescaled, weight: float) -> Rescaled:
         """In `other`'s units, as `inner` lerps; exact where the units are the same."""
         return Rescaled(self.inner.lerp(other.inner, weight), other.root)
+
+    def psd(self) -> Rescaled:
+        """The nearest in the units that `inner` is in."""
+        return Rescaled(self.inner.psd(), self.root)

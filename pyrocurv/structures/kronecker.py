@@ -21,12 +21,15 @@ from torch import Tensor
 
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
-from pyrocurv.structures.linalg import eigh_psd
+from pyrocurv.structures.linalg import eigh_blocks
 
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Structure):
-    """output [O, O] ⊗ input [I, I], both symmetric positive semi-definite; or each [Γ, ...]."""
+    """output [O, O] ⊗ input [I, I], both symmetric; or each [Γ, ...].
+
+    `solve`, `rsqrt` and `logdet` want both positive definite.
+    """
 
     output: Tensor
     input: Tensor
@@ -87,6 +90,9 @@ class Kronecker(Structure):
         """G ⊗ A + delta·I, exact for a scalar; the result lives in the joint eigenbasis."""
         return self.eigen().shift(delta)
 
+    def psd(self) -> KroneckerEigen:
+        return self.eigen().psd()
+
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """Factor by factor: the K-FAC average, not the average of the two matrices."""
         return Kronecker(
@@ -126,7 +132,7 @@ class Kronecker(Structure):
         """In its eigenbasis: eigenvalues λ_G λ_Aᵀ, exactly.
 
         Args:
-            ranks: of each side the leading ones alone. A truncated side keeps its trace: the rest
+            ranks: of each side the largest ones alone. A truncated side keeps its trace: the rest
                 of its eigenvalues are replaced by their mean.
             num_blocks: `cut` the output and the input side into so many diagonal blocks first.
         """
@@ -153,7 +159,7 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
 
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
-    values, basis = eigh_psd(factor, num_blocks)
+    values, basis = eigh_blocks(factor, num_blocks)
     rest = values.shape[-1] - rank
     if rest == 0:
         return basis, values

@@ -201,6 +201,9 @@ class KroneckerEigen(Structure):
             output_basis, input_basis, turn_output.mT @ self.spectrum @ turn_input
         )
 
+    def psd(self) -> KroneckerEigen:
+        return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum.clamp(min=0))
+
     def lerp(self, other: KroneckerEigen, weight: float) -> KroneckerEigen:
         """In `other`'s basis, on whose eigenspaces this one is averaged: exact if they agree."""
         here = self.rotated(other.output_basis, other.input_basis)

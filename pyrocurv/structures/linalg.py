@@ -31,22 +31,31 @@ def _finite(matrix: Tensor) -> bool:
     return bool(torch.isfinite(matrix).all())
 
 
-def eigh_psd(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
-    """`eigh` of positive semi-definite matrices: rounding below zero is set to zero.
+def eigh_blocks(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """`eigh` of `cut(matrix, num_blocks)`, block by block, at n³/p² the cost for p blocks.
 
-    With several blocks that of `cut(matrix, num_blocks)`, block by block, at n³/p² the cost.
+    What eigenvalues of positive semi-definite matrices have below zero by rounding is set to zero.
     """
     if num_blocks == 1:
         values, vectors = eigh(matrix)
-        return values.clamp(min=0), vectors
-    vectors, parts = torch.zeros_like(matrix), []
-    blocks = zip(_blocks(vectors, num_blocks), _blocks(matrix, num_blocks), strict=True)
-    for place, block in blocks:
-        values, found = eigh(block)
-        place.copy_(found)
-        parts.append(values.flatten(-2))
-    values, order = torch.cat(parts, -1).clamp(min=0).sort(-1)
-    return values, vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+    else:
+        vectors, parts = torch.zeros_like(matrix), []
+        blocks = zip(_blocks(vectors, num_blocks), _blocks(matrix, num_blocks), strict=True)
+        for place, block in blocks:
+            found_values, found = eigh(block)
+            place.copy_(found)
+            parts.append(found_values.flatten(-2))
+        values, order = torch.cat(parts, -1).sort(-1)
+        vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
+    size = values.abs().amax(-1, keepdim=True)
+    rounding = values.shape[-1] * torch.finfo(values.dtype).eps * size
+    return torch.where(values.abs() <= rounding, 0.0, values), vectors
+
+
+def eigh_psd(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
+    """`eigh_blocks` of the nearest positive semi-definite matrices: none below zero."""
+    values, vectors = eigh_blocks(matrix, num_blocks)
+    return values.clamp(min=0), vectors
 
 
 def cut(matrix: Tensor, num_blocks: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Guides for weights left out of a posterior: trained as points, or kept as they are."""
+"""Guides for what has no Gaussian: points that are trained, frozen values, all other latents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList
 from torch import Tensor
 
 
@@ -56,3 +57,24 @@ class Frozen(AutoGuide):
     ) -> dict[str, Tensor]:
         """The value itself, for each quantile."""
         return {n: torch.stack([v] * len(quantiles)) for n, v in self._values().items()}
+
+
+def rest_of(
+    model: Callable[..., Any], values: Mapping[str, Tensor], left_out: Mapping[str, str],
+    left: Sequence[str], fallback: Callable[[Any], AutoGuide],
+) -> AutoGuide:
+    """One guide for the sites left out {site: "point" or "frozen"}, at `values`, and those left."""
+    parts: list[AutoGuide] = []
+    for kind, make in (("point", Points), ("frozen", Frozen)):
+        names = [name for name in left_out if left_out[name] == kind]
+        if names:
+            part = make(poutine.block(model, expose=names), {name: values[name] for name in names})
+            parts.append(part)
+    if left:
+        parts.append(fallback(poutine.block(model, expose=list(left))))
+    if len(parts) == 1:
+        return parts[0]
+    joint = AutoGuideList(poutine.block(model, expose=[*left_out, *left]))
+    for part in parts:
+        joint.append(part)
+    return joint

@@ -1,4 +1,4 @@
-"""Pyro guides over network weights with a structured Gaussian posterior.
+"""What all guides here share: a Gaussian for each block of weights, and a guide for the rest.
 
 At its first call a guide runs the model once, sees which latents a supported op consumes as
 weights, and lays out a Gaussian for each block of them. What is left goes to a `fallback` guide.
@@ -16,19 +16,19 @@ import pyro
 import torch
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoGuide, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.blocks import Block, partition, positions
-from pyrocurv.choice import LEFT_OUT, Choice, choose
+from pyrocurv.blocks import Block, positions
+from pyrocurv.choice import Choice
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
-from pyrocurv.leftout import Frozen, Points
+from pyrocurv.guides.leftout import rest_of
+from pyrocurv.guides.plan import Plan
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
-from pyrocurv.specs import Spec, as_structure
 from pyrocurv.structures import BlockDiagonal
 
 _instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -99,18 +99,16 @@ class StructuredGuide(AutoGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         partial = self.master is not None
         found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs)
-        modules = named_modules(self._base_model[0])
-        chosen = choose(self._choice, self.structure, found.layers, modules, LEFT_OUT)
-        out = {kind: [n for layer, c in chosen.items() if c == kind for n in layer.tensors]
-               for kind in LEFT_OUT}
-        plan = partition([layer for layer in chosen if chosen[layer] not in LEFT_OUT],
-                         lambda layer: _allowed(layer.form, chosen[layer]))
-        names = {name for block in plan for name in block.tensors}
+        plan = Plan.of(
+            found, self._choice, self.structure, named_modules(self._base_model[0])
+        )
+        names = {name for block in plan.blocks for name in block.tensors}
         weights = {name: site for name, site in found.latents.items() if name in names}
         if self.sites:
-            self._check_layout(plan)
+            self._check_layout(plan.blocks)
         else:
-            self._build(plan, {name: site["value"].detach() for name, site in weights.items()})
+            values = {name: site["value"].detach() for name, site in weights.items()}
+            self._build(plan.blocks, values)
         self._event_dims = {name: site["fn"].event_dim for name, site in weights.items()}
         priors = {name: site["fn"] for name, site in weights.items()}
         self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
@@ -118,61 +116,33 @@ class StructuredGuide(AutoGuide):
             frame.name: frame
             for site in found.latents.values() for frame in site["cond_indep_stack"]
         }
-        self._warn(found, plan, names)
-        self._set_fallback(found, out, names, args, kwargs)
+        if complaint := plan.complaint(found):
+            warnings.warn(f"{type(self).__name__}: {complaint}", stacklevel=2)
+        self._set_fallback(found, plan, args, kwargs)
         self.prototype_trace = found.trace
         if self.master is not None:
             self.master()._check_prototype(found.trace)
 
-    def _check_layout(self, plan: Sequence[Block]) -> None:
-        def layout(blocks: Iterator[Block]) -> dict[str, tuple[Any, ...]]:
+    def _check_layout(self, blocks: Sequence[Block]) -> None:
+        def layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:
             return {n: (s, block.structure) for block in blocks for n, s in block.tensors.items()}
 
-        have, want = layout(family.block for family in self.blocks), layout(iter(plan))
+        have, want = layout([family.block for family in self.blocks]), layout(blocks)
         if have != want:
             raise ValueError(f"the loaded guide has weights {have}, the model {want}")
 
-    def _build(self, plan: Sequence[Block], values: Mapping[str, Tensor]) -> None:
-        for block in plan:
+    def _build(self, blocks: Sequence[Block], values: Mapping[str, Tensor]) -> None:
+        for block in blocks:
             self.blocks.append(FAMILIES[block.kind](block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
 
-    def _warn(self, found: Prototype, plan: Sequence[Block], names: set[str]) -> None:
-        """Of weights that have not the Gaussian one may expect."""
-        opaque = [name for block in plan if block.is_opaque for name in block.tensors]
-        others = [n for n in found.latents if n in found.missed and n not in names]
-        parts = [
-            f"{', '.join(f'{name} ({found.missed[name]})' for name in some)} {what}"
-            for some, what in (
-                (opaque, "consumed by no supported op: independent Gaussians, from gradients"),
-                (others, "left to the fallback guide"),
-            ) if some
-        ]
-        if parts:
-            warnings.warn(f"{type(self).__name__}: {'; '.join(parts)}", stacklevel=3)
-
-    def _set_fallback(
-        self, found: Prototype, out: Mapping[str, list[str]], names: set[str],
-        args: Any, kwargs: Any,
-    ) -> None:
-        model = self._base_model[0]
-        self.fallback_sites = tuple(name for name in found.latents if name not in names)
-        left = [name for name in self.fallback_sites if name not in sum(out.values(), [])]
-        self._left_out = {name: kind for kind, some in out.items() for name in some}
-        values = {name: site["value"] for name, site in found.latents.items()}
-        parts: list[AutoGuide] = [
-            make(poutine.block(model, expose=out[kind]), {name: values[name] for name in out[kind]})
-            for kind, make in (("point", Points), ("frozen", Frozen)) if out[kind]
-        ]
-        if left:
-            parts.append(self._make_fallback(poutine.block(model, expose=left)))
-        if not parts:
+    def _set_fallback(self, found: Prototype, plan: Plan, args: Any, kwargs: Any) -> None:
+        self.fallback_sites, self._left_out = (*plan.left_out, *plan.left), plan.left_out
+        if not self.fallback_sites:
             return
-        self.fallback = parts[0] if len(parts) == 1 else AutoGuideList(
-            poutine.block(model, expose=[*self.fallback_sites]))
-        if len(parts) > 1:
-            for part in parts:
-                self.fallback.append(part)
+        model = self._base_model[0]
+        values = {name: found.latents[name]["value"] for name in plan.left_out}
+        self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
         self._create_plates(*args, **kwargs)
         with torch.no_grad(), frozen_buffers(model):
             poutine.block(self.fallback)(*args, **kwargs)
@@ -301,21 +271,37 @@ class StructuredGuide(AutoGuide):
         ]).sum()
 
     def summary(self) -> str:
-        """A table of every latent: site, shape, structure, how many numbers."""
+        """A table of every latent: site, shape, structure, how many numbers.
+
+        Parameters of the model that are no latents follow, as "point" where `optim` trains them and
+        "frozen" where nothing does; the last line says how many numbers have a posterior here.
+        """
         self._ready()
         structure = {n: f.block.label for f in self.blocks for n in f.block.tensors}
         structure.update(self._left_out)
         kind = self._make_fallback.__name__
         rows = [("site", "shape", "structure", "numbers")]
-        for name, value in self.median().items():
+        latents = self.median()
+        for name, value in latents.items():
             shape = str(tuple(value.shape))
             rows.append((name, shape, structure.get(name, kind), str(value.numel())))
+        points = {
+            f"{owner}.{name}".lstrip("."): parameter
+            for owner, module in named_modules(self._base_model[0]).items()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        for name, value in points.items():
+            state = "point" if value.requires_grad else "frozen"
+            rows.append((name, str(tuple(value.shape)), state, str(value.numel())))
+        here = sum(family.block.size for family in self.blocks)
+        every = sum(value.numel() for value in (*latents.values(), *points.values()))
         width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], width, strict=False)),
                        row[3].rjust(width[3])])
             for row in rows
-        )
+        ]
+        return "\n".join([*lines, f"{here:,} of {every:,} numbers have a posterior here"])
 
     # ---- saving ---------------------------------------------------------------------------------
 
@@ -352,58 +338,3 @@ class StructuredGuide(AutoGuide):
             for key in [key for key in state_dict if key.startswith(start)]:
                 self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _allowed(form: str, structure: Spec) -> Spec:
-    """Independent Gaussians where there are gradients only."""
-    return "diag" if form == "opaque" else as_structure(structure)
-
-
-class DiagonalGuide(StructuredGuide):
-    """Independent weights (mean field)."""
-
-    structure = "diag"
-
-
-class KFACGuide(StructuredGuide):
-    """Matrix-normal-like weights for each layer: the precision is (N/T)(G ⊗ A) + δ.
-
-    The prior enters exactly, with no factored damping. G ⊗ A itself is exact for one datum at one
-    position and for deep linear networks. A layer with a side wider than 160 keeps the 32 leading
-    eigenvectors of each side of more than 64, and the mean eigenvalue of the rest.
-
-    Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
-    arXiv:1712.02390.
-
-    Example:
-        >>> import torch, pyrocurv
-        >>> net = pyrocurv.nn.bayesianize(torch.nn.Linear(4, 3))
-        >>> guide = KFACGuide(pyrocurv.nn.Classifier(net, num_data=10))
-        >>> weights = guide(torch.randn(10, 4), torch.randint(3, (10,)))
-        >>> guide.sites
-        {'net.weight': (3, 4), 'net.bias': (3,)}
-    """
-
-    structure = "kfac"
-
-
-class EKFACGuide(StructuredGuide):
-    """As `KFACGuide`, with the eigenvalues re-estimated in the Kronecker eigenbasis.
-
-    Reference: Bae, Zhang & Grosse 2018, "Eigenvalue corrected noisy natural gradient",
-    arXiv:1811.12565.
-    """
-
-    structure = "ekfac"
-
-
-class BlockGuide(StructuredGuide):
-    """A dense Gaussian for each layer: P² numbers, for layers of up to some thousand weights."""
-
-    structure = "block"
-
-
-class FullGuide(StructuredGuide):
-    """One dense Gaussian over all layers: P² numbers, for up to some thousand weights."""
-
-    structure = "full"

@@ -1,0 +1,247 @@
+"""The Hessian of the negative log likelihood, by backward passes through its gradient's graph.
+
+"full", "block" and "diag" are exact for any network: a pass for each row, in the weights. Kronecker
+factors go through the outputs of a layer, see `in_outputs`; the eigenvalues of EK-FAC too, unless
+the layer runs more than once and has no more than `PASSES` weights: those come from its rows. The
+diagonal of a layer of more weights goes through its outputs where that takes no more passes.
+
+What would take more than `PASSES` passes for a layer comes from `num_samples` draws of random
+signs, without bias: diagonals, the positions in G, the eigenvalues of EK-FAC. "full" and "block",
+and the outputs of K-FAC at one position, are exact whatever it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pyrocurv.blocks import Block
+from pyrocurv.curvature import in_weights, reduce
+from pyrocurv.curvature.in_outputs import InOutputs
+from pyrocurv.curvature.in_weights import InWeights, Units
+from pyrocurv.curvature.pullback import Observation, Opaque
+from pyrocurv.curvature.reduce import Pairs
+from pyrocurv.layers import Layer
+from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
+from pyrocurv.uses import Call
+
+NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, should not exceed
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """For the forward pass: fused attention has no second derivative, the plain product has."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def energy(terms: Sequence[Observation], count: int) -> Tensor:
+    """-log p of the first `count` examples, weights and masks applied."""
+    return -sum(_log_prob(term, count) for term in terms)  # type: ignore[return-value]
+
+
+def _log_prob(term: Observation, count: int) -> Tensor:
+    log_prob = term.likelihood.log_prob(term.value)
+    if term.mask is not None:
+        mask = torch.as_tensor(term.mask, device=log_prob.device)
+        log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
+    log_prob = log_prob * term.weight
+    return (log_prob[:count] if log_prob.dim() else log_prob).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class BlockHessian:
+    """What the graph of a gradient says of one block, a SUM over the examples."""
+
+    block: Block
+    _graph: _Graph
+    _make: Callable[[], Dense | Diagonal | Kronecker]
+    _source: InWeights | InOutputs | None = None  # of the eigenvalues in a basis
+    outputs: InOutputs | None = None  # of a Kronecker block that is used one way
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        """In the block's structure, before any eigenbasis: Dense, Diagonal or Kronecker."""
+        return self._make()
+
+    def eigen(self, basis: KroneckerEigen, units: Units | None = None) -> KroneckerEigen:
+        """The nearest matrix to a layer's Hessian on these eigenspaces, in the units of a prior."""
+        assert self._source is not None
+        return self._source.eigen(basis, units)
+
+    def output(self, units: Units | None) -> Tensor:
+        """G alone, in the units of a prior."""
+        assert self.outputs is not None
+        matrix = self.outputs.output(self.block.structure.sharing)  # type: ignore[union-attr]
+        return matrix if units is None else matrix / torch.outer(units[0], units[0])
+
+    @property
+    def pairs(self) -> Pairs:
+        """The inputs of the block's layers and the gradients in their outputs."""
+        return self._graph.pairs(self.block)
+
+
+Seen = Pairs | BlockHessian
+
+
+def plain(block: Block, seen: Seen) -> Any:
+    """In the block's structure, before any eigenbasis: a `Kronecker` for the Kronecker ones."""
+    return seen.plain if isinstance(seen, BlockHessian) else reduce.plain(block, seen)
+
+
+def pairs(seen: Seen) -> Pairs:
+    """The inputs of the block's layers and the gradients in their outputs."""
+    return seen.pairs if isinstance(seen, BlockHessian) else seen
+
+
+def eigen(seen: Seen, basis: KroneckerEigen, units: Units | None = None) -> KroneckerEigen:
+    """The mean of a layer's curvature over the eigenspaces of a basis, in the units of a prior."""
+    if isinstance(seen, BlockHessian):
+        return seen.eigen(basis, units)
+    return reduce.kronecker_eigen(reduce.in_units(seen, units), basis)
+
+
+def hessians(
+    blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call | Opaque],
+    count: int, num_samples: int, kept: Tensor | None = None,
+) -> list[BlockHessian]:
+    """The Hessian of each block, from the first `count` examples; `kept` are those not masked.
+
+    The graph of the forward pass is kept; nobody's `.grad` is touched.
+    """
+    seen = {call.layer for call in calls}
+    for layer in (layer for block in blocks for layer in block.layers):
+        if layer not in seen:
+            raise ValueError(f"{layer.weight!r} took no part in this forward pass")
+    names = {name for block in blocks if _is_in_weights(block, calls) for name in block.tensors}
+    graph = _Graph.of(names, terms, calls, count, num_samples, kept)
+    return [graph.block(block) for block in blocks]
+
+
+def _is_in_weights(block: Block, calls: Sequence[Call | Opaque]) -> bool:
+    """Whether something of a block may be read from the rows of its weights."""
+    (first, *more) = (call.flipped for call in calls if call.layer == block.layers[0])
+    return (
+        isinstance(block.structure, str) or first or bool(more) or block.layers[0].form == "units"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """The gradient with its graph, in weights that it is wanted in and in all outputs."""
+
+    calls: Sequence[Call | Opaque]
+    leaves: dict[str, Tensor]
+    in_leaves: dict[str, Tensor]  # by name
+    in_calls: dict[int, Tensor | None]  # by the call's id
+    count: int
+    num_samples: int
+    kept: Tensor | None
+    widest: int
+
+    @staticmethod
+    def of(
+        names: Container[str], terms: Sequence[Observation], calls: Sequence[Call | Opaque],
+        count: int, num_samples: int, kept: Tensor | None,
+    ) -> _Graph:
+        """One backward pass."""
+        seen = [call for call in calls if isinstance(call, Call)]
+        edges = [call.edge for call in seen]
+        if None in edges:
+            raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
+        leaves = {
+            name: leaf for call in calls for name, leaf in call.leaves.items() if name in names
+        }
+        loss, wanted = energy(terms, count), [*leaves.values(), *edges]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        in_leaves = {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), found, strict=False)
+        }
+        in_calls = {id(c): g for c, g in zip(seen, found[len(leaves):], strict=True)}
+        widest = max(1 if g is None else g.numel() for g in found)
+        return _Graph(calls, leaves, in_leaves, in_calls, count, num_samples, kept, widest)
+
+    def _chunk(self, size: int) -> int:
+        return max(1, NUMBERS // max(size, self.widest))
+
+    def weights(self, block: Block) -> InWeights:
+        """In the weights of a block."""
+        return InWeights(
+            block, block.pack(self.in_leaves), tuple(self.leaves[name] for name in block.tensors),
+            self._chunk(block.size), self.num_samples,
+        )
+
+    def outputs(self, calls: Sequence[Call]) -> InOutputs:
+        """In the outputs of some calls of one layer."""
+        gradients = [self.in_calls[id(call)] for call in calls]
+        return InOutputs.of(
+            calls, gradients, self.count, self.kept, self._chunk(1), self.num_samples
+        )
+
+    def uses(self, layer: Layer) -> list[Call]:
+        """The calls of a layer that is no opaque one."""
+        return [c for c in self.calls if isinstance(c, Call) and c.layer == layer]
+
+    def block(self, block: Block) -> BlockHessian:
+        """In the block's structure."""
+        sharing = getattr(block.structure, "sharing", None)
+        if block.structure == "diag":
+            parts = [self._diagonal(layer) for layer in block.layers]
+            return BlockHessian(block, self, lambda: Diagonal(torch.cat([p() for p in parts])))
+        if sharing is None:
+            weights = self.weights(block)
+            return BlockHessian(block, self, lambda: Dense(weights.matrix()))
+        (layer,) = block.layers
+        if layer.form == "units":
+            weights = self.weights(block)
+            return BlockHessian(block, self, lambda: _units(weights.groups(), self.count), weights)
+        mine = self.uses(layer)
+        straight, flipped = ([c for c in mine if c.flipped == f] for f in (False, True))
+        if flipped:
+            uses = [(self.outputs(straight), False)] if straight else []
+            uses.append((self.outputs(flipped), True))
+            return BlockHessian(block, self, lambda: _both_ways(uses, sharing), self.weights(block))
+        outputs = self.outputs(mine)
+        often = len(mine) > 1 and block.size <= in_weights.PASSES
+        source = self.weights(block) if often else outputs
+        return BlockHessian(block, self, lambda: outputs.kronecker(sharing), source, outputs)
+
+    def _diagonal(self, layer: Layer) -> Callable[[], Tensor]:
+        weights, mine = self.weights(Block((layer,), "diag")), self.uses(layer)
+        once = len(mine) == 1 and not mine[0].flipped and layer.form != "units"
+        if once and not weights.is_exact:
+            outputs = self.outputs(mine)
+            if outputs.passes <= in_weights.PASSES:
+                return outputs.diagonal
+        return weights.diagonal
+
+    def pairs(self, block: Block) -> Pairs:
+        """The inputs and the gradients of layers that are no opaque ones, without their graph."""
+        calls = [call for layer in block.layers for call in self.uses(layer)]
+        arranged = [
+            call.gradients(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
+            for call in calls
+        ]
+        return reduce.only(reduce.gather(block, calls, arranged, self.count), self.kept)
+
+
+def _units(groups: Tensor, count: int) -> Kronecker:
+    """Blocks [Γ, I, I] of groups that have one output: each is 1 ⊗ itself."""
+    return Kronecker(groups.new_ones(len(groups), 1, 1) * count, groups / count)
+
+
+def _both_ways(uses: Sequence[tuple[InOutputs, bool]], sharing: str) -> Kronecker:
+    """Of a matrix that is used transposed (True): the nearest product to the sum over its uses."""
+    factors = []
+    for outputs, flipped in uses:
+        one = outputs.kronecker(sharing)
+        factors.append(Kronecker(one.input, one.output) if flipped else one)
+    return functools.reduce(Kronecker.nearest_sum, factors)

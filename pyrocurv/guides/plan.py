@@ -1,0 +1,58 @@
+"""How the latents of a model are shared out: blocks with a Gaussian, points, frozen, the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from pyrocurv.blocks import Block, partition
+from pyrocurv.choice import LEFT_OUT, Choice, choose
+from pyrocurv.prototype import Prototype
+from pyrocurv.specs import Spec, as_structure
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks, what is `left_out` {site: "point" or "frozen"}, and names of what is `left`."""
+
+    blocks: list[Block]
+    left_out: dict[str, str]
+    left: tuple[str, ...]
+
+    @staticmethod
+    def of(
+        found: Prototype, choice: Choice, default: str, modules: Mapping[str, nn.Module]
+    ) -> Plan:
+        """By the choice, and by the default where it says nothing."""
+        chosen = choose(choice, default, found.layers, modules, LEFT_OUT)
+        left_out = {
+            name: kind for layer, kind in chosen.items() if kind in LEFT_OUT
+            for name in layer.tensors
+        }
+        blocks = partition(
+            [layer for layer, kind in chosen.items() if kind not in LEFT_OUT],
+            lambda layer: _allowed(layer.form, chosen[layer]),
+        )
+        taken = {*left_out, *(name for block in blocks for name in block.tensors)}
+        left = tuple(name for name in found.latents if name not in taken)
+        return Plan(blocks, left_out, left)
+
+    def complaint(self, found: Prototype) -> str:
+        """Which weights have not the Gaussian one may expect, and why; or ""."""
+        opaque = [name for block in self.blocks if block.is_opaque for name in block.tensors]
+        others = [name for name in self.left if name in found.missed]
+        reasons = {
+            "consumed by no supported op: independent Gaussians, from gradients": opaque,
+            "left to the fallback guide": others,
+        }
+        return "; ".join(
+            f"{', '.join(f'{name} ({found.missed[name]})' for name in names)} {reason}"
+            for reason, names in reasons.items() if names
+        )
+
+
+def _allowed(form: str, structure: Spec) -> Spec:
+    """Independent Gaussians where there are gradients only."""
+    return "diag" if form == "opaque" else as_structure(structure)
