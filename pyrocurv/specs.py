@@ -27,7 +27,7 @@ class KFAC:
             K-FAC; as many as a factor has rows is its diagonal. An eigendecomposition costs d³/p²
             for p blocks of a factor of d rows.
         rank: how many eigenvectors each side keeps, the mean eigenvalue standing for the rest.
-            "auto": all where neither side is wider than 160, else 32 of each side of more than 64.
+            "auto": all where neither side is wider than 160, else 16 of each side of more than 64.
             None: all. What is lost is which of the rest has more curvature than another.
         sharing: of weights used at many positions, "expand" (each position by itself) or "reduce"
             (inputs averaged, gradients summed over them; Eschenhagen et al. 2023,

@@ -323,7 +323,7 @@ def test_a_run_with_sampled_positions_resumes_bit_for_bit(make: Any) -> None:
     ngvi, guide = start()
     for _ in range(3):
         ngvi.step(x, y)
-    assert guide.blocks[0].input_basis.shape == (181, 32)
+    assert guide.blocks[0].input_basis.shape == (181, 16)
     state, held = copy.deepcopy((ngvi.state_dict(), guide.state_dict()))
     expected = [ngvi.step(x, y) for _ in range(3)]
     again, other = start()

@@ -494,8 +494,8 @@ def test_groups_in_their_eigenbases() -> None:
 
 @pytest.mark.parametrize(
     ("sides", "ranks"),
-    [((1, 1), (1, 1)), ((160, 160), (160, 160)), ((10, 161), (10, 32)), ((64, 785), (64, 32)),
-     ((512, 785), (32, 32)), ((161, 3), (32, 3))],
+    [((1, 1), (1, 1)), ((160, 160), (160, 160)), ((10, 161), (10, 16)), ((64, 785), (64, 16)),
+     ((512, 785), (16, 16)), ((161, 3), (16, 3))],
 )
 def test_ranks_of_sides(sides: tuple[int, int], ranks: tuple[int, int]) -> None:
     assert automatic_ranks(*sides) == ranks

@@ -15,7 +15,7 @@ class KFACGuide(StructuredGuide):
     """Matrix-normal-like weights for each layer: the precision is (N/T)(G ⊗ A) + δ.
 
     The prior enters exactly, with no factored damping. G ⊗ A itself is exact for one datum at one
-    position and for deep linear networks. A layer with a side wider than 160 keeps the 32 leading
+    position and for deep linear networks. A layer with a side wider than 160 keeps the 16 leading
     eigenvectors of each side of more than 64, and the mean eigenvalue of the rest.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",

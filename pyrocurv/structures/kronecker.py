@@ -146,15 +146,15 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
     """How many eigenvectors each side of a layer keeps.
 
     A number: that many, of a side that has more. "auto": all, where neither side is wider than 160;
-    in a wider layer 32 of each side that has more than 64, since thin products are cheaper. Exact
-    as long as no more directions than that carry curvature, as with fewer data than 32 at one
+    in a wider layer 16 of each side that has more than 64, since thin products are cheaper. Exact
+    as long as no more directions than that carry curvature, as with fewer data than 16 at one
     position.
     """
     if isinstance(rank, int):
         return min(outputs, rank), min(inputs, rank)
     if max(outputs, inputs) <= 160:
         return outputs, inputs
-    return (outputs if outputs <= 64 else 32), (inputs if inputs <= 64 else 32)
+    return (outputs if outputs <= 64 else 16), (inputs if inputs <= 64 else 16)
 
 
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
