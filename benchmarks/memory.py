@@ -21,13 +21,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from step_cost import make_step
 from torch import Tensor
 
 import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI
+from step_cost import make_step
 
 MIB = 2**20
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
