@@ -74,13 +74,15 @@ class Block:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """[..., P] -> {name: [..., *shape]}."""
-        if len(self.layers) == 1:
-            return self.layers[0].unpack(packed)
+        """[..., P] -> {name: [..., *shape]}, contiguous."""
+        return {name: part.contiguous() for name, part in self.views(packed).items()}
+
+    def views(self, packed: Tensor) -> dict[str, Tensor]:
+        """[..., P] -> {name: [..., *shape]}, in the memory of `packed` where forms allow it."""
         parts = packed.split([layer.size for layer in self.layers], -1)
         values: dict[str, Tensor] = {}
         for layer, part in zip(self.layers, parts, strict=True):
-            values.update(layer.unpack(part))
+            values.update(layer.views(part))
         return values
 
     def state(self) -> dict[str, Any]:

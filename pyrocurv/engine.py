@@ -6,7 +6,7 @@ A state and what was seen go in, a proposal comes out; nothing is changed here, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,10 +17,12 @@ from pyrocurv.curvature import Curvature, estimator
 from pyrocurv.curvature.estimator import Running
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trust
-from pyrocurv.priors import BlockPrior
+from pyrocurv.priors import BlockPrior, Prior, kl
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.structures import Diagonal, Solution, Structure
 from pyrocurv.uses import Call
+
+Weights = Mapping[str, Tensor]  # {name: [*shape]}
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,14 @@ def draw(
     return fresh, [*fresh] if antithetic else nothing
 
 
-def around(locs: Sequence[Tensor], noise: Sequence[Noise] | None) -> list[Tensor]:
-    """The sampled weights; the means themselves where there is no noise."""
+def around(
+    blocks: Sequence[Block], locs: Sequence[Tensor], noise: Sequence[Noise] | None
+) -> list[Weights]:
+    """The sampled weights of each block; the means themselves where there is no noise."""
     if noise is None:
-        return [loc.clone() for loc in locs]
-    return [one.around(loc) for one, loc in zip(noise, locs, strict=True)]
+        return [block.unpack(loc.clone()) for block, loc in zip(blocks, locs, strict=True)]
+    parts = zip(noise, blocks, locs, strict=True)
+    return [one.around(block, loc) for one, block, loc in parts]
 
 
 def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
@@ -174,13 +179,27 @@ def sense(
 
 @torch.no_grad()
 def divergence(
-    sample: Sequence[Tensor], noise: Sequence[Noise] | None, precisions: Sequence[Structure],
-    priors: Sequence[BlockPrior],
+    blocks: Sequence[Block], sample: Sequence[Weights], noise: Sequence[Noise] | None,
+    precisions: Sequence[Structure], priors: Sequence[BlockPrior],
 ) -> Tensor:
     """log q - log p of the sampled weights; without noise, the KL at the mean. In nats."""
-    squares = [None] * len(sample) if noise is None else [one.square for one in noise]
-    parts = zip(sample, squares, precisions, priors, strict=True)
-    return torch.stack([surplus(w, square, q, prior.packed) for w, square, q, prior in parts]).sum()
+    parts = [*zip(blocks, sample, precisions, priors, strict=True)]
+    if noise is None:
+        terms = [kl(block.pack(w), precision, prior.packed) for block, w, precision, prior in parts]
+    else:
+        terms = [
+            surplus(_distance(block, w, prior.packed), one.square, precision, prior.packed)
+            for (block, w, precision, prior), one in zip(parts, noise, strict=True)
+        ]
+    return torch.stack(terms).sum()
+
+
+def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
+    """Σ δ (w - M₀)²; packed only where the prior is not the same for all."""
+    if prior.precision.dim() or prior.loc.dim():
+        return prior.distance(block.pack(weights))
+    parts = [prior.distance(weights[name].flatten()) for name in block.tensors]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def propose(

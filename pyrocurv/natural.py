@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrocurv.priors import BlockPrior, Prior, kl
+from pyrocurv.priors import BlockPrior, Prior
 from pyrocurv.structures import Diagonal, Rescaled, Structure
 
 
@@ -88,11 +88,6 @@ def trust(inner: float, lr: float, kl_clip: float | None) -> float:
     return min(1.0, math.sqrt(kl_clip / (lr * lr * inner)))
 
 
-def surplus(
-    weights: Tensor, square: Tensor | None, precision: Structure, prior: Prior
-) -> Tensor:
-    """log q(w) - log p(w), where square = εᵀΛε for w = M + ε; at the mean (None), KL(q ‖ p)."""
-    if square is None:
-        return kl(weights, precision, prior)
-    entropies = precision.logdet() - prior.logdet(len(weights))
-    return (entropies + prior.distance(weights) - square) / 2
+def surplus(distance: Tensor, square: Tensor, precision: Structure, prior: Prior) -> Tensor:
+    """log q(w) - log p(w), for distance = Σ δ (w - M₀)² and square = εᵀΛε of w = M + ε."""
+    return (precision.logdet() - prior.logdet(precision.size) + distance - square) / 2

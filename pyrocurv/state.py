@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrocurv.blocks import Block
 from pyrocurv.curvature.clock import Clock
 from pyrocurv.curvature.estimator import Running
 from pyrocurv.natural import Metric
@@ -32,9 +33,13 @@ class Noise:
         """The antithetic deviation."""
         return Noise(self.drawn, self.square, -self.sign)
 
-    def around(self, loc: Tensor) -> Tensor:
-        """The sample, loc + epsilon."""
-        return torch.add(loc, self.drawn, alpha=self.sign)
+    def around(self, block: Block, loc: Tensor) -> dict[str, Tensor]:
+        """The sample loc + epsilon, unpacked in the same pass."""
+        epsilon = block.views(self.drawn)
+        return {
+            name: torch.add(part, epsilon[name], alpha=self.sign).contiguous()
+            for name, part in block.views(loc).items()
+        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -246,6 +246,7 @@ class NGVI:
     ) -> _Found:
         """Run the model at sampled weights, and take from the graph all that is wanted of it."""
         carried, families = list(state.blocks), self.guide.blocks
+        blocks = [family.block for family in families]
         precisions = [one.metric.precision if one.metric else None for one in carried]
         held = [q or family.precision() for q, family in zip(precisions, families, strict=True)]
         noises = [one.noise for one in carried]
@@ -255,7 +256,7 @@ class NGVI:
         rest: list[Tensor | None] = []
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
-            sample, watch = engine.around(locs, noise), due and particle == 0
+            sample, watch = engine.around(blocks, locs, noise), due and particle == 0
             twice = watch and self.curvature.kind == "hessian"
             with twice_differentiable() if twice else nullcontext():
                 run = run_model(self.model, self.guide, sample, args, kwargs, watch)
@@ -265,7 +266,7 @@ class NGVI:
                 if not bool(torch.isfinite(energy)):
                     raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
                 carried = engine.observe(
-                    self.curvature, state.step, [family.block for family in families], carried,
+                    self.curvature, state.step, blocks, carried,
                     [site.observation(run.num_data) for site in run.data],
                     run.capture.calls, run.data[0].rows, run.batch / run.num_data,  # type: ignore[union-attr]
                     priors, self._numbers(run),
@@ -278,15 +279,15 @@ class NGVI:
             self._kept = found  # lest malloc give the heap's top back and fault it in every step
             leaves = zip(run.weights.items(), found, strict=False)
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
-            packed = [family.block.pack(weights) for family in families]
+            packed = [block.pack(weights) for block in blocks]
             gradients = _add(gradients, packed)
             if noise is not None:
                 products = [
-                    _sum(sum_, one.epsilon * g) if family.block.is_opaque else None
-                    for family, sum_, one, g in zip(families, products, noise, packed, strict=True)
+                    _sum(sum_, one.epsilon * g) if block.is_opaque else None
+                    for block, sum_, one, g in zip(blocks, products, noise, packed, strict=True)
                 ]
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
-            divergence = engine.divergence(sample, noise, held, priors)
+            divergence = engine.divergence(blocks, sample, noise, held, priors)
             loss = loss + energy.detach() + heat * divergence
         if not due and self.curvature.fades(state.step):
             carried = engine.faded(
@@ -294,7 +295,7 @@ class NGVI:
                 self._numbers(run),
             )
         carried = engine.sense(
-            self.curvature, state.step, [family.block for family in families], carried, products,
+            self.curvature, state.step, blocks, carried, products,
             run.batch / run.num_data, priors, self._numbers(run),
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
@@ -343,18 +344,20 @@ class NGVI:
         """
         if self.guide.prototype_trace is None:
             poutine.block(self.guide)(*args, **kwargs)
-        locs = [family.raw_loc.detach() for family in self.guide.blocks]
-        precisions = [family.precision() for family in self.guide.blocks]
+        families = self.guide.blocks
+        blocks = [family.block for family in families]
+        locs = [family.raw_loc.detach() for family in families]
+        precisions = [family.precision() for family in families]
         used: list[Noise | None] = [None] * len(locs)
         losses = []
         for _ in range(self.num_particles):
             noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
             with frozen_buffers(self.model):
-                sample = engine.around(locs, noise)
+                sample = engine.around(blocks, locs, noise)
                 run = run_model(self.model, self.guide, sample, args, kwargs)
             priors = self._read_priors(run)
             energy = run.energy(self._heat(run))
-            divergence = engine.divergence(sample, noise, precisions, priors)
+            divergence = engine.divergence(blocks, sample, noise, precisions, priors)
             losses.append(energy + self._heat(run) * divergence)
         return float(torch.stack(losses).mean())
 

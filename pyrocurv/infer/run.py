@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,17 +79,16 @@ class Run:
 
 
 def run_model(
-    model: Callable[..., Any], guide: StructuredGuide, packed: list[Tensor],
+    model: Callable[..., Any], guide: StructuredGuide, sample: Sequence[Mapping[str, Tensor]],
     args: Any, kwargs: Any, watch: bool = False,
 ) -> Run:
-    """Run the model at the packed weights of the guide's blocks; `watch` its ops for curvature.
+    """Run the model at weights for each of the guide's blocks; `watch` its ops for curvature.
 
     Raises ValueError where nothing is observed, or a plate is smaller than the batch in it.
     """
-    weights: dict[str, Tensor] = {}
-    for family, value in zip(guide.blocks, packed, strict=True):
-        weights.update(family.block.unpack(value))
-    weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
+    weights = {
+        name: value.detach().requires_grad_() for part in sample for name, value in part.items()
+    }
     values, fallback = dict(weights), None
     if guide.fallback_sites:
         guide._create_plates(*args, **kwargs)

@@ -84,13 +84,13 @@ class Layer:
         return apart.transpose(1, 2).reshape(shape)  # [Γ, I, O, k] -> [Γ, O, I·k]
 
     def _weight(self, matrix: Tensor) -> Tensor:
-        """[..., *lead, O, I] -> [..., *shape], the bias not included; contiguous."""
+        """[..., *lead, O, I] -> [..., *shape], the bias not included."""
         more = matrix.shape[: matrix.dim() - len(self.matrix_shape)]
         if self.form == "columns":
             kernel = math.prod(self.shape[2:])
             apart = matrix.reshape(*more, self.groups, self.rows, -1, kernel)
             matrix = apart.transpose(-3, -2)
-        return matrix.reshape(*more, *self.shape).contiguous()
+        return matrix.reshape(*more, *self.shape)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P], W row-major, one group after the other."""
@@ -102,10 +102,14 @@ class Layer:
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, contiguous."""
+        return {name: part.contiguous() for name, part in self.views(packed).items()}
+
+    def views(self, packed: Tensor) -> dict[str, Tensor]:
+        """[..., P] -> {name: [..., *shape]}, in the memory of `packed` where the form allows it."""
         more = packed.shape[:-1]
         if self.bias is None:
             return {self.weight: self._weight(packed.reshape(*more, *self.matrix_shape))}
         matrix = packed.reshape(*more, *self.matrix_shape)
-        bias = matrix.select(-1, -1).reshape(*more, *self.bias_shape).contiguous()
+        bias = matrix.select(-1, -1).reshape(*more, *self.bias_shape)
         weight = self._weight(matrix.narrow(-1, 0, self.columns - 1))
         return {self.weight: weight, self.bias: bias}
