@@ -123,13 +123,13 @@ def test_forward_samples_are_of_the_posterior_too(structure: str) -> None:
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac"])
 def test_samples_of_a_wide_layer(structure: str) -> None:
-    """A side of 171 inputs keeps 32 directions, and one variance for all the others."""
+    """A side of 171 inputs keeps 16 directions, and one variance for all the others."""
     model = Regressor(bayesianize(nn.Linear(170, 2).double(), normal_prior(0.3, 1.0)), 100, 0.5)
     x, y = torch.randn(100, 170).double(), torch.randn(100, 2).double()
     ngvi = NGVI(model, GUIDES[structure](model), curvature="ggn")
     ngvi.step(x, y), ngvi.step(x, y)
     posterior, n = ngvi.guide.posterior, 2_000
-    assert ngvi.guide.blocks[0].scale.shape == (2, 33)
+    assert ngvi.guide.blocks[0].scale.shape == (2, 17)
     covariance = torch.linalg.inv(posterior.precision.dense().detach())
     torch.testing.assert_close(posterior.variance, covariance.diag())
     draws = flat(ngvi.guide.sample_posterior(n), ngvi.guide.sites)
