@@ -28,10 +28,10 @@ ADDITIONS = {
 TURNS: dict[Any, Callable[..., bool]] = {  # whether the call swaps the axes of a matrix
     Tensor.T.__get__: lambda *_: True,  # type: ignore[attr-defined]
     Tensor.mT.__get__: lambda *_: True,  # type: ignore[attr-defined]
-    Tensor.t: lambda *_: True,
-    torch.t: lambda *_: True,
-    Tensor.transpose: lambda _, a, b: a % 2 != b % 2,
-    torch.transpose: lambda _, a, b: a % 2 != b % 2,
+    Tensor.t: lambda *_, **__: True,
+    torch.t: lambda *_, **__: True,
+    Tensor.transpose: lambda input, dim0, dim1: dim0 % 2 != dim1 % 2,
+    torch.transpose: lambda input, dim0, dim1: dim0 % 2 != dim1 % 2,
 }
 CUTS = {Tensor.chunk, torch.chunk, Tensor.split, torch.split}
 

@@ -94,6 +94,16 @@ def test_without_gradients_there_is_no_edge() -> None:
     assert capture.layers() == [Layer("w", "b", (4, 3))]
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_bias_that_outputs_share_is_missed(shape: tuple[int, ...]) -> None:
+    bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    weights = {"w": leaf(3, 4), "b": bias}
+    capture = watched(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
+    assert capture.layers() == [] and set(capture.missed.values()) == {
+        "a bias that is shared by outputs"
+    }
+
+
 def test_an_input_that_is_changed_in_place_later() -> None:
     weights, x = linear_weights(), tensor(5, 3)
     with Capture(dict(weights)) as capture:
@@ -304,6 +314,7 @@ AS_LINEAR: dict[str, Callable[[Weights], Tensor]] = {
     "in place": lambda w: (X @ w["w"].T).add_(w["b"]),
     "linear and a sum": lambda w: F.linear(X, w["w"]) + w["b"],
     "addmm": lambda w: torch.addmm(w["b"], X, w["w"].T),
+    "by keyword": lambda w: torch.mm(X, mat2=torch.transpose(w["w"], dim0=0, dim1=1)) + w["b"],
 }  # fmt: skip
 
 

@@ -332,3 +332,15 @@ def test_a_run_with_sampled_positions_resumes_bit_for_bit(make: Any) -> None:
     again.load_state_dict(state)
     torch.manual_seed(5)
     assert [again.step(x, y) for _ in range(3)] == expected
+
+
+@structures
+def test_masked_examples_are_no_rows(structure: str) -> None:
+    """3 of 8 examples are left: the truncated sides have the scale of the whole factors."""
+    ((pairs,),) = [estimates(1, 3, positions=2)]
+    thin, whole = (
+        step(None, structure, pairs, 8, DECAY, False, None, rank) for rank in (8, OUTPUTS + INPUTS)
+    )
+    assert thin.sides is not None and whole.sides is None
+    same(thin.curvature.trace(), whole.curvature.trace())
+    same(thin.curvature.dense(), whole.curvature.dense())

@@ -210,7 +210,7 @@ def _thin(
             output = output.average(g, 1 / (rows * a.shape[1]), weight)
         else:
             output = output.average_matrix(matrix, weight)
-        input = input.average(a, 1 / rows, weight)
+        input = input.average(a, 1 / len(a), weight)  # masks may have left fewer than `rows`
     except torch.linalg.LinAlgError as error:
         if running is None:
             raise

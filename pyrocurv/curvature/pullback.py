@@ -98,7 +98,7 @@ def _weighted(term: Observation, value: Tensor) -> Tensor:
         log_prob = torch.where(torch.as_tensor(term.mask, device=log_prob.device), log_prob, 0.0)
     weight = term.weight
     root = weight.sqrt() if isinstance(weight, Tensor) else math.sqrt(weight)
-    return log_prob if root == 1.0 else log_prob * root
+    return log_prob if isinstance(root, float) and root == 1.0 else log_prob * root
 
 
 def _fisher(term: Observation, num_samples: int) -> Iterator[Tensor]:

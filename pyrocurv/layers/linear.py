@@ -18,7 +18,9 @@ def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> A
     return Arguments(input, weight, bias)
 
 
-def _read_product(input: Tensor, other: Tensor, mat2: Tensor | None = None) -> Arguments:
+def _read_product(
+    input: Tensor, other: Tensor | None = None, mat2: Tensor | None = None
+) -> Arguments:
     return Arguments(input, other if mat2 is None else mat2)
 
 
@@ -33,8 +35,13 @@ def _refuse(call: Arguments) -> str:
         return "a linear op on an input without a batch axis"
     if call.weight is not None and call.weight.dim() != 2:
         return "a product with a weight that is no matrix"
-    if call.settings.get("factors", (1, 1)) != (1, 1):
+    factors = call.settings.get("factors")
+    if factors not in (None, (1, 1)):
         return "addmm with factors"
+    if call.bias is not None and call.weight is not None:
+        outputs = call.weight.shape[0 if factors is None else 1]
+        if call.bias.numel() != outputs:
+            return "a bias that is shared by outputs"
     return ""
 
 
