@@ -14,8 +14,9 @@ The tokens are the examples: N is their number, and the curvature one per token.
 weights of the linear layers; embeddings and LayerNorms are AdamW's in either method. NLL is in nats
 per character, of the mean weights and of the average of 8 samples; "train" is the end of the
 training text. Settings were chosen on the validation files with seed 0: AdamW's learning rate among
-four (8e-4, 1.5e-3, 3e-3, 6e-3), NGVI's numbers in nine runs, so it had more looks. `--validation` leaves the test files alone. `--cost` alone times
-the steps as in `step_cost.py`. A missed target fails nothing.
+four (8e-4, 1.5e-3, 3e-3, 6e-3), NGVI's numbers in nine runs, so it had more looks. `--validation`
+leaves the test files alone. `--cost` alone times the steps as in `step_cost.py`. A missed target
+fails nothing.
 """
 
 from __future__ import annotations
