@@ -125,6 +125,6 @@ def positions(blocks: Sequence[Block], order: Mapping[str, Sequence[int]]) -> tu
     start = 0
     for name, shape in order.items():
         size = math.prod(shape)
-        places[name] = torch.arange(start, start + size).reshape(*shape)
+        places[name] = torch.arange(start, start + size).reshape(tuple(shape))
         start += size
     return tuple(block.pack(places) for block in blocks)

@@ -26,8 +26,8 @@ ADDITIONS = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
 }
 TURNS: dict[Any, Callable[..., bool]] = {  # whether the call swaps the axes of a matrix
-    Tensor.T.__get__: lambda *_: True,  # type: ignore[attr-defined]
-    Tensor.mT.__get__: lambda *_: True,  # type: ignore[attr-defined]
+    Tensor.T.__get__: lambda *_: True,  # type: ignore[attr-defined]  # mypy sees no descriptor
+    Tensor.mT.__get__: lambda *_: True,  # type: ignore[attr-defined]  # the same
     Tensor.t: lambda *_, **__: True,
     torch.t: lambda *_, **__: True,
     Tensor.transpose: lambda input, dim0, dim1: dim0 % 2 != dim1 % 2,
@@ -152,7 +152,7 @@ class Capture(TorchFunctionMode):
             self._uses += [replace(use, bias=None), replace(use, weight=None)]
         else:
             self._uses.append(use)
-        if bias is None and op.name in ("linear", "matmul", "mul", "rms_norm"):
+        if bias is None and op.last:
             self._products[id(output)] = use, output
 
     def _is_shift(self, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> bool:
@@ -189,7 +189,7 @@ class Capture(TorchFunctionMode):
     def _note_reuse(self, func: Any, values: tuple[Any, ...]) -> None:
         if not self._products or func in ADDITIONS and any(map(self._find, values)):
             return
-        for value in values:
+        for value in _flat(values):
             use, output = self._products.get(id(value), (None, None))
             if use is not None and output is value:
                 self._reused.add(id(use))
@@ -198,10 +198,8 @@ class Capture(TorchFunctionMode):
         return self._known.get(id(value)) if isinstance(value, Tensor) else None
 
     def _among(self, values: Any) -> Iterator[Known]:
-        for value in values:
-            if isinstance(value, (tuple, list)):
-                yield from self._among(value)
-            elif (known := self._known.get(id(value))) is not None:
+        for value in _flat(values):
+            if (known := self._find(value)) is not None:
                 yield known
 
     # ---- after it -------------------------------------------------------------------------------
@@ -229,7 +227,14 @@ def _undispatched(function: FunctionType) -> FunctionType:
     return copy
 
 
+def _flat(values: Any) -> Iterator[Any]:
+    """The items of a nest of tuples and lists."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
 def _holds_tensor(output: Any) -> bool:
-    if isinstance(output, (tuple, list)):
-        return any(map(_holds_tensor, output))
-    return isinstance(output, Tensor)
+    return any(isinstance(value, Tensor) for value in _flat([output]))

@@ -153,23 +153,22 @@ def _nothing(block: Block, prior: BlockPrior) -> Running:
 
 def sense(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
-    products: Sequence[Tensor | None], share: float, priors: Sequence[BlockPrior],
+    estimates: Sequence[Tensor | None], share: float, priors: Sequence[BlockPrior],
     numbers: Numbers,
 ) -> list[Carried]:
-    """The curvature of opaque blocks from the step's own samples; `products` are means of ε ∘ g.
+    """The curvature of opaque blocks from the step's own samples; `estimates` are means of Λ ε ∘ g.
 
     Every step counts, each as much less as an estimate every `spec.every` steps would count.
     """
     every = spec.every if isinstance(spec.every, int) else 20
     faint, result = fading(spec, step, share), list(carried)
-    for number, (block, one, product) in enumerate(zip(blocks, carried, products, strict=True)):
-        if not block.is_opaque or product is None:
+    for number, (block, one, estimate) in enumerate(zip(blocks, carried, estimates, strict=True)):
+        if not block.is_opaque or estimate is None:
             continue
-        assert one.running is not None and one.metric is not None
+        assert one.running is not None
         prior = priors[number]
         curvature = noisy_curvature(
-            one.running.curvature, product, one.metric.precision, (1 - spec.decay) / every,
-            prior.packed, numbers.ratio,
+            one.running.curvature, estimate, (1 - spec.decay) / every, prior.packed, numbers.ratio
         )
         running = Running(one.running.count + 1, curvature)
         moved = metric(curvature, faint, prior, numbers.ratio, numbers.damping)

@@ -51,22 +51,22 @@ def metric(
 
 
 def noisy_curvature(
-    curvature: Structure, product: Tensor, precision: Structure, rate: float, prior: Prior,
-    ratio: float,
-) -> Structure:
-    """The diagonal curvature S with one more estimate f = Λ ε ∘ g averaged in, at `rate` r.
+    curvature: Structure, estimate: Tensor, rate: float, prior: Prior, ratio: float
+) -> Diagonal:
+    """The diagonal curvature S with one more estimate f [P] averaged in, at `rate` r.
 
-    For w = M + ε, ε ~ N(0, Λ⁻¹), the mean of Λ ε ∘ g is that of the Hessian's diagonal (Price's
+    For w = M + ε, ε ~ N(0, Λ⁻¹), the mean of f = Λ ε ∘ g is that of the Hessian's diagonal (Price's
     theorem). It may be negative, and the last term of
 
         S ← (1 - r) S + r f + r² (S - f)² / (2 (S + δT/N))
 
-    keeps S + δT/N positive. Lin, Schmidt & Khan 2020, arXiv:2002.10060; IVON: arXiv:2402.17641.
+    keeps S + δT/N positive. Where δ has become so small that it was not, S starts anew from 0.
+    Lin, Schmidt & Khan 2020, arXiv:2002.10060; IVON: arXiv:2402.17641.
     """
-    held = curvature.diag()
-    change = precision.diag() * product - held
-    floor = held + prior.precision / ratio
-    return Diagonal(held + rate * change + (rate * change).square() / (2 * floor))
+    held, share = curvature.diag(), prior.precision / ratio
+    held = torch.where(held + share > 0, held, torch.zeros_like(held))
+    change = estimate - held
+    return Diagonal(held + rate * change + (rate * change).square() / (2 * (held + share)))
 
 
 def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:

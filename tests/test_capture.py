@@ -353,6 +353,7 @@ def test_columns() -> None:
 
 @pytest.mark.parametrize("other", [
     lambda y, w: y.square(), lambda y, w: y + w["c"], lambda y, w: y * 2, lambda y, w: -y,
+    lambda y, w: torch.cat([y, X], 1), lambda y, w: torch.stack((torch.ones(5, 4), y)),
 ])  # fmt: skip
 def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
     """The gradient onto the product is then not the one onto the sum."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import layer_cases
 import oracles
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from layer_cases import LAYERED, OPAQUE, WOVEN
@@ -156,7 +157,8 @@ def test_weight_noise_finds_the_diagonal_of_the_hessian() -> None:
     products = epsilon * (epsilon @ H)  # g = H ε around a mean of no gradient
     prior, still = Prior(torch.tensor(0.0), torch.tensor(1e12)), Diagonal(torch.zeros(5).double())
     estimates = torch.stack([  # at rate 1, beside a prior so strong that the correction vanishes
-        noisy_curvature(still, product, precision, 1.0, prior, 1.0).diag() for product in products
+        noisy_curvature(still, precision.diag() * product, 1.0, prior, 1.0).diag()
+        for product in products
     ])
     error = estimates.std(0) / len(estimates) ** 0.5
     assert ((estimates.mean(0) - H.diag()).abs() < 4.5 * error).all()
@@ -166,10 +168,33 @@ def test_the_correction_keeps_the_precision_positive() -> None:
     prior, ratio = Prior(torch.tensor(0.0), torch.tensor(0.1)), 10.0
     curvature = Diagonal(torch.full((200,), 0.3))
     for _ in range(500):
-        product = torch.randn(200) * 30
-        precision = Diagonal(torch.ones(200))
-        curvature = noisy_curvature(curvature, product, precision, 0.3, prior, ratio)
+        curvature = noisy_curvature(curvature, torch.randn(200) * 30, 0.3, prior, ratio)
         assert (curvature.diag() + prior.precision / ratio > 0).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_alone_under_a_prior_that_moves(seed: int) -> None:
+    """The scale of the prior is a latent: its precision changes in every step, by far."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        tau = pyro.sample("tau", dist.Gamma(2.0, 2.0))
+        w = pyro.sample("w", dist.Normal(torch.zeros(16, 2), tau).to_event(2))
+        v = pyro.sample("v", dist.Normal(torch.zeros(1, 16), 0.5).to_event(2))
+        hidden = torch.einsum("ni,hi->nh", x, w).tanh()
+        with pyro.plate("data", 300, subsample_size=len(x)):
+            pyro.sample("y", dist.Normal(torch.einsum("nh,oh->n", hidden, v), 0.2), obs=y)
+
+    pyro.set_rng_seed(seed)
+    x = torch.rand(300, 2) * 4 - 2
+    y = (2 * x[:, 0]).sin() * x[:, 1] + 0.1 * torch.randn(300)
+    guide = KFACGuide(model)
+    ngvi = NGVI(model, guide)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*no supported op")
+        for _ in range(60):
+            rows = torch.randperm(300)[:100]
+            ngvi.step(x[rows], y[rows])
+            assert (guide.posterior.variance > 0).all()
 
 
 # --- choice -----------------------------------------------------------------------------------

@@ -9,11 +9,15 @@ import pytest
 import torch
 from layer_cases import LAYERED, OPAQUE, WOVEN
 from torch import Tensor, nn
+from torch.distributions import Categorical, Normal
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.structures import Kronecker
 
 LIKELIHOODS = ["categorical", "normal"]
+LIKELIHOODS_OF = {
+    "categorical": lambda f: Categorical(logits=f), "normal": lambda f: Normal(f, 1.0),
+}
 BATCH = 3
 each_layer = pytest.mark.parametrize("name", LAYERED)
 each_net = pytest.mark.parametrize("name", {**LAYERED, **WOVEN})
@@ -222,6 +226,25 @@ def test_a_tied_weight_has_the_product_nearest_to_the_sum_of_its_uses(likelihood
     assert_same(ours.dense(), embed.nearest_sum(turned).dense())
 
 
+@each_net
+@each_likelihood
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac", "kfac-block", "ekfac"])
+def test_fisher_is_the_empirical_one_of_its_own_targets(name, likelihood, structure) -> None:
+    """Drawn from the likelihood with the same seed: exact in every cell, one sample for each."""
+    net, x, _ = case(name, likelihood)
+    kwargs = {"likelihood": likelihood, "structure": structure}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", "no supported op")
+        torch.manual_seed(6)
+        fisher = estimate(net, x, case(name, likelihood)[2], curvature="fisher", **kwargs)
+        torch.manual_seed(6)
+        targets = LIKELIHOODS_OF[likelihood](net(x)).sample()
+        empirical = estimate(net, x, targets, curvature="empirical", **kwargs)
+    assert_same(fisher.dense(), empirical.dense())
+    if structure == "full":
+        assert_same(fisher.dense(), oracles.empirical(net, x, targets, likelihood))
+
+
 @pytest.mark.parametrize("name", ["grouped", "transposed-1d", "embedding", "batch-norm", "tied"])
 @pytest.mark.parametrize("structure", ["full", "block", "diag", "ekfac"])
 def test_fisher_averages_to_the_ggn(name: str, structure: str) -> None:
@@ -236,6 +259,31 @@ def test_fisher_averages_to_the_ggn(name: str, structure: str) -> None:
         draws, expected = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (draws, expected))
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-10 * expected.norm()).all()
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac", "ekfac"])
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+def test_a_parameter_of_no_axis(structure: str, curvature: str) -> None:
+    class Temperature(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.log_t = nn.Linear(3, 2), nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.log_t.exp()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net, x = Temperature().double(), torch.randn(4, 3).double()
+    y = torch.tensor([0, 1, 1, 0])
+    with pytest.warns(UserWarning, match="log_t"):
+        actual = estimate(net, x, y, curvature=curvature, structure=structure).dense()
+    true = getattr(oracles, curvature)(net, x, y, "categorical")
+    names = [n for n, _ in net.named_parameters()]
+    place = sum(p.numel() for _, p in list(net.named_parameters())[: names.index("log_t")])
+    torch.testing.assert_close(actual[place, place], true[place, place])
+    if structure == "full":
+        assert_same(actual, true)
 
 
 # --- choice -----------------------------------------------------------------------------------

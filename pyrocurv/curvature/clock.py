@@ -27,13 +27,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pyrocurv.curvature.reduce import Pairs
+from pyrocurv.curvature.reduce import Pairs
 
 START, SHORTEST, LONGEST = 20, 5, 500  # intervals, in steps
 WIDTH = 64  # directions of a layer's inputs that are looked at

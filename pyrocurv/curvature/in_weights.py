@@ -75,8 +75,8 @@ class InWeights:
         """H v [N, P] in the order of the leaves."""
         parts = zip(products(self.gradient, self.leaves, vectors), self.leaves, strict=True)
         return torch.cat([
-            vectors.new_zeros(len(vectors), leaf.numel()) if part is None else part.flatten(1)
-            for part, leaf in parts
+            vectors.new_zeros(len(vectors), leaf.numel()) if part is None
+            else part.reshape(len(part), -1) for part, leaf in parts
         ], 1)
 
     def matrix(self) -> Tensor:

@@ -252,7 +252,7 @@ class NGVI:
         noises = [one.noise for one in carried]
         loss = locs[0].new_zeros(())
         gradients: list[Tensor] = []
-        products: list[Tensor | None] = [None] * len(families)
+        estimates: list[Tensor | None] = [None] * len(families)  # of opaque blocks' curvature
         rest: list[Tensor | None] = []
         for particle in range(self.num_particles):
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
@@ -282,9 +282,10 @@ class NGVI:
             packed = [block.pack(weights) for block in blocks]
             gradients = _add(gradients, packed)
             if noise is not None:
-                products = [
-                    _sum(sum_, one.epsilon * g) if block.is_opaque else None
-                    for block, sum_, one, g in zip(blocks, products, noise, packed, strict=True)
+                estimates = [
+                    _sum(sum_, precision.diag() * one.epsilon * g) if block.is_opaque else None
+                    for block, sum_, precision, one, g
+                    in zip(blocks, estimates, held, noise, packed, strict=True)
                 ]
             rest = [*map(_sum, rest or [None] * len(params), found[len(weights):])]
             divergence = engine.divergence(blocks, sample, noise, held, priors)
@@ -295,7 +296,7 @@ class NGVI:
                 self._numbers(run),
             )
         carried = engine.sense(
-            self.curvature, state.step, blocks, carried, products,
+            self.curvature, state.step, blocks, carried, estimates,
             run.batch / run.num_data, priors, self._numbers(run),
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]

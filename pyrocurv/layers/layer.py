@@ -10,8 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-FORMS = ("rows", "columns", "units", "vector", "opaque")
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -90,7 +88,7 @@ class Layer:
             kernel = math.prod(self.shape[2:])
             apart = matrix.reshape(*more, self.groups, self.rows, -1, kernel)
             matrix = apart.transpose(-3, -2)
-        return matrix.reshape(*more, *self.shape)
+        return matrix.reshape((*more, *self.shape))  # also of no axis
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P], W row-major, one group after the other."""

@@ -53,8 +53,8 @@ def _gradients(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
     return last_axis(gradient)
 
 
-LINEAR = Op("linear", _read_linear, _refuse, _rows, _gradients)
-PRODUCT = Op("matmul", _read_product, _refuse, _rows, _gradients, "columns")
+LINEAR = Op("linear", _read_linear, _refuse, _rows, _gradients, last=True)
+PRODUCT = Op("matmul", _read_product, _refuse, _rows, _gradients, "columns", last=True)
 ADDMM = Op("addmm", _read_addmm, _refuse, _rows, _gradients, "columns")
 
 

@@ -37,6 +37,7 @@ class Op:
     gradients: Callable[[Tensor, Mapping[str, Any]], Tensor]
     form: str = "rows"
     commutes: bool = False  # the weight may be the first argument as well
+    last: bool = False  # the outputs are the last axis: a vector added to it later is a bias
 
 
 def with_ones(rows: Tensor, bias: bool) -> Tensor:

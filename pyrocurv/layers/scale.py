@@ -7,7 +7,8 @@ activation, computed anew here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,18 +18,28 @@ from torch.nn import functional as F
 from pyrocurv.layers.op import Arguments, Op, no_refusal, with_ones
 
 Settings = Mapping[str, Any]
+Arrange = Callable[[Tensor, Settings], Tensor]
 
 
 def _last(tensor: Tensor, settings: Settings) -> Tensor:
     """[B, *, *unit axes] -> [C, B, S, 1]."""
-    units = settings["units"]
-    return tensor.reshape(len(tensor), -1, units).permute(2, 0, 1).unsqueeze(-1)
+    return tensor.reshape(len(tensor), -1, settings["units"]).permute(2, 0, 1).unsqueeze(-1)
 
 
-def _channel(tensor: Tensor, settings: Settings | None = None) -> Tensor:
+def _channel(tensor: Tensor, settings: Settings) -> Tensor:
     """[B, C, *] -> [C, B, S, 1]."""
-    return tensor.flatten(2).permute(1, 0, 2).unsqueeze(-1) if tensor.dim() > 2 else (
-        tensor.mT[..., None, None])
+    return tensor.reshape(*tensor.shape[:2], -1).permute(1, 0, 2).unsqueeze(-1)
+
+
+def _rows(arrange: Arrange) -> Callable[[Tensor, Settings, bool, int], Tensor]:
+    """The normalised inputs of the first examples, from all where examples share statistics."""
+
+    def rows(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
+        input = input if settings.get("coupled") else input[:count]
+        normal = settings["normalise"](input)[:count]
+        return with_ones(arrange(normal, settings), bias)
+
+    return rows
 
 
 def _read_layer_norm(
@@ -39,12 +50,8 @@ def _read_layer_norm(
     eps: float = 1e-5,
 ) -> Arguments:
     shape = tuple(normalized_shape)
-    return Arguments(input, weight, bias, {"shape": shape, "units": math.prod(shape), "eps": eps})
-
-
-def _layer_norm(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
-    normal = F.layer_norm(input[:count], settings["shape"], eps=settings["eps"])
-    return with_ones(_last(normal, settings), bias)
+    normalise = partial(F.layer_norm, normalized_shape=shape, eps=eps)
+    return Arguments(input, weight, bias, {"units": math.prod(shape), "normalise": normalise})
 
 
 def _read_rms_norm(
@@ -54,12 +61,8 @@ def _read_rms_norm(
     eps: float | None = None,
 ) -> Arguments:
     shape = tuple(normalized_shape)
-    return Arguments(input, weight, None, {"shape": shape, "units": math.prod(shape), "eps": eps})
-
-
-def _rms_norm(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
-    normal = F.rms_norm(input[:count], settings["shape"], eps=settings["eps"])
-    return with_ones(_last(normal, settings), bias)
+    normalise = partial(F.rms_norm, normalized_shape=shape, eps=eps)
+    return Arguments(input, weight, None, {"units": math.prod(shape), "normalise": normalise})
 
 
 def _read_group_norm(
@@ -69,12 +72,8 @@ def _read_group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Arguments:
-    return Arguments(input, weight, bias, {"norm_groups": num_groups, "eps": eps})
-
-
-def _group_norm(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
-    normal = F.group_norm(input[:count], settings["norm_groups"], eps=settings["eps"])
-    return with_ones(_channel(normal), bias)
+    normalise = partial(F.group_norm, num_groups=num_groups, eps=eps)
+    return Arguments(input, weight, bias, {"normalise": normalise})
 
 
 def _read_batch_norm(
@@ -87,20 +86,15 @@ def _read_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Arguments:
-    statistics = None if training else (running_mean, running_var)
-    return Arguments(input, weight, bias, {"statistics": statistics, "eps": eps})
-
-
-def _batch_norm(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
-    mean, var = settings["statistics"] or (None, None)
-    training = settings["statistics"] is None  # the statistics of the whole batch
-    normal = F.batch_norm(input, mean, var, training=training, eps=settings["eps"])
-    return with_ones(_channel(normal[:count]), bias)
+    mean, var = (None, None) if training else (running_mean, running_var)
+    normalise = partial(F.batch_norm, running_mean=mean, running_var=var, training=training,
+                        eps=eps)
+    return Arguments(input, weight, bias, {"normalise": normalise, "coupled": training})
 
 
 def _read_scale(input: Any, other: Any) -> Arguments:
     units = other.numel() if isinstance(other, Tensor) else 1
-    return Arguments(input, other, None, {"units": units})
+    return Arguments(input, other, None, {"units": units, "normalise": lambda input: input})
 
 
 def _refuse_scale(call: Arguments) -> str:
@@ -111,17 +105,19 @@ def _refuse_scale(call: Arguments) -> str:
     return "a product that is no scale for each unit of the last axis"
 
 
-def _scaled(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
-    return with_ones(_last(input[:count], settings), bias)
+def _norm(name: str, read: Callable[..., Arguments], arrange: Arrange, last: bool = False) -> Op:
+    return Op(name, read, no_refusal, _rows(arrange), arrange, "units", last=last)
 
 
-SCALE = Op("mul", _read_scale, _refuse_scale, _scaled, _last, "units", commutes=True)
+SCALE = Op(
+    "mul", _read_scale, _refuse_scale, _rows(_last), _last, "units", commutes=True, last=True
+)
 
 SCALES: dict[Any, Op] = {
-    F.layer_norm: Op("layer_norm", _read_layer_norm, no_refusal, _layer_norm, _last, "units"),
-    F.rms_norm: Op("rms_norm", _read_rms_norm, no_refusal, _rms_norm, _last, "units"),
-    F.group_norm: Op("group_norm", _read_group_norm, no_refusal, _group_norm, _channel, "units"),
-    F.batch_norm: Op("batch_norm", _read_batch_norm, no_refusal, _batch_norm, _channel, "units"),
+    F.layer_norm: _norm("layer_norm", _read_layer_norm, _last),
+    F.rms_norm: _norm("rms_norm", _read_rms_norm, _last, last=True),
+    F.group_norm: _norm("group_norm", _read_group_norm, _channel),
+    F.batch_norm: _norm("batch_norm", _read_batch_norm, _channel),
     torch.mul: SCALE,
     torch.Tensor.mul: SCALE,
     torch.Tensor.__mul__: SCALE,
