@@ -150,7 +150,7 @@ def agreement(names: Sequence[str], samples: int = 3000) -> str:
     net, x, y = small()
     exact = [
         (block.output, block.input[:-1, :-1])
-        for block in estimate(net, x, y, curvature="ggn").blocks  # type: ignore[attr-defined]
+        for block in estimate(net, x, y, curvature="ggn").blocks
     ]
     for name, (run, read) in ready(names, small, samples).items():
         torch.manual_seed(1)

@@ -55,7 +55,7 @@ def size(value: Any) -> float:
 
 def held(ngvi: NGVI) -> dict[str, float]:
     """What the structures must hold between two steps."""
-    blocks = [block.state() for block in ngvi._state.blocks]  # type: ignore[union-attr]
+    blocks = [block.state() for block in ngvi._state.blocks]
     guide = dict(ngvi.guide.named_parameters()), dict(ngvi.guide.named_buffers())
     means = {name: value for name, value in guide[0].items() if "loc" in name}
     shapes = {name: value for part in guide for name, value in part.items() if name not in means}

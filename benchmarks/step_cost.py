@@ -178,7 +178,7 @@ class Stopwatch:
                 return function(*args, **kwargs)
             finally:
                 self._busy = False
-                self.spent[part] += time.process_time() - start  # type: ignore[assignment]
+                self.spent[part] += time.process_time() - start
 
         return mock.patch.object(owner, name, watched)
 

@@ -54,7 +54,7 @@ class Spent:
 
         def timed(*args: object) -> object:
             start = time.process_time()
-            found = estimate(*args)  # type: ignore[arg-type]
+            found = estimate(*args)
             self.seconds += time.process_time() - start
             self.passes += 1
             return found

@@ -33,6 +33,12 @@ class Block:
             self.structure).__name__.lower()
 
     @property
+    def kronecker(self) -> KFAC | EKFAC:
+        """The structure with its options, of a block that has a Kronecker one."""
+        assert isinstance(self.structure, (KFAC, EKFAC))
+        return self.structure
+
+    @property
     def label(self) -> str:
         """The structure as `summary` prints it."""
         if isinstance(self.structure, KFAC) and self.structure.cuts != (1, 1):
@@ -58,8 +64,7 @@ class Block:
     @property
     def ranks(self) -> tuple[int, int]:
         """How many eigenvectors of G and of A a Kronecker structure keeps."""
-        assert isinstance(self.structure, (KFAC, EKFAC))
-        rank = self.structure.rank
+        rank = self.kronecker.rank
         outputs, inputs = self.layers[0].matrix_shape[-2:]
         return (outputs, inputs) if rank is None else automatic_ranks(outputs, inputs, rank)
 

@@ -71,14 +71,14 @@ def draw(
     """
     nothing: list[Noise | None] = [None] * len(used)
     if used[0] is not None:
-        return [noise.mirrored() for noise in used], nothing  # type: ignore[union-attr]
+        return [noise.mirrored() for noise in used], nothing  # type: ignore[union-attr]  # all blocks draw together
     if precisions[0] is None:
         return None, nothing
     fresh = []
     for precision in precisions:
-        z = torch.randn(precision.size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]
+        z = torch.randn(precision.size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]  # the same
         square = torch.dot(z, z)
-        fresh.append(Noise(precision.rsqrt_(z), square))  # type: ignore[union-attr]
+        fresh.append(Noise(precision.rsqrt_(z), square))  # type: ignore[union-attr]  # the same
     return fresh, [*fresh] if antithetic else nothing
 
 
@@ -131,8 +131,8 @@ def faded(
     faint = fading(spec, step, share)
     return [
         replace(one, metric=metric(
-            one.running.semidefinite(spec.kind), faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]
-        )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]
+            one.running.semidefinite(spec.kind), faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]  # known since the first estimate
+        )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]  # the same
         for one, prior in zip(carried, priors, strict=True)
     ]
 
@@ -215,7 +215,7 @@ def propose(
     for one, loc, gradient, prior in zip(state.blocks, locs, gradients, priors, strict=True):
         momentum = push(one.momentum, gradient, numbers.momentum)
         h = slope(momentum, loc, prior.packed, numbers.ratio, bias)
-        directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]
+        directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]  # set at the first step
         blocks.append(replace(one, momentum=momentum))
     inner = torch.stack([direction.dot for direction in directions]).sum() / bias**2
     value, power = _finite([loss, inner], others, state.step)
@@ -234,7 +234,7 @@ def average_weight(step: int) -> float:
 
 
 def _averaged(one: Carried, loc: Tensor, step: int) -> Carried:
-    precision = one.metric.precision  # type: ignore[union-attr]
+    precision = one.metric.precision  # type: ignore[union-attr]  # the same
     if one.average is not None:
         precision = one.average.lerp(precision, average_weight(step))
     return replace(one, iterate=loc, average=precision)

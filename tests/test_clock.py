@@ -363,7 +363,7 @@ def test_each_block_has_its_own_clock(
     for step in range(200):
         before = ngvi._state
         ngvi.step(*sides(step))
-        for old, new in zip(before.blocks if before else (), ngvi._state.blocks, strict=False):  # type: ignore[union-attr]
+        for old, new in zip(before.blocks if before else (), ngvi._state.blocks, strict=False):
             assert (new.running is old.running) == (new.clock is old.clock)
             assert (new.clock is old.clock) == (step < old.clock.due)
     left, right = (ngvi.update_counts()[side] for side in ("left", "right"))
@@ -385,17 +385,17 @@ def test_the_initial_curvature_fades_in_blocks_that_are_not_due(
     for step in range(300):
         before = ngvi._state
         ngvi.step(*sides(step, moves))
-        left, right = ngvi._state.blocks  # type: ignore[union-attr]
+        left, right = ngvi._state.blocks
         if before and right.running is before.blocks[1].running and step % START:
             continue
         alone += before is not None and left.running is before.blocks[0].running
         faint = 1e6 * 0.95**step
         for one, name in ((left, "left"), (right, "right")):
             likelihood = NUM_DATA / 0.5 * (
-                one.running.curvature.dense() + faint * torch.eye(8).double()  # type: ignore[union-attr]
+                one.running.curvature.dense() + faint * torch.eye(8).double()
             )
             expected = likelihood + torch.eye(8).double()
-            torch.testing.assert_close(one.metric.precision.dense(), expected)  # type: ignore[union-attr]
+            torch.testing.assert_close(one.metric.precision.dense(), expected)
             family = next(f for f in ngvi.guide.blocks if f.block.name == name)
             torch.testing.assert_close(family.precision().dense(), expected)
     assert alone > 3
@@ -453,17 +453,17 @@ def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
         model.scale += 0.01
         before = ngvi._state
         ngvi.step(*sides(step))
-        left = ngvi._state.blocks[0]  # type: ignore[union-attr]
+        left = ngvi._state.blocks[0]
         if before is not None and left.running is before.blocks[0].running:
             assert left.metric is before.blocks[0].metric
-            alone += ngvi._state.blocks[1].running is not before.blocks[1].running  # type: ignore[union-attr]
+            alone += ngvi._state.blocks[1].running is not before.blocks[1].running
             continue
         delta = torch.tensor([1.0, 1, 1, model.scale**-2] * 2).double()  # [O, I], the bias last
         roots = delta.sqrt()
-        whole = left.running.factors.dense() * NUM_DATA + torch.diag(delta)  # type: ignore[union-attr]
+        whole = left.running.factors.dense() * NUM_DATA + torch.diag(delta)
         if step == 0:  # later the basis is that of an earlier estimate
-            torch.testing.assert_close(left.metric.precision.dense(), whole)  # type: ignore[union-attr]
-        scaled = left.metric.precision.dense() / torch.outer(roots, roots)  # type: ignore[union-attr]
+            torch.testing.assert_close(left.metric.precision.dense(), whole)
+        scaled = left.metric.precision.dense() / torch.outer(roots, roots)
         assert (torch.linalg.eigvalsh(scaled) > 1 - 1e-9).all()  # Λ - δ is not negative
     assert alone > 3
 

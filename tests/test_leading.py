@@ -98,7 +98,7 @@ def test_exact_while_the_rows_are_fewer_than_the_rank(
         G, A = G / torch.outer(units[0], units[0]), A / torch.outer(units[1], units[1])
     running = run("kfac", stream, 6, units)
     same(running.curvature.dense(), torch.kron(G, A))
-    for side in running.sides:  # type: ignore[union-attr]
+    for side in running.sides:
         assert side.basis.shape[1] == 6
         orthonormal(side.basis)
 
@@ -107,7 +107,7 @@ def test_a_side_that_fits_the_rank_is_exact_for_ever() -> None:
     """Then the other alone is truncated."""
     stream = estimates(12, 5)
     G, A = exact(stream)
-    output, input = run("kfac", stream, OUTPUTS).sides  # type: ignore[misc]
+    output, input = run("kfac", stream, OUTPUTS).sides
     assert input.basis.shape == (INPUTS, OUTPUTS)
     same(output.basis @ torch.diag(output.spectrum) @ output.basis.mT, G)
     same(input.diagonal, A.diag())
@@ -120,7 +120,7 @@ def test_what_holds_for_any_rows(positions: int) -> None:
     G, A = exact(stream)
     running = run("kfac", stream, 4)
     same(running.curvature.trace(), G.trace() * A.trace())
-    for side, factor in zip(running.sides, (G, A), strict=True):  # type: ignore[arg-type]
+    for side, factor in zip(running.sides, (G, A), strict=True):
         orthonormal(side.basis)
         same(side.diagonal, factor.diag())
         same(side.spectrum[:4].sum() + side.spectrum[4] * (len(factor) - 4), factor.trace())
@@ -207,7 +207,7 @@ def test_the_eigenvalues_of_ekfac_are_averaged_in_the_turning_basis() -> None:
     same(running.curvature.trace(), expected)
     assert isinstance(running.curvature, KroneckerEigen)
     for side, basis in zip(
-        running.sides, (running.curvature.output_basis, running.curvature.input_basis), strict=True  # type: ignore[arg-type]
+        running.sides, (running.curvature.output_basis, running.curvature.input_basis), strict=True
     ):
         assert side.basis is basis
 
@@ -225,7 +225,7 @@ def test_other_units_between_two_estimates(structure: str) -> None:
         running = step(before, structure, stream[1], 2, DECAY, False, new, 6)
         expected = run("kfac", stream, 6, new)
         assert running.units is new
-        for side, other in zip(running.sides, expected.sides, strict=True):  # type: ignore[arg-type]
+        for side, other in zip(running.sides, expected.sides, strict=True):
             same(side.basis.mul(side.values) @ side.basis.mT,
                  other.basis.mul(other.values) @ other.basis.mT)
             same(side.diagonal, other.diagonal)
@@ -263,11 +263,11 @@ def test_no_square_matrix_of_a_wide_side_and_no_whole_weight_is_formed(structure
 def test_an_estimate_changes_nothing_of_the_last(structure: str) -> None:
     stream = estimates(2, 4)
     before = run(structure, stream[:1], 3)
-    kept = [t.clone() for side in before.sides for t in side.state().values()]  # type: ignore[union-attr]
+    kept = [t.clone() for side in before.sides for t in side.state().values()]
     dense = before.curvature.dense()
     after = step(before, structure, stream[1], 4, DECAY, False, None, 3)
     assert after is not before and after.count == 2
-    now = [t for side in before.sides for t in side.state().values()]  # type: ignore[union-attr]
+    now = [t for side in before.sides for t in side.state().values()]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
     assert torch.equal(before.curvature.dense(), dense)
 
@@ -290,7 +290,7 @@ def test_rows_of_nothing(structure: str) -> None:
     pairs = [(a.double(), g.double())]
     running = step(None, structure, pairs, 3, DECAY, False, None, 4)
     assert not running.curvature.dense().any()
-    for side in running.sides:  # type: ignore[union-attr]
+    for side in running.sides:
         orthonormal(side.basis)
 
 

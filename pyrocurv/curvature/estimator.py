@@ -72,7 +72,7 @@ class Running:
         factors = None if state["factors"] is None else Structure.from_state(state["factors"])
         sides = None if state["sides"] is None else tuple(Leading(**s) for s in state["sides"])
         curvature = Structure.from_state(state["curvature"])
-        return Running(state["count"], curvature, factors, state["units"], sides)  # type: ignore[arg-type]
+        return Running(state["count"], curvature, factors, state["units"], sides)  # type: ignore[arg-type]  # as the state was taken
 
 
 def observe(
@@ -139,7 +139,7 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
     """All rows were masked: what was there stays."""
     if any(one is None for one in running):
         raise ValueError("the mask leaves no example to take the first curvature from")
-    return list(running)  # type: ignore[arg-type]
+    return list(running)  # type: ignore[arg-type]  # no None is left
 
 
 def update(
@@ -161,14 +161,14 @@ def update(
         return _left_out(running)
     if not isinstance(new, Kronecker):
         return Running(count, new if running is None else running.curvature.lerp(new, weight))
-    factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]
+    factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]  # a Kronecker block has factors
     if running is None or refresh or not _same(units, running.units):
         curvature = _eigen(block, factors, units, running)
     else:
-        curvature = running.curvature  # type: ignore[assignment]
+        curvature = running.curvature  # type: ignore[assignment]  # and a KroneckerEigen
     if isinstance(block.structure, EKFAC):
         moment = hessian.eigen(seen, curvature, units).scale(1 / rows)
-        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
+        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
     return Running(count, curvature, factors, units)
 
 
@@ -196,7 +196,7 @@ def _thin(
 ) -> Running:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
     ((pair,),) = reduce.in_units(hessian.pairs(seen), units)
-    shared = reduce.shared(pair, block.structure.sharing)  # type: ignore[union-attr]
+    shared = reduce.shared(pair, block.kronecker.sharing)
     a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
     matrix = seen.output(units) / rows if isinstance(seen, BlockHessian) else None
     if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
@@ -222,7 +222,7 @@ def _thin(
             moment = seen.eigen(curvature, units).scale(1 / rows)
         else:
             moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
-        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]
+        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
     return Running(count, curvature, None, units, (output, input))
 
 
@@ -230,7 +230,8 @@ def _sides_in(
     units: tuple[Tensor, Tensor] | None, running: Running
 ) -> tuple[Leading, Leading]:
     """The sides, from the units that they were kept in to these."""
-    output, input = running.sides  # type: ignore[misc]
+    assert running.sides is not None
+    output, input = running.sides
     if _same(units, running.units):
         return output, input
     old = running.units or tuple(torch.ones_like(side.diagonal) for side in (output, input))
@@ -243,12 +244,12 @@ def _eigen(
 ) -> KroneckerEigen:
     try:
         factors = factors if units is None else factors.rescaled(*units)
-        return factors.eigen(block.ranks, block.structure.cuts).psd()  # type: ignore[union-attr]
+        return factors.eigen(block.ranks, block.kronecker.cuts).psd()
     except torch.linalg.LinAlgError as error:
         if running is None or not _same(units, running.units):
             raise
         warnings.warn(f"the eigenvectors stay as they are: {error}", stacklevel=3)
-        return running.curvature  # type: ignore[return-value]
+        return running.curvature  # type: ignore[return-value]  # a KroneckerEigen
 
 
 def _same(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:

@@ -42,7 +42,7 @@ def twice_differentiable() -> AbstractContextManager[None]:
 
 def energy(terms: Sequence[Observation], count: int) -> Tensor:
     """-log p of the first `count` examples, weights and masks applied."""
-    return -sum(_log_prob(term, count) for term in terms)  # type: ignore[return-value]
+    return -torch.stack([_log_prob(term, count) for term in terms]).sum()
 
 
 def _log_prob(term: Observation, count: int) -> Tensor:
@@ -77,7 +77,7 @@ class BlockHessian:
     def output(self, units: Units | None) -> Tensor:
         """G alone, in the units of a prior."""
         assert self.outputs is not None
-        matrix = self.outputs.output(self.block.structure.sharing)  # type: ignore[union-attr]
+        matrix = self.outputs.output(self.block.kronecker.sharing)
         return matrix if units is None else matrix / torch.outer(units[0], units[0])
 
     @property
@@ -160,7 +160,7 @@ class _Graph:
         loss, wanted = energy(terms, count), [*leaves.values(), *edges]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if loss.requires_grad:
-            found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]  # the stubs know no gradient edges
         in_leaves = {
             name: torch.zeros_like(leaf) if g is None else g
             for (name, leaf), g in zip(leaves.items(), found, strict=False)

@@ -170,7 +170,7 @@ def pullback(
             if not total.requires_grad:
                 continue
             found: Sequence[Tensor | None] = torch.autograd.grad(
-                total, edges, retain_graph=True, allow_unused=True  # type: ignore[arg-type]
+                total, edges, retain_graph=True, allow_unused=True  # type: ignore[arg-type]  # the stubs know no gradient edges
             ) if edges else ()
             for call, gradient in zip(seen, found, strict=True):
                 pulled[id(call)].append(call.gradients(gradient, count))

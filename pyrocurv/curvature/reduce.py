@@ -115,7 +115,7 @@ def _jacobians(pairs: Pairs) -> Iterator[Tensor]:
 
 def dense(pairs: Pairs) -> Dense:
     """C itself."""
-    return Dense(sum(jacobian.mT @ jacobian for jacobian in _jacobians(pairs)))  # type: ignore[arg-type]
+    return Dense(sum(jacobian.mT @ jacobian for jacobian in _jacobians(pairs)))  # type: ignore[arg-type]  # a sum of tensors, never 0
 
 
 def diagonal(pairs: Pairs) -> Diagonal:
@@ -128,7 +128,7 @@ def _squares(uses: Uses) -> Tensor:
     if _is_product(uses):  # the square of a product is the product of squares
         a, g = (part.squeeze(-2).square().sum(0) for part in (uses[0].a, uses[0].g))
         return (g.mT @ a).flatten()  # [*lead, B, O], [*lead, B, I]
-    return sum(jacobian.square().sum(0) for jacobian in _jacobians([uses]))  # type: ignore[return-value]
+    return sum(jacobian.square().sum(0) for jacobian in _jacobians([uses]))  # type: ignore[return-value]  # the same
 
 
 def _is_product(uses: Uses) -> bool:

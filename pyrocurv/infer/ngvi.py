@@ -218,7 +218,7 @@ class NGVI:
             self.average,
         )
         encoded = [
-            family.encode(new.average or new.metric.precision)  # type: ignore[union-attr]
+            family.encode(new.average or new.metric.precision)  # type: ignore[union-attr]  # set at the first step
             if self.average or new.metric is not old.metric else None
             for family, old, new in zip(families, state.blocks, proposal.state.blocks, strict=True)
         ]
@@ -268,7 +268,7 @@ class NGVI:
                 carried = engine.observe(
                     self.curvature, state.step, blocks, carried,
                     [site.observation(run.num_data) for site in run.data],
-                    run.capture.calls, run.data[0].rows, run.batch / run.num_data,  # type: ignore[union-attr]
+                    run.capture.calls, run.data[0].rows, run.batch / run.num_data,  # type: ignore[union-attr]  # watched: there is a capture
                     priors, self._numbers(run),
                 )
             params = [*run.model_params, *run.guide_params()]
@@ -395,7 +395,7 @@ class NGVI:
         """
         held = None if state["state"] is None else State.from_state(state["state"])
         have = [family.block.size for family in self.guide.blocks]
-        want = [] if held is None else [len(b.momentum) for b in held.blocks]  # type: ignore[arg-type]
+        want = [] if held is None else [len(b.momentum) for b in held.blocks]  # type: ignore[arg-type]  # a state that was saved has one
         if have and want and have != want:
             raise ValueError(f"the state is of blocks of {want} weights, the guide has {have}")
         self.optimizer.load_state_dict(state["optimizer"])

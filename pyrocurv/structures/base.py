@@ -37,7 +37,7 @@ class Solution:
             y.add_(self.x, alpha=alpha * self.rest)
         if self.left is not None:
             matrix = y.view(len(self.left), -1)
-            matrix.addmm_(self.left, self.right, alpha=alpha)  # type: ignore[arg-type]
+            matrix.addmm_(self.left, self.right, alpha=alpha)  # type: ignore[arg-type]  # left comes with right
         return y
 
 
