@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson
 
+from pyrocurv.capture import Capture
 from pyrocurv.curvature import Curvature, estimate
+from pyrocurv.curvature.pullback import Observation, pullback
 
 # an even kernel with padding="same" is the case of uneven padding, and torch warns of a slow path
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -359,6 +361,22 @@ def test_a_callable_gives_what_its_name_gives(model, likelihood, curvature) -> N
         net, x, y, likelihood=CALLABLES[likelihood], curvature=curvature, structure="full"
     )
     assert_same(called.dense(), true_matrix(model, likelihood, curvature))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "empirical", "ggn"])
+def test_each_example_has_the_weight_it_is_given(kind: str) -> None:
+    """A vector is scaled by the root of its example's weight."""
+    net, x, y = case("tanh", "normal")
+    weight, pulled = torch.tensor([0.5, 1.0, 2.0, 4.0]).double(), []
+    for share in (weight, 1.0):
+        with Capture(dict(net.named_parameters())) as capture:
+            output = net(x)
+        term = Observation(Independent(Normal(output, 1.0), 1), y, share)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            pulled.append(pullback(kind, [term], capture.calls, BATCH, 1))
+    for scaled, plain in zip(*pulled, strict=True):
+        torch.testing.assert_close(scaled, plain * weight.sqrt()[:, None, None])
 
 
 # --- what is left alone, left out or refused --------------------------------------------------

@@ -78,8 +78,9 @@ def estimate(
         net: any network; parameters with `requires_grad=False` are left out. What no supported op
             consumes (recurrent layers, say) takes a backward pass for each example, and is diagonal
             where Kronecker factors are asked for, with a warning.
-        x: inputs [B, ...], the batch first.
-        y: targets, as the likelihood takes them.
+        x: inputs [B, ...], the batch first, as in all layers inside: where another axis of the same
+            length comes first that goes unnoticed.
+        y: targets, as the likelihood takes them; they must not broadcast against the output.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
         curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
@@ -91,14 +92,16 @@ def estimate(
 
     Returns:
         A `Structure` [P, P], the SUM over the B examples; rows in the order of
-        `net.named_parameters()`, each flattened row-major. full, block and diag are exact; "kfac"
-        is exact for one datum at one position with one output vector, and for deep linear networks
-        with a normal likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius).
+        `net.named_parameters()`, each flattened row-major. full, block and diag are exact as long
+        as no example reaches another's output, as it does through batch norm in training mode
+        (which also moves its statistics here: use `net.eval()`); "kfac" is exact besides for one
+        datum at one position with one output vector, and for deep linear networks with a normal
+        likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius).
 
         The Hessian is as it is, which may be indefinite: `psd()` is the nearest matrix that is not.
-        "full" and "block" are exact whatever they cost, a double backward pass for each weight. For
-        Kronecker factors G is the mean Hessian in a layer's output and A as for the others; no
-        example may reach another's loss then, as it does through batch norm in training mode.
+        "full" and "block" are exact whatever they cost, a double backward pass for each weight,
+        and whatever examples share. For Kronecker factors G is the mean Hessian in a layer's output
+        and A as for the others.
         Random signs replace what takes more than 512 passes for one layer: diagonals of layers with
         more weights than that, and more outputs times positions; positions in G; and the
         eigenvalues of "ekfac". For a layer of more weights that runs several times those leave out
@@ -107,6 +110,8 @@ def estimate(
     Raises:
         ValueError: unknown names; a parameter that takes no part; a layer that does not see the
             batch as its first axis; a likelihood without closed form under "ggn".
+
+    Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
     Example:
         >>> import torch

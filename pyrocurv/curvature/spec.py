@@ -24,8 +24,7 @@ class Curvature:
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
             300, 20 up to 600, then 100; or "auto": each block by itself, from 20 steps at first
             down to 5 while its layers' inputs or gradients move, up to 500 while they do not.
-            On LeNet-5 "auto" and "schedule" save a half and a third of the estimates at the same
-            quality; they are a few per cent of a step, so little time.
+            `benchmarks/update_interval.py` prints what either saves.
         eigen_every: steps between eigendecompositions of Kronecker factors; the 1st, 2nd, 4th, 8th
             and 16th estimate have one besides.
         batch: examples of a mini-batch that an estimate reads, the first ones; None for all.
