@@ -206,13 +206,16 @@ def propose(
     priors: Sequence[BlockPrior], loss: Tensor, others: Sequence[Tensor | None],
     numbers: Numbers, average: bool,
 ) -> Proposal:
-    """The step from the gradients per datum; `others` are gradients that must be finite too.
+    """The step from the gradients per datum, whose memory becomes the momentum's.
+
+    `others` are gradients that must be finite too.
 
     Raises FloatingPointError when the loss or a gradient is not finite.
     """
     bias = 1 - numbers.momentum ** (state.step + 1)
     blocks, directions = [], []
-    for one, loc, gradient, prior in zip(state.blocks, locs, gradients, priors, strict=True):
+    parts = zip(state.blocks, locs, apart(gradients), priors, strict=True)
+    for one, loc, gradient, prior in parts:
         momentum = push(one.momentum, gradient, numbers.momentum)
         h = slope(momentum, loc, prior.packed, numbers.ratio, bias)
         directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]  # set at the first step
@@ -226,6 +229,16 @@ def propose(
             for one, loc, direction in zip(blocks, locs, directions, strict=True)
         ]
     return Proposal(value, rate, directions, State(state.step + 1, tuple(blocks)))
+
+
+def apart(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers, each tensor in memory of its own: autograd may give one to two leaves."""
+    places = [gradient.untyped_storage().data_ptr() for gradient in gradients]
+    return [
+        gradient.clone(memory_format=torch.contiguous_format)
+        if places.index(place) < number or not gradient.is_contiguous() else gradient
+        for number, (gradient, place) in enumerate(zip(gradients, places, strict=True))
+    ]
 
 
 def average_weight(step: int) -> float:

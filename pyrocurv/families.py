@@ -23,6 +23,7 @@ from pyrocurv.structures import (
     Rescaled,
     Structure,
 )
+from pyrocurv.structures.kronecker_eigen import outer
 from pyrocurv.structures.linalg import scale_tril
 
 
@@ -128,21 +129,26 @@ class KroneckerFamily(Family):
     def precision(self) -> KroneckerEigen | Rescaled:
         spectrum = self.scale.square().reciprocal()
         eigen = KroneckerEigen(self.output_basis, self.input_basis, spectrum)
-        root = (self.output_root.unsqueeze(-1) * self.input_root.unsqueeze(-2)).flatten()
-        return eigen if bool((root == 1).all()) else Rescaled(eigen, root)
+        output, input = self.output_root, self.input_root
+        if bool((output == 1).all() & (input == 1).all()):
+            return eigen
+        return Rescaled(eigen, outer(output, input).flatten())
 
     def encode(self, precision: Structure) -> dict[str, Tensor]:
         root = precision.root if isinstance(precision, Rescaled) else None
         eigen = precision.inner if isinstance(precision, Rescaled) else precision
         assert isinstance(eigen, KroneckerEigen)
-        root = eigen.spectrum.new_ones(eigen.size) if root is None else root
-        matrix = root.view(eigen.shape)
+        if root is None:
+            output, input = map(torch.ones_like, (self.output_root, self.input_root))
+        else:
+            matrix = root.view(eigen.shape)
+            output, input = matrix[..., 0], matrix[..., 0, :] / matrix[..., 0, :1]
         return {
             "scale_unconstrained": eigen.spectrum.log() / -2,
             "output_basis": eigen.output_basis,
             "input_basis": eigen.input_basis,
-            "output_root": matrix[..., 0],
-            "input_root": matrix[..., 0, :] / matrix[..., 0, :1],
+            "output_root": output,
+            "input_root": input,
         }
 
 

@@ -70,10 +70,10 @@ def noisy_curvature(
 
 
 def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
-    """m, a new tensor [P]."""
+    """m [P], in the memory of the gradient."""
     if momentum is None:
-        return gradient * (1 - beta)
-    return momentum.lerp(gradient, 1 - beta)
+        return gradient.mul_(1 - beta)
+    return torch.lerp(momentum, gradient, 1 - beta, out=gradient)
 
 
 def slope(momentum: Tensor, loc: Tensor, prior: Prior, ratio: float, bias: float) -> Tensor:

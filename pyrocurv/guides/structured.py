@@ -37,7 +37,7 @@ _instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
 def init_to_network(site: Site) -> Tensor:
     """Start at the weight that `bayesianize` replaced (its prior's `initial`), or at a sample."""
     initial = getattr(site["fn"], "initial", None)
-    return init_to_sample(site) if initial is None else initial.detach().clone()
+    return init_to_sample(site) if initial is None else initial.detach()
 
 
 class StructuredGuide(AutoGuide):

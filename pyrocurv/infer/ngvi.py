@@ -60,7 +60,8 @@ class _Found:
     loss: Tensor
     gradients: list[Tensor]  # of the energy per datum in the sampled weights, packed
     rest: list[Tensor | None]  # and in all other parameters
-    run: Run  # the last
+    params: tuple[list[Tensor], list[Tensor], list[Tensor]]  # model's, guide's, modules' own
+    numbers: Numbers
     priors: list[BlockPrior]
     state: State  # with the new curvature and the next noise
 
@@ -212,10 +213,9 @@ class NGVI:
             for family, one in zip(families, state.blocks, strict=True)
         ]
         found = self._backward(state, locs, due, args, kwargs)
-        numbers = self._numbers(found.run)
         proposal = engine.propose(
-            found.state, locs, found.gradients, found.priors, found.loss, found.rest, numbers,
-            self.average,
+            found.state, locs, found.gradients, found.priors, found.loss, found.rest,
+            found.numbers, self.average,
         )
         encoded = [
             family.encode(new.average or new.metric.precision)  # type: ignore[union-attr]  # set at the first step
@@ -225,9 +225,9 @@ class NGVI:
 
         @torch.no_grad()
         def commit() -> None:
-            run, factor = found.run, numbers.lr / numbers.base_lr
+            model, guide, own = found.params
             self._rest.step(
-                run.model_params, run.guide_params(), found.rest, factor, run.own_params
+                model, guide, found.rest, found.numbers.lr / found.numbers.base_lr, own
             )
             if not self.average:
                 proposal.move([family.raw_loc for family in families])
@@ -276,7 +276,6 @@ class NGVI:
                 energy / (run.num_data * self.num_particles),
                 [*run.weights.values(), *params], allow_unused=True,
             )
-            self._kept = found  # lest malloc give the heap's top back and fault it in every step
             leaves = zip(run.weights.items(), found, strict=False)
             weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
             packed = [block.pack(weights) for block in blocks]
@@ -301,7 +300,8 @@ class NGVI:
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
-        return _Found(loss, gradients, rest, run, priors, seen)
+        trained = (run.model_params, run.guide_params(), run.own_params)
+        return _Found(loss, gradients, rest, trained, self._numbers(run), priors, seen)
 
     # ---- its parts ------------------------------------------------------------------------------
 
