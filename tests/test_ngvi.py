@@ -31,7 +31,7 @@ from toys import (
 
 from pyrocurv import engine
 from pyrocurv.curvature import Curvature
-from pyrocurv.guides import BlockGuide, KFACGuide, StructuredGuide
+from pyrocurv.guides import KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
@@ -1698,24 +1698,3 @@ def test_gradients_that_share_memory_are_told_apart() -> None:
         one.add_(1)
     torch.testing.assert_close(shared, torch.ones(4))
     torch.testing.assert_close(third, torch.full((4,), 2.0))
-
-
-def test_two_biases_with_one_gradient_move_alike() -> None:
-    class Sum(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            prior = dist.Normal(torch.zeros(3), 1.0).to_event(1)
-            self.a, self.b = PyroSample(prior), PyroSample(prior)
-
-        def forward(self, x: Tensor, y: Tensor) -> None:
-            mean = x + self.a + self.b
-            with pyro.plate("data", len(x)):
-                pyro.sample("obs", dist.Normal(mean, 1.0).to_event(1), obs=y)
-
-    model, zero = Sum(), torch.zeros(3)
-    guide = BlockGuide(model, init_loc_fn=init_to_value(values={"a": zero, "b": zero}))
-    ngvi = NGVI(model, guide, momentum=0.5)
-    x, y = torch.randn(8, 3), torch.randn(8, 3)
-    ngvi.step(x, y)  # at the mean: autograd gives both one tensor
-    for one in ngvi._state.blocks:  # type: ignore[union-attr]
-        torch.testing.assert_close(one.momentum, 0.5 * (x - y).mean(0))
