@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,38 +28,51 @@ Weights = Mapping[str, Tensor]  # {name: [*shape]}
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a step: learning rate, its base (before a schedule), β, damping, κ, N, T."""
+    """A block's numbers: learning rate, its base (before a schedule), β, damping, κ, N and T."""
 
     lr: float
     base_lr: float
     momentum: float
     damping: float
     kl_clip: float | None
-    num_data: int
+    num_data: float
     temperature: float
+
+    @staticmethod
+    def of(group: Mapping[str, Any], num_data: float, temperature: float) -> Numbers:
+        """From a parameter group, whose learning rate a scheduler may have turned."""
+        base = group.get("initial_lr", group["lr"])
+        return Numbers(
+            group["lr"], base, group["momentum"], group["damping"], group["kl_clip"], num_data,
+            temperature,
+        )
 
     @property
     def ratio(self) -> float:
         """N/T."""
         return self.num_data / self.temperature
 
+    def unbiased(self, step: int) -> float:
+        """1 - βᵗ, for t = step + 1."""
+        return 1 - self.momentum ** (step + 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """A step that is ready to be made: the means move by -rate · direction.
+    """A step that is ready to be made: each mean moves by -rate · direction.
 
     The directions are solutions that are not formed; `move` adds them to the means.
     """
 
     loss: float
-    rate: float
+    rates: list[float]
     directions: list[Solution]
     state: State
 
     def move(self, locs: Sequence[Tensor]) -> None:
         """Carry it out, in place."""
-        for loc, direction in zip(locs, self.directions, strict=True):
-            direction.add_to(loc, -self.rate)
+        for loc, rate, direction in zip(locs, self.rates, self.directions, strict=True):
+            direction.add_to(loc, -rate)
 
 
 def draw(
@@ -102,7 +116,7 @@ def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
     terms: Sequence[Observation], calls: Sequence[Call], rows: int, share: float,
-    priors: Sequence[BlockPrior], numbers: Numbers,
+    priors: Sequence[BlockPrior], numbers: Sequence[Numbers],
 ) -> list[Carried]:
     """Average one more estimate of the curvature of the blocks that are due in; `share` is B/N.
 
@@ -125,15 +139,15 @@ def observe(
 
 def faded(
     spec: Curvature, step: int, carried: Sequence[Carried], share: float,
-    priors: Sequence[BlockPrior], numbers: Numbers,
+    priors: Sequence[BlockPrior], numbers: Sequence[Numbers],
 ) -> list[Carried]:
     """With the initial curvature of `step`; a prior of new units waits for the next estimate."""
     faint = fading(spec, step, share)
     return [
         replace(one, metric=metric(
-            one.running.semidefinite(spec.kind), faint, prior, numbers.ratio, numbers.damping  # type: ignore[union-attr]  # known since the first estimate
+            one.running.semidefinite(spec.kind), faint, prior, number.ratio, number.damping  # type: ignore[union-attr]  # known since the first estimate
         )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]  # the same
-        for one, prior in zip(carried, priors, strict=True)
+        for one, prior, number in zip(carried, priors, numbers, strict=True)
     ]
 
 
@@ -154,7 +168,7 @@ def _nothing(block: Block, prior: BlockPrior) -> Running:
 def sense(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
     estimates: Sequence[Tensor | None], share: float, priors: Sequence[BlockPrior],
-    numbers: Numbers,
+    numbers: Sequence[Numbers],
 ) -> list[Carried]:
     """The curvature of opaque blocks from the step's own samples; `estimates` are means of Λ ε ∘ g.
 
@@ -162,17 +176,17 @@ def sense(
     """
     every = spec.every if isinstance(spec.every, int) else 20
     faint, result = fading(spec, step, share), list(carried)
-    for number, (block, one, estimate) in enumerate(zip(blocks, carried, estimates, strict=True)):
+    for place, (block, one, estimate) in enumerate(zip(blocks, carried, estimates, strict=True)):
         if not block.is_opaque or estimate is None:
             continue
         assert one.running is not None
-        prior = priors[number]
+        prior, number = priors[place], numbers[place]
         curvature = noisy_curvature(
-            one.running.curvature, estimate, (1 - spec.decay) / every, prior.packed, numbers.ratio
+            one.running.curvature, estimate, (1 - spec.decay) / every, prior.packed, number.ratio
         )
         running = Running(one.running.count + 1, curvature)
-        moved = metric(curvature, faint, prior, numbers.ratio, numbers.damping)
-        result[number] = replace(one, running=running, metric=moved)
+        moved = metric(curvature, faint, prior, number.ratio, number.damping)
+        result[place] = replace(one, running=running, metric=moved)
     return result
 
 
@@ -204,7 +218,7 @@ def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
 def propose(
     state: State, locs: Sequence[Tensor], gradients: Sequence[Tensor],
     priors: Sequence[BlockPrior], loss: Tensor, others: Sequence[Tensor | None],
-    numbers: Numbers, average: bool,
+    numbers: Sequence[Numbers], average: bool,
 ) -> Proposal:
     """The step from the gradients per datum, whose memory becomes the momentum's.
 
@@ -212,23 +226,26 @@ def propose(
 
     Raises FloatingPointError when the loss or a gradient is not finite.
     """
-    bias = 1 - numbers.momentum ** (state.step + 1)
-    blocks, directions = [], []
-    parts = zip(state.blocks, locs, apart(gradients), priors, strict=True)
-    for one, loc, gradient, prior in parts:
-        momentum = push(one.momentum, gradient, numbers.momentum)
-        h = slope(momentum, loc, prior.packed, numbers.ratio, bias)
+    blocks, directions, inner = [], [], []
+    parts = zip(state.blocks, locs, apart(gradients), priors, numbers, strict=True)
+    for one, loc, gradient, prior, number in parts:
+        bias = number.unbiased(state.step)
+        momentum = push(one.momentum, gradient, number.momentum)
+        h = slope(momentum, loc, prior.packed, number.ratio, bias)
         directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]  # set at the first step
+        inner.append(directions[-1].dot * (number.base_lr / bias) ** 2)
         blocks.append(replace(one, momentum=momentum))
-    inner = torch.stack([direction.dot for direction in directions]).sum() / bias**2
-    value, power = _finite([loss, inner], others, state.step)
-    rate = numbers.lr * trust(power, numbers.base_lr, numbers.kl_clip) / bias
+    value, power = _finite([loss, torch.stack(inner).sum()], others, state.step)
+    rates = [
+        number.lr * trust(power, number.kl_clip) / number.unbiased(state.step)
+        for number in numbers
+    ]
     if average:
         blocks = [
             _averaged(one, direction.add_to(loc.clone(), -rate), state.step)
-            for one, loc, direction in zip(blocks, locs, directions, strict=True)
+            for one, loc, direction, rate in zip(blocks, locs, directions, rates, strict=True)
         ]
-    return Proposal(value, rate, directions, State(state.step + 1, tuple(blocks)))
+    return Proposal(value, rates, directions, State(state.step + 1, tuple(blocks)))
 
 
 def apart(gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ gradient of the negative log likelihood per datum at sampled weights, e a fading
     posterior   Λ = (N/T)(C + e) + δ                      exact: the prior enters as it is
     momentum    m ← β m + (1-β) g,   h = m/(1-βᵗ) + (δT/N)(M - M₀)
     direction   d = (C + e + δT/N + damping)⁻¹ h          damping never shrinks the posterior
-    mean        M ← M - lr ν d,      ν = min(1, sqrt(κ / (lr₀² Σ <d, h>)))   over all blocks
+    mean        M ← M - lr ν d,      ν = min(1, sqrt(κ / Σ lr₀² <d, h>))   over all blocks
 
 Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562; the clip is that of Ba, Grosse &
 Martens 2017.
@@ -81,11 +81,11 @@ def slope(momentum: Tensor, loc: Tensor, prior: Prior, ratio: float, bias: float
     return torch.addcmul(momentum, prior.deviation(loc), prior.precision, value=bias / ratio)
 
 
-def trust(inner: float, lr: float, kl_clip: float | None) -> float:
-    """ν, from inner = Σ <d, h> and the base learning rate."""
-    if kl_clip is None or inner <= 0:
+def trust(power: float, kl_clip: float | None) -> float:
+    """ν, from power = Σ lr₀² <d, h> over all blocks, with their base learning rates."""
+    if kl_clip is None or power <= 0:
         return 1.0
-    return min(1.0, math.sqrt(kl_clip / (lr * lr * inner)))
+    return min(1.0, math.sqrt(kl_clip / power))
 
 
 def surplus(distance: Tensor, square: Tensor, precision: Structure, prior: Prior) -> Tensor:

@@ -14,6 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import nn
 from torch.distributions import Independent, constraints
 
+from pyrocurv.buffers import snapshot
 from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
 from pyrocurv.priors import as_normal
@@ -70,22 +71,6 @@ def named_modules(model: Any) -> dict[str, nn.Module]:
     """The same by name; a model that is no module has none."""
     module, _ = _unwrapped(model)
     return dict(module.named_modules()) if isinstance(module, nn.Module) else {}
-
-
-def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """How to put the modules' persistent buffers (batch-norm statistics) back as they are now."""
-    saved = [
-        (buffer, buffer.clone())
-        for module in modules for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    ]
-
-    @torch.no_grad()
-    def restore() -> None:
-        for buffer, value in saved:
-            buffer.copy_(value)
-
-    return restore
 
 
 @contextmanager

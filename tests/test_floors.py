@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"structures", "layers", "specs"},
+    {"structures", "layers", "specs", "buffers", "stream"},
     {"blocks", "uses"},
     {"capture", "choice", "priors"},
     {"distributions", "natural", "prototype"},
@@ -17,11 +17,11 @@ FLOORS = [
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
     {"state"},
     {"engine"},
-    {"infer"},
+    {"infer", "optim"},
 ]
 TORCH_ONLY = {
     "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "curvature",
-    "natural", "state", "engine",
+    "natural", "state", "engine", "buffers", "stream", "optim",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

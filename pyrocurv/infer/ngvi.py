@@ -20,6 +20,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyrocurv import engine
+from pyrocurv.buffers import snapshot
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
@@ -27,10 +28,10 @@ from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
-from pyrocurv.infer.stream import Stream
 from pyrocurv.priors import BlockPrior
-from pyrocurv.prototype import frozen_buffers, modules, snapshot
+from pyrocurv.prototype import frozen_buffers, modules
 from pyrocurv.state import Carried, Noise, State
+from pyrocurv.stream import Stream
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -61,7 +62,7 @@ class _Found:
     gradients: list[Tensor]  # of the energy per datum in the sampled weights, packed
     rest: list[Tensor | None]  # and in all other parameters
     params: tuple[list[Tensor], list[Tensor], list[Tensor]]  # model's, guide's, modules' own
-    numbers: Numbers
+    numbers: list[Numbers]  # the same for all blocks
     priors: list[BlockPrior]
     state: State  # with the new curvature and the next noise
 
@@ -226,9 +227,8 @@ class NGVI:
         @torch.no_grad()
         def commit() -> None:
             model, guide, own = found.params
-            self._rest.step(
-                model, guide, found.rest, found.numbers.lr / found.numbers.base_lr, own
-            )
+            (number, *_) = found.numbers
+            self._rest.step(model, guide, found.rest, number.lr / number.base_lr, own)
             if not self.average:
                 proposal.move([family.raw_loc for family in families])
             moves = zip(families, proposal.state.blocks, encoded, strict=True)
@@ -312,12 +312,10 @@ class NGVI:
         weights = sum(family.block.size for family in self.guide.blocks)
         return min(0.1, run.num_data / weights) if run.has_finite_support else 0.3
 
-    def _numbers(self, run: Run) -> Numbers:
+    def _numbers(self, run: Run) -> list[Numbers]:
         group = self.optimizer.param_groups[0]
-        return Numbers(
-            group["lr"], group.get("initial_lr", group["lr"]), group["momentum"],
-            group["damping"], group["kl_clip"], run.num_data, self._heat(run),
-        )
+        numbers = Numbers.of(group, run.num_data, self._heat(run))
+        return [numbers] * len(self.guide.blocks)
 
     def _read_priors(self, run: Run) -> list[BlockPrior]:
         """The priors as the model gives them in this run; what cannot have changed is kept."""
