@@ -137,6 +137,15 @@ class Call:
         return tensor.reshape(-1, batch, tensor.shape[-1]).transpose(0, 1)
 
 
+def apart(call: Call) -> tuple[Call, Call]:
+    """A call of weight and bias as one of the weight and one of the bias, layers of their own."""
+    layer, use = call.layer, call.use
+    assert layer.bias is not None
+    weight = replace(layer, bias=None)
+    bias = Layer(layer.bias, None, layer.bias_shape, "vector")
+    return Call(weight, call.flipped, use, "weight"), Call(bias, False, use, "bias")
+
+
 def resolve(
     uses: Sequence[Use], reused: Container[int], missed: dict[str, str]
 ) -> tuple[list[Layer], list[Call]]:

@@ -1,0 +1,320 @@
+"""What both optimizers here are: a network's layers in blocks, with their curvature."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrocurv import engine
+from pyrocurv.blocks import Block, partition
+from pyrocurv.capture import Capture
+from pyrocurv.choice import LEFT_OUT, Choice, choose
+from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.curvature.hessian import twice_differentiable
+from pyrocurv.curvature.pullback import Observation
+from pyrocurv.curvature.spec import as_curvature
+from pyrocurv.engine import Numbers
+from pyrocurv.layers import Layer
+from pyrocurv.optim.likelihoods import check_likelihood, observation
+from pyrocurv.optim.rest import Rest
+from pyrocurv.optim.watching import Inputs, Pass, Watch, total
+from pyrocurv.priors import BlockPrior
+from pyrocurv.state import Carried, State
+from pyrocurv.stream import Stream
+from pyrocurv.uses import Call, apart
+
+Group = dict[str, Any]
+Params = Iterable[Tensor] | Iterable[Group]
+COPIED = (
+    "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
+    "_watch", "_stream", "_rest", "_state",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The layers met so far, each with its structure (or "point", "frozen"), and their blocks."""
+
+    layers: Mapping[Layer, Any]
+    blocks: tuple[Block, ...] = ()
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names of what stays as it is."""
+        return {n for layer, kind in self.layers.items() if kind == "frozen" for n in layer.tensors}
+
+
+class CurvatureOptimizer(torch.optim.Optimizer):
+    """Watches a network and keeps the curvature of its layers; what a step makes of it is open."""
+
+    opaque_blocks = False  # whether what no supported op consumes has a block too
+
+    def __init__(
+        self, net: nn.Module, params: Params | None, likelihood: Likelihood,
+        curvature: str | Curvature, structure: Choice, fallback_lr: float, defaults: Group,
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net: a torch.nn.Module is needed, got {type(net).__name__}")
+        self.curvature = as_curvature(curvature)
+        self._density = check_likelihood(likelihood, self.curvature.kind)
+        self.likelihood, self.structure = likelihood, structure
+        if structure is None or isinstance(structure, str):
+            choose(structure, "kfac", [Layer("any", None, (1, 1))], {}, LEFT_OUT)
+        self._rest = Rest(fallback_lr)
+        super().__init__(net.parameters() if params is None else params, defaults)
+        self._watch = Watch(net)
+        self._stream = Stream()
+        self.layout = Layout({})
+        self._state = State(0, ())
+        self._expect()
+
+    @property
+    def net(self) -> nn.Module:
+        """The network, as it was given."""
+        return self._watch.net
+
+    # ---- parameters -----------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As torch has it; the parameters are some of the network's."""
+        self._check(param_group)
+        super().add_param_group(param_group)
+
+    def _check(self, group: Group) -> None:
+        """Raise ValueError for a number out of its range."""
+        numbers = {**self.defaults, **group}
+        momentum, damping, clip = (numbers[name] for name in ("momentum", "damping", "kl_clip"))
+        if not numbers["lr"] >= 0:
+            raise ValueError(f"lr={numbers['lr']!r}: a number from 0 is needed")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
+        if not damping >= 0:
+            raise ValueError(f"damping={damping!r}: a number from 0 is needed")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"kl_clip={clip!r}: a positive number or None is needed")
+
+    def _places(self) -> dict[str, tuple[nn.Parameter, Group]]:
+        """{name in the network: (parameter, its group)}.
+
+        Raises ValueError for a parameter that is none of the network's.
+        """
+        names = {id(p): name for name, p in self._watch.inner.named_parameters()}
+        grouped = [(p, group) for group in self.param_groups for p in group["params"]]
+        strange = [tuple(p.shape) for p, _ in grouped if id(p) not in names]
+        if strange:
+            raise ValueError(
+                f"parameters of shapes {strange} are none of the network's, which has "
+                f"{', '.join(names.values())}"
+            )
+        return {names[id(p)]: (p, group) for p, group in grouped}
+
+    # ---- curvature ------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        """Whether the step to come takes an estimate."""
+        step, blocks = self._state.step, self.layout.blocks
+        return not blocks or any(
+            engine.is_due(self.curvature, step, block, one)
+            for block, one in zip(blocks, self._state.blocks, strict=True)
+        )
+
+    def _expect(self) -> None:
+        """Have the watch keep what the step to come will want."""
+        self._watch.count = self.curvature.batch if self._is_due() else 0
+
+    @contextmanager
+    def _seen(
+        self, passes: Sequence[Pass], places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> Iterator[tuple[list[Observation], Layout, list[Call], int]]:
+        """The likelihood, the layout and the layers' ops of a run on the passes' first examples."""
+        device = next(iter(places.values()))[0].device
+        first = passes[0]
+        assert first.inputs is not None
+        alike = [one for one in passes if one.inputs and first.inputs.fits(one.inputs)]
+        inputs = Inputs.joined([one.inputs for one in alike if one.inputs])
+        gradients = [one.gradient for one in alike if one.gradient is not None]
+        watched: dict[str, Tensor] = {n: p for n, (p, _) in places.items() if p.requires_grad}
+        twice = self.curvature.kind == "hessian"
+        with (
+            self._stream(device), twice_differentiable() if twice else nullcontext(),
+            self._watch.again(inputs, watched) as (output, capture),
+        ):
+            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
+            term = observation(
+                self.likelihood, self._density, output, gradient, total(passes), inputs.batch
+            )
+            layout, calls = self._met(capture, places)
+            yield [term], layout, calls, inputs.batch
+
+    def _met(
+        self, capture: Capture, places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> tuple[Layout, list[Call]]:
+        """The layout with the layers of this pass, and their calls."""
+        group = {name: id(group) for name, (_, group) in places.items()}
+        _, found = capture.resolve()
+        calls = [
+            part for call in found
+            for part in ([call] if call.layer.bias is None or group[call.layer.weight] == group[
+                call.layer.bias] else apart(call))
+        ]
+        known = {name for layer in self.layout.layers for name in layer.tensors}
+        fresh = [layer for layer in dict.fromkeys(call.layer for call in calls)
+                 if not known & set(layer.tensors)]
+        if self.opaque_blocks:
+            fresh += [
+                Layer(name, None, tuple(places[name][0].shape), "opaque")
+                for name in capture.missed if name not in known
+            ]
+        if fresh:
+            if missed := {n: why for n, why in capture.missed.items() if n not in known}:
+                warnings.warn(
+                    f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
+                    f"consumed by no supported op: {self.without}", stacklevel=4,
+                )
+        layers = {**self.layout.layers, **dict.fromkeys(fresh)}
+        modules = dict(self._watch.inner.named_modules())
+        chosen = choose(self.structure, "kfac", [*layers], modules, LEFT_OUT)
+        blocks = list(self.layout.blocks)
+        for number in dict.fromkeys(group[layer.weight] for layer in fresh):
+            mine = [x for x in fresh if group[x.weight] == number and chosen[x] not in LEFT_OUT]
+            blocks += partition(mine, lambda x: "diag" if x.form == "opaque" else chosen[x])
+        layout = Layout({layer: chosen[layer] for layer in layers}, tuple(blocks))
+        held = {layer for block in blocks for layer in block.layers}
+        return layout, [call for call in calls if call.layer in held]
+
+    def _estimated(
+        self, carried: Sequence[Carried], passes: Sequence[Pass],
+        places: Mapping[str, tuple[nn.Parameter, Group]], share: float,
+    ) -> tuple[Layout, list[Carried]]:
+        """With one more estimate of what is due and took part."""
+        with self._seen(passes, places) as (terms, layout, calls, rows):
+            met = {call.layer for call in calls}
+            every = [*carried, *(Carried() for _ in layout.blocks[len(carried):])]
+            here = [
+                n for n, block in enumerate(layout.blocks)
+                if block.is_opaque or met >= set(block.layers)
+            ]
+            priors, numbers = self._priors(layout, places), self._numbers(layout, places)
+            new = engine.observe(
+                self.curvature, self._state.step, [layout.blocks[n] for n in here],
+                [every[n] for n in here], terms, calls, rows, share, [priors[n] for n in here],
+                [numbers[n] for n in here],
+            )
+        for n, one in zip(here, new, strict=True):
+            every[n] = one
+        return layout, every
+
+    def _priors(
+        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> list[BlockPrior]:
+        raise NotImplementedError
+
+    def _numbers(
+        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> list[Numbers]:
+        raise NotImplementedError
+
+    without = ""  # what a parameter that no supported op consumes gets instead
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _move(
+        self, layout: Layout, carried: Sequence[Carried],
+        places: Mapping[str, tuple[nn.Parameter, Group]], samples: int = 1,
+    ) -> None:
+        """Step from the parameters' gradients, the sum over so many samples."""
+        priors, numbers = self._priors(layout, places), self._numbers(layout, places)
+        grads = {name: p.grad for name, (p, _) in places.items() if p.grad is not None}
+        here = [n for n, block in enumerate(layout.blocks) if grads.keys() & block.tensors.keys()]
+        blocks = [layout.blocks[n] for n in here]
+        blocked = {name for block in layout.blocks for name in block.tensors}
+        rest = [name for name in grads if name not in blocked and name not in layout.frozen]
+        locs, gradients = [], []
+        for block in blocks:
+            values = {name: places[name][0] for name in block.tensors}
+            theirs = {name: grads.get(name, torch.zeros_like(v)) for name, v in values.items()}
+            locs.append(copied(block, values))
+            gradients.append(copied(block, theirs).div_(samples))
+        if blocks:
+            proposal = engine.propose(
+                State(self._state.step, tuple(carried[n] for n in here)), locs, gradients,
+                [priors[n] for n in here], locs[0].new_zeros(()), [grads[name] for name in rest],
+                [numbers[n] for n in here], False,
+            )
+            proposal.move(locs)
+            moved = dict(zip(here, proposal.state.blocks, strict=True))
+            carried = [moved.get(n, one) for n, one in enumerate(carried)]
+        self._rest.step(rest, places, 1 / samples)
+        for block, loc in zip(blocks, locs, strict=True):
+            write(block, loc, places)
+        self.layout, self._state = layout, State(self._state.step + 1, tuple(carried))
+        self._expect()
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the parameters, in plain values and tensors."""
+        left_out = [
+            {"as": kind, "layer": Block((layer,), "diag").state()}
+            for layer, kind in self.layout.layers.items() if kind in LEFT_OUT
+        ]
+        return {
+            **super().state_dict(),
+            "step": self._state.step,
+            "left_out": left_out,
+            "blocks": [block.state() for block in self.layout.blocks],
+            "carried": [one.state() for one in self._state.blocks],
+            "rest": self._rest.state_dict(),
+            "stream": self._stream.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken, given the network as it was then.
+
+        Raises ValueError when the state is of a network with other parameters.
+        """
+        blocks = tuple(Block.from_state(one) for one in state_dict["blocks"])
+        have = {name: tuple(p.shape) for name, (p, _) in self._places().items()}
+        want = {n: tuple(s) for block in blocks for n, s in block.tensors.items()}
+        if strange := {n: s for n, s in want.items() if have.get(n) != s}:
+            raise ValueError(f"the state is of parameters {strange}, the network has {have}")
+        carried = tuple(Carried.from_state(one) for one in state_dict["carried"])
+        groups = {key: state_dict[key] for key in ("state", "param_groups")}
+        super().load_state_dict(groups)
+        layers = {layer: block.structure for block in blocks for layer in block.layers}
+        for one in state_dict["left_out"]:
+            layers[Block.from_state(one["layer"]).layers[0]] = one["as"]
+        self.layout = Layout(layers, blocks)
+        like = next(iter(self._places().values()))[0]
+        self._state = State(state_dict["step"], carried).to(like)
+        self._rest.load_state_dict(state_dict["rest"])
+        self._stream.load_state_dict(state_dict["stream"])
+        self._watch.take()
+        self._expect()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._density = check_likelihood(self.likelihood, self.curvature.kind)
+
+
+def copied(block: Block, values: Mapping[str, Tensor]) -> Tensor:
+    """Packed [P], in memory of its own."""
+    packed = block.pack({name: value.detach() for name, value in values.items()})
+    return packed.clone() if len(block.tensors) == 1 else packed
+
+
+@torch.no_grad()
+def write(block: Block, packed: Tensor, places: Mapping[str, tuple[Tensor, Group]]) -> None:
+    for name, value in block.views(packed).items():
+        places[name][0].copy_(value)

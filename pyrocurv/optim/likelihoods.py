@@ -1,0 +1,81 @@
+"""From a network's output to terms of the curvature: the likelihood, and the data behind a loss.
+
+The loss is the user's own, PyTorch's mean over all entries of the batch (rows; tokens; pixels). Its
+gradient in the output tells the targets of the named likelihoods, where a curvature asks for them:
+
+    categorical  p - y   negative at the class alone
+    bernoulli    p - y   negative where y = 1
+    normal       μ - y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyrocurv.curvature.estimate import Likelihood, as_likelihood
+from pyrocurv.curvature.pullback import Observation
+
+DATA_KINDS = ("empirical", "hessian")
+
+
+def check_likelihood(likelihood: Likelihood, kind: str) -> Callable[[Any], Distribution]:
+    """The likelihood as a function; ValueError for one that has not what the curvature needs."""
+    density = as_likelihood(likelihood)
+    if kind in DATA_KINDS and not isinstance(likelihood, str):
+        raise ValueError(
+            f"curvature={kind!r} takes the targets from the loss's gradient, which a likelihood of "
+            "your own does not allow: use 'fisher' or 'ggn'"
+        )
+    return density
+
+
+def targets(likelihood: Likelihood, output: Tensor, gradient: Tensor, size: int) -> Tensor:
+    """The data behind the gradient of a mean over `size` entries."""
+    if likelihood == "categorical":
+        known = (gradient < 0).any(-1)  # at a probability of 1 nothing is left of it
+        return torch.where(known, gradient.argmin(-1), output.argmax(-1))
+    if likelihood == "bernoulli":
+        return torch.where(gradient == 0, output > 0, gradient < 0).to(output)
+    return output - gradient * size
+
+
+def observation(
+    likelihood: Likelihood, density: Callable[[Any], Distribution], output: Any,
+    gradient: Tensor | None, total: int, rows: int,
+) -> Observation:
+    """The term of one pass over `rows` examples; `gradient` is the loss's, a mean over `total`.
+
+    Raises ValueError for an output that the likelihood does not fit.
+    """
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    least = 2 if likelihood == "categorical" else 1
+    if isinstance(likelihood, str) and not (isinstance(output, Tensor) and output.dim() >= least):
+        raise ValueError(
+            f"likelihood={likelihood!r} wants an output of {least} axes or more, the batch first, "
+            f"got {shape}"
+        )
+    try:
+        fitted = density(output)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"likelihood={likelihood!r} does not fit an output {shape}") from error
+    if not isinstance(fitted, Distribution):
+        raise ValueError(f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}")
+    if fitted.batch_shape[:1] != (rows,):
+        raise ValueError(
+            f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
+            f"inputs and an output {shape}: the batch is the first axis"
+        )
+    inner = fitted
+    while isinstance(inner, torch.distributions.Independent):
+        inner = inner.base_dist
+    each = inner.batch_shape.numel() // rows
+    if gradient is None:
+        value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
+    else:
+        value = targets(likelihood, output.detach(), gradient, total * each)
+    return Observation(fitted, value, 1 / each)

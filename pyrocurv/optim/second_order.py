@@ -1,0 +1,141 @@
+"""Natural-gradient descent with a structured curvature, for any PyTorch training loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyrocurv.choice import Choice
+from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.engine import Numbers
+from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params
+from pyrocurv.priors import BlockPrior, Prior, Units
+
+
+class SecondOrderOptimizer(CurvatureOptimizer):
+    """Preconditions the gradient by the curvature of the network's layers.
+
+    With C the running curvature per entry of the loss's mean, g the gradient, δ the weight decay:
+
+        m ← β m + (1-β) g,   h = m/(1-βᵗ) + δ w,   w ← w - lr ν (C + e + δ + damping)⁻¹ h
+
+    e is the initial curvature that fades, ν the trust region of `kl_clip`. The loop stays as it is:
+    `zero_grad`, forward, `backward`, `step`. On steps where curvature is due the network runs once
+    more, on a few examples of the batch, inside `step`.
+
+    Args:
+        net: the network that the loop calls.
+        lr: learning rate.
+        params: the parameters or groups of them, as in torch; by default all. A group may have its
+            own lr, momentum, damping, kl_clip and weight_decay; layers of two groups share no
+            block.
+        likelihood: whose negative logarithm is the loss, a mean over all entries as PyTorch takes
+            it: "categorical" (`F.cross_entropy` of logits, classes last), "bernoulli"
+            (`F.binary_cross_entropy_with_logits`), "normal" (`F.mse_loss / 2`), or a callable from
+            the output to a `Distribution` whose batch shape starts with the batch.
+        curvature: a kind or a `Curvature`. "empirical" and "hessian" read the targets off the
+            gradient in the output (hard classes; for "normal" of a loss that nothing scales).
+        structure: one for all layers, or a choice for each; see `pyrocurv.curvature.estimate`.
+            "point" leaves layers to Adam, "frozen" as they are.
+        momentum, damping: β, and what is added to the curvature.
+        weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
+        kl_clip: trust region κ of a step, over all layers; None for no clipping.
+        fallback_lr: of Adam for what no supported op consumes, in proportion to a schedule on lr.
+
+    Raises:
+        ValueError: an unknown name, a number out of its range, a parameter that is none of the
+            network's; at a step, an output that the likelihood does not fit.
+        RuntimeError: a step before any forward pass with a gradient.
+        FloatingPointError: a gradient that is not finite; nothing has changed then.
+
+    Reference: Martens & Grosse 2015, arXiv:1503.05671.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.optim import SecondOrderOptimizer
+        >>> net = torch.nn.Linear(4, 3)
+        >>> optimizer = SecondOrderOptimizer(net, lr=0.03)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     torch.nn.functional.cross_entropy(net(x), y).backward()
+        ...     optimizer.step()
+    """
+
+    without = "Adam trains them"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 0.03,
+        *,
+        params: Params | None = None,
+        likelihood: Likelihood = "categorical",
+        curvature: str | Curvature = "fisher",
+        structure: Choice = "kfac",
+        momentum: float = 0.9,
+        damping: float = 3e-3,
+        weight_decay: float = 0.0,
+        kl_clip: float | None = 1e-2,
+        fallback_lr: float = 2e-3,
+    ) -> None:
+        super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
+            "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
+            "kl_clip": kl_clip,
+        })
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        decay = {**self.defaults, **group}["weight_decay"]
+        if not decay >= 0:
+            raise ValueError(f"weight_decay={decay!r}: a number from 0 is needed")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the gradients there are; returns what the closure does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        passes, places = self._watch.take(), self._places()
+        layout, carried = self.layout, list(self._state.blocks)
+        if self._is_due() and any(one.inputs for one in passes):
+            layout, carried = self._estimated(carried, passes, places, 0.0)
+        if not layout.layers:
+            raise RuntimeError(
+                "step() before any forward pass of the network that had a gradient: call the "
+                "network itself, then backward()"
+            )
+        self._move(layout, carried, places)
+        return loss
+
+    def _priors(
+        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> list[BlockPrior]:
+        result = []
+        for block in layout.blocks:
+            like, group = places[next(iter(block.tensors))]
+            result.append(_decay(group["weight_decay"], like.dtype, like.device,
+                                 not isinstance(block.structure, str)))
+        return result
+
+    def _numbers(
+        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> list[Numbers]:
+        return [
+            Numbers.of(places[next(iter(block.tensors))][1], 1, 1) for block in layout.blocks
+        ]
+
+
+@functools.lru_cache(maxsize=64)
+def _decay(
+    weight_decay: float, dtype: torch.dtype, device: torch.device, is_kronecker: bool
+) -> BlockPrior:
+    """Weight decay as the prior of a block."""
+    precision = torch.tensor(weight_decay, dtype=dtype, device=device)
+    prior = Prior(torch.zeros_like(precision), precision, centred=True)
+    return BlockPrior((), prior, Units(precision) if is_kronecker else None, True)
