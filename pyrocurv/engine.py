@@ -106,10 +106,15 @@ def around(
     return [one.around(block, loc) for one, block, loc in parts]
 
 
+def is_sensed(spec: Curvature, block: Block) -> bool:
+    """Whether a block's curvature is known from the gradients at its samples alone."""
+    return block.is_opaque or spec.kind == "noise"
+
+
 def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
     """Whether `step` takes an estimate of a block."""
-    if spec.every == "auto" and block.is_opaque:  # every step does, by itself
-        return carried.running is None
+    if is_sensed(spec, block) and (spec.every == "auto" or spec.kind == "noise"):
+        return carried.running is None  # every step has one, by itself
     return spec.is_due(step, carried.clock)
 
 
@@ -123,13 +128,13 @@ def observe(
     The initial curvature fades in all blocks, due or not; see `fading`.
     """
     now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
-           if is_due(spec, step, block, one) and not block.is_opaque]
-    found = estimator.observe(
+           if is_due(spec, step, block, one) and not is_sensed(spec, block)]
+    found = [] if not now else estimator.observe(
         spec, step, [blocks[n] for n in now], [carried[n].running for n in now],
         [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now],
     )
     fresh = [
-        replace(one, running=one.running or _nothing(block, prior)) if block.is_opaque else one
+        started(spec, block, one, prior) if is_sensed(spec, block) else one
         for block, one, prior in zip(blocks, carried, priors, strict=True)
     ]
     for number, (running, clock) in zip(now, found, strict=True):
@@ -155,29 +160,37 @@ def fading(spec: Curvature, step: int, share: float) -> float:
     """e = initial · (1 - ρ)^step with ρ = B/N, the `share`, but within [0.01, 0.05].
 
     It bridges the first hundreds of steps, in which the network changes faster than the average
-    follows: with plenty of data an epoch would be far too long for that.
+    follows: with plenty of data an epoch would be far too long for that. An average that starts
+    from it ("noise") needs no bridge.
     """
+    if spec.kind == "noise":
+        return 0.0
     return spec.initial * (1 - min(0.05, max(0.01, share))) ** step
 
 
-def _nothing(block: Block, prior: BlockPrior) -> Running:
-    """The curvature of a block that is known from gradients, before any."""
-    return Running(0, Diagonal(prior.packed.precision.new_zeros(block.size)))
+def started(spec: Curvature, block: Block, carried: Carried, prior: BlockPrior) -> Carried:
+    """With a curvature to start from, where a block's is known from gradients."""
+    if block.kind != "diag":
+        raise ValueError(f"curvature='noise' wants structure='diag', {block.name} is {block.label}")
+    if carried.running is not None:
+        return carried
+    start = spec.initial if spec.kind == "noise" else 0.0
+    curvature = Diagonal(prior.packed.precision.new_full((block.size,), start))
+    return replace(carried, running=Running(0, curvature))
 
 
 def sense(
-    spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
-    estimates: Sequence[Tensor | None], share: float, priors: Sequence[BlockPrior],
-    numbers: Sequence[Numbers],
+    spec: Curvature, step: int, carried: Sequence[Carried], estimates: Sequence[Tensor | None],
+    share: float, priors: Sequence[BlockPrior], numbers: Sequence[Numbers],
 ) -> list[Carried]:
-    """The curvature of opaque blocks from the step's own samples; `estimates` are means of Λ ε ∘ g.
+    """The curvature of some blocks from the step's own samples; `estimates` are means of Λ ε ∘ g.
 
     Every step counts, each as much less as an estimate every `spec.every` steps would count.
     """
     every = spec.every if isinstance(spec.every, int) else 20
     faint, result = fading(spec, step, share), list(carried)
-    for place, (block, one, estimate) in enumerate(zip(blocks, carried, estimates, strict=True)):
-        if not block.is_opaque or estimate is None:
+    for place, (one, estimate) in enumerate(zip(carried, estimates, strict=True)):
+        if estimate is None:
             continue
         assert one.running is not None
         prior, number = priors[place], numbers[place]

@@ -15,17 +15,12 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrocurv.priors import as_normal, compact
+from pyrocurv.priors import NORMS, TRANSPOSED, as_normal, compact, fan_in
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.MultiheadAttention,
     *RECURRENT,
-)
-NORMS = (
-    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 )
 Prior = float | str | Callable[[nn.Module, str], Distribution]
 
@@ -116,24 +111,13 @@ def _prior_maker(prior: Prior) -> Callable[[nn.Module, str], Distribution]:
     if callable(prior):
         return prior
     if prior == "fan_in":
-        return lambda module, name: _normal(module, name, 1 / math.sqrt(_fan_in(module) + 1))
+        return lambda module, name: _normal(module, name, 1 / math.sqrt(fan_in(module) + 1))
     if isinstance(prior, str) or not prior > 0:
         raise ValueError(
             f"prior={prior!r}: 'fan_in', a positive standard deviation or a callable "
             "(module, name) -> Distribution is needed"
         )
     return lambda module, name: _normal(module, name, float(prior))
-
-
-def _fan_in(module: nn.Module) -> int:
-    """How many inputs an output adds up."""
-    if isinstance(module, TRANSPOSED):
-        weight = module.weight
-        return weight.numel() // (weight.shape[1] * module.groups)
-    if isinstance(module, (nn.Embedding, *NORMS)):
-        return 1
-    matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
-    return max(matrices, default=1)
 
 
 def _normal(module: nn.Module, name: str, scale: float) -> Distribution:

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from pyrocurv.blocks import Block
 from pyrocurv.structures import Structure
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +88,17 @@ def compact(value: Tensor) -> Tensor:
     if all(stride == 0 or size == 1 for stride, size in axes):
         return value[(0,) * value.dim()]
     return value
+
+
+def fan_in(module: nn.Module) -> int:
+    """How many inputs an output adds up."""
+    if isinstance(module, TRANSPOSED):
+        weight = module.weight
+        return weight.numel() // (weight.shape[1] * module.groups)
+    if isinstance(module, (nn.Embedding, *NORMS)):
+        return 1
+    matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+    return max(matrices, default=1)
 
 
 def read_prior(block: Block, priors: Mapping[str, Distribution]) -> Prior:

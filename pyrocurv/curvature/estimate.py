@@ -17,7 +17,7 @@ from pyrocurv.curvature import hessian
 from pyrocurv.curvature.hessian import Seen, hessians, twice_differentiable
 from pyrocurv.curvature.pullback import Observation, Opaque, pullback
 from pyrocurv.curvature.reduce import check_batch, gather
-from pyrocurv.curvature.spec import Curvature, as_curvature
+from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
@@ -122,6 +122,8 @@ def estimate(
         torch.Size([8, 8])
     """
     curvature, density = as_curvature(curvature), as_likelihood(likelihood)
+    if curvature.kind == NOISE:
+        raise ValueError("curvature='noise' is known from a posterior's samples, not from data")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
     with twice(), torch.enable_grad(), Capture(dict(named)) as capture:

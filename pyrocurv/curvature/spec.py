@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pyrocurv.curvature.clock import START, Clock
 
 KINDS = ("hessian", "ggn", "fisher", "empirical")
+NOISE = "noise"
 SCHEDULE = ((100, 5), (300, 10), (600, 20))  # up to this step, this interval
 LATE = 100
 
@@ -20,7 +21,9 @@ class Curvature:
             average is of the matrices as they are, a precision leaves out what is negative in it),
             "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood,
             computed in closed form), "fisher" (the same by sampled targets) or "empirical"
-            (gradients at the data; a cheap relative, not an estimate of the other two).
+            (gradients at the data; a cheap relative, not an estimate of the other two). Diagonal
+            posteriors also know "noise": the Hessian's diagonal from the gradients at the very
+            samples that training draws (Price's theorem), at every step and at no cost.
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
             300, 20 up to 600, then 100; or "auto": each block by itself, from 20 steps at first
             down to 5 while its layers' inputs or gradients move, up to 500 while they do not.
@@ -32,7 +35,7 @@ class Curvature:
             estimates are averaged equally.
         initial: an isotropic curvature per datum at the start, that fades as (1 - ρ)^step with
             ρ = B/N within [0.01, 0.05]. Without it the first samples of a network's posterior are
-            so wide that training explodes.
+            so wide that training explodes. For "noise" it is where the average starts.
         num_samples: sampled targets for each example (kind "fisher"); draws of random signs (kind
             "hessian") for layers that an exact answer would take more than 512 backward passes
             for, and for no others.
@@ -55,8 +58,11 @@ class Curvature:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"curvature={self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.kind not in (*KINDS, NOISE):
+            raise ValueError(
+                f"curvature={self.kind!r}: choose one of {', '.join(KINDS)} or, for diagonal "
+                f"posteriors, {NOISE}"
+            )
         for name in ("every", "eigen_every", "batch", "num_samples"):
             value = getattr(self, name)
             if (name, value) in (("batch", None), ("every", "schedule"), ("every", "auto")):

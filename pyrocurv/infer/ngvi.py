@@ -282,7 +282,8 @@ class NGVI:
             gradients = _add(gradients, packed)
             if noise is not None:
                 estimates = [
-                    _sum(sum_, precision.diag() * one.epsilon * g) if block.is_opaque else None
+                    _sum(sum_, precision.diag() * one.epsilon * g)
+                    if engine.is_sensed(self.curvature, block) else None
                     for block, sum_, precision, one, g
                     in zip(blocks, estimates, held, noise, packed, strict=True)
                 ]
@@ -295,8 +296,8 @@ class NGVI:
                 self._numbers(run),
             )
         carried = engine.sense(
-            self.curvature, state.step, blocks, carried, estimates,
-            run.batch / run.num_data, priors, self._numbers(run),
+            self.curvature, state.step, carried, estimates, run.batch / run.num_data, priors,
+            self._numbers(run),
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
@@ -372,7 +373,9 @@ class NGVI:
         step, counts = self._state.step, {}
         for family, one in zip(self.guide.blocks, self._state.blocks, strict=True):
             block, updates = family.block, 0 if one.running is None else one.running.count
-            interval = 1 if block.is_opaque else self.curvature.interval(step, one.clock)
+            interval = self.curvature.interval(step, one.clock)
+            if engine.is_sensed(self.curvature, block):
+                interval = 1
             counts[block.name] = Updates(updates, interval)
         return counts
 

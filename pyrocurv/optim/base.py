@@ -178,16 +178,23 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
                     f"consumed by no supported op: {self.without}", stacklevel=4,
                 )
-        layers = {**self.layout.layers, **dict.fromkeys(fresh)}
-        modules = dict(self._watch.inner.named_modules())
-        chosen = choose(self.structure, "kfac", [*layers], modules, LEFT_OUT)
-        blocks = list(self.layout.blocks)
-        for number in dict.fromkeys(group[layer.weight] for layer in fresh):
-            mine = [x for x in fresh if group[x.weight] == number and chosen[x] not in LEFT_OUT]
-            blocks += partition(mine, lambda x: "diag" if x.form == "opaque" else chosen[x])
-        layout = Layout({layer: chosen[layer] for layer in layers}, tuple(blocks))
-        held = {layer for block in blocks for layer in block.layers}
+        layout = self._with_layers(fresh, places)
+        held = {layer for block in layout.blocks for layer in block.layers}
         return layout, [call for call in calls if call.layer in held]
+
+    def _with_layers(
+        self, fresh: Sequence[Layer], places: Mapping[str, tuple[nn.Parameter, Group]]
+    ) -> Layout:
+        """The layout with more layers; those of two groups share no block."""
+        layers = [*self.layout.layers, *fresh]
+        modules = dict(self._watch.inner.named_modules())
+        chosen = choose(self.structure, "kfac", layers, modules, LEFT_OUT)
+        group = {layer: id(places[layer.weight][1]) for layer in fresh}
+        blocks = list(self.layout.blocks)
+        for number in dict.fromkeys(group.values()):
+            mine = [x for x in fresh if group[x] == number and chosen[x] not in LEFT_OUT]
+            blocks += partition(mine, lambda x: "diag" if x.form == "opaque" else chosen[x])
+        return Layout(chosen, tuple(blocks))
 
     def _estimated(
         self, carried: Sequence[Carried], passes: Sequence[Pass],

@@ -12,6 +12,7 @@ from torch import nn
 from pyrocurv.choice import Choice
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.curvature.spec import NOISE, as_curvature
 from pyrocurv.engine import Numbers
 from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params
 from pyrocurv.priors import BlockPrior, Prior, Units
@@ -84,6 +85,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         kl_clip: float | None = 1e-2,
         fallback_lr: float = 2e-3,
     ) -> None:
+        if as_curvature(curvature).kind == NOISE:
+            raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
         super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
             "kl_clip": kl_clip,

@@ -1,0 +1,55 @@
+"""Optimizers of the literature, each a curvature, a structure and an update of `VIOptimizer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pyrocurv.curvature import Curvature
+from pyrocurv.optim.vi import VIOptimizer
+
+
+def noisy_kfac(net: nn.Module, num_data: int, lr: float = 0.02, **options: Any) -> VIOptimizer:
+    """Noisy K-FAC, Zhang et al. 2018, arXiv:1712.02390, with the prior exact in the posterior."""
+    return VIOptimizer(net, num_data, lr, curvature="fisher", structure="kfac", **options)
+
+
+def noisy_ekfac(net: nn.Module, num_data: int, lr: float = 0.02, **options: Any) -> VIOptimizer:
+    """Noisy EK-FAC, Bae, Zhang & Grosse 2018, arXiv:1811.12565."""
+    return VIOptimizer(net, num_data, lr, curvature="fisher", structure="ekfac", **options)
+
+
+def vogn(
+    net: nn.Module, num_data: int, lr: float = 1e-2, *, prior_precision: float = 1.0,
+    beta1: float = 0.9, beta2: float = 0.99, damping: float = 0.0, **options: Any,
+) -> VIOptimizer:
+    """VOGN, Osawa et al. 2019, arXiv:1906.02506: squares of every example's gradient, each step.
+
+        s ← (1-w) s + w mean g²,   w = max(1-β₂, 1/t),   μ ← μ - lr (m̂ + δ̃ μ) / (s + δ̃ + damping)
+        σ² = T / (N (s + δ̃)),   δ̃ = T δ / N
+    """
+    curvature = Curvature("empirical", every=1, batch=None, decay=beta2, initial=0.0)
+    return VIOptimizer(
+        net, num_data, lr, curvature=curvature, structure="diag", prior_precision=prior_precision,
+        momentum=beta1, damping=damping, kl_clip=None, **options,
+    )
+
+
+def ivon(
+    net: nn.Module, num_data: int, lr: float = 0.1, *, weight_decay: float = 1e-4,
+    beta1: float = 0.9, beta2: float = 0.99999, hess_init: float = 1.0, **options: Any,
+) -> VIOptimizer:
+    """IVON, Shen et al. 2024, arXiv:2402.17641: the Hessian's diagonal from the samples' noise.
+
+    `num_data` is the effective sample size λ of the paper, δ the weight decay:
+
+        ĥ = ĝ (θ - m) / σ²,   σ² = 1 / (λ (h + δ)),   m ← m - lr (ḡ + δ m) / (h + δ)
+        h ← β₂ h + (1-β₂) ĥ + ½ (1-β₂)² (h - ĥ)² / (h + δ)
+    """
+    curvature = Curvature("noise", every=1, decay=beta2, initial=hess_init)
+    options = {"antithetic": False, "damping": 0.0, "kl_clip": None, **options}
+    return VIOptimizer(
+        net, num_data, lr, curvature=curvature, structure="diag", momentum=beta1,
+        prior_precision=weight_decay * num_data, **options,
+    )

@@ -1,0 +1,416 @@
+"""Natural-gradient variational inference for any PyTorch training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from pyrocurv import engine
+from pyrocurv.blocks import Block
+from pyrocurv.choice import Choice
+from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.curvature.spec import NOISE
+from pyrocurv.engine import Numbers
+from pyrocurv.layers import Layer
+from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, copied, write
+from pyrocurv.optim.watching import Pass, total
+from pyrocurv.priors import NORMS, BlockPrior, fan_in, kl
+from pyrocurv.state import Carried, Noise, State
+
+Places = Mapping[str, tuple[nn.Parameter, Group]]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What the samples since the last step have left: their number, the examples, the curvature."""
+
+    count: int
+    rows: int  # of the first one
+    layout: Layout
+    carried: tuple[Carried, ...]
+    estimates: tuple[Tensor | None, ...]  # sums of Λ ε ∘ g, for blocks that nothing else tells of
+
+
+class VIOptimizer(CurvatureOptimizer):
+    """A Gaussian posterior over a network's weights, N(M, Λ⁻¹), trained by natural gradients.
+
+    Between steps the network's parameters are the mean M. The loss, N times its mean over the
+    batch, is that of a sample:
+
+        with optimizer.sampled_params():
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+        optimizer.step()
+
+    Several such blocks before a step are several samples. The equations are those of
+    `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
+
+    Args:
+        net, params, likelihood, curvature, structure, momentum, damping, kl_clip, fallback_lr: as
+            for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
+        num_data: N, how many numbers the loss would be the mean of on all data: examples, or
+            tokens, or examples times outputs.
+        lr: learning rate of the mean.
+        prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
+            layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
+        temperature: T multiplies the KL term; 1 is the ELBO. "auto": min(0.1, N/P) for likelihoods
+            of finite support, 0.3 for others, a rule of thumb. A group may have its own.
+        kl_warmup: steps over which T rises linearly to its value.
+        augmentation: N counts so many times, for data that random transformations multiply.
+        num_samples: how often `step(closure)` calls the closure, and what `predict` draws.
+        antithetic: use each noise a second time with its sign turned.
+
+    How wide the posterior is at the start is `Curvature(initial=...)`. What no supported op
+    consumes gets independent Gaussians, from gradients.
+
+    Raises:
+        ValueError, FloatingPointError: as `SecondOrderOptimizer`.
+        RuntimeError: a step without a sample; one `sampled_params()` inside another.
+
+    Reference: Zhang et al. 2018, arXiv:1712.02390; Khan & Rue 2023, arXiv:2107.04562.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.optim import VIOptimizer
+        >>> net = torch.nn.Linear(4, 3)
+        >>> optimizer = VIOptimizer(net, num_data=16)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     with optimizer.sampled_params():
+        ...         torch.nn.functional.cross_entropy(net(x), y).backward()
+        ...     optimizer.step()
+        >>> optimizer.predict(x, num_samples=8).softmax(-1).mean(0).shape
+        torch.Size([16, 3])
+    """
+
+    opaque_blocks = True
+    without = "independent Gaussians, from gradients"
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_data: int,
+        lr: float = 0.02,
+        *,
+        params: Params | None = None,
+        likelihood: Likelihood = "categorical",
+        curvature: str | Curvature = "fisher",
+        structure: Choice = "kfac",
+        prior_precision: float | str = "fan_in",
+        temperature: float | str = 1.0,
+        kl_warmup: int = 0,
+        augmentation: float = 1.0,
+        momentum: float = 0.9,
+        damping: float = 3e-3,
+        kl_clip: float | None = 1e-3,
+        num_samples: int = 1,
+        antithetic: bool = True,
+        fallback_lr: float = 2e-3,
+    ) -> None:
+        for name, value, least in (
+            ("num_data", num_data, 1), ("num_samples", num_samples, 1), ("kl_warmup", kl_warmup, 0)
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: a whole number from {least} is needed")
+        if not augmentation > 0:
+            raise ValueError(f"augmentation={augmentation!r}: a positive number is needed")
+        self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
+        self.augmentation, self.kl_warmup = augmentation, kl_warmup
+        super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
+            "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+            "prior_precision": prior_precision, "temperature": temperature,
+        })
+        self._priors_made: dict[Block, tuple[Any, BlockPrior]] = {}
+        self._samples: Samples | None = None
+        self._is_sampling = False
+        self._means: tuple[Sequence[Block], Sequence[Tensor]] = ((), ())  # while they are away
+        if self.curvature.kind == NOISE:
+            self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Lay out and draw from the first step on: no forward pass has to be seen for that."""
+        places = self._places()
+        layout = self._with_layers([
+            Layer(name, None, tuple(p.shape), "opaque")
+            for name, (p, _) in places.items() if p.requires_grad
+        ], places)
+        priors, numbers = self._priors(layout, places), self._numbers(layout, places)
+        carried = [
+            engine.started(self.curvature, block, Carried(), prior)
+            for block, prior in zip(layout.blocks, priors, strict=True)
+        ]
+        self.layout = layout
+        carried = engine.faded(self.curvature, 0, carried, 0.0, priors, numbers)
+        self._state = State(0, tuple(carried))
+        self._expect()
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        numbers = {**self.defaults, **group}
+        for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
+            value = numbers[name]
+            if value != word and (isinstance(value, str) or not value > 0):
+                raise ValueError(f"{name}={value!r}: a positive number or {word!r} is needed")
+
+    # ---- samples --------------------------------------------------------------------------------
+
+    @contextmanager
+    def sampled_params(self) -> Iterator[None]:
+        """The parameters are a sample inside, and the mean again afterwards, whatever is raised.
+
+        A forward and a backward pass inside make it one of the samples of the next step.
+        """
+        if self._is_sampling:
+            raise RuntimeError("sampled_params() inside another one")
+        places, stream = self._places(), self._stream.state_dict()
+        noise, mirror = self._drawn(places)
+        self._watch.take()
+        self._is_sampling = True
+        try:
+            with self._at(noise, places):
+                before = {n: p.grad.clone() for n, p in self._sensed(places) if p.grad is not None}
+                yield
+                if passes := self._watch.take():
+                    self._samples = self._with(passes, noise, mirror, before, places)
+        except BaseException:
+            self._stream.load_state_dict(stream)
+            raise
+        finally:
+            self._is_sampling = False
+
+    def _drawn(self, places: Places) -> tuple[list[Noise] | None, list[Noise | None]]:
+        """A sample's noise, and what the next one mirrors; of the posterior at the last step."""
+        if not self.layout.blocks:
+            return None, []
+        precisions = [one.metric.precision if one.metric else None for one in self._state.blocks]
+        carried = self._samples.carried if self._samples else self._state.blocks
+        used = [one.noise for one in carried[: len(precisions)]]
+        if any(noise is None for noise in used):  # of a block that is new
+            used = [None] * len(used)
+        like = places[next(iter(self.layout.blocks[0].tensors))][0]
+        with self._stream(like.device), torch.no_grad():
+            return engine.draw(precisions, used, like, self.antithetic)
+
+    @contextmanager
+    def _at(self, noise: Sequence[Noise] | None, places: Places) -> Iterator[None]:
+        """With a sample in the parameters; the mean is put back, bit for bit."""
+        blocks = self.layout.blocks if noise else ()
+        means = [
+            copied(block, {name: places[name][0] for name in block.tensors}) for block in blocks
+        ]
+        self._means = (blocks, means)
+        try:
+            with torch.no_grad():
+                for block, loc, one in zip(blocks, means, noise or (), strict=True):
+                    for name, value in one.around(block, loc).items():
+                        places[name][0].copy_(value)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            self._means = ((), ())
+            for block, loc in zip(blocks, means, strict=True):
+                write(block, loc, places)
+            torch.clear_autocast_cache()
+
+    def _sensed(self, places: Places) -> list[tuple[str, nn.Parameter]]:
+        """The parameters whose curvature comes from their own gradients."""
+        return [
+            (name, places[name][0]) for block in self.layout.blocks
+            if engine.is_sensed(self.curvature, block) for name in block.tensors
+        ]
+
+    @torch.no_grad()
+    def _with(
+        self, passes: Sequence[Pass], noise: Sequence[Noise] | None,
+        mirror: Sequence[Noise | None], before: Mapping[str, Tensor], places: Places,
+    ) -> Samples:
+        """One more sample, after its backward pass and with the parameters still at it."""
+        old, blocks = self._samples, self.layout.blocks
+        if old is None:
+            rows, layout, carried = total(passes), self.layout, list(self._state.blocks)
+            if self._is_due() and any(one.inputs for one in passes):
+                layout, carried = self._estimated(carried, passes, places, rows / self._size)
+            elif self.curvature.fades(self._state.step):
+                carried = engine.faded(
+                    self.curvature, self._state.step, carried, rows / self._size,
+                    self._priors(layout, places), self._numbers(layout, places),
+                )
+            old = Samples(0, rows, layout, tuple(carried), (None,) * len(blocks))
+        noises = [*mirror, *[None] * (len(old.carried) - len(mirror))]
+        carried = [replace(one, noise=n) for one, n in zip(old.carried, noises, strict=True)]
+        estimates = list(old.estimates)
+        for n, block in enumerate(blocks if noise else ()):
+            if not engine.is_sensed(self.curvature, block):
+                continue
+            after = {name: places[name][0] for name in block.tensors}
+            gradient = block.pack({
+                name: torch.zeros_like(p) if p.grad is None else p.grad - before.get(name, 0)
+                for name, p in after.items()
+            })
+            precision = self._state.blocks[n].metric.precision  # type: ignore[union-attr]  # there is noise
+            estimate = precision.diag() * noise[n].epsilon * gradient  # type: ignore[index]  # the same
+            held = estimates[n]
+            estimates[n] = estimate if held is None else held + estimate
+        return Samples(old.count + 1, old.rows, old.layout, tuple(carried), tuple(estimates))
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step from the samples since the last; returns the mean of the closure's losses.
+
+        A closure is called `num_samples` times at samples of its own, and may clear gradients.
+        """
+        loss = None if closure is None else self._sampled(closure)
+        samples, self._samples = self._samples, None
+        if self._is_sampling:
+            raise RuntimeError("step() inside sampled_params(): leave it first")
+        if samples is None:
+            raise RuntimeError(
+                "step() without a sample: run forward and backward inside `with "
+                "optimizer.sampled_params():`, calling the network itself"
+            )
+        places, layout, count = self._places(), samples.layout, samples.count
+        new = len(layout.blocks) - len(samples.estimates)
+        means = [None if e is None else e / count for e in (*samples.estimates, *[None] * new)]
+        with torch.no_grad():
+            carried = engine.sense(
+                self.curvature, self._state.step, samples.carried, means, samples.rows / self._size,
+                self._priors(layout, places), self._numbers(layout, places),
+            )
+        self._move(layout, carried, places, count)
+        return loss
+
+    def _sampled(self, closure: Callable[[], Any]) -> Any:
+        losses, sums = [], dict[str, Tensor]()
+        self.zero_grad()
+        self._samples = None
+        for _ in range(self.num_samples):
+            with self.sampled_params(), torch.enable_grad():
+                losses.append(closure())
+            for name, (p, _) in self._places().items():
+                if p.grad is not None:
+                    sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+            self.zero_grad()
+        for name, (p, _) in self._places().items():
+            p.grad = sums.get(name)
+        numbers = [float(loss) for loss in losses if loss is not None]
+        return sum(numbers) / len(numbers) if numbers else None
+
+    @property
+    def _size(self) -> float:
+        """N, augmentation counted."""
+        return self.num_data * self.augmentation
+
+    def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
+        groups = [places[next(iter(block.tensors))][1] for block in layout.blocks]
+        weights = sum(block.size for block in layout.blocks)
+        rise = min(1.0, (self._state.step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+        rule = min(0.1, self._size / max(weights, 1)) if self._has_finite_support else 0.3
+        heats = [rule if g["temperature"] == "auto" else g["temperature"] for g in groups]
+        return [
+            Numbers.of(group, self._size, heat * rise)
+            for group, heat in zip(groups, heats, strict=True)
+        ]
+
+    @property
+    def _has_finite_support(self) -> bool:
+        return self.likelihood in ("categorical", "bernoulli")
+
+    def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
+        owners = dict(self._watch.inner.named_modules())
+        result = []
+        for block in layout.blocks:
+            like, group = places[next(iter(block.tensors))]
+            key = group["prior_precision"], like.dtype, like.device
+            made = self._priors_made.get(block)
+            if made is None or made[0] != key:
+                fns = {
+                    name: _prior(owners[name.rpartition(".")[0]], name, places[name][0], key[0])
+                    for name in block.tensors
+                }
+                made = self._priors_made[block] = key, BlockPrior.read(block, fns)
+            result.append(made[1])
+        return result
+
+    # ---- using it -------------------------------------------------------------------------------
+
+    @contextmanager
+    def use_mean(self) -> Iterator[None]:
+        """The parameters are the mean inside, also within `sampled_params()`."""
+        places, (blocks, means) = self._places(), self._means
+        samples = [
+            copied(block, {name: places[name][0] for name in block.tensors}) for block in blocks
+        ]
+        try:
+            for block, loc in zip(blocks, means, strict=True):
+                write(block, loc, places)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for block, sample in zip(blocks, samples, strict=True):
+                write(block, sample, places)
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def kl(self) -> Tensor:
+        """KL(q ‖ prior) in nats, of all weights that have a posterior; 0 before the first step."""
+        places, blocks = self._places(), self.layout.blocks
+        parts = zip(blocks, self._state.blocks, self._priors(self.layout, places), strict=True)
+        terms = [
+            kl(copied(block, {n: places[n][0] for n in block.tensors}), one.metric.precision,  # type: ignore[union-attr]  # set at the first step
+               prior.packed)
+            for block, one, prior in parts
+        ]
+        return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    @torch.no_grad()
+    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Tensor:
+        """Outputs of the network at samples of the posterior, [num_samples, ...].
+
+        Takes the network's arguments; draws from torch's global generator. Use `net.eval()` where
+        the network tells training from use. Before the first step it is the network itself.
+        """
+        places, outputs = self._places(), []
+        precisions = [one.metric.precision for one in self._state.blocks]  # type: ignore[union-attr]  # the same
+        used: list[Noise | None] = [None] * len(precisions)
+        for _ in range(num_samples or self.num_samples):
+            noise = None
+            if precisions:
+                like = next(iter(places.values()))[0]
+                noise, used = engine.draw(precisions, used, like, self.antithetic)
+            with self._at(noise, places):
+                outputs.append(self.net(*args, **kwargs))
+        return torch.stack(outputs)
+
+    # ---- saving ---------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._samples = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._priors_made, self._samples = {}, None
+        self._is_sampling, self._means = False, ((), ())
+
+
+def _prior(module: nn.Module, name: str, like: Tensor, precision: float | str) -> Independent:
+    """Independent normals over one parameter."""
+    number = fan_in(module) + 1 if isinstance(precision, str) else precision
+    loc = float(isinstance(module, NORMS) and name.rpartition(".")[2] == "weight")
+    normal = Normal(like.new_full((), loc), like.new_full((), 1 / math.sqrt(number)))
+    return Independent(normal.expand(like.shape), like.dim())
