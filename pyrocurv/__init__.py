@@ -1,6 +1,20 @@
 """Bayesian deep learning in Pyro with posteriors that know which weights move together."""
 
-from pyrocurv import curvature, guides, infer, nn, structures
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyrocurv import curvature, guides, infer, nn, optim, plots, structures
 
 __version__ = "0.1.0"
-__all__ = ["curvature", "guides", "infer", "nn", "structures"]
+__all__ = ["curvature", "guides", "infer", "nn", "optim", "plots", "structures"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The public modules when they are asked for: `optim` without Pyro, say."""
+    if name in __all__:
+        return importlib.import_module(f"pyrocurv.{name}")
+    raise AttributeError(f"pyrocurv has {', '.join(__all__)}, no {name!r}")

@@ -14,3 +14,12 @@ def fresh() -> Iterator[None]:
         torch.manual_seed(0)
         yield
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """float64 by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -34,7 +34,8 @@ class Rest:
                 places[name][0].grad = grad.mul(scale) if moves else None  # type: ignore[union-attr]  # it is not None
             for name, group in zip(self._names, self._adam.param_groups, strict=True):
                 theirs = places[name][1]
-                group["lr"] = self.lr * theirs["lr"] / theirs.get("initial_lr", theirs["lr"])
+                base = theirs.get("initial_lr", theirs["lr"])
+                group["lr"] = self.lr * (theirs["lr"] / base if base else 1.0)
                 group["weight_decay"] = theirs.get("weight_decay", 0.0)
             self._adam.step()
         finally:

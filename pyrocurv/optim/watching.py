@@ -104,6 +104,12 @@ class Watch:
         self._is_still = False
         self.listen()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"net": self.net, "count": self.count}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # hooks into a network that is a copy too
+
     @property
     def inner(self) -> nn.Module:
         """The network itself, under what compiles or distributes it."""
@@ -165,7 +171,7 @@ class Watch:
         self._is_still = True
         try:
             with torch.enable_grad():
-                with Capture(watched) as capture:
+                with torch.compiler.set_stance("force_eager"), Capture(watched) as capture:
                     output = inputs.call(self.inner)
                 yield output, capture
         finally:
@@ -180,6 +186,7 @@ class _Hook:
         self._watch = None if watch is None else weakref.ref(watch)
         self._method = method
 
+    @torch.compiler.disable
     def __call__(self, *args: Any) -> None:
         watch = None if self._watch is None else self._watch()
         if watch is not None:
