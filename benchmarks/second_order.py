@@ -41,10 +41,10 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "second order": lambda net, lr, decay: SecondOrderOptimizer(net, lr, weight_decay=decay),
 }
 RATES = {
-    "sgd": (0.02, 0.05, 0.1, 0.2), "adam": (1e-3, 2e-3, 4e-3, 8e-3),
+    "sgd": (0.02, 0.05, 0.1, 0.2), "adam": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "second order": (0.01, 0.02, 0.04, 0.08),
 }
-CHOSEN = {"sgd": (0.1, 1e-4), "adam": (4e-3, 1e-4), "second order": (0.04, 1e-4)}  # by --tune
+CHOSEN = {"sgd": (0.1, 1e-4), "adam": (8e-3, 1e-4), "second order": (0.04, 1e-4)}  # by --tune
 TARGETS = {0.87: 5, 0.88: 6}  # epochs at most, of second order
 
 

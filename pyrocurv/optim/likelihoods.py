@@ -50,7 +50,8 @@ def observation(
 ) -> Observation:
     """The term of one pass over `rows` examples; `gradient` is the loss's, a mean over `total`.
 
-    Raises ValueError for an output that the likelihood does not fit.
+    Raises ValueError for an output that the likelihood does not fit, FloatingPointError for one
+    that is not finite.
     """
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     least = 2 if likelihood == "categorical" else 1
@@ -59,6 +60,8 @@ def observation(
             f"likelihood={likelihood!r} wants an output of {least} axes or more, the batch first, "
             f"got {shape}"
         )
+    if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+        raise FloatingPointError("the network's output is not finite")
     try:
         fitted = density(output)
     except (AttributeError, TypeError, RuntimeError) as error:

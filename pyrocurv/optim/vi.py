@@ -14,7 +14,7 @@ from torch.distributions import Independent, Normal
 
 from pyrocurv import engine
 from pyrocurv.blocks import Block
-from pyrocurv.choice import Choice
+from pyrocurv.choice import LEFT_OUT, Choice
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.spec import NOISE
@@ -144,6 +144,8 @@ class VIOptimizer(CurvatureOptimizer):
             Layer(name, None, tuple(p.shape), "opaque")
             for name, (p, _) in places.items() if p.requires_grad
         ], places)
+        if strange := set(map(str, layout.layers.values())) - {"diag", *LEFT_OUT}:
+            raise ValueError(f"curvature='noise' wants structure='diag', got {', '.join(strange)}")
         priors, numbers = self._priors(layout, places), self._numbers(layout, places)
         carried = [
             engine.started(self.curvature, block, Carried(), prior)
@@ -303,8 +305,8 @@ class VIOptimizer(CurvatureOptimizer):
             self.zero_grad()
         for name, (p, _) in self._places().items():
             p.grad = sums.get(name)
-        numbers = [float(loss) for loss in losses if loss is not None]
-        return sum(numbers) / len(numbers) if numbers else None
+        known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
+        return torch.stack(known).mean() if known else None
 
     @property
     def _size(self) -> float:
