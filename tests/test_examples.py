@@ -1,4 +1,4 @@
-"""The example as a person runs it: from another folder, interrupted, without its data."""
+"""The examples as a person runs them: from another folder, interrupted, without its data."""
 
 from __future__ import annotations
 
@@ -60,6 +60,30 @@ def test_smoke(tmp_path: Path) -> None:
     assert header.split("  ")[0] == "method" and all(column in header for column in COLUMNS)
     assert adam.startswith("Adam") and ngvi.startswith("NGVI kfac")
     assert (tmp_path / "classification.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "options", "first"), [
+    ("second_order", [], "optimizer"),
+    *(("vi_torch_loop", ["--method", method], "  kept") for method in (
+        "noisy-kfac", "noisy-ekfac", "vogn", "ivon")),
+])
+def test_smoke_without_pyro(name: str, options: list[str], first: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py", "--smoke", *options],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(first) and len(done.stdout.splitlines()) > 3
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_second_order_without_its_data(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "second_order.py", "--dataset", "cifar10",
+         "--data-root", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )
+    assert done.returncode == 2 and "cifar10 is not in the folder" in done.stderr
 
 
 @pytest.mark.parametrize(
