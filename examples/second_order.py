@@ -4,8 +4,8 @@
     python examples/second_order.py --dataset fashion-mnist --download
 
 All three train the same network from the same first weights on the same batches, in the same loop.
-Prints a table and draws the accuracy over epochs and over seconds, `second_order.png`. On 400 digits
-they end level; larger sets tell them apart (`benchmarks/second_order.py`).
+Prints a table and draws the accuracy over epochs and over seconds, `second_order.png`. On 400
+digits they end level; larger sets tell them apart (`benchmarks/second_order.py`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, argparse.Namespace], torch.optim.Opti
     "Adam": lambda net, args: torch.optim.Adam(net.parameters(), args.adam_lr),
     "second order": lambda net, args: SecondOrderOptimizer(net, args.lr),
 }
-# Learning rates: the best of three for each on validation images of the digits, and of four on those
-# of Fashion-MNIST (`benchmarks/second_order.py --tune`), which serve the other sets too.
+# Learning rates: the best of three for each on validation images of the digits, and of four on
+# those of Fashion-MNIST (`benchmarks/second_order.py --tune`), which serve the other sets too.
 LARGE = dict(epochs=8, batch_size=128, sgd_lr=0.1, adam_lr=8e-3, lr=0.04)
 PRESETS = dict.fromkeys(NAMES, LARGE) | {
     "digits": dict(epochs=40, batch_size=50, sgd_lr=0.05, adam_lr=1e-2, lr=0.1)

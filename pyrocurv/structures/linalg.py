@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+SMALL = 1000  # rows of a matrix whose eigenvectors one thread is best at
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,7 +20,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     entries that are not finite.
     """
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        with _one_thread() if matrix.shape[-1] <= SMALL else nullcontext():
+            values, vectors = torch.linalg.eigh(matrix)
     except (torch.linalg.LinAlgError, NotImplementedError):
         values = vectors = matrix.new_full((), torch.nan)
     if not _finite(vectors):  # LAPACK may also fail in silence: float32 of low rank does
@@ -25,6 +29,18 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if not _finite(vectors):
             raise torch.linalg.LinAlgError("eigh found no finite eigenvectors")
     return values.to(matrix), vectors.to(matrix).contiguous()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK's threads wait for each other at every column: beside other work a small matrix takes
+    them a hundred times as long as one alone, and on an idle machine hardly less."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _finite(matrix: Tensor) -> bool:
