@@ -365,6 +365,22 @@ def test_augmentation_multiplies_the_data_and_warmup_heats_up() -> None:
     assert [h[0].temperature for h in heats[1:]] == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8])
 
 
+@pytest.mark.parametrize(("likelihood", "heat"), [
+    ("categorical", 0.1), ("normal", 0.3),
+    (lambda out: torch.distributions.Categorical(logits=out), 0.1),
+    (lambda out: torch.distributions.Poisson(out.exp()), 0.3),
+])
+def test_an_automatic_temperature_is_by_the_likelihood(likelihood: Any, heat: float) -> None:
+    net = small()
+    optimizer = VIOptimizer(net, 1000, likelihood=likelihood, temperature="auto")
+    for _ in range(2):
+        with optimizer.sampled_params():
+            net(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+    numbers = optimizer._numbers(optimizer.layout, optimizer._places())
+    assert [n.temperature for n in numbers] == [heat, heat]
+
+
 def test_groups_have_priors_and_temperatures_of_their_own() -> None:
     net = small()
     optimizer = VIOptimizer(net, N, params=[

@@ -34,6 +34,7 @@ Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[Group]
 COPIED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
+    "has_finite_support",
     "_watch", "_stream", "_rest", "_state",
 )
 
@@ -71,6 +72,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         super().__init__(net.parameters() if params is None else params, defaults)
         self._watch = Watch(net)
         self._stream = Stream()
+        self.has_finite_support = likelihood in ("categorical", "bernoulli")  # or as was seen
         self.layout = Layout({})
         self._state = State(0, ())
         self._expect()
@@ -150,6 +152,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             term = observation(
                 self.likelihood, self._density, output, gradient, total(passes), inputs.batch
             )
+            inner = term.likelihood
+            while isinstance(inner, torch.distributions.Independent):
+                inner = inner.base_dist
+            self.has_finite_support = inner.has_enumerate_support
             layout, calls = self._met(capture, places)
             yield [term], layout, calls, inputs.batch
 
@@ -281,6 +287,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "carried": [one.state() for one in self._state.blocks],
             "rest": self._rest.state_dict(),
             "stream": self._stream.state_dict(),
+            "has_finite_support": self.has_finite_support,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -304,6 +311,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._state = State(state_dict["step"], carried).to(like)
         self._rest.load_state_dict(state_dict["rest"])
         self._stream.load_state_dict(state_dict["stream"])
+        self.has_finite_support = state_dict["has_finite_support"]
         self._watch.take()
         self._expect()
 

@@ -317,16 +317,12 @@ class VIOptimizer(CurvatureOptimizer):
         groups = [places[next(iter(block.tensors))][1] for block in layout.blocks]
         weights = sum(block.size for block in layout.blocks)
         rise = min(1.0, (self._state.step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
-        rule = min(0.1, self._size / max(weights, 1)) if self._has_finite_support else 0.3
+        rule = min(0.1, self._size / max(weights, 1)) if self.has_finite_support else 0.3
         heats = [rule if g["temperature"] == "auto" else g["temperature"] for g in groups]
         return [
             Numbers.of(group, self._size, heat * rise)
             for group, heat in zip(groups, heats, strict=True)
         ]
-
-    @property
-    def _has_finite_support(self) -> bool:
-        return self.likelihood in ("categorical", "bernoulli")
 
     def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
         owners = dict(self._watch.inner.named_modules())
