@@ -465,6 +465,62 @@ def test_observed_sites_that_the_weights_have_no_part_in(before: bool) -> None:
     assert_exact(Beside(inputs_are_normal, before), *regression_data())
 
 
+def shifted(mean: Tensor, y: Tensor | None) -> None:
+    standard = dist.Normal(torch.zeros_like(mean), NOISE)
+    shift = dist.transforms.AffineTransform(mean, 1.0)
+    pyro.sample("obs", dist.TransformedDistribution(standard, [shift]).to_event(1), obs=y)
+
+
+def mixed(mean: Tensor, y: Tensor | None) -> None:
+    parts = dist.Normal(mean.unsqueeze(1).expand(-1, 2, -1), NOISE).to_event(1)
+    weights = dist.Categorical(torch.ones(len(mean), 2).double())
+    pyro.sample("obs", dist.MixtureSameFamily(weights, parts), obs=y)
+
+
+@pytest.mark.parametrize("observe", [shifted, mixed])
+def test_a_composite_likelihood_beside_another_site(observe: Any) -> None:
+    """As a normal twice: what is a shift or a mixture in name has the same density."""
+    x, y = regression_data()
+    spec = Curvature("empirical", every=1, batch=None, initial=0.0)
+    found = []
+    for second in (observe, plain):
+        def both(mean: Tensor, y: Tensor | None, second: Any = second) -> None:
+            plain(mean, y, "first")
+            second(mean, y)
+
+        torch.manual_seed(3)
+        ngvi = exactly(Line(both), "full", curvature=spec)
+        ngvi.step(x, y)
+        found.append(ngvi.guide.posterior.precision.dense())
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,), (40,)])
+def test_an_observed_penalty_beside_the_data(shape: tuple[int, ...], before: bool) -> None:
+    """In no plate, so it is no example, however many numbers it has; and so flat as to be none."""
+    x, y = regression_data()
+
+    class Penalised(Line):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            mean = self.net(x)
+            value = dist.Normal(mean.square().mean().expand(shape), 1e5).to_event(len(shape))
+            penalty = partial(pyro.sample, "penalty", value, obs=torch.zeros(shape).double())
+            if before:
+                penalty()
+            with pyro.plate("data", self.num_data, subsample_size=len(x)):
+                self.observe(mean, y)
+            if not before:
+                penalty()
+
+    ngvi = exactly(Penalised(plain), "block")
+    ngvi.step(x, y)
+    mean, covariance, _ = truth(x, y, "unequal")
+    posterior = ngvi.guide.posterior
+    torch.testing.assert_close(posterior.loc, mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.linalg.inv(posterior.precision.dense()), covariance)
+
+
 def test_a_plate_for_the_outputs_too() -> None:
     def observe(mean: Tensor, y: Tensor | None) -> None:
         pyro.sample("obs", dist.Normal(mean, NOISE), obs=y)
@@ -1668,6 +1724,28 @@ def test_automatic_temperature_is_the_rule_for_the_likelihood() -> None:
         assert runs[0] == runs[1]
     with pytest.raises(ValueError, match="temperature='warm'"):
         NGVI(cases[0][0], KFACGuide(cases[0][0]), temperature="warm")
+
+
+def test_automatic_temperature_is_the_same_in_evaluate_loss() -> None:
+    """Only the labels are data, and evaluation must see that as a step does."""
+
+    class Labelled(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = classifier()
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            pyro.sample("inputs", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
+            self.inner(x, y)
+
+    model, data, losses = Labelled(), class_data(), []
+    guide = KFACGuide(model)
+    guide(*data)
+    for temperature in ("auto", min(0.1, NUM_DATA / 31)):
+        torch.manual_seed(2)
+        ngvi = NGVI(model, guide, temperature=temperature)
+        losses.append(ngvi.evaluate_loss(*data))
+    assert losses[0] == losses[1]
 
 
 # ---- when the curvature is estimated ------------------------------------------------------------

@@ -267,8 +267,7 @@ class NGVI:
                     raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
                 carried = engine.observe(
                     self.curvature, state.step, blocks, carried,
-                    [site.observation(run.num_data) for site in run.data],
-                    run.capture.calls, run.data[0].rows, run.batch / run.num_data,  # type: ignore[union-attr]  # watched: there is a capture
+                    run.observations, run.capture.calls, run.main.rows, run.batch / run.num_data,  # type: ignore[union-attr]  # watched: there is a capture
                     priors, self._numbers(run),
                 )
             params = [*run.model_params, *run.guide_params()]
@@ -352,13 +351,13 @@ class NGVI:
         losses = []
         for _ in range(self.num_particles):
             noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
-            with frozen_buffers(self.model):
-                sample = engine.around(blocks, locs, noise)
+            sample = engine.around(blocks, locs, noise)
+            with frozen_buffers(self.model), torch.set_grad_enabled(self.temperature == "auto"):
                 run = run_model(self.model, self.guide, sample, args, kwargs)
+                heat = self._heat(run)  # by a rule that asks the graph what the data are
             priors = self._read_priors(run)
-            energy = run.energy(self._heat(run))
             divergence = engine.divergence(blocks, sample, noise, precisions, priors)
-            losses.append(energy + self._heat(run) * divergence)
+            losses.append(run.energy(heat) + heat * divergence)
         return float(torch.stack(losses).mean())
 
     def update_counts(self) -> dict[str, Updates]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ class Site:
     mask: Tensor | bool | None
     batch: int  # data in this call, over all plates
     num_data: int  # data in all, over all plates
+    in_plate: bool
 
     @property
     def rows(self) -> int:
         """Length of the likelihood's first axis, the examples."""
         return (*self.fn.batch_shape, *self.value.shape, 1)[0]
 
+    @cached_property
     def log_prob(self) -> Tensor:
         """The scaled and masked log density, summed."""
         log_prob = self.fn.log_prob(self.value)
@@ -46,19 +49,14 @@ class Site:
             log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
         return (log_prob * self.scale).sum()
 
-    def observation(self, num_data: int) -> Observation:
-        """As a term of the curvature per datum, of `num_data`; a mean over rows.
-
-        The plate's scale N/B is taken out; what is left of the scale is the user's own tempering.
-        """
+    def observation(self, num_data: int, rows: int) -> Observation:
+        """As a term of the curvature per datum, of `num_data`; a mean over the run's `rows`."""
         fn, mask = self.fn, self.mask
         while isinstance(fn, MaskedDistribution):
             inner = torch.as_tensor(fn._mask)
             mask = inner if mask is None else inner & torch.as_tensor(mask)
             fn = fn.base_dist
-        tempering = self.scale * (self.batch / self.num_data)
-        weight = tempering * (self.num_data / num_data) * (self.rows / self.batch)
-        return Observation(fn, self.value, weight, mask)
+        return Observation(fn, self.value, self.scale * (rows / num_data), mask)
 
 
 class Replay(Messenger):
@@ -88,12 +86,14 @@ class Replay(Messenger):
         if site_is_subsample(msg):
             return
         sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
-        if not sizes and msg["is_observed"]:
+        in_plate = bool(sizes)
+        if not in_plate and msg["is_observed"]:
             rows = len(msg["value"]) if msg["value"].dim() else 1
             sizes = [(rows, rows)]
         site = Site(
             msg["name"], msg["fn"], msg["value"], msg["scale"], msg["mask"],
             math.prod(size for size, _ in sizes), math.prod(full for _, full in sizes),
+            in_plate,
         )
         if msg["is_observed"]:
             self.observed.append(site)

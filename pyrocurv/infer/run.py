@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrocurv.capture import Capture
+from pyrocurv.curvature.pullback import Observation
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.priors import as_normal
@@ -32,14 +33,25 @@ class Run:
 
     @cached_property
     def data(self) -> list[Site]:
-        """The observed sites whose likelihood the weights have a part in; factors have none."""
+        """The observed sites whose likelihood the weights have a part in; factors have none.
+
+        Which they are is read from the graph of a run with gradients.
+        """
         sites = [site for site in self.replay.observed if site.batch]
-        return [site for site in sites if _hangs_on_graph(site.fn)] or sites
+        if len(sites) == 1:
+            return sites
+        leaves = {id(weight) for weight in self.weights.values()}
+        return [site for site in sites if _goes_back_to(leaves, site.log_prob)] or sites
+
+    @cached_property
+    def main(self) -> Site:
+        """Of the data, what says how many there are: in a plate if one is, the most numerous."""
+        return max(self.data, key=lambda site: (site.in_plate, site.num_data))
 
     @property
     def num_data(self) -> int:
         """N."""
-        return max(site.num_data for site in self.data)
+        return self.main.num_data
 
     @property
     def has_finite_support(self) -> bool:
@@ -49,7 +61,12 @@ class Run:
     @property
     def batch(self) -> int:
         """B."""
-        return max(site.batch for site in self.data)
+        return self.main.batch
+
+    @property
+    def observations(self) -> list[Observation]:
+        """The data as terms of the curvature per datum."""
+        return [site.observation(self.num_data, self.main.rows) for site in self.data]
 
     def energy(self, temperature: float) -> Tensor:
         """N nll, plus T (log q - log p) of the latents that the fallback guide has.
@@ -57,7 +74,7 @@ class Run:
         Priors of the weights that hang on those latents, or on parameters, pull at them here,
         with no value: the weights' own KL is reckoned elsewhere, in closed form.
         """
-        energy = -sum(site.log_prob() for site in self.replay.observed)
+        energy = -sum(site.log_prob for site in self.replay.observed)
         for name in self.weights:
             site = self.replay.latents[name]
             normal = as_normal(site.fn)
@@ -67,7 +84,7 @@ class Run:
         if self.fallback is None:
             return energy  # type: ignore[return-value]
         latents = self.replay.latents.items()
-        prior = sum(site.log_prob() for name, site in latents if name not in self.weights)
+        prior = sum(site.log_prob for name, site in latents if name not in self.weights)
         self.fallback.compute_log_prob()
         sites = [site for site in self.fallback.nodes.values() if site["type"] == "sample"]
         return energy + temperature * (sum(site["log_prob_sum"] for site in sites) - prior)
@@ -110,10 +127,22 @@ def _innermost(fn: Distribution) -> Distribution:
     return fn
 
 
-def _hangs_on_graph(fn: Distribution) -> bool:
-    fn = _innermost(fn)
-    parameters = (getattr(fn, name, None) for name in fn.arg_constraints)
-    return any(isinstance(value, Tensor) and value.requires_grad for value in parameters)
+def _goes_back_to(leaves: Container[int], value: Tensor) -> bool:
+    """Whether the graph of a value has one of the leaves (ids) in it.
+
+    Asked of the graph, as the parameters of a distribution may be anywhere: in a mixture's
+    components, in a transform.
+    """
+    seen, ahead = set(), [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        ahead += [before for before, _ in node.next_functions]
+    return False
 
 
 def _check(replay: Replay) -> None:
