@@ -30,7 +30,7 @@ from toys import (
 )
 
 from pyrocurv import engine
-from pyrocurv.curvature import Curvature
+from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.guides import KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, Regressor, bayesianize
@@ -1338,9 +1338,46 @@ def test_a_state_of_other_blocks() -> None:
     other = Training("sigma", "kfac")
     other.run(sigma_batches()[:2])
     before = other.everything()
-    with pytest.raises(ValueError, match="the state is of blocks of"):
+    with pytest.raises(ValueError, match="it has net.0 .* where this one has net.0 "):
         other.ngvi.load_state_dict(training.ngvi.state_dict())
     assert identical(other.everything(), before)
+
+
+STRUCTURES: list[Any] = ["kfac", "block", "ekfac", "kfac-block", KFAC(rank=2), KFAC(rank=None)]
+
+
+@pytest.mark.parametrize("there", STRUCTURES[1:], ids=str)
+def test_a_state_of_another_structure(there: Any) -> None:
+    """Of as many weights, in blocks of the same layers."""
+    model, data = regressor(), regression_data()
+
+    def make(structure: Any) -> NGVI:
+        return NGVI(model, KFACGuide(model, structure={nn.Linear: structure}))
+
+    ngvi, other = make(there), make("kfac")
+    ngvi.step(*data)
+    other.step(*data)
+    before = everything(other)
+    with pytest.raises(ValueError, match="it has net.0 .* where this one has net.0 "):
+        other.load_state_dict(ngvi.state_dict())
+    assert identical(everything(other), before)
+    fresh = make("kfac")
+    fresh.load_state_dict(ngvi.state_dict())
+    fresh.load_state_dict(fresh.state_dict())
+    with pytest.raises(ValueError, match="it has net.0 .* where this one has net.0 "):
+        fresh.step(*data)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_a_state_with_another_average(average: bool) -> None:
+    model, data = regressor(), regression_data()
+    guide = KFACGuide(model)
+    ngvi, other = NGVI(model, guide, average=average), NGVI(model, guide, average=not average)
+    ngvi.step(*data)
+    before = everything(other)
+    with pytest.raises(ValueError, match=f"is of average={average}, this .* average={not average}"):
+        other.load_state_dict(ngvi.state_dict())
+    assert identical(everything(other), before)
 
 
 def test_a_state_before_the_first_step() -> None:

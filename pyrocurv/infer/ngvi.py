@@ -28,6 +28,7 @@ from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
+from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
 from pyrocurv.priors import BlockPrior
 from pyrocurv.prototype import frozen_buffers, modules
 from pyrocurv.state import Carried, Noise, State
@@ -166,6 +167,7 @@ class NGVI:
         self._stream = Stream()
         self._state: State | None = None
         self._priors: list[BlockPrior] = []
+        self._loaded: Layout | None = None  # of a state that no step has gone on from yet
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -182,6 +184,9 @@ class NGVI:
         state = self._state or State(0, tuple(Carried() for _ in self.guide.blocks))
         if not state.blocks:
             raise ValueError("no latent of this guide has a supported op: use pyro.infer.SVI")
+        if self._loaded is not None:
+            check_layout(self._loaded, self._layout())
+            self._loaded = None
         like = self.guide.blocks[0].raw_loc
         state, restore = state.to(like), snapshot(modules(self.model))
         try:
@@ -385,23 +390,30 @@ class NGVI:
             "rest": self._rest.state_dict(),
             "stream": self._stream.state_dict(),
             "skipped": self.skipped,
+            "average": self.average,
+            "layout": self._loaded or self._layout(),
             "state": None if self._state is None else self._state.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, given guide and model as they were then.
 
-        Raises ValueError when the state is of a guide with other blocks.
+        Raises ValueError when the state is of a guide with other blocks or structures, here or, if
+        the guide has not seen its model yet, at the first step; and when `average` is another.
         """
         held = None if state["state"] is None else State.from_state(state["state"])
-        have = [family.block.size for family in self.guide.blocks]
-        want = [] if held is None else [len(b.momentum) for b in held.blocks]  # type: ignore[arg-type]  # a state that was saved has one
-        if have and want and have != want:
-            raise ValueError(f"the state is of blocks of {want} weights, the guide has {have}")
+        if held is not None:
+            check_average(state["average"], self.average)
+            if self.guide.blocks:
+                check_layout(state["layout"], self._layout())
         self.optimizer.load_state_dict(state["optimizer"])
         self._rest.load_state_dict(state["rest"])
         self._stream.load_state_dict(state["stream"])
         self.skipped, self._state = state["skipped"], held
+        self._loaded = None if held is None else state["layout"]
+
+    def _layout(self) -> Layout:
+        return layout([family.block for family in self.guide.blocks])
 
 
 def _is_number(value: Any) -> bool:
