@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +21,51 @@ NORMS = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
     nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 )
+LOG_TWO_PI = math.log(2 * math.pi)
+
+
+class Source(NamedTuple):
+    """Of a weight's prior: its distribution, to the power that `poutine.scale` raises it to."""
+
+    fn: Distribution
+    power: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """Independent normals over a block's weights; each tensor is a scalar or [P]."""
+    """Independent normals over a block's weights, each to a power; tensors are scalars or [P].
+
+    N(M₀, 1/δ) to the power s is, but for its mass, a normal of `precision` s δ.
+    """
 
     loc: Tensor
     precision: Tensor
     centred: bool = False  # loc is known to be 0
+    power: Tensor | None = None  # None where all are 1
 
     @cached_property
     def _log_sum(self) -> Tensor:
-        return self.precision.log().sum()
+        log = self.precision.log()
+        if self.power is not None:
+            log = self.power * (log - self.power.log() - LOG_TWO_PI) + LOG_TWO_PI
+        return log.sum()
 
     def logdet(self, size: int) -> Tensor:
-        """log det of the precision over `size` weights."""
+        """log det of the precision over `size` weights; of powers, what their mass makes of it."""
         return self._log_sum if self.precision.dim() else self._log_sum * size
+
+    def to(self, power: Tensor) -> Prior:
+        """Of no power, to this one."""
+        if power.dim() == 0 and bool(power == 1):
+            return self
+        return Prior(self.loc, self.precision * power, self.centred, power)
+
+    @property
+    def base(self) -> Prior:
+        """The normals themselves, to no power."""
+        if self.power is None:
+            return self
+        return Prior(self.loc, self.precision / self.power, self.centred)
 
     def distance(self, weights: Tensor) -> Tensor:
         """Σ δ (w - M₀)², for weights [P]."""
@@ -69,10 +99,10 @@ class Units:
 
 
 def kl(loc: Tensor, precision: Structure, prior: Prior) -> Tensor:
-    """KL(N(M, Λ⁻¹) ‖ prior) in nats: ½ Σ [δ (σ² + (M - M₀)²) - 1 - ln δ] + ½ ln det Λ."""
+    """KL(N(M, Λ⁻¹) ‖ prior) in nats: ½ (Σ [δ (σ² + (M - M₀)²) - 1] - ln det δ + ln det Λ)."""
     spread = precision.inverse_diag() + (loc - prior.loc).square()
-    terms = prior.precision * spread - 1 - prior.precision.log()
-    return (terms.sum() + precision.logdet()) / 2
+    terms = prior.precision * spread - 1
+    return (terms.sum() - prior.logdet(precision.size) + precision.logdet()) / 2
 
 
 def as_normal(prior: Distribution) -> Normal | None:
@@ -145,23 +175,27 @@ def units(block: Block, prior: Prior) -> Units:
 class BlockPrior:
     """A block's prior: packed, and taken apart where the block is a Kronecker product."""
 
-    sources: tuple[Distribution, ...]
+    sources: Mapping[str, Source]
     packed: Prior
     units: Units | None
     fixed: bool  # whether it cannot have changed as long as the sources are these
 
     @staticmethod
-    def read(block: Block, priors: Mapping[str, Distribution]) -> BlockPrior:
-        """From the distributions of the block's sites."""
-        packed = read_prior(block, priors)
-        kronecker = block.kind in ("kfac", "ekfac")
-        sources = tuple(priors[name] for name in block.tensors)
-        apart = units(block, packed) if kronecker else None
-        return BlockPrior(sources, packed, apart, not any(map(_varies, sources)))
+    def read(block: Block, sources: Mapping[str, Source]) -> BlockPrior:
+        """From what the block's sites have."""
+        packed = read_prior(block, {name: source.fn for name, source in sources.items()})
+        powers = {n: packed.precision.new_tensor(source.power) for n, source in sources.items()}
+        packed = packed.to(_pack(block, powers))
+        apart = units(block, packed) if block.kind in ("kfac", "ekfac") else None
+        fixed = not any(_varies(source.fn) for source in sources.values())
+        return BlockPrior(sources, packed, apart, fixed)
 
-    def still_holds(self, sources: Sequence[Distribution]) -> bool:
+    def still_holds(self, sources: Mapping[str, Source]) -> bool:
         """Whether it was read from these very distributions, and they cannot have changed since."""
-        return self.fixed and all(a is b for a, b in zip(self.sources, sources, strict=True))
+        return self.fixed and all(
+            old.fn is sources[name].fn and old.power == sources[name].power
+            for name, old in self.sources.items()
+        )
 
 
 def _varies(prior: Distribution) -> bool:

@@ -11,7 +11,8 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from pyrocurv.blocks import Block
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.layers import Layer
-from pyrocurv.priors import BlockPrior, Prior, as_normal, compact, read_prior, units
+from pyrocurv.natural import surplus
+from pyrocurv.priors import BlockPrior, Prior, Source, as_normal, compact, kl, read_prior, units
 from pyrocurv.structures import (
     BlockDiagonal,
     Dense,
@@ -192,22 +193,52 @@ def test_a_prior_that_is_no_product_is_said_to_be_approximated() -> None:
 
 
 def test_a_block_prior_holds_while_its_distributions_do() -> None:
-    fixed = {"weight": normal(0.0, 0.5, 3, 3), "bias": normal(0.0, 2.0, 3)}
+    weight, bias = Source(normal(0.0, 0.5, 3, 3)), Source(normal(0.0, 2.0, 3))
+    fixed = {"weight": weight, "bias": bias}
     prior = BlockPrior.read(layer_block(), fixed)
-    assert prior.still_holds(list(fixed.values()))
-    assert not prior.still_holds([fixed["weight"], normal(0.0, 2.0, 3)])
+    assert prior.still_holds(dict(fixed))
+    assert not prior.still_holds({"weight": weight, "bias": Source(normal(0.0, 2.0, 3))})
+    assert not prior.still_holds({"weight": weight, "bias": Source(bias.fn, 0.5)})
     scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    trained = {**fixed, "bias": dist.Normal(torch.zeros(3).double(), scale).to_event(1)}
-    prior = BlockPrior.read(layer_block(), trained)
-    assert not prior.still_holds(list(trained.values()))
+    trained = Source(dist.Normal(torch.zeros(3).double(), scale).to_event(1))
+    prior = BlockPrior.read(layer_block(), {**fixed, "bias": trained})
+    assert not prior.still_holds({**fixed, "bias": trained})
+
+
+@pytest.mark.parametrize("powers", [(2.5, 2.5), (0.5, 3.0), (1.0, 2.0)])
+@pytest.mark.parametrize("scales", [(0.5, 0.5), (0.5, 2.0)])
+def test_a_prior_to_a_power(powers: tuple[float, float], scales: tuple[float, float]) -> None:
+    """log q - s log p, at a sample of q and in the mean."""
+    fns = {"weight": normal(0.3, scales[0], 3, 3), "bias": normal(0.3, scales[1], 3)}
+    sources = {name: Source(fn, s) for (name, fn), s in zip(fns.items(), powers, strict=True)}
+    block = layer_block("block")
+    prior = BlockPrior.read(block, sources).packed
+    plain = read_prior(block, fns)
+    torch.testing.assert_close(prior.base.precision.expand(12), plain.precision.expand(12))
+    root = torch.randn(12, 12, dtype=torch.float64)
+    q = StructuredNormal(torch.randn(12).double(), Dense(root @ root.mT + torch.eye(12).double()))
+    w = q.sample()
+    sites = block.unpack(w)
+    expected = q.log_prob(w) - sum(
+        source.power * source.fn.log_prob(sites[name]) for name, source in sources.items()
+    )
+    deviation = w - q.loc
+    square = deviation @ (q.precision @ deviation)
+    found = surplus(prior.distance(w), square, q.precision, prior)
+    torch.testing.assert_close(found, expected)
+    delta = prior.base.precision.expand(12)
+    s = block.pack({n: torch.full(fns[n].event_shape, sources[n].power).double() for n in fns})
+    second = (q.loc - 0.3).square() + q.variance
+    cross = (s * (delta * second - delta.log() + math.log(2 * math.pi)) / 2).sum()
+    torch.testing.assert_close(kl(q.loc, q.precision, prior), cross - q.entropy())
 
 
 @pytest.mark.parametrize(("structure", "taken_apart"), [
     ("kfac", True), ("ekfac", True), ("diag", False), ("block", False), ("full", False),
 ])
 def test_only_kronecker_blocks_have_units(structure: str, taken_apart: bool) -> None:
-    sites = {"weight": normal(0.0, 0.5, 3, 3), "bias": normal(0.0, 2.0, 3)}
-    prior = BlockPrior.read(layer_block(structure), sites)
+    fns = {"weight": normal(0.0, 0.5, 3, 3), "bias": normal(0.0, 2.0, 3)}
+    prior = BlockPrior.read(layer_block(structure), {n: Source(fn) for n, fn in fns.items()})
     assert (prior.units is not None) == taken_apart
 
 

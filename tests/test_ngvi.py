@@ -312,6 +312,59 @@ def test_scale_tempers_the_likelihood(structure: str) -> None:
     assert_posterior(ngvi.guide, mean, covariance)
 
 
+@each_correlated
+def test_scale_around_the_whole_model(structure: str) -> None:
+    """Likelihood and prior to the power s: one step is exact, and the loss that of Trace_ELBO."""
+    x, y = regression_data()
+    s, (weight, bias) = 2.5, PRIORS["unequal"]
+    model = poutine.scale(linear("unequal"), scale=s)
+    ngvi = exactly(model, structure)
+    ngvi.step(x, y)
+    root = s**0.5
+    mean, covariance, _ = oracles.linear_layer_posterior(
+        x, y, NOISE / root, s / weight**2, s / bias**2
+    )
+    assert_posterior(ngvi.guide, mean, covariance)
+    for _ in range(3):  # without noise, as q is the posterior
+        loss = Trace_ELBO().loss(model, ngvi.guide, x, y)
+        assert ngvi.evaluate_loss(x, y) == pytest.approx(loss, rel=1e-11, abs=1e-8)
+    ours = ngvi.guide.kl()
+    ngvi.guide(x, y)
+    ngvi.evaluate_loss(x, y)
+    torch.testing.assert_close(ngvi.guide.kl(), ours)
+    prior = torch.tensor([weight**-2] * 6 + [bias**-2] * 2).double()
+    torch.testing.assert_close(ours, ngvi.guide.posterior.kl(torch.zeros(8).double(), prior))
+
+
+@each_correlated
+def test_scales_around_priors(structure: str) -> None:
+    """Of each site another."""
+    x, y = regression_data()
+
+    class Scaled(Line):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            with poutine.scale(scale=3.0):
+                weight = self.net.weight
+            with poutine.scale(scale=torch.tensor(0.2).double()):
+                bias = self.net.bias
+            with pyro.plate("data", self.num_data, subsample_size=len(x)):
+                self.observe(nn.functional.linear(x, weight, bias), y)
+
+    ngvi, (weight, bias) = exactly(Scaled(plain), structure), PRIORS["unequal"]
+    ngvi.step(x, y)
+    mean, covariance, _ = oracles.linear_layer_posterior(x, y, NOISE, 3 / weight**2, 0.2 / bias**2)
+    assert_posterior(ngvi.guide, mean, covariance)
+    loss = Trace_ELBO().loss(ngvi.model, ngvi.guide, x, y)
+    assert ngvi.evaluate_loss(x, y) == pytest.approx(loss, rel=1e-11, abs=1e-8)
+
+
+def test_a_scale_of_many_numbers_around_a_prior() -> None:
+    model = poutine.scale(linear("equal"), scale=torch.ones(NUM_DATA).double())
+    ngvi = NGVI(model, KFACGuide(model))
+    with pytest.raises(ValueError, match=r"site 'net.weight' has a scale of shape \(30,\)"):
+        ngvi.step(*regression_data())
+
+
 def mask_by_handler(mean: Tensor, y: Tensor | None) -> None:
     with poutine.mask(mask=torch.arange(len(mean)) % 3 > 0):
         plain(mean, y)

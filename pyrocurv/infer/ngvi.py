@@ -29,7 +29,7 @@ from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
-from pyrocurv.priors import BlockPrior
+from pyrocurv.priors import BlockPrior, Source
 from pyrocurv.prototype import frozen_buffers, modules
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.stream import Stream
@@ -323,19 +323,29 @@ class NGVI:
         return [numbers] * len(self.guide.blocks)
 
     def _read_priors(self, run: Run) -> list[BlockPrior]:
-        """The priors as the model gives them in this run; what cannot have changed is kept."""
-        fns = {name: site.fn for name, site in run.replay.latents.items()}
+        """The priors as the model gives them in this run; what cannot have changed is kept.
+
+        So are those of weights that the run has no part for.
+        """
         blocks = [family.block for family in self.guide.blocks]
         kept: Sequence[BlockPrior | None] = self._priors or [None] * len(blocks)
+        now, known = run.sources, self._known_sources()
+        sources = [{n: now.get(n, known[n]) for n in block.tensors} for block in blocks]
         priors = [
-            old if old and old.still_holds([fns[name] for name in block.tensors])
-            else BlockPrior.read(block, fns)
-            for block, old in zip(blocks, kept, strict=True)
+            old if old and old.still_holds(its) else BlockPrior.read(block, its)
+            for block, its, old in zip(blocks, sources, kept, strict=True)
         ]
         if any(new is not old for new, old in zip(priors, kept, strict=True)):
             self._priors = priors
-            self.guide.observe_priors([prior.packed for prior in priors])
+            self.guide.observe_priors([prior.packed.base for prior in priors])
         return priors
+
+    def _known_sources(self) -> dict[str, Source]:
+        """The priors as they were in the run before, or at the guide's first call."""
+        if self._priors:
+            return {n: source for prior in self._priors for n, source in prior.sources.items()}
+        nodes = self.guide.prototype_trace.nodes
+        return {n: Source(nodes[n]["fn"], float(nodes[n]["scale"])) for n in self.guide.sites}
 
     # ---- watching and saving --------------------------------------------------------------------
 

@@ -40,6 +40,16 @@ class Site:
         """Length of the likelihood's first axis, the examples."""
         return (*self.fn.batch_shape, *self.value.shape, 1)[0]
 
+    @property
+    def power(self) -> float:
+        """Of a weight's prior: the scale, as the one number that it must be."""
+        if isinstance(self.scale, Tensor) and self.scale.numel() > 1:
+            raise ValueError(
+                f"site {self.name!r} has a scale of shape {tuple(self.scale.shape)}: the prior of "
+                "a weight takes one number"
+            )
+        return float(self.scale)
+
     @cached_property
     def log_prob(self) -> Tensor:
         """The scaled and masked log density, summed."""

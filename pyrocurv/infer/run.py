@@ -16,7 +16,7 @@ from pyrocurv.capture import Capture
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
-from pyrocurv.priors import as_normal
+from pyrocurv.priors import Source, as_normal
 from pyrocurv.prototype import modules, still_frozen
 
 
@@ -68,6 +68,12 @@ class Run:
         """The data as terms of the curvature per datum."""
         return [site.observation(self.num_data, self.main.rows) for site in self.data]
 
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """The priors of the weights that had a part in the run."""
+        latents = self.replay.latents.items()
+        return {n: Source(site.fn, site.power) for n, site in latents if n in self.weights}
+
     def energy(self, temperature: float) -> Tensor:
         """N nll, plus T (log q - log p) of the latents that the fallback guide has.
 
@@ -75,11 +81,10 @@ class Run:
         with no value: the weights' own KL is reckoned elsewhere, in closed form.
         """
         energy = -sum(site.log_prob for site in self.replay.observed)
-        for name in self.weights:
-            site = self.replay.latents[name]
-            normal = as_normal(site.fn)
+        for name, (fn, power) in self.sources.items():
+            normal = as_normal(fn)
             if normal is not None and (normal.loc.requires_grad or normal.scale.requires_grad):
-                log_prior = normal.log_prob(site.value.detach()).sum()
+                log_prior = power * normal.log_prob(self.weights[name].detach()).sum()
                 energy = energy - temperature * (log_prior - log_prior.detach())
         if self.fallback is None:
             return energy  # type: ignore[return-value]
