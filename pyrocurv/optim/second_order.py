@@ -141,4 +141,4 @@ def _decay(
     """Weight decay as the prior of a block."""
     precision = torch.tensor(weight_decay, dtype=dtype, device=device)
     prior = Prior(torch.zeros_like(precision), precision, centred=True)
-    return BlockPrior((), prior, Units(precision) if is_kronecker else None, True)
+    return BlockPrior({}, prior, Units(precision) if is_kronecker else None, True)

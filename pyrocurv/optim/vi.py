@@ -22,7 +22,7 @@ from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
 from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, copied, write
 from pyrocurv.optim.watching import Pass, total
-from pyrocurv.priors import NORMS, BlockPrior, fan_in, kl
+from pyrocurv.priors import NORMS, BlockPrior, Source, fan_in, kl
 from pyrocurv.state import Carried, Noise, State
 
 Places = Mapping[str, tuple[nn.Parameter, Group]]
@@ -332,11 +332,11 @@ class VIOptimizer(CurvatureOptimizer):
             key = group["prior_precision"], like.dtype, like.device
             made = self._priors_made.get(block)
             if made is None or made[0] != key:
-                fns = {
+                sources = {
                     name: _prior(owners[name.rpartition(".")[0]], name, places[name][0], key[0])
                     for name in block.tensors
                 }
-                made = self._priors_made[block] = key, BlockPrior.read(block, fns)
+                made = self._priors_made[block] = key, BlockPrior.read(block, sources)
             result.append(made[1])
         return result
 
@@ -406,9 +406,9 @@ class VIOptimizer(CurvatureOptimizer):
         self._is_sampling, self._means = False, ((), ())
 
 
-def _prior(module: nn.Module, name: str, like: Tensor, precision: float | str) -> Independent:
+def _prior(module: nn.Module, name: str, like: Tensor, precision: float | str) -> Source:
     """Independent normals over one parameter."""
     number = fan_in(module) + 1 if isinstance(precision, str) else precision
     loc = float(isinstance(module, NORMS) and name.rpartition(".")[2] == "weight")
     normal = Normal(like.new_full((), loc), like.new_full((), 1 / math.sqrt(number)))
-    return Independent(normal.expand(like.shape), like.dim())
+    return Source(Independent(normal.expand(like.shape), like.dim()))
