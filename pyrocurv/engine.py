@@ -115,6 +115,8 @@ def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
     """Whether `step` takes an estimate of a block."""
     if is_sensed(spec, block) and (spec.every == "auto" or spec.kind == "noise"):
         return carried.running is None  # every step has one, by itself
+    if carried.running is not None and carried.running.count == 0 and not block.is_opaque:
+        return True  # it has had no part in any run yet
     return spec.is_due(step, carried.clock)
 
 
@@ -125,17 +127,19 @@ def observe(
 ) -> list[Carried]:
     """Average one more estimate of the curvature of the blocks that are due in; `share` is B/N.
 
-    The initial curvature fades in all blocks, due or not; see `fading`.
+    The initial curvature fades in all blocks, due or not; see `fading`. A block that has no part in
+    this run keeps its curvature, none at first.
     """
     now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
-           if is_due(spec, step, block, one) and not is_sensed(spec, block)]
+           if is_due(spec, step, block, one) and not is_sensed(spec, block)
+           and estimator.has_part(spec, block, calls)]
     found = [] if not now else estimator.observe(
         spec, step, [blocks[n] for n in now], [carried[n].running for n in now],
         [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now],
     )
     fresh = [
-        started(spec, block, one, prior) if is_sensed(spec, block) else one
-        for block, one, prior in zip(blocks, carried, priors, strict=True)
+        one if n in now else started(spec, block, one, prior)
+        for n, (block, one, prior) in enumerate(zip(blocks, carried, priors, strict=True))
     ]
     for number, (running, clock) in zip(now, found, strict=True):
         fresh[number] = replace(carried[number], running=running, clock=clock)
@@ -169,11 +173,14 @@ def fading(spec: Curvature, step: int, share: float) -> float:
 
 
 def started(spec: Curvature, block: Block, carried: Carried, prior: BlockPrior) -> Carried:
-    """With a curvature to start from, where a block's is known from gradients."""
-    if block.kind != "diag":
+    """With a curvature to start from, before any estimate."""
+    if spec.kind == "noise" and block.kind != "diag":
         raise ValueError(f"curvature='noise' wants structure='diag', {block.name} is {block.label}")
     if carried.running is not None:
         return carried
+    if not is_sensed(spec, block):
+        roots = None if prior.units is None else prior.units.roots
+        return replace(carried, running=estimator.nothing(block, prior.packed.precision, roots))
     start = spec.initial if spec.kind == "noise" else 0.0
     curvature = Diagonal(prior.packed.precision.new_full((block.size,), start))
     return replace(carried, running=Running(0, curvature))

@@ -663,6 +663,69 @@ def test_a_model_without_a_plate_has_its_batch_for_data() -> None:
     assert_posterior(ngvi.guide, mean, covariance)
 
 
+class Dropping(PyroModule):
+    """A residual network whose middle layer is left out of some runs."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        layers = nn.ModuleList([nn.Linear(3, width), nn.Linear(width, width), nn.Linear(width, 2)])
+        self.net = bayesianize(layers.double())
+        self.drops = False
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        hidden = self.net[0](x).tanh()
+        if not self.drops:
+            hidden = hidden + self.net[1](hidden).tanh()
+        mean = self.net[2](hidden)
+        with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
+            plain(mean, y)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "hessian"])
+@pytest.mark.parametrize("every", [1, 3, "auto"])
+@pytest.mark.parametrize("first", [True, False], ids=["dropped at first", "there at first"])
+@each
+def test_a_layer_left_out_of_some_runs(structure: str, first: bool, every: Any, kind: str) -> None:
+    model, data = Dropping(), regression_data()
+    guide = GUIDES[structure](model)
+    guide(*data)
+    ngvi = NGVI(model, guide, curvature=Curvature(kind, every=every), lr=0.1, momentum=0.0)
+    prior = partial(guide.get_posterior, "net.1.weight")
+    losses = []
+    for step in range(12):
+        model.drops = (step % 2 == 0) == first
+        losses.append(ngvi.step(*data))
+        if model.drops and step == 0:  # the prior and the initial curvature are all there is
+            delta, faint = 5 / ngvi.temperature, 0.1 * NUM_DATA
+            scale = torch.full((4, 4), (delta + faint) ** -0.5).double()
+            torch.testing.assert_close(prior().base_dist.scale, scale)
+        assert math.isfinite(losses[-1]) and math.isfinite(ngvi.evaluate_loss(*data))
+    assert sum(losses[-4:]) < sum(losses[:4])
+    state = ngvi.state_dict()["state"]["blocks"]
+    assert all(block["running"]["count"] > 0 for block in state)
+
+
+def test_a_wide_layer_left_out_at_first() -> None:
+    model, data = Dropping(170), regression_data()
+    guide = KFACGuide(model)
+    guide(*data)
+    ngvi = NGVI(model, guide, lr=0.1)
+    for model.drops in (True, False, True):
+        assert math.isfinite(ngvi.step(*data))
+    assert [count.updates for count in ngvi.update_counts().values()] == [1, 1, 1]
+
+
+def test_a_layer_left_out_moves_by_its_prior_alone() -> None:
+    model, data = Dropping(), regression_data()
+    ngvi = NGVI(model, KFACGuide(model), momentum=0.0, damping=0.0, kl_clip=None, lr=0.5)
+    ngvi.step(*data)
+    model.drops = True
+    before = ngvi.guide.median()["net.1.weight"]
+    ngvi.step(*data)
+    after = ngvi.guide.median()["net.1.weight"]
+    assert after.norm() < before.norm()
+
+
 def test_a_functional_model() -> None:
     x, y = regression_data()
     zero = torch.zeros(()).double()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,19 @@ def observe(
                 clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
             fresh.append((new, clock))
     return fresh
+
+
+def has_part(spec: Curvature, block: Block, calls: Sequence[Call]) -> bool:
+    """Whether an estimate of a block can be taken from these calls of its layers."""
+    called = {call.layer for call in calls}
+    parts = [layer in called for layer in block.layers]
+    return all(parts) if spec.kind == "hessian" else any(parts)
+
+
+def nothing(block: Block, like: Tensor, units: tuple[Tensor, Tensor] | None) -> Running:
+    """No curvature, for a block that has had no part in any run: it counts for nothing."""
+    pairs = [reduce.nothing(layer, like, 1) for layer in block.layers]
+    return replace(update(None, block, pairs, 1, 0.0, True, units), count=0)
 
 
 def _seen(

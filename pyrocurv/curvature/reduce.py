@@ -53,12 +53,13 @@ Pairs = Sequence[Uses]  # of each layer of a block
 def gather(
     block: Block, calls: Sequence[Call | Opaque], gradients: Sequence[Tensor], count: int
 ) -> Pairs:
-    """What each layer of a block saw; its calls are joined along S."""
-    pairs = []
+    """What each layer of a block saw, zeros where that is nothing; calls are joined along S."""
+    pairs: list[Uses] = []
     for layer in block.layers:
         mine = [i for i, call in enumerate(calls) if call.layer == layer]
         if not mine:
-            raise ValueError(f"{layer.weight!r} took no part in this forward pass")
+            pairs.append(nothing(layer, gradients[0], count))
+            continue
         pairs.append(_uses(layer, [calls[i] for i in mine], [gradients[i] for i in mine], count))
     return pairs
 
@@ -74,6 +75,14 @@ def _uses(
             g = _joined([gradients[i] for i in mine])
             uses.append(Pair(g, a) if flipped else Pair(a, g))
     return [_by_unit(pair) for pair in uses] if layer.form == "units" else uses
+
+
+def nothing(layer: Layer, like: Tensor, count: int) -> Uses:
+    """Of a layer that so many examples did not use."""
+    a, g = (
+        like.new_zeros(1, *layer.lead, count, 1, size) for size in (layer.columns, layer.rows)
+    )
+    return [Pair(a, g)]
 
 
 def only(pairs: Pairs, rows: Tensor | None) -> Pairs:
