@@ -22,6 +22,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.MultiheadAttention,
     *RECURRENT,
 )
+Layers = Iterable[type[nn.Module] | str] | type[nn.Module] | str | None
 Prior = float | str | Callable[[nn.Module, str], Distribution]
 
 
@@ -56,7 +57,7 @@ class _NormalPrior:
 def bayesianize(
     net: nn.Module,
     prior: Prior = "fan_in",
-    layers: Iterable[type[nn.Module] | str] | None = None,
+    layers: Layers = None,
 ) -> nn.Module:
     """Turn the weights of a network into latents of a Pyro model, in place.
 
@@ -65,10 +66,11 @@ def bayesianize(
         prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
             1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
             Distribution of that shape.
-        layers: which modules, by type or by name as in `net.named_modules()`; by default linear
-            layers, (transposed) convolutions, attention and recurrent layers. Norm layers and
-            embeddings are left out unless asked for. What is left out keeps point estimates, which
-            the `summary()` of a guide lists too.
+        layers: which modules, by type or by name as in `net.named_modules()`, one or several; by
+            default `pyrocurv.nn.LAYERS`: linear layers, (transposed) convolutions, attention and
+            recurrent layers. Norm layers and embeddings are left out unless asked for. What is left
+            out keeps point estimates, which the `summary()` of a guide lists too; and the padding
+            of an embedding keeps its output, whatever is sampled for its row.
 
     Returns:
         `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
@@ -76,7 +78,9 @@ def bayesianize(
 
     Raises:
         ValueError: a prior out of range or of another shape; a layer name that does not exist; no
-            layer that fits; a weight that a module asked for shares with one left out.
+            layer that fits, or none that is no latent yet; a weight that a module asked for shares
+            with one left out.
+        TypeError: a prior that is a distribution.
 
     Example:
         >>> import torch
@@ -104,10 +108,18 @@ def bayesianize(
         _tie(module, name, owner)
     for module, name, fn, parameter in planned:
         _set_prior(module, name, fn, parameter)
+        if isinstance(module, nn.Embedding) and (module, name) not in ties.values():
+            _keep_padding(module, parameter)
     return net
 
 
 def _prior_maker(prior: Prior) -> Callable[[nn.Module, str], Distribution]:
+    if isinstance(prior, Distribution):
+        raise TypeError(
+            f"prior={prior!r}: a standard deviation is needed, or a callable (module, name) -> "
+            "Distribution of the parameter's shape, as in lambda module, name: "
+            "dist.Normal(0.0, 1.0).expand(getattr(module, name).shape)"
+        )
     if callable(prior):
         return prior
     if prior == "fan_in":
@@ -126,18 +138,22 @@ def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
     return dist.Normal(loc, like.new_full((), scale)).expand(like.shape)
 
 
-def _chosen(net: nn.Module, layers: Iterable[type[nn.Module] | str] | None) -> list[nn.Module]:
+def _chosen(net: nn.Module, layers: Layers) -> list[nn.Module]:
     named = dict(net.named_modules())
+    layers = (layers,) if isinstance(layers, (type, str)) else layers
     wanted = LAYERS if layers is None else tuple(layers)
     types = tuple(want for want in wanted if isinstance(want, type))
     names = [want for want in wanted if isinstance(want, str)]
     for name in names:
         if name not in named:
             raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
-    chosen = [m for name, m in named.items() if isinstance(m, types) or name in names]
-    chosen = [m for m in chosen if any(True for _ in m.parameters(recurse=False))]
+    fitting = [m for name, m in named.items() if isinstance(m, types) or name in names]
+    chosen = [m for m in fitting if any(True for _ in m.parameters(recurse=False))]
     if not chosen:
-        raise ValueError(f"layers: nothing in {type(net).__name__} fits {wanted}")
+        fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
+        are = any(getattr(module, "_pyro_samples", None) for module in fitting)
+        why = "is no latent yet, of what" if are else "with a parameter"
+        raise ValueError(f"layers: nothing in {type(net).__name__} {why} fits {fits}")
     return chosen
 
 
@@ -154,8 +170,10 @@ def _ties(
             if owner is module and attribute == name:
                 continue
             if (owner in chosen) != (module in chosen):
+                left = other if module in chosen else full
                 raise ValueError(
-                    f"{other} and {full} are one tensor, a tied weight: choose both layers or none"
+                    f"{other} and {full} are one tensor, a tied weight: choose both layers or "
+                    f"none; layers=[*pyrocurv.nn.LAYERS, {left.rpartition('.')[0]!r}] has both"
                 )
             if module in chosen:
                 ties[module, name] = owner, attribute
@@ -180,6 +198,19 @@ def _borrow(module: nn.Module, args: Any) -> None:
 def _give_back(module: nn.Module, args: Any, output: Any) -> None:
     for name in module.__dict__["_tied"]:
         module.__dict__.pop(name, None)
+
+
+def _keep_padding(module: nn.Embedding, weight: Tensor) -> None:
+    """Let the padding be what it was: no data say anything of its row, which is prior alone."""
+    if module.padding_idx is not None:
+        row = weight.detach()[module.padding_idx].clone()
+        module.register_buffer("_padding", row, persistent=False)
+        module.register_forward_hook(_pad, with_kwargs=True)
+
+
+def _pad(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    index = args[0] if args else kwargs["input"]
+    return torch.where((index == module.padding_idx).unsqueeze(-1), module._padding, output)
 
 
 def _set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:

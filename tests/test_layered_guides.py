@@ -47,6 +47,7 @@ SINGLE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1), lambda: torch.randn(9, 2, 3),
     ),
     "embedding": (lambda: nn.Embedding(4, 3), lambda: torch.randint(4, (9, 2))),
+    "padded": (lambda: nn.Embedding(4, 3, padding_idx=1), lambda: torch.randint(4, (9, 2))),
     "layer-norm": (lambda: nn.LayerNorm(3), lambda: torch.randn(9, 2, 3)),
     "group-norm": (lambda: nn.GroupNorm(1, 2), lambda: torch.randn(9, 2, 3)),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from toys import normal_prior, trained
 
+import pyrocurv
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 
@@ -121,6 +122,8 @@ def test_a_prior_out_of_range(prior: Any) -> None:
 
 @pytest.mark.parametrize(("layers", "names"), [
     ([nn.Linear], ["4.weight", "4.bias"]),
+    (nn.Linear, ["4.weight", "4.bias"]),
+    ("0", ["0.weight", "0.bias"]),
     (["0"], ["0.weight", "0.bias"]),
     (["0", nn.Linear], ["0.weight", "0.bias", "4.weight", "4.bias"]),
     ([nn.BatchNorm2d], ["1.weight", "1.bias"]),
@@ -139,6 +142,14 @@ def test_a_layer_inside_a_module() -> None:
 
 def test_the_net_itself_is_a_layer() -> None:
     assert list(priors(bayesianize(nn.Linear(3, 2, bias=False)), torch.randn(5, 3))) == ["weight"]
+
+
+@pytest.mark.parametrize("prior", [dist.Normal(0.0, 1.0), torch.distributions.Normal(0.0, 1.0)])
+def test_a_distribution_is_no_prior(prior: Any) -> None:
+    net = nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"prior=Normal.*: a standard deviation .* or a callable"):
+        bayesianize(net, prior)
+    assert not isinstance(net, PyroModule)
 
 
 @pytest.mark.parametrize("layers", [["9"], [nn.Conv1d], [nn.Flatten], []])
@@ -268,8 +279,46 @@ def test_a_trained_model_is_copied() -> None:
 
 def test_twice_is_an_error_or_nothing() -> None:
     net = bayesianize(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="nothing in"):
+    with pytest.raises(ValueError, match="nothing in .* is no latent yet, of what fits Linear, "):
         bayesianize(net)
+
+
+class Tokens(nn.Module):
+    """A language model that reads each token by itself, of a pad that is 0."""
+
+    def __init__(self, tied: bool = True, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.tok, self.head = nn.Embedding(5, 3, padding_idx), nn.Linear(3, 5, bias=False)
+        if tied:
+            self.head.weight = self.tok.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.tok(tokens).tanh())
+
+
+def test_the_remedy_for_a_tied_embedding() -> None:
+    with pytest.raises(ValueError, match="tok.weight and head.weight are one") as caught:
+        bayesianize(Tokens())
+    remedy = str(caught.value).partition("layers=")[2].partition(" has both")[0]
+    net = bayesianize(Tokens(), layers=eval(remedy, {"pyrocurv": pyrocurv}))
+    assert list(priors(net, torch.arange(5))) == ["tok.weight"]
+
+
+@pytest.mark.parametrize("copied", [lambda net: net, copy.deepcopy])
+@pytest.mark.parametrize("row", [0.0, 2.0])
+def test_padding_stays_as_it_is(row: float, copied: Callable[[nn.Module], nn.Module]) -> None:
+    """Whatever is sampled for its row, of which no data say anything."""
+    embedding, tokens = nn.Embedding(5, 3, padding_idx=-2), torch.tensor([[3, 1], [0, 3]])
+    with torch.no_grad():
+        embedding.weight[3] = row
+    net = copied(bayesianize(embedding, layers=nn.Embedding))
+    for output in (net(tokens), net(input=tokens), net.double()(tokens)):
+        assert (output[[0, 1], [0, 1]] == row).all() and (output[[0, 1], [1, 0]] != row).all()
+
+
+def test_tied_padding_is_a_row_as_others_are() -> None:
+    net = bayesianize(Tokens(padding_idx=0), layers=[nn.Embedding, nn.Linear])
+    assert (net(torch.zeros(4, dtype=torch.long)) != 0).all()
 
 
 # ---- Classifier and Regressor -------------------------------------------------------------------
