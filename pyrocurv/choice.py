@@ -50,7 +50,7 @@ def _name(layer: Layer) -> str:
 def _rule(choice: Choice, layers: Sequence[Layer]) -> Rule:
     if isinstance(choice, Mapping):
         return _by_key(choice, layers)
-    if callable(choice):
+    if callable(choice) and not isinstance(choice, type):
         return choice
     return lambda name, module: choice
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from pyrocurv.blocks import Block
+from pyrocurv.notice import notice
 from pyrocurv.structures import Structure
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -163,10 +163,9 @@ def units(block: Block, prior: Prior) -> Units:
     input = log.mean(-2) - log.mean((-2, -1)).unsqueeze(-1)
     product = mean + output.unsqueeze(-1) + input.unsqueeze(-2)
     if not torch.allclose(product, log, rtol=0, atol=1e-5):
-        warnings.warn(
+        notice(
             f"the prior precision of {layer.weight!r} is no product of one for each output and one "
-            "for each input: the nearest product stands for it in the posterior",
-            stacklevel=2,
+            "for each input: the nearest product stands for it in the posterior"
         )
     return Units(mean.exp(), ((output / 2).exp(), (input / 2).exp()))
 

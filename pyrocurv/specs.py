@@ -104,10 +104,13 @@ KRONECKER: dict[str, Spec] = {"kfac": KFAC(), "ekfac": EKFAC(), "kfac-block": KF
 def as_structure(structure: Any) -> Spec:
     """A structure by name or by its specification, as the latter where it has options.
 
-    Raises ValueError that says which there are.
+    Raises ValueError that says which there are, TypeError for a class in place of its instance.
     """
     if isinstance(structure, (KFAC, EKFAC)):
         return structure
+    if isinstance(structure, type) and issubclass(structure, (KFAC, EKFAC)):
+        name = structure.__name__
+        raise TypeError(f"structure={name} is a class: give {name}()")
     if not isinstance(structure, str) or structure not in STRUCTURES:
         raise ValueError(
             f"structure={structure!r}: choose one of {', '.join(STRUCTURES)}, KFAC(...) or "

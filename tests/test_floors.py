@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
+    {"notice"},
     {"structures", "layers", "specs", "buffers", "stream"},
     {"blocks", "uses"},
     {"capture", "choice", "priors"},
@@ -20,8 +21,8 @@ FLOORS = [
     {"infer", "optim"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "curvature",
-    "natural", "state", "engine", "buffers", "stream", "optim",
+    "notice", "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors",
+    "curvature", "natural", "state", "engine", "buffers", "stream", "optim",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

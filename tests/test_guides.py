@@ -473,8 +473,32 @@ def test_without_a_block_there_is_no_posterior_but_a_reason() -> None:
         guide.posterior  # noqa: B018
     with pytest.raises(RuntimeError, match="fallback"):
         guide.kl()
-    with pytest.raises(ValueError, match="no latent of this guide has a supported op"):
+    reason = "the fallback guide has, .* layer.weight, layer.bias: use pyro.infer.SVI"
+    with pytest.raises(ValueError, match=reason):
         NGVI(model, guide).step(*LINE)
+    fresh = KFACGuide(model)
+    fresh.load_state_dict(through_a_file(guide.state_dict()))
+    with pytest.warns(UserWarning, match="Laplace"):
+        fresh(*LINE)
+    assert_equal(fresh.median(), guide.median())
+
+
+@pytest.mark.parametrize("kind", ["point", "frozen"])
+def test_a_guide_that_leaves_all_out_says_so(kind: str) -> None:
+    model = regressor()
+    guide = KFACGuide(model, structure={nn.Linear: kind})
+    with pytest.raises(ValueError, match='structure= leaves out, as "point" or "frozen" net.0.we'):
+        NGVI(model, guide).step(*regression_data())
+
+
+def test_a_warning_points_at_the_users_line() -> None:
+    model = Weights(dist.Laplace(torch.zeros(1, 3), 1.0).to_event(2),
+                    dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    for use in (lambda guide: guide(*LINE), lambda guide: NGVI(model, guide).step(*LINE),
+                lambda guide: Trace_ELBO().loss(model, guide, *LINE)):
+        with pytest.warns(UserWarning, match="Laplace") as caught:
+            use(KFACGuide(model))
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_latents_in_a_vectorised_plate() -> None:
@@ -641,6 +665,19 @@ def test_pickling_leaves_the_live_guide_usable(structure: str) -> None:
     assert_equal(draws_of(ngvi.guide), expected)
     assert_equal(draws_of(again), expected)
     ngvi.step(*data)
+
+
+def test_an_unpickled_guide_knows_all_but_its_model() -> None:
+    ngvi, data = with_a_fallback()
+    again = pickle.loads(pickle.dumps(ngvi.guide))
+    assert again.summary() == ngvi.guide.summary()  # a model without parameters
+    assert_equal(again.median(), ngvi.guide.median())
+    torch.testing.assert_close(again.kl(), ngvi.guide.kl())
+    assert_equal(again.quantiles(0.3, *data), ngvi.guide.quantiles(0.3, *data))
+    assert set(again(*data)) == {*SITES, "sigma"}
+    never_called = pickle.loads(pickle.dumps(KFACGuide(ngvi.model)))
+    with pytest.raises(RuntimeError, match=r"leave the model behind: .* KFACGuide\(model\)"):
+        never_called(*data)
 
 
 # ---- buffers, dtypes ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import layer_cases
 import oracles
@@ -13,7 +14,7 @@ import torch
 from layer_cases import LAYERED, OPAQUE, WOVEN
 from pyro.infer import Predictive
 from torch import Tensor, nn
-from toys import EXACT, GUIDES, NUM_DATA, mlp, regression_data
+from toys import EXACT, GUIDES, NUM_DATA, mlp, regression_data, regressor
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide
@@ -308,6 +309,14 @@ def test_a_wrong_choice_changes_nothing(structure, error, reason) -> None:
     with pytest.raises(error, match=reason):
         ngvi.step(*data)
     assert not ngvi.guide.sites and ngvi.guide.prototype_trace is None
+
+
+@pytest.mark.parametrize("structure", [KFAC, {nn.Linear: EKFAC}, lambda name, module: KFAC])
+def test_a_class_in_place_of_a_structure(structure: Any) -> None:
+    guide = KFACGuide(regressor(), structure=structure)
+    with pytest.raises(TypeError, match=r"structure=E?KFAC is a class: give E?KFAC\(\)"):
+        guide(*regression_data())
+    assert guide.sites == {}
 
 
 def test_a_loaded_guide_of_another_choice_is_refused() -> None:

@@ -7,7 +7,6 @@ weights, and lays out a Gaussian for each block of them. What is left goes to a 
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -27,6 +26,7 @@ from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
 from pyrocurv.guides.leftout import rest_of
 from pyrocurv.guides.plan import Plan
+from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
 from pyrocurv.structures import BlockDiagonal
@@ -97,6 +97,11 @@ class StructuredGuide(AutoGuide):
     # ---- the first call -------------------------------------------------------------------------
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if not self._base_model:
+            raise RuntimeError(
+                "this guide was pickled before its first call, and pickles leave the model behind: "
+                f"make a new one, {type(self).__name__}(model)"
+            )
         partial = self.master is not None
         found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs)
         plan = Plan.of(
@@ -117,7 +122,7 @@ class StructuredGuide(AutoGuide):
             for site in found.latents.values() for frame in site["cond_indep_stack"]
         }
         if complaint := plan.complaint(found):
-            warnings.warn(f"{type(self).__name__}: {complaint}", stacklevel=2)
+            notice(f"{type(self).__name__}: {complaint}")
         self._set_fallback(found, plan, args, kwargs)
         self.prototype_trace = found.trace
         if self.master is not None:
@@ -192,7 +197,19 @@ class StructuredGuide(AutoGuide):
     def _ready_blocks(self) -> None:
         self._ready()
         if not self.sites:
-            raise RuntimeError(f"all latents are the fallback guide's: {self.fallback_sites}")
+            raise RuntimeError(self.emptiness)
+
+    @property
+    def emptiness(self) -> str:
+        """Why there is no Gaussian, where there is none."""
+        left = [name for name in self.fallback_sites if name not in self._left_out]
+        reasons = {
+            'structure= leaves out, as "point" or "frozen"': [*self._left_out],
+            "the fallback guide has, as no supported op consumes them as weights": left,
+        }
+        return "no latent has a Gaussian here: " + "; ".join(
+            f"{reason} {', '.join(names)}" for reason, names in reasons.items() if names
+        )
 
     @property
     def posterior(self) -> StructuredNormal:
@@ -285,9 +302,10 @@ class StructuredGuide(AutoGuide):
         for name, value in latents.items():
             shape = str(tuple(value.shape))
             rows.append((name, shape, structure.get(name, kind), str(value.numel())))
+        model = self._base_model[0] if self._base_model else None  # pickles leave it behind
         points = {
             f"{owner}.{name}".lstrip("."): parameter
-            for owner, module in named_modules(self._base_model[0]).items()
+            for owner, module in named_modules(model).items()
             for name, parameter in module.named_parameters(recurse=False)
         }
         for name, value in points.items():
@@ -329,7 +347,7 @@ class StructuredGuide(AutoGuide):
                 f"the state is of a guide with structure {layout['structure']!r}, this one is "
                 f"{self.structure!r}"
             )
-        if layout and not self.sites:
+        if layout and layout["blocks"] and not self.sites:
             plan = [Block.from_state(block) for block in layout["blocks"]]
             like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
             self._build(plan, {n: like.new_zeros(s) for n, s in layout["sites"].items()})

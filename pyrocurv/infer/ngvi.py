@@ -183,7 +183,7 @@ class NGVI:
                 poutine.block(self.guide)(*args, **kwargs)
         state = self._state or State(0, tuple(Carried() for _ in self.guide.blocks))
         if not state.blocks:
-            raise ValueError("no latent of this guide has a supported op: use pyro.infer.SVI")
+            raise ValueError(f"{self.guide.emptiness}: use pyro.infer.SVI")
         if self._loaded is not None:
             check_layout(self._loaded, self._layout())
             self._loaded = None
