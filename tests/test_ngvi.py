@@ -1662,24 +1662,47 @@ def test_nan_at_the_first_step_without_validation(on_nonfinite: str) -> None:
         assert math.isfinite(ngvi.step(*data))
 
 
+@pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize("moment", ["made", "stepped"])
-def test_an_optimizer_that_fails_leaves_the_guide_as_it_was(moment: str) -> None:
-    class Broken(torch.optim.SGD):
-        def step(self, closure: Any = None) -> Any:
+def test_an_optimizer_that_fails_leaves_all_as_it_was(moment: str, steps: int) -> None:
+    """Batch norm's statistics, too; and goes on as if it had not failed."""
+    broken = False
+
+    def check() -> None:
+        if broken:
             raise KeyError("out of order")
+
+    class Unreliable(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            check()
+            return super().step(closure)
 
     def optim(params: Any) -> torch.optim.Optimizer:
         if moment == "made":
-            raise KeyError("out of order")
-        return Broken(params, lr=0.1)
+            check()
+        return Unreliable(params, lr=0.01)
 
-    model, data = regressor(noise=None), regression_data()
-    ngvi = NGVI(model, KFACGuide(model), optim=optim)
-    ngvi.guide(*data)
-    before = {name: value.clone() for name, value in ngvi.guide.named_parameters()}
-    with pytest.raises(KeyError, match="out of order"):
-        ngvi.step(*data)
-    assert all(torch.equal(v, before[name]) for name, v in ngvi.guide.named_parameters())
+    def state(ngvi: NGVI) -> list[Any]:
+        own = {name: part for name, part in ngvi.state_dict().items() if name != "rest"}
+        return list(leaves([ngvi.guide.state_dict(), ngvi.model.state_dict(), own]))
+
+    data, losses = regression_data(), []
+    for fails in (False, True):
+        torch.manual_seed(4)
+        model = sigma_model()
+        ngvi = NGVI(model, KFACGuide(model), optim=optim)
+        ngvi.guide(*data)
+        for _ in range(steps):
+            ngvi.step(*data)
+        if fails and (moment == "stepped" or steps == 0):
+            broken, before, generator = True, state(ngvi), torch.get_rng_state()
+            with pytest.raises(KeyError, match="out of order"):
+                ngvi.step(*data)
+            broken = False
+            assert identical(state(ngvi), before)
+            assert torch.equal(torch.get_rng_state(), generator)
+        losses.append([ngvi.step(*data) for _ in range(3)])
+    assert losses[0] == losses[1]
 
 
 def test_validation_is_put_back() -> None:

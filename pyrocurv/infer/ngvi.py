@@ -193,6 +193,7 @@ class NGVI:
             validation = nullcontext() if first else pyro.validation_enabled(False)
             with self._stream(like.device), validation, torch.enable_grad():
                 proposal, commit = self._propose(state, args, kwargs)
+                self.optimizer.step(commit)
         except BaseException as error:
             restore()
             if not isinstance(error, FloatingPointError):
@@ -201,7 +202,6 @@ class NGVI:
                 raise
             self.skipped += 1
             return math.nan
-        self.optimizer.step(commit)
         self._state = proposal.state
         return proposal.loss
 

@@ -75,13 +75,13 @@ class Rest:
         self._optimizer.step()
 
     def _add(self, params: list[Tensor], rate: float) -> None:
-        self._known += params
         if self._optimizer is None:
             make = self._make
             self._optimizer = make(params) if make else torch.optim.Adam(params, rate)
         else:
             group = {"params": params} if self._make else {"params": params, "lr": rate}
             self._optimizer.add_param_group(group)
+        self._known += params
         self._rates.append(self._optimizer.param_groups[-1]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
