@@ -1,5 +1,6 @@
 """`NGVI`: exact on conjugate models, resumed bit for bit, and nothing lost when a step fails."""
 
+import copy
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -1390,6 +1391,50 @@ def test_a_parameter_of_some_steps_only_is_resumed(
     losses = first.run(batches[:steps])
     second = Training("alternating", "kfac")
     second.load(first.save())
+    assert losses + second.run(batches[steps:]) == straight
+
+
+class Late(PyroModule):
+    """Parameters that are met late, in some steps only, and not in the order of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bayesianize(norm_net())
+        self.shift = nn.Parameter(torch.zeros(2).double())
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        mean = self.net(x)
+        if self.calls >= 3:
+            mean = mean + pyro.param("late", torch.zeros(2).double())
+        if self.calls % 3 == 1:
+            mean = mean * pyro.param("often", torch.ones(2).double())
+        if self.calls >= 2:
+            mean = mean + self.shift
+        self.calls += 1
+        with pyro.plate("data", NUM_DATA, subsample_size=len(x)):
+            plain(mean, y)
+
+
+@pytest.mark.parametrize("options", ["defaults", "SGD"])
+@pytest.mark.parametrize("steps", [2, 4, 6, 7])
+def test_parameters_met_late_are_resumed(
+    steps: int, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RUNS, "late", (Late, sigma_batches))
+    batches = sigma_batches()
+    torch.manual_seed(1)
+    straight = Training("late", "kfac", **OPTIONS[options]).run(batches)
+    pyro.clear_param_store()
+    torch.manual_seed(1)
+    first = Training("late", "kfac", **OPTIONS[options])
+    losses = first.run(batches[:steps])
+    saved, store = first.save(), copy.deepcopy(pyro.get_param_store().get_state())
+    pyro.clear_param_store()
+    pyro.get_param_store().set_state(store)
+    second = Training("late", "kfac", **OPTIONS[options])
+    second.load(saved)
+    second.load(second.save())  # before the parameters are met again
     assert losses + second.run(batches[steps:]) == straight
 
 

@@ -8,7 +8,7 @@ precision as `pyrocurv.natural` has it. All is computed before anything is chang
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class _Found:
     loss: Tensor
     gradients: list[Tensor]  # of the energy per datum in the sampled weights, packed
     rest: list[Tensor | None]  # and in all other parameters
-    params: tuple[list[Tensor], list[Tensor], list[Tensor]]  # model's, guide's, modules' own
+    params: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Collection[str]]  # model's, guide's, own
     numbers: list[Numbers]  # the same for all blocks
     priors: list[BlockPrior]
     state: State  # with the new curvature and the next noise
@@ -275,7 +275,7 @@ class NGVI:
                     run.observations, run.capture.calls, run.main.rows, run.batch / run.num_data,  # type: ignore[union-attr]  # watched: there is a capture
                     priors, self._numbers(run),
                 )
-            params = [*run.model_params, *run.guide_params()]
+            params = [*run.model_params.values(), *run.guide_params.values()]
             found = torch.autograd.grad(
                 energy / (run.num_data * self.num_particles),
                 [*run.weights.values(), *params], allow_unused=True,
@@ -305,7 +305,7 @@ class NGVI:
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
-        trained = (run.model_params, run.guide_params(), run.own_params)
+        trained = (run.model_params, run.guide_params, run.own_params.keys())
         return _Found(loss, gradients, rest, trained, self._numbers(run), priors, seen)
 
     # ---- its parts ------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Replay(Messenger):
         self.values = values
         self.observed: list[Site] = []
         self.latents: dict[str, Site] = {}
-        self.params: list[Tensor] = []
+        self.params: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         value = self.values.get(msg["name"])
@@ -112,4 +112,5 @@ class Replay(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         param = msg["value"]
-        self.params.append(param.unconstrained() if hasattr(param, "unconstrained") else param)
+        free = param.unconstrained() if hasattr(param, "unconstrained") else param
+        self.params[f"param {msg['name']}"] = free

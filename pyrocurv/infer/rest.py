@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,19 +29,19 @@ class Rest:
         self._make = optim
         self._optimizer: torch.optim.Optimizer | None = None
         self._rates: list[float] = []
-        self._known: list[Tensor] = []
+        self._known: dict[str, Tensor] = {}
         self._made_of: list[tuple[torch.device, torch.dtype]] = []  # the known, at the last step
-        self._waiting: dict[str, Any] | None = None  # a state loaded before its parameters are met
+        self._waiting: dict[str, dict[str, Any]] = {}  # loaded, for parameters not met yet
 
     def step(
-        self, model: Sequence[Tensor], guide: Sequence[Tensor],
-        gradients: Sequence[Tensor | None], factor: float, own: Sequence[Tensor] = (),
+        self, model: Mapping[str, Tensor], guide: Mapping[str, Tensor],
+        gradients: Sequence[Tensor | None], factor: float, own: Collection[str] = (),
     ) -> None:
         """One step on the model's and the guide's parameters, at `factor` times their rates.
 
         A parameter joins when it first has a gradient; those in `own` are there from the start.
         """
-        pairs = list(zip([*model, *guide], gradients, strict=True))
+        pairs = list(zip([*model.values(), *guide.values()], gradients, strict=True))
         moving = {id(param): param for param, gradient in pairs if gradient is not None}
         if not moving:
             return
@@ -52,10 +53,10 @@ class Rest:
                 self._make(moving.values())
                 return
             for side, rate in ((model, MODEL_LR), (guide, GUIDE_LR)):
-                joining = [p for p in side if id(p) in moving or any(p is q for q in own)]
-                new = [p for p in joining if not any(p is q for q in self._known)]
-                if new:
-                    self._add(new, rate)
+                joining = {n: p for n, p in side.items() if id(p) in moving or n in own}
+                new = {n: p for n, p in joining.items() if self._known.get(n) is not p}
+                for names in self._alike(new):
+                    self._add({name: new[name] for name in names}, rate)
             self._torch_step(factor)
         finally:
             for (param, _), gradient in zip(pairs, before, strict=True):
@@ -63,10 +64,7 @@ class Rest:
 
     def _torch_step(self, factor: float) -> None:
         assert self._optimizer is not None
-        if self._waiting is not None:
-            self._optimizer.load_state_dict(self._waiting)
-            self._waiting = None
-        make = [(param.device, param.dtype) for param in self._known]
+        make = [(param.device, param.dtype) for param in self._known.values()]
         if make != self._made_of:  # parameters have moved: let the state follow them
             self._optimizer.load_state_dict(self._optimizer.state_dict())
             self._made_of = make
@@ -74,27 +72,52 @@ class Rest:
             group["lr"] = rate * factor
         self._optimizer.step()
 
-    def _add(self, params: list[Tensor], rate: float) -> None:
+    def _alike(self, names: Iterable[str]) -> list[list[str]]:
+        """The names by the options that were loaded for them: groups of an optimizer."""
+        groups: list[tuple[Any, list[str]]] = []
+        for name in names:
+            options = self._waiting.get(name, {}).get("options")
+            mine = next((members for key, members in groups if key == options), None)
+            if mine is None:
+                groups.append((options, [name]))
+            else:
+                mine.append(name)
+        return [members for _, members in groups]
+
+    def _add(self, named: Mapping[str, Tensor], rate: float) -> None:
+        params = list(named.values())
         if self._optimizer is None:
             make = self._make
             self._optimizer = make(params) if make else torch.optim.Adam(params, rate)
         else:
             group = {"params": params} if self._make else {"params": params, "lr": rate}
             self._optimizer.add_param_group(group)
-        self._known += params
-        self._rates.append(self._optimizer.param_groups[-1]["lr"])
+        made = self._optimizer.param_groups[-1]
+        self._known.update(named)
+        self._rates.append(made["lr"])
+        for name, param in named.items():
+            saved = copy.deepcopy(self._waiting.pop(name, None))
+            if saved is not None:
+                made.update(saved["options"])
+                self._optimizer.state[param] = saved["state"]
+                self._made_of = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
+        """Plain values for a checkpoint: each parameter's by its name."""
         if isinstance(self._make, PyroOptim):
             return {"pyro": self._make.get_state()}
-        if self._optimizer is None:
-            return {"torch": self._waiting}
-        return {"torch": self._optimizer.state_dict()}
+        found, names = dict(self._waiting), {id(param): n for n, param in self._known.items()}
+        for group in [] if self._optimizer is None else self._optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            for param in group["params"]:
+                state = dict(self._optimizer.state.get(param, {}))  # type: ignore[union-attr]  # it has groups
+                found[names[id(param)]] = {"options": options, "state": state}
+        return {"torch": found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`, now or when the parameters are met."""
+        """Go on from `state_dict`, with each parameter when it is met."""
         if isinstance(self._make, PyroOptim):
             self._make.set_state(state["pyro"])
         else:
-            self._waiting, self._optimizer, self._known, self._rates = state["torch"], None, [], []
+            self._optimizer, self._known, self._rates = None, {}, []
+            self._waiting = dict(state["torch"])

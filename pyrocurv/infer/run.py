@@ -17,7 +17,7 @@ from pyrocurv.curvature.pullback import Observation
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.priors import Source, as_normal
-from pyrocurv.prototype import modules, still_frozen
+from pyrocurv.prototype import modules, named_modules, still_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,9 @@ class Run:
     replay: Replay
     fallback: Any  # the fallback guide's trace, or None
     capture: Capture | None
-    own_params: list[Tensor]  # of the model's modules
-    model_params: list[Tensor]  # these and `pyro.param`s, unconstrained
+    own_params: Mapping[str, Tensor]  # of the model's modules
+    model_params: Mapping[str, Tensor]  # these and `pyro.param`s, unconstrained
+    guide_params: Mapping[str, Tensor]  # of the fallback guide, unconstrained
 
     @cached_property
     def data(self) -> list[Site]:
@@ -94,11 +95,6 @@ class Run:
         sites = [site for site in self.fallback.nodes.values() if site["type"] == "sample"]
         return energy + temperature * (sum(site["log_prob_sum"] for site in sites) - prior)
 
-    def guide_params(self) -> list[Tensor]:
-        """The fallback guide's parameters, unconstrained."""
-        nodes = [] if self.fallback is None else self.fallback.nodes.values()
-        return [site["value"].unconstrained() for site in nodes if site["type"] == "param"]
-
 
 def run_model(
     model: Callable[..., Any], guide: StructuredGuide, sample: Sequence[Mapping[str, Tensor]],
@@ -117,13 +113,32 @@ def run_model(
         fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
-    with still_frozen(modules(model)) as own, Replay(values) as replay:
+    own = {
+        f"{path}.{name}": p for path, module in named_modules(model).items()
+        for name, p in module._parameters.items() if p is not None and p.requires_grad
+    }
+    with still_frozen(modules(model)), Replay(values) as replay:
         with capture or nullcontext():
             model(*args, **kwargs)
     _check(replay)
-    params = [*own, *(p for p in replay.params if p.requires_grad)]
-    params = list({id(p): p for p in params}.values())
-    return Run(weights, replay, fallback, capture, list(own), params)
+    others = {n: p for n, p in replay.params.items() if p.requires_grad}
+    params = _once({**own, **others})
+    return Run(weights, replay, fallback, capture, own, params, _params(guide, fallback))
+
+
+def _once(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each under its first name."""
+    names: dict[int, str] = {}
+    return {n: p for n, p in params.items() if names.setdefault(id(p), n) == n}
+
+
+def _params(guide: StructuredGuide, fallback: Any) -> dict[str, Tensor]:
+    """The fallback's parameters, by names that do not say how many guides there have been."""
+    nodes = {} if fallback is None else fallback.nodes
+    return {
+        f"guide {name.removeprefix(guide._pyro_name)}": site["value"].unconstrained()
+        for name, site in nodes.items() if site["type"] == "param"
+    }
 
 
 def _innermost(fn: Distribution) -> Distribution:
