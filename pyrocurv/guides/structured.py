@@ -26,6 +26,7 @@ from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
 from pyrocurv.guides.leftout import rest_of
 from pyrocurv.guides.plan import Plan
+from pyrocurv.guides.table import table
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
@@ -294,32 +295,11 @@ class StructuredGuide(AutoGuide):
         "frozen" where nothing does; the last line says how many numbers have a posterior here.
         """
         self._ready()
-        structure = {n: f.block.label for f in self.blocks for n in f.block.tensors}
-        structure.update(self._left_out)
-        kind = self._make_fallback.__name__
-        rows = [("site", "shape", "structure", "numbers")]
-        latents = self.median()
-        for name, value in latents.items():
-            shape = str(tuple(value.shape))
-            rows.append((name, shape, structure.get(name, kind), str(value.numel())))
         model = self._base_model[0] if self._base_model else None  # pickles leave it behind
-        points = {
-            f"{owner}.{name}".lstrip("."): parameter
-            for owner, module in named_modules(model).items()
-            for name, parameter in module.named_parameters(recurse=False)
-        }
-        for name, value in points.items():
-            state = "point" if value.requires_grad else "frozen"
-            rows.append((name, str(tuple(value.shape)), state, str(value.numel())))
-        here = sum(family.block.size for family in self.blocks)
-        every = sum(value.numel() for value in (*latents.values(), *points.values()))
-        width = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], width, strict=False)),
-                       row[3].rjust(width[3])])
-            for row in rows
-        ]
-        return "\n".join([*lines, f"{here:,} of {every:,} numbers have a posterior here"])
+        return table(
+            self.median(), [family.block for family in self.blocks], self._left_out,
+            self._make_fallback.__name__, named_modules(model),
+        )
 
     # ---- saving ---------------------------------------------------------------------------------
 

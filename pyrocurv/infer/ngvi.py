@@ -26,6 +26,7 @@ from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.numbers import NaturalGradient, check_positive
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
@@ -33,19 +34,6 @@ from pyrocurv.priors import BlockPrior, Source
 from pyrocurv.prototype import frozen_buffers, modules
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.stream import Stream
-
-
-class NaturalGradient(torch.optim.Optimizer):
-    """Holds the numbers that a scheduler may turn; the step is `NGVI`'s to make."""
-
-    def __init__(self, **numbers: Any) -> None:
-        super().__init__([torch.zeros(())], numbers)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Carry out the step that `NGVI` has prepared."""
-        if closure is None:
-            raise RuntimeError("call ngvi.step(...): this optimizer is there for schedulers")
-        return closure()
 
 
 class Updates(NamedTuple):
@@ -62,7 +50,9 @@ class _Found:
     loss: Tensor
     gradients: list[Tensor]  # of the energy per datum in the sampled weights, packed
     rest: list[Tensor | None]  # and in all other parameters
-    params: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Collection[str]]  # model's, guide's, own
+    model_params: Mapping[str, Tensor]
+    guide_params: Mapping[str, Tensor]
+    own_params: Collection[str]  # those of the model that are its modules' own
     numbers: list[Numbers]  # the same for all blocks
     priors: list[BlockPrior]
     state: State  # with the new curvature and the next noise
@@ -146,15 +136,7 @@ class NGVI:
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles={num_particles!r}: a whole number from 1 is needed")
-        if not (_is_number(momentum) and 0 <= momentum < 1):
-            raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-        if not (_is_number(damping) and damping >= 0):
-            raise ValueError(f"damping={damping!r}: a number from 0 is needed")
-        for name, value in (("lr", lr), ("temperature", temperature), ("kl_clip", kl_clip)):
-            optional = name == "kl_clip" and value is None
-            optional = optional or (name == "temperature" and value == "auto")
-            if not optional and not (_is_number(value) and value > 0):  # type: ignore[operator]
-                raise ValueError(f"{name}={value!r}: a positive number is needed")
+        check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self.temperature, self.num_particles = temperature, num_particles
@@ -231,9 +213,11 @@ class NGVI:
 
         @torch.no_grad()
         def commit() -> None:
-            model, guide, own = found.params
             (number, *_) = found.numbers
-            self._rest.step(model, guide, found.rest, number.lr / number.base_lr, own)
+            self._rest.step(
+                found.model_params, found.guide_params, found.rest, number.lr / number.base_lr,
+                found.own_params,
+            )
             if not self.average:
                 proposal.move([family.raw_loc for family in families])
             moves = zip(families, proposal.state.blocks, encoded, strict=True)
@@ -305,8 +289,10 @@ class NGVI:
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
         loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
-        trained = (run.model_params, run.guide_params, run.own_params.keys())
-        return _Found(loss, gradients, rest, trained, self._numbers(run), priors, seen)
+        return _Found(
+            loss, gradients, rest, run.model_params, run.guide_params, run.own_params.keys(),
+            self._numbers(run), priors, seen,
+        )
 
     # ---- its parts ------------------------------------------------------------------------------
 
@@ -424,10 +410,6 @@ class NGVI:
 
     def _layout(self) -> Layout:
         return layout([family.block for family in self.guide.blocks])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
 
 
 def _add(base: Sequence[Tensor], more: Sequence[Tensor]) -> list[Tensor]:

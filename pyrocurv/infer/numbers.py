@@ -1,0 +1,43 @@
+"""The numbers of `NGVI` that a scheduler may turn, and what they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class NaturalGradient(torch.optim.Optimizer):
+    """Holds the numbers; the step is `NGVI`'s to make.
+
+    Raises ValueError for a number out of its range.
+    """
+
+    def __init__(
+        self, *, lr: float, momentum: float, damping: float, kl_clip: float | None
+    ) -> None:
+        check_positive("lr", lr)
+        if not (_is_number(momentum) and 0 <= momentum < 1):
+            raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
+        if not (_is_number(damping) and damping >= 0):
+            raise ValueError(f"damping={damping!r}: a number from 0 is needed")
+        check_positive("kl_clip", kl_clip, None)
+        numbers = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}
+        super().__init__([torch.zeros(())], numbers)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Carry out the step that `NGVI` has prepared."""
+        if closure is None:
+            raise RuntimeError("call ngvi.step(...): this optimizer is there for schedulers")
+        return closure()
+
+
+def check_positive(name: str, value: Any, *others: Any) -> None:
+    """Raises ValueError for what is neither a positive number nor one of the others."""
+    if not (any(value is one or value == one for one in others) or _is_number(value) and value > 0):
+        raise ValueError(f"{name}={value!r}: a positive number is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
