@@ -104,7 +104,7 @@ class Call:
                 f"the input of {self.layer.weight!r} was changed in place after the layer read it"
             )
         input = self._batch_first(use.input.detach())
-        return use.op.rows(input, use.settings, self.part == "both", count)
+        return use.op.rows(input, use.settings, self.part == "both", count).to(self._dtype)
 
     def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
         """A gradient onto the output as [*lead, count, S, O]; None (no path) is zero."""
@@ -122,7 +122,7 @@ class Call:
             rows = F.pad(rows, (start, known.shape[0] - stop))
         if self.part == "bias" and rows.dim() == 4:  # [Γ, B, S, O] -> [B, S, Γ·O]
             rows = rows.movedim(0, -2).flatten(-2)
-        return rows
+        return rows.to(self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
