@@ -139,7 +139,7 @@ def inspect(
         if reason := _refusal(latents.get(name)):
             capture.missed[name] = reason
     layers = capture.layers()
-    missed = {n: why for n, why in capture.missed.items() if _is_real(latents.get(n))}
+    missed = {n: why for n, why in capture.missed.items() if is_real(latents.get(n))}
     opaque = [
         Layer(name, None, tuple(latents[name]["value"].shape), "opaque")
         for name in missed if not _refusal(latents[name]) and _is_whole(latents[name])
@@ -164,7 +164,7 @@ def _is_whole(site: Site) -> bool:
     return 0 < site["fn"].event_dim == site["value"].dim()
 
 
-def _is_real(site: Site | None) -> bool:
+def is_real(site: Site | None) -> bool:
     """Whether a latent could be a weight at all: a scale, say, could not."""
     support = None if site is None else site["fn"].support
     while isinstance(support, constraints.independent):

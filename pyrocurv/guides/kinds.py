@@ -6,9 +6,13 @@ from pyrocurv.guides.structured import StructuredGuide
 
 
 class DiagonalGuide(StructuredGuide):
-    """Independent weights (mean field)."""
+    """Independent weights (mean field).
+
+    Of a model without a network, independent latents of any support, as real vectors.
+    """
 
     structure = "diag"
+    may_be_whole = True
 
 
 class KFACGuide(StructuredGuide):
@@ -50,6 +54,27 @@ class BlockGuide(StructuredGuide):
 
 
 class FullGuide(StructuredGuide):
-    """One dense Gaussian over all layers: P² numbers, for up to some thousand weights."""
+    """One dense Gaussian over all layers: P² numbers, for up to some thousand weights.
+
+    Of a model without a network, over all latents of any support, as real vectors: P numbers that
+    `.posterior` is over, while `median`, `quantiles` and samples are on the latents' own scale.
+    `NGVI(model, guide, curvature="hessian")` trains it from the Hessian of the log joint.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyrocurv.guides import FullGuide
+        >>> from pyrocurv.infer import NGVI
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0., 5.))
+        ...     sd = pyro.sample("sd", dist.Gamma(2., 2.))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("obs", dist.Normal(mean, sd), obs=y)
+        >>> guide = FullGuide(model)
+        >>> ngvi = NGVI(model, guide, curvature="hessian")
+        >>> losses = [ngvi.step(torch.tensor([1., 2., 4.])) for _ in range(20)]
+        >>> bool(guide.median()["sd"] > 0)
+        True
+    """
 
     structure = "full"
+    may_be_whole = True

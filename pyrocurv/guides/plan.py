@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from pyrocurv.blocks import Block, partition
 from pyrocurv.choice import LEFT_OUT, Choice, choose
+from pyrocurv.guides.unconstrained import Latent, whole
 from pyrocurv.prototype import Prototype
 from pyrocurv.specs import Spec, as_structure
 
@@ -20,6 +21,7 @@ class Plan:
     blocks: list[Block]
     left_out: dict[str, str]
     left: tuple[str, ...]
+    latents: Mapping[str, Latent] = field(default_factory=dict)  # of a block over a whole model
 
     @staticmethod
     def of(
@@ -39,8 +41,21 @@ class Plan:
         left = tuple(name for name in found.latents if name not in taken)
         return Plan(blocks, left_out, left)
 
+    @staticmethod
+    def whole(found: Prototype, structure: str) -> Plan:
+        """One block over all latents, as real vectors."""
+        latents = {name: Latent.of(site) for name, site in found.latents.items()}
+        return Plan([whole(latents, structure)], {}, (), latents)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether latents are left, or known from gradients alone."""
+        return bool(self.left) or any(block.is_opaque for block in self.blocks)
+
     def complaint(self, found: Prototype) -> str:
         """Which weights have not the Gaussian one may expect, and why; or ""."""
+        if self.latents:
+            return ""
         opaque = [name for block in self.blocks if block.is_opaque for name in block.tensors]
         others = [name for name in self.left if name in found.missed]
         reasons = {

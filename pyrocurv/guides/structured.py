@@ -27,6 +27,7 @@ from pyrocurv.families import FAMILIES
 from pyrocurv.guides.leftout import rest_of
 from pyrocurv.guides.plan import Plan
 from pyrocurv.guides.table import table
+from pyrocurv.guides.unconstrained import Latent, has_network
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
@@ -67,6 +68,7 @@ class StructuredGuide(AutoGuide):
     """
 
     structure: ClassVar[str]
+    may_be_whole: ClassVar[bool] = False  # over all latents of a model without a network
 
     def __init__(
         self,
@@ -89,6 +91,8 @@ class StructuredGuide(AutoGuide):
         self._choice = structure
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
+        self.is_whole = False  # whether one block has all latents, as real vectors
+        self._latents: dict[str, Latent] = {}
         self._priors: list[Prior] = []
         self.sites: dict[str, tuple[int, ...]] = {}
         self.fallback_sites: tuple[str, ...] = ()
@@ -108,16 +112,21 @@ class StructuredGuide(AutoGuide):
         plan = Plan.of(
             found, self._choice, self.structure, named_modules(self._base_model[0])
         )
+        if self.is_whole or self._should_be_whole(plan):
+            plan = Plan.whole(found, self.structure)
         names = {name for block in plan.blocks for name in block.tensors}
         weights = {name: site for name, site in found.latents.items() if name in names}
         if self.sites:
             self._check_layout(plan.blocks)
         else:
             values = {name: site["value"].detach() for name, site in weights.items()}
+            values.update({n: one.transform.inv(values[n]) for n, one in plan.latents.items()})
             self._build(plan.blocks, values)
         self._event_dims = {name: site["fn"].event_dim for name, site in weights.items()}
-        priors = {name: site["fn"] for name, site in weights.items()}
-        self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
+        self._latents, self.is_whole = dict(plan.latents), bool(plan.latents)
+        if not self.is_whole:
+            priors = {name: site["fn"] for name, site in weights.items()}
+            self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
         self._prototype_frames = {
             frame.name: frame
             for site in found.latents.values() for frame in site["cond_indep_stack"]
@@ -128,6 +137,11 @@ class StructuredGuide(AutoGuide):
         self.prototype_trace = found.trace
         if self.master is not None:
             self.master()._check_prototype(found.trace)
+
+    def _should_be_whole(self, plan: Plan) -> bool:
+        """Whether a model without a network has latents that no op consumes as weights."""
+        may = self.may_be_whole and self._choice is None and not self.sites
+        return may and plan.is_short and not has_network(self._base_model[0])
 
     def _check_layout(self, blocks: Sequence[Block]) -> None:
         def layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:
@@ -173,12 +187,46 @@ class StructuredGuide(AutoGuide):
             )
             values.update(family.block.unpack(packed))
         result = {
-            name: pyro.sample(name, dist.Delta(values[name], event_dim=self._event_dims[name]))
+            name: self._latents[name].sample(name, values[name], self.plates) if self.is_whole
+            else pyro.sample(name, dist.Delta(values[name], event_dim=self._event_dims[name]))
             for name in self.sites
         }
         if self.fallback_sites:
             result.update(self.fallback(*args, **kwargs))
         return result
+
+    def image(self, real: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
+        """The latents at values of `.sites`, and the log volume that their transforms have."""
+        values = {name: self._image(name, value) for name, value in real.items()}
+        if not self.is_whole:
+            return values, 0.0
+        volumes = [
+            self._latents[name].log_volume(real[name], value).sum()
+            for name, value in values.items()
+        ]
+        return values, torch.stack(volumes).sum()
+
+    @property
+    def is_one_block(self) -> bool:
+        """Whether all latents have one Gaussian, full or diagonal."""
+        return len(self.blocks) == 1 and not self.fallback_sites
+
+    def may_be_whole_of(self, model: Callable[..., Any]) -> bool:
+        """Whether it is for all latents of a model: "full" always, "diag" without layers."""
+        may = self.may_be_whole and self._choice is None
+        return may and (self.structure == "full" or not has_network(model))
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether a latent is not any real number, as a scale is not."""
+        return any(not latent.is_real for latent in self._latents.values())
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether every standard deviation is still what it was set to at first."""
+        wanted = self._init_scale**-2
+        diagonals = [family.precision().diag() for family in self.blocks]
+        return all(bool(torch.allclose(d, torch.full_like(d, wanted))) for d in diagonals)
 
     def observe_priors(self, priors: Sequence[Prior]) -> None:
         """Remember the priors of the blocks' weights, for `kl`."""
@@ -189,6 +237,11 @@ class StructuredGuide(AutoGuide):
     def _ready(self) -> None:
         if not self.sites and not self.fallback_sites:
             raise RuntimeError("the guide has not seen its model: call it once, guide(x, y)")
+        if self.is_whole and not self._latents:
+            raise RuntimeError(
+                "the loaded state has latents of any support, whose transforms are met at the "
+                "first call: call it once, guide(x, y)"
+            )
         if self._fallback_state:
             raise RuntimeError(
                 "the loaded state has latents of the fallback guide, which are met at the first "
@@ -226,7 +279,11 @@ class StructuredGuide(AutoGuide):
         values: dict[str, Tensor] = {}
         for family, part in zip(self.blocks, packed, strict=True):
             values.update(family.block.unpack(part))
-        return {name: values[name] for name in self.sites}
+        return {name: self._image(name, values[name]) for name in self.sites}
+
+    def _image(self, name: str, real: Tensor) -> Tensor:
+        """Of a real tensor, where latents are seen as such."""
+        return self._latents[name].transform(real) if self.is_whole else real
 
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
@@ -255,31 +312,41 @@ class StructuredGuide(AutoGuide):
         self._ready()
         result = {}
         for name in self.sites:
-            marginal = self.get_posterior(name).base_dist
+            marginal = self._marginal(name)
             levels = torch.as_tensor(quantiles).to(marginal.loc)
-            result[name] = marginal.icdf(levels.reshape(-1, *[1] * marginal.loc.dim()))
+            real = marginal.icdf(levels.reshape(-1, *[1] * marginal.loc.dim()))
+            result[name] = self._image(name, real)
         if self.fallback_sites:
             listed = torch.as_tensor(quantiles).reshape(-1).tolist()
             result.update(self.fallback.quantiles(listed, *args, **kwargs))
         return result
 
     @torch.no_grad()
-    def get_posterior(self, site: str) -> dist.Independent:
+    def get_posterior(self, site: str) -> dist.TorchDistribution:
         """The exact marginals of one site's weights: independent normals [*shape].
 
-        Raises ValueError for a site that is not among `.sites`.
+        Of a latent that has another support, their image under its transform. Raises ValueError for
+        a site that is not among `.sites`.
         """
+        marginal = self._marginal(site)
+        if self.is_whole:
+            return dist.TransformedDistribution(marginal, [self._latents[site].transform])
+        return marginal.to_event(marginal.loc.dim())
+
+    def _marginal(self, site: str) -> dist.Normal:
         self._ready_blocks()
         for family in self.blocks:
             if site in family.block.tensors:
                 deviations = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
                 loc = family.block.unpack(family.loc)[site]
-                return dist.Normal(loc, deviations).to_event(loc.dim())
+                return dist.Normal(loc, deviations)
         raise ValueError(f"no site {site!r} here: {', '.join(self.sites)} exist")
 
     def kl(self) -> Tensor:
         """KL(q ‖ prior) over `.sites` in nats; the priors as the model last gave them."""
         self._ready_blocks()
+        if self.is_whole:
+            raise RuntimeError("latents of any prior have no KL in closed form: evaluate_loss")
         if not self._priors:
             raise RuntimeError("the guide has not seen the priors: call it once, guide(x, y)")
         parts = zip(self.blocks, self._priors, strict=True)
@@ -310,7 +377,9 @@ class StructuredGuide(AutoGuide):
         """The layout, in plain values, so that a fresh guide can be loaded without data."""
         sites = {name: list(shape) for name, shape in self.sites.items()}
         blocks = [family.block.state() for family in self.blocks]
-        return {"structure": self.structure, "blocks": blocks, "sites": sites}
+        return {
+            "structure": self.structure, "blocks": blocks, "sites": sites, "is_whole": self.is_whole
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Used by `load_state_dict`; the work is done before, in `_load_from_state_dict`."""
@@ -331,6 +400,7 @@ class StructuredGuide(AutoGuide):
             plan = [Block.from_state(block) for block in layout["blocks"]]
             like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
             self._build(plan, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
+            self.is_whole = layout["is_whole"]
         if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
             start = prefix + "fallback."
             for key in [key for key in state_dict if key.startswith(start)]:

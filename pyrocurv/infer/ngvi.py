@@ -26,10 +26,12 @@ from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.numbers import NaturalGradient, check_positive
+from pyrocurv.infer import whole
+from pyrocurv.infer.numbers import AUTO, NaturalGradient, check_positive, check_samples, chosen
 from pyrocurv.infer.rest import Rest
-from pyrocurv.infer.run import Run, run_model
+from pyrocurv.infer.run import Run, leaves, run_model
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
+from pyrocurv.infer.whole import Whole
 from pyrocurv.priors import BlockPrior, Source
 from pyrocurv.prototype import frozen_buffers, modules
 from pyrocurv.state import Carried, Noise, State
@@ -74,7 +76,7 @@ class NGVI:
             weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping.
-        num_particles: samples of the posterior a step, in antithetic pairs.
+        num_particles: samples S of the posterior a step, in antithetic pairs.
         antithetic: use each noise a second time with its sign turned, also from step to step.
         average: keep a running average of mean and precision, of weight 4/(t+4), and let the guide
             be that average; training goes on from the iterate.
@@ -86,7 +88,12 @@ class NGVI:
             "skip" the step and count it in `.skipped`; posterior, momentum and random numbers stay
             as they were either way.
 
-    The defaults are for networks of convolutions and for MLPs. The first step is taken at the mean.
+    "auto" is, for networks (of convolutions, and MLPs): lr 0.02, momentum 0.9, damping 0.003,
+    kl_clip 0.001, one sample, no average; the first step is taken at the mean. For a `FullGuide`
+    with curvature="hessian", and for a `DiagonalGuide` of a model without a network, Gaussian and
+    Hessian are of the whole log joint in unconstrained space, in steps of their own: lr 0.3, the
+    precision moves by 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples where a
+    latent has bounds, as scales have. A `Curvature` sets that rate, 1 - decay.
     Random numbers come from a stream of its own, seeded from torch's generator when it is made.
 
     Raises:
@@ -115,15 +122,15 @@ class NGVI:
         model: Callable[..., Any],
         guide: StructuredGuide,
         *,
-        lr: float = 0.02,
-        momentum: float = 0.9,
+        lr: float | str = AUTO,
+        momentum: float | str = AUTO,
         curvature: str | Curvature = "fisher",
         temperature: float | str = 1.0,
-        damping: float = 3e-3,
-        kl_clip: float | None = 1e-3,
-        num_particles: int = 1,
+        damping: float | str = AUTO,
+        kl_clip: float | str | None = AUTO,
+        num_particles: int | str = AUTO,
         antithetic: bool = True,
-        average: bool = False,
+        average: bool | str = AUTO,
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
@@ -134,20 +141,25 @@ class NGVI:
             )
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles={num_particles!r}: a whole number from 1 is needed")
         check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
-        self.temperature, self.num_particles = temperature, num_particles
-        self.antithetic, self.average = antithetic, average
+        self._wants_whole = curvature == "hessian" and guide.may_be_whole_of(model)
+        numbers = chosen({
+            "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+            "num_particles": num_particles, "average": average,
+        }, self._wants_whole)
+        self.num_particles: Any = check_samples(numbers.pop("num_particles"))
+        self.average: bool = numbers.pop("average")
+        self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
-        self.optimizer = NaturalGradient(
-            lr=lr, momentum=momentum, damping=damping, kl_clip=kl_clip
-        )
+        self.optimizer = NaturalGradient(**numbers)
+        if self._wants_whole:
+            guide.is_whole = guide.is_whole or not guide.sites
         self._rest = Rest(optim)
         self._stream = Stream()
-        self._state: State | None = None
+        self._state: State | Whole | None = None
+        self._at_once = True  # whether samples of a whole model may go together
         self._priors: list[BlockPrior] = []
         self._loaded: Layout | None = None  # of a state that no step has gone on from yet
 
@@ -163,9 +175,9 @@ class NGVI:
         if self.guide.prototype_trace is None:
             with Stream(self._stream.seed)(torch.device("cpu")):  # no part of the run
                 poutine.block(self.guide)(*args, **kwargs)
-        state = self._state or State(0, tuple(Carried() for _ in self.guide.blocks))
-        if not state.blocks:
+        if not self.guide.blocks:
             raise ValueError(f"{self.guide.emptiness}: use pyro.infer.SVI")
+        state = self._state or self._first()
         if self._loaded is not None:
             check_layout(self._loaded, self._layout())
             self._loaded = None
@@ -187,10 +199,75 @@ class NGVI:
         self._state = proposal.state
         return proposal.loss
 
+    def _first(self) -> State | Whole:
+        """The state before the first step."""
+        guide = self.guide
+        if guide.is_whole and self.curvature.kind != "hessian":
+            raise ValueError(
+                f"curvature={self.curvature.kind!r} is of layers, this guide has all latents of a "
+                "model without a network: use 'hessian'"
+            )
+        if (self._wants_whole or guide.is_whole) and guide.is_one_block:
+            (family,) = guide.blocks
+            return whole.start(
+                family.raw_loc.detach().clone(), family.precision(), guide.is_untouched,
+                family.block.kind,
+            )
+        return State(0, tuple(Carried() for _ in guide.blocks))
+
+    def _propose_whole(
+        self, state: Whole, args: Any, kwargs: Any
+    ) -> tuple[whole.Step, Callable[[], None]]:
+        """The step of a model without a network, and what it then writes."""
+        (family,) = self.guide.blocks
+        number = self._whole_numbers()
+
+        def run_at(real: Tensor) -> Run:
+            return run_model(self.model, self.guide, family.block.unpack(real), args, kwargs)
+
+        def propose(at_once: bool) -> whole.Step:
+            return whole.propose(state, family.block.kind == "diag", number, run_at, at_once)
+
+        at_once = self._at_once and self._state is not None  # the first step validates
+        try:
+            step = propose(at_once)
+        except (RuntimeError, ValueError) as error:
+            if not at_once or isinstance(error, FloatingPointError):
+                raise
+            self._at_once = False  # not every model has a vectorized form; a true fault comes again
+            step = propose(False)
+        new = step.state
+        encoded = family.encode(new.mean_precision or new.precision)
+
+        @torch.no_grad()
+        def commit() -> None:
+            run = step.run
+            self._rest.step(
+                run.model_params, run.guide_params, step.rest, number.lr / number.base_lr,
+                run.own_params.keys(),
+            )
+            family.write(new.loc if new.mean_loc is None else new.mean_loc, encoded)
+
+        return step, commit
+
+    def _whole_numbers(self) -> whole.Numbers:
+        group = self.optimizer.param_groups[0]
+        rate, samples = (0.1, 32) if self.guide.has_scales else (0.3, 8)
+        if not self._wants_whole:
+            rate = 1 - self.curvature.decay
+        if isinstance(self.num_particles, int):
+            samples = self.num_particles
+        return whole.Numbers(
+            group["lr"], group.get("initial_lr", group["lr"]), rate, group["kl_clip"], self._heat,
+            samples, self.antithetic, self.average,
+        )
+
     def _propose(
-        self, state: State, args: Any, kwargs: Any
-    ) -> tuple[Proposal, Callable[[], None]]:
+        self, state: State | Whole, args: Any, kwargs: Any
+    ) -> tuple[Proposal | whole.Step, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
+        if isinstance(state, Whole):
+            return self._propose_whole(state, args, kwargs)
         families = self.guide.blocks
         due = any(
             engine.is_due(self.curvature, state.step, family.block, one)
@@ -248,7 +325,7 @@ class NGVI:
             sample, watch = engine.around(blocks, locs, noise), due and particle == 0
             twice = watch and self.curvature.kind == "hessian"
             with twice_differentiable() if twice else nullcontext():
-                run = run_model(self.model, self.guide, sample, args, kwargs, watch)
+                run = run_model(self.model, self.guide, leaves(sample), args, kwargs, watch)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
             if watch:
@@ -264,8 +341,8 @@ class NGVI:
                 energy / (run.num_data * self.num_particles),
                 [*run.weights.values(), *params], allow_unused=True,
             )
-            leaves = zip(run.weights.items(), found, strict=False)
-            weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in leaves}
+            slopes = zip(run.weights.items(), found, strict=False)
+            weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in slopes}
             packed = [block.pack(weights) for block in blocks]
             gradients = _add(gradients, packed)
             if noise is not None:
@@ -348,14 +425,20 @@ class NGVI:
         blocks = [family.block for family in families]
         locs = [family.raw_loc.detach() for family in families]
         precisions = [family.precision() for family in families]
+        is_whole = isinstance(self._state or self._first(), Whole)
+        samples = self._whole_numbers().samples if is_whole else self.num_particles
         used: list[Noise | None] = [None] * len(locs)
         losses = []
-        for _ in range(self.num_particles):
+        for _ in range(samples):
             noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
             sample = engine.around(blocks, locs, noise)
             with frozen_buffers(self.model), torch.set_grad_enabled(self.temperature == "auto"):
-                run = run_model(self.model, self.guide, sample, args, kwargs)
+                run = run_model(self.model, self.guide, leaves(sample), args, kwargs)
                 heat = self._heat(run)  # by a rule that asks the graph what the data are
+            if is_whole:
+                assert noise is not None
+                losses.append(run.joint(heat) + heat * whole.log_q(precisions[0], noise[0].square))
+                continue
             priors = self._read_priors(run)
             divergence = engine.divergence(blocks, sample, noise, precisions, priors)
             losses.append(run.energy(heat) + heat * divergence)
@@ -368,7 +451,7 @@ class NGVI:
         several layers by the first and the last, "net.0 ... net.4". Weights that no supported op
         consumes have an estimate from every step. Empty before the first step.
         """
-        if self._state is None:
+        if not isinstance(self._state, State):
             return {}
         step, counts = self._state.step, {}
         for family, one in zip(self.guide.blocks, self._state.blocks, strict=True):
@@ -397,7 +480,10 @@ class NGVI:
         Raises ValueError when the state is of a guide with other blocks or structures, here or, if
         the guide has not seen its model yet, at the first step; and when `average` is another.
         """
-        held = None if state["state"] is None else State.from_state(state["state"])
+        held: State | Whole | None = None
+        if state["state"] is not None:
+            kind = State if "blocks" in state["state"] else Whole
+            held = kind.from_state(state["state"])
         if held is not None:
             check_average(state["average"], self.average)
             if self.guide.blocks:

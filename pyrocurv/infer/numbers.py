@@ -33,6 +33,31 @@ class NaturalGradient(torch.optim.Optimizer):
         return closure()
 
 
+AUTO = "auto"
+NETWORK: dict[str, Any] = {
+    "lr": 0.02, "momentum": 0.9, "damping": 3e-3, "kl_clip": 1e-3, "num_particles": 1,
+    "average": False,
+}
+WHOLE: dict[str, Any] = {
+    "lr": 0.3, "momentum": 0.0, "damping": 0.0, "kl_clip": 1.0, "num_particles": AUTO,
+    "average": True,
+}
+
+
+def chosen(numbers: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+    """The numbers that were given, and the defaults for those that are "auto"."""
+    defaults = WHOLE if is_whole else NETWORK
+    return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in numbers.items()}
+
+
+def check_samples(number: Any) -> int | str:
+    """Raises ValueError for what is neither "auto" nor a number of samples."""
+    whole = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+    if not whole and number != AUTO:
+        raise ValueError(f"num_particles={number!r}: a whole number from 1 is needed")
+    return number
+
+
 def check_positive(name: str, value: Any, *others: Any) -> None:
     """Raises ValueError for what is neither a positive number nor one of the others."""
     if not (any(value is one or value == one for one in others) or _is_number(value) and value > 0):

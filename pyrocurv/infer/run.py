@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
@@ -31,6 +32,7 @@ class Run:
     own_params: Mapping[str, Tensor]  # of the model's modules
     model_params: Mapping[str, Tensor]  # these and `pyro.param`s, unconstrained
     guide_params: Mapping[str, Tensor]  # of the fallback guide, unconstrained
+    log_volume: Tensor | float = 0.0  # of the weights' images, where those are the latents
 
     @cached_property
     def data(self) -> list[Site]:
@@ -96,18 +98,28 @@ class Run:
         return energy + temperature * (sum(site["log_prob_sum"] for site in sites) - prior)
 
 
+    def joint(self, temperature: float) -> Tensor:
+        """-log p(y | z) - T (log p(z) + the log volume), of all latents z."""
+        likelihood = torch.stack([site.log_prob for site in self.replay.observed]).sum()
+        prior = sum((site.log_prob for site in self.replay.latents.values()), self.log_volume)
+        return -likelihood - temperature * prior
+
+
+def leaves(sample: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of all blocks, to take gradients in."""
+    return {n: value.detach().requires_grad_() for part in sample for n, value in part.items()}
+
+
 def run_model(
-    model: Callable[..., Any], guide: StructuredGuide, sample: Sequence[Mapping[str, Tensor]],
-    args: Any, kwargs: Any, watch: bool = False,
+    model: Callable[..., Any], guide: StructuredGuide, weights: Mapping[str, Tensor], args: Any,
+    kwargs: Any, watch: bool = False,
 ) -> Run:
-    """Run the model at weights for each of the guide's blocks; `watch` its ops for curvature.
+    """Run the model at values of the guide's sites; `watch` its ops for curvature.
 
     Raises ValueError where nothing is observed, or a plate is smaller than the batch in it.
     """
-    weights = {
-        name: value.detach().requires_grad_() for part in sample for name, value in part.items()
-    }
-    values, fallback = dict(weights), None
+    values, log_volume = guide.image(weights)
+    fallback = None
     if guide.fallback_sites:
         guide._create_plates(*args, **kwargs)
         fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
@@ -123,7 +135,8 @@ def run_model(
     _check(replay)
     others = {n: p for n, p in replay.params.items() if p.requires_grad}
     params = _once({**own, **others})
-    return Run(weights, replay, fallback, capture, own, params, _params(guide, fallback))
+    theirs = _params(guide, fallback)
+    return Run(weights, replay, fallback, capture, own, params, theirs, log_volume)
 
 
 def _once(params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,83 @@
+"""Latents of any support as real vectors: how a guide over a whole model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from pyro import distributions as dist
+from torch import Tensor, nn
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+from torch.distributions.utils import _sum_rightmost
+
+from pyrocurv.blocks import Block
+from pyrocurv.layers import Layer
+from pyrocurv.prototype import Site, is_real, modules
+
+NETWORKS = (
+    nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention,
+    nn.RNNBase, nn.RNNCellBase,
+)
+
+
+def has_network(model: Callable[..., Any]) -> bool:
+    """Whether layers of a network are in a model."""
+    return any(isinstance(module, NETWORKS) for module in modules(model))
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent as the image of a real tensor."""
+
+    transform: Transform
+    shape: tuple[int, ...]  # of the real tensor
+    event_dim: int
+    plates: tuple[str, ...]
+    is_real: bool  # whether it is its own image
+
+    @staticmethod
+    def of(site: Site) -> Latent:
+        """From a site of a trace; ValueError where a plate around it is subsampled."""
+        frames = site["cond_indep_stack"]
+        for frame in frames:
+            if frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"latent {site['name']!r} is in the subsampled plate {frame.name!r}: its size "
+                    "changes with the data; hide it, or do not subsample"
+                )
+        transform = biject_to(site["fn"].support)
+        shape = tuple(transform.inv(site["value"]).shape)
+        names = tuple(frame.name for frame in frames)
+        return Latent(transform, shape, site["fn"].event_dim, names, is_real(site))
+
+    def log_volume(self, real: Tensor, value: Tensor) -> Tensor:
+        """ln |det dvalue/dreal|, of the batch shape of the site."""
+        density = self.transform.log_abs_det_jacobian(real, value)
+        return _sum_rightmost(density, density.dim() - value.dim() + self.event_dim)
+
+    def sample(self, name: str, real: Tensor, plates: Mapping[str, Any]) -> Tensor:
+        """The site at the image of `real`, with the density that the transform gives it."""
+        value = self.transform(real)
+        delta = dist.Delta(
+            value, log_density=-self.log_volume(real, value), event_dim=self.event_dim
+        )
+        with _inside([plates[plate] for plate in self.plates]):
+            return pyro.sample(name, delta)
+
+
+@contextmanager
+def _inside(plates: list[Any]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for plate in plates:
+            stack.enter_context(plate)
+        yield
+
+
+def whole(latents: Mapping[str, Latent], structure: str) -> Block:
+    """One block over all latents."""
+    layers = tuple(Layer(name, None, one.shape, "opaque") for name, one in latents.items())
+    return Block(layers, structure)
