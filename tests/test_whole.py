@@ -1,0 +1,394 @@
+"""Models without a network: all latents in one Gaussian, by the Hessian of the log joint."""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive, Trace_ELBO
+from torch import Tensor, nn
+
+from pyrocurv.curvature import Curvature
+from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide
+from pyrocurv.infer import NGVI
+from pyrocurv.infer.whole import blended
+from pyrocurv.nn import Regressor, bayesianize
+from pyrocurv.structures import Dense, Diagonal
+
+pytestmark = pytest.mark.usefixtures("double")
+SCHOOLS = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
+ERRORS = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
+
+
+def linear(x: Tensor, y: Tensor) -> None:
+    """Whose posterior is Gaussian."""
+    w = pyro.sample("w", dist.Normal(0.5, 2.0).expand([3]).to_event(1))
+    b = pyro.sample("b", dist.Normal(x.new_zeros(()), 1.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal((x * w).sum(-1) + b, 0.7), obs=y)
+
+
+def exact(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean and precision of (w, b), and -log evidence."""
+    rows = torch.cat([x, torch.ones(len(x), 1)], 1)
+    prior = torch.tensor([2.0, 2, 2, 1.5]) ** -2
+    start = torch.tensor([0.5, 0.5, 0.5, 0])
+    precision = rows.mT @ rows / 0.7**2 + prior.diag()
+    mean = torch.linalg.solve(precision, rows.mT @ y / 0.7**2 + prior * start)
+    covariance = 0.7**2 * torch.eye(len(x)) + rows @ (1 / prior).diag() @ rows.mT
+    evidence = torch.distributions.MultivariateNormal(rows @ start, covariance).log_prob(y)
+    return mean, precision, -float(evidence)
+
+
+def eight_schools(errors: Tensor, y: Tensor | None = None) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(errors)):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(mu + tau * theta, errors), obs=y)
+
+
+# ---- the update ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_a_precision_stays_positive_and_keeps_its_target(rate: float) -> None:
+    root = torch.randn(6, 6)
+    precision = Dense(root @ root.mT + 0.1 * torch.eye(6))
+    target = torch.randn(6, 6)
+    target = target + target.mT  # indefinite
+    assert (blended(precision, target, rate).eigenvalues() > 0).all()
+    torch.testing.assert_close(
+        blended(precision, precision.dense(), rate).dense(), precision.dense()
+    )
+    diagonal = Diagonal(torch.rand(6) + 0.1)
+    moved = blended(diagonal, torch.randn(6), rate)
+    assert (moved.diag() > 0).all()
+    assert torch.equal(blended(diagonal, diagonal.diag(), rate).diag(), diagonal.diag())
+
+
+def test_small_steps_of_the_precision_are_linear_with_the_correction() -> None:
+    root = torch.randn(5, 5)
+    matrix = root @ root.mT + torch.eye(5)
+    change = torch.randn(5, 5) / 50
+    change = change + change.mT
+    wanted = matrix + 0.3 * change + 0.09 / 2 * change @ torch.linalg.solve(matrix, change)
+    torch.testing.assert_close(blended(Dense(matrix), matrix + change, 0.3).dense(), wanted)
+
+
+# ---- exact answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", [FullGuide, DiagonalGuide])
+def test_a_gaussian_posterior_is_found(structure: type[Any]) -> None:
+    x, y = torch.randn(20, 3), torch.randn(20)
+    mean, precision, evidence = exact(x, y)
+    guide = structure(linear)
+    ngvi = NGVI(linear, guide, curvature="hessian", average=False)
+    for _ in range(120):
+        ngvi.step(x, y)
+    posterior = guide.posterior
+    torch.testing.assert_close(posterior.loc.detach(), mean, rtol=1e-6, atol=1e-6)
+    if structure is FullGuide:
+        torch.testing.assert_close(posterior.precision.dense(), precision, rtol=1e-6, atol=1e-6)
+        assert ngvi.evaluate_loss(x, y) == pytest.approx(evidence, abs=1e-6)  # without noise
+    else:
+        torch.testing.assert_close(posterior.precision.diag(), precision.diag())
+
+
+def test_a_temperature_scales_the_kl() -> None:
+    x, y = torch.randn(20, 3), torch.randn(20)
+    _, precision, _ = exact(x, y)
+    prior = torch.tensor([2.0, 2, 2, 1.5]).square().reciprocal().diag()
+    guide = FullGuide(linear)
+    ngvi = NGVI(linear, guide, curvature="hessian", temperature=0.25, average=False)
+    for _ in range(120):
+        ngvi.step(x, y)
+    wanted = (precision - prior) / 0.25 + prior
+    torch.testing.assert_close(guide.posterior.precision.dense(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_eight_schools_are_at_the_best_gaussian() -> None:
+    """Where E ∇E = 0 and E ∇²E = Λ, asked of a log joint that is written out here."""
+    guide = FullGuide(eight_schools)
+    ngvi = NGVI(eight_schools, guide, curvature="hessian")
+    for _ in range(400):
+        ngvi.step(ERRORS, SCHOOLS)
+    assert list(guide.sites) == ["mu", "tau", "theta"]
+
+    def energy(u: Tensor) -> Tensor:
+        mu, log_tau, theta = u[0], u[1], u[2:]
+        prior = -(mu / 5).square() / 2 - theta.square().sum() / 2
+        prior = prior - torch.log1p((log_tau.exp() / 5).square()) + log_tau
+        return -prior + ((SCHOOLS - mu - log_tau.exp() * theta) / ERRORS).square().sum() / 2
+
+    loc = guide.posterior.loc.detach()
+    covariance = guide.posterior.precision.dense().inverse().detach()
+    root = torch.linalg.cholesky(covariance)
+    u = loc + torch.randn(20_000, 10) @ root.mT
+    slopes = torch.func.vmap(torch.func.grad(energy))(u) @ root  # in units of the posterior
+    error = slopes.std(0) / len(u) ** 0.5
+    step = slopes.mean(0)  # how far a Newton step would move, in standard deviations
+    assert (step.abs() < 0.1 + 4 * error).all()
+    hessians = torch.func.vmap(torch.func.jacrev(torch.func.grad(energy)))(u)
+    ratio = (root.mT @ hessians @ root).diagonal(dim1=1, dim2=2)
+    error = ratio.std(0) / len(u) ** 0.5
+    assert ((ratio.mean(0) - 1).abs() < 0.2 + 4 * error).all()
+    assert covariance[1, 1].sqrt().item() == pytest.approx(0.73, abs=0.05)  # NUTS has 1.17
+
+
+# ---- models of all shapes -----------------------------------------------------------------------
+
+
+def poisson(x: Tensor, y: Tensor) -> None:
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Poisson(rate * (w * x[:, 0]).exp()), obs=y.abs().round())
+
+
+def student(x: Tensor, y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    df = pyro.sample("df", dist.LogNormal(1.0, 0.5))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.StudentT(2 + df, x[:, 0], scale), obs=y)
+
+
+def negative_binomial(x: Tensor, y: Tensor) -> None:
+    count = pyro.sample("count", dist.Gamma(3.0, 1.0))
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.NegativeBinomial(count, p), obs=y.abs().round())
+
+
+def ordered(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    base = dist.Normal(0.0, 2.0).expand([2]).to_event(1)
+    cuts = pyro.sample("cuts", dist.TransformedDistribution(
+        base, dist.transforms.OrderedTransform()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.OrderedLogistic(w * x[:, 0], cuts), obs=(y > 0).long())
+
+
+def mixed(x: Tensor, y: Tensor) -> None:
+    """A simplex, a plate of scales, two observed sites, a mask, a scale and a factor."""
+    shares = pyro.sample("shares", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
+    with pyro.plate("groups", 2):
+        scales = pyro.sample("scales", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("data", len(x)):
+        mean = x @ shares
+        with poutine.mask(mask=x[:, 0] > 0):
+            pyro.sample("a", dist.Normal(mean, scales[0]), obs=y)
+        with poutine.scale(scale=0.5):
+            pyro.sample("b", dist.Normal(-mean, scales[1]), obs=y)
+    pyro.factor("penalty", -shares.square().sum())
+
+
+def hierarchical(x: Tensor, y: Tensor) -> None:
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    w = pyro.sample("w", dist.Normal(0.0, tau).expand([3]).to_event(1))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(x @ w, noise * (1 + x[:, 0].abs())), obs=y)
+
+
+def subsampled(x: Tensor, y: Tensor) -> None:
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("data", 3 * len(x), subsample=torch.arange(len(x))):
+        pyro.sample("obs", dist.Normal(x[:, 0], scale), obs=y)
+
+
+class Module(pyro.nn.PyroModule):
+    """With parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(()))
+        self.scale = pyro.nn.PyroSample(dist.HalfNormal(1.0))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        scale, shift = self.scale, pyro.param("shift", torch.ones(()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(self.offset + shift + x[:, 0], scale), obs=y)
+
+
+MODELS: dict[str, Callable[[], Callable[..., None]]] = {
+    "linear": lambda: linear, "poisson": lambda: poisson, "student": lambda: student,
+    "negative binomial": lambda: negative_binomial, "ordered": lambda: ordered,
+    "mixed": lambda: mixed, "hierarchical": lambda: hierarchical,
+    "subsampled": lambda: subsampled, "module": Module,
+}
+
+
+NAMES = {
+    "linear": {"w", "b"}, "poisson": {"rate", "w"}, "student": {"scale", "df"},
+    "negative binomial": {"count", "p"}, "ordered": {"w", "cuts"}, "mixed": {"shares", "scales"},
+    "hierarchical": {"tau", "w", "noise"}, "subsampled": {"scale"}, "module": {"scale"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("structure", [FullGuide, DiagonalGuide])
+def test_the_loss_is_that_of_pyro_and_falls(name: str, structure: type[Any]) -> None:
+    model, (x, y) = MODELS[name](), (torch.randn(12, 3), torch.randn(12))
+    guide = structure(model)
+    ngvi = NGVI(model, guide, curvature="hessian")
+    losses = [ngvi.step(x, y) for _ in range(60)]
+    assert all(map(math.isfinite, losses)) and min(losses[-20:]) < losses[0]
+    assert guide.is_one_block
+    assert {*guide.sites} == {*guide.median()} == NAMES[name]
+    ours = torch.tensor([ngvi.evaluate_loss(x, y) for _ in range(50)])
+    theirs = torch.tensor([Trace_ELBO().loss(model, guide, x, y) for _ in range(500)])
+    error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
+    assert abs(ours.mean() - theirs.mean()) < 4.5 * error + 1e-6
+    draws = guide.sample_posterior(50)
+    for site, value in guide.median(x, y).items():
+        assert draws[site].shape == (50, *value.shape)
+        assert guide.quantiles([0.1, 0.5, 0.9])[site].shape == (3, *value.shape)
+        marginal = guide.get_posterior(site)
+        assert marginal.sample().shape == value.shape
+
+
+def test_parameters_of_the_model_are_trained_too() -> None:
+    model, x = Module(), torch.randn(40, 3)
+    y = x[:, 0] + 3
+    ngvi = NGVI(
+        model, FullGuide(model), curvature="hessian", optim=lambda p: torch.optim.Adam(p, 0.1)
+    )
+    for _ in range(100):
+        ngvi.step(x, y)
+    assert (model.offset + pyro.param("shift")).item() == pytest.approx(3, abs=0.2)
+
+
+def test_prediction_through_pyro() -> None:
+    guide = FullGuide(eight_schools)
+    ngvi = NGVI(eight_schools, guide, curvature="hessian")
+    for _ in range(20):
+        ngvi.step(ERRORS, SCHOOLS)
+    draws = Predictive(eight_schools, guide=guide, num_samples=7)(ERRORS)
+    assert draws["obs"].shape == (7, 8) and (draws["tau"] > 0).all()
+
+
+def branching(x: Tensor, y: Tensor) -> None:
+    """That looks at its numbers, and so has no vectorized form."""
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(0.0, scale if scale > 0.5 else scale + 0.1), obs=y)
+
+
+def test_models_that_branch_go_one_sample_at_a_time() -> None:
+    x, y = torch.randn(12, 3), torch.randn(12)
+    ngvi = NGVI(branching, FullGuide(branching), curvature="hessian")
+    losses = [ngvi.step(x, y) for _ in range(20)]
+    assert not ngvi._at_once and losses[-1] < losses[0]
+
+
+def test_samples_at_once_or_one_by_one_are_the_same_step() -> None:
+    def run(at_once: bool) -> Tensor:
+        torch.manual_seed(0)
+        guide = FullGuide(hierarchical)
+        ngvi = NGVI(hierarchical, guide, curvature="hessian")
+        ngvi._at_once = at_once
+        x, y = torch.randn(12, 3), torch.randn(12)
+        for _ in range(5):
+            ngvi.step(x, y)
+        return guide.posterior.loc.detach()
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+def test_a_network_with_a_latent_noise_is_one_gaussian_too() -> None:
+    model = Regressor(bayesianize(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))), 20)
+    guide = FullGuide(model)
+    ngvi = NGVI(model, guide, curvature="hessian")
+    x, y = torch.randn(20, 2), torch.randn(20)
+    losses = [ngvi.step(x, y) for _ in range(40)]
+    assert "sigma" in guide.sites and guide.is_one_block
+    assert losses[-1] < losses[0]
+
+
+# ---- saving and refusing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", [FullGuide, DiagonalGuide])
+@pytest.mark.parametrize("average", ["auto", False])
+def test_a_resumed_run_is_the_uninterrupted_one(structure: type[Any], average: Any) -> None:
+    def made() -> tuple[Any, NGVI]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        guide = structure(hierarchical)
+        return guide, NGVI(hierarchical, guide, curvature="hessian", average=average)
+
+    x, y = torch.randn(12, 3), torch.randn(12)
+    whole = made()
+    for _ in range(8):
+        whole[1].step(x, y)
+    wanted = {n: v.clone() for n, v in whole[0].state_dict().items() if isinstance(v, Tensor)}
+    first = made()
+    for _ in range(5):
+        first[1].step(x, y)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    second = made()
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="call it once"):
+        second[0].median()
+    for _ in range(3):
+        second[1].step(x, y)
+    for name, value in second[0].state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, wanted[name]), name
+
+
+def test_other_kinds_are_of_layers() -> None:
+    guide = FullGuide(eight_schools)
+    with pytest.raises(ValueError, match="use 'hessian'"):
+        NGVI(eight_schools, guide, curvature="fisher").step(ERRORS, SCHOOLS)
+    ngvi = NGVI(eight_schools, guide, curvature=Curvature("hessian", decay=0.9), num_particles=4)
+    ngvi.step(ERRORS, SCHOOLS)
+
+
+def test_local_latents_of_a_subsample_are_refused() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", 30, subsample=torch.arange(len(y))):
+            scale = pyro.sample("scale", dist.HalfNormal(1.0))
+            pyro.sample("obs", dist.Normal(0.0, scale), obs=y)
+
+    with pytest.raises(ValueError, match="subsampled plate"):
+        NGVI(model, FullGuide(model), curvature="hessian").step(torch.randn(5))
+
+
+def test_what_is_not_finite_changes_nothing() -> None:
+    guide = FullGuide(linear)
+    ngvi = NGVI(linear, guide, curvature="hessian")
+    x, y = torch.randn(12, 3), torch.randn(12)
+    for _ in range(3):
+        ngvi.step(x, y)
+    before = {n: v.clone() for n, v in guide.state_dict().items() if isinstance(v, Tensor)}
+    with pytest.raises((FloatingPointError, ValueError)):
+        ngvi.step(x * torch.nan, y)
+    for name, value in guide.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, before[name])
+    ngvi.step(x, y)
+
+
+def test_no_closed_form_of_the_kl() -> None:
+    guide = FullGuide(eight_schools)
+    guide(ERRORS, SCHOOLS)
+    with pytest.raises(RuntimeError, match="evaluate_loss"):
+        guide.kl()
+
+
+def test_a_kronecker_guide_leaves_such_latents_to_the_fallback() -> None:
+    guide = KFACGuide(hierarchical)
+    with pytest.warns(UserWarning, match="from gradients"):
+        guide(torch.randn(12, 3), torch.randn(12))
+    assert {"tau", "noise"} <= {*guide.fallback_sites}
