@@ -463,6 +463,22 @@ def test_an_unknown_name_is_answered_with_those_that_exist(wrong, known) -> None
     assert {*wrong.values(), *known} <= set(re.findall(r"\w+", str(error.value)))
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "targets"),
+    [
+        ("normal", 1, (4,)), ("normal", 2, (4, 1)), ("normal", 2, (2,)), ("bernoulli", 1, (4,)),
+        ("categorical", 3, (4, 1)), ("categorical", 3, (1,)), (poisson, 1, (4,)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical", "hessian"])
+def test_targets_are_not_broadcast(likelihood, outputs, targets, curvature) -> None:
+    net, y = nn.Linear(3, outputs), torch.zeros(targets, dtype=torch.long)
+    wanted = (4,) if likelihood == "categorical" else (4, outputs)
+    both = f"{re.escape(str(targets))}.*{re.escape(str(wanted))}"
+    with pytest.raises(ValueError, match=both):
+        estimate(net, torch.randn(4, 3), y, likelihood=likelihood, curvature=curvature)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_a_parameter_that_takes_no_part_is_named(structure) -> None:
     net, (_, x, y) = make_net("tanh"), case("tanh", "categorical")

@@ -80,7 +80,7 @@ def estimate(
             where Kronecker factors are asked for, with a warning.
         x: inputs [B, ...], the batch first, as in all layers inside: where another axis of the same
             length comes first that goes unnoticed.
-        y: targets, as the likelihood takes them; they must not broadcast against the output.
+        y: targets, of the likelihood's own shape: none is broadcast against the output.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
         curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
@@ -108,7 +108,7 @@ def estimate(
         that its later inputs move with its weights.
 
     Raises:
-        ValueError: unknown names; a parameter that takes no part; a layer that does not see the
+        ValueError: unknown names; targets of another shape; a parameter that takes no part; a layer that does not see the
             batch as its first axis; a likelihood without closed form under "ggn".
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
@@ -133,7 +133,7 @@ def estimate(
     blocks = partition(layers, chosen.__getitem__)
     seen: Iterable[Seen]
     with torch.enable_grad():
-        terms = [Observation(density(output), y)]
+        terms = [_term(density(output), y)]
         if curvature.kind == "hessian":
             seen = hessians(blocks, terms, calls, count, curvature.num_samples)
         else:
@@ -144,6 +144,16 @@ def estimate(
     return BlockDiagonal(
         tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True)), index
     )
+
+
+def _term(likelihood: Distribution, y: Tensor) -> Observation:
+    shape = likelihood.batch_shape + likelihood.event_shape
+    if y.shape != shape:
+        raise ValueError(
+            f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has "
+            f"{tuple(shape)}"
+        )
+    return Observation(likelihood, y)
 
 
 def _with_opaque(
