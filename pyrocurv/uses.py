@@ -37,7 +37,7 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One op that consumed a weight, a bias or both. `edge` is None where no gradient flows."""
+    """One op that consumed a weight, a bias or both; `edge` is that of its output."""
 
     op: Op | None  # None for an addition of a bias alone
     weight: Known | None
@@ -45,7 +45,7 @@ class Use:
     form: str
     input: Tensor
     settings: Any
-    edge: GradientEdge | None
+    edge: GradientEdge
     output_shape: torch.Size
     version: int
     batch_second: int | None = None  # B, inside attention: tensors are [L, B, E] or [L·B, E]
@@ -74,7 +74,7 @@ class Call:
     part: str  # of the op that is the layer's: "both", "weight" or "bias"
 
     @property
-    def edge(self) -> GradientEdge | None:
+    def edge(self) -> GradientEdge:
         """Of the output."""
         return self.use.edge
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"structures", "layers", "specs"},
     {"blocks", "uses"},
-    {"capture", "choice", "priors"},
+    {"capture", "choice", "priors", "rows"},
     {"distributions", "natural", "prototype"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
@@ -20,8 +20,8 @@ FLOORS = [
     {"infer"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "curvature",
-    "natural", "state", "engine",
+    "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "rows",
+    "curvature", "natural", "state", "engine",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

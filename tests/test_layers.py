@@ -1,5 +1,6 @@
 """Every kind of layer in every structure, against the dense oracles."""
 
+import math
 import warnings
 from functools import cache
 
@@ -7,7 +8,7 @@ import layer_cases
 import oracles
 import pytest
 import torch
-from layer_cases import LAYERED, OPAQUE, WOVEN
+from layer_cases import LAYERED, MISREAD, OPAQUE, WOVEN
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 
@@ -170,6 +171,59 @@ def test_what_no_op_consumes_is_diagonal_among_kronecker_factors(name, structure
     true, size = truth(name, "normal", "ggn"), len(matrix) - 6
     assert_same(matrix[:size, :size], torch.diag(true.diag()[:size]))
     assert not matrix[:size, size:].any()
+
+
+@pytest.mark.parametrize("name", MISREAD)
+@pytest.mark.parametrize("batch", [3, 4], ids=["fewer", "as many"])
+@each_likelihood
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+def test_a_layer_that_does_not_see_the_examples(name, batch, likelihood, curvature) -> None:
+    """Its input has four rows (or one, or none), as many as there are examples or not."""
+    args, kwargs = case(name, likelihood, batch), {"likelihood": likelihood, "curvature": curvature}
+    true = truth(name, likelihood, curvature, batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        diag = estimate(*args, structure="diag", **kwargs).dense()
+    (message,) = {str(one.message) for one in caught}
+    misread = MISREAD[name][2]
+    assert {n for n, _ in args[0].named_parameters() if f"{n} (" in message} - {"code"} == misread
+    assert_same(diag, torch.diag(true.diag()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no supported op")
+        full, kfac = (estimate(*args, structure=s, **kwargs).dense() for s in ("full", "kfac"))
+    assert_same(full, true)
+    named = args[0].named_parameters()
+    rows = torch.cat([torch.full((p.numel(),), n in misread) for n, p in named])
+    assert_same(kfac[rows][:, rows], torch.diag(true.diag()[rows]))
+    assert not kfac[rows][:, ~rows].any()
+
+
+def test_examples_that_meet_by_hand() -> None:
+    """No batch norm of torch's: what a layer before it does to one example is not known by rows."""
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.layer(x)
+            return self.head((hidden - hidden.mean(0)).tanh())
+
+    net, x, y = Centred(), torch.randn(4, 3), torch.randint(2, (4,))
+    with pytest.warns(UserWarning, match=r"layer.weight \(rows that reach more than their own"):
+        estimate(net, x, y)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "diag"])
+def test_examples_that_meet_in_batch_norm_are_taken_by_rows(structure: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    estimate(net.train(), torch.randn(6, 3), torch.randint(2, (6,)), structure=structure)
+
+
+def test_what_is_not_a_number_is_not_taken_for_another_example() -> None:
+    net, x, y = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 3), torch.ones(4, 2)
+    y[1] = math.nan
+    estimate(net, x, y, likelihood=lambda f: Normal(f, 1.0, validate_args=False))
 
 
 def test_a_grouped_convolution_is_exact_in_blocks() -> None:

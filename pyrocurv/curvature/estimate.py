@@ -16,9 +16,10 @@ from pyrocurv.choice import Choice, choose
 from pyrocurv.curvature import hessian
 from pyrocurv.curvature.hessian import Seen, hessians, twice_differentiable
 from pyrocurv.curvature.pullback import Observation, Opaque, pullback
-from pyrocurv.curvature.reduce import check_batch, gather
+from pyrocurv.curvature.reduce import gather
 from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer
+from pyrocurv.rows import misread
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 from pyrocurv.uses import Call
@@ -78,8 +79,9 @@ def estimate(
         net: any network; parameters with `requires_grad=False` are left out. What no supported op
             consumes (recurrent layers, say) takes a backward pass for each example, and is diagonal
             where Kronecker factors are asked for, with a warning.
-        x: inputs [B, ...], the batch first, as in all layers inside: where another axis of the same
-            length comes first that goes unnoticed.
+        x: inputs [B, ...], the batch first, as in all layers inside. One with other rows, or with
+            rows that reach several examples (by other ways than batch norm), is taken as what no
+            supported op consumes; finding out takes two backward passes.
         y: targets, of the likelihood's own shape: none is broadcast against the output.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
@@ -108,8 +110,9 @@ def estimate(
         that its later inputs move with its weights.
 
     Raises:
-        ValueError: unknown names; targets of another shape; a parameter that takes no part; a layer that does not see the
-            batch as its first axis; a likelihood without closed form under "ggn".
+        ValueError: unknown names; targets of another shape than the likelihood's, or a likelihood
+            whose first axis is not the batch; a parameter that takes no part; a likelihood without
+            closed form under "ggn".
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
@@ -126,14 +129,17 @@ def estimate(
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
     with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
-    layers, calls = _with_opaque(capture, named, output.shape[0])
     count = output.shape[0]
+    with torch.enable_grad():
+        terms = [_term(density(output), y, count)]
+        whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
+        apart = None if whole or capture.coupled else terms[0].likelihood.log_prob(y)
+        capture.missed |= misread(capture.calls, count, apart)
+    layers, calls = _with_opaque(capture, named, count)
     chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
-    check_batch(calls, count)
     blocks = partition(layers, chosen.__getitem__)
     seen: Iterable[Seen]
     with torch.enable_grad():
-        terms = [_term(density(output), y)]
         if curvature.kind == "hessian":
             seen = hessians(blocks, terms, calls, count, curvature.num_samples)
         else:
@@ -146,12 +152,16 @@ def estimate(
     )
 
 
-def _term(likelihood: Distribution, y: Tensor) -> Observation:
+def _term(likelihood: Distribution, y: Tensor, count: int) -> Observation:
     shape = likelihood.batch_shape + likelihood.event_shape
     if y.shape != shape:
         raise ValueError(
             f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has "
             f"{tuple(shape)}"
+        )
+    if shape[:1] != (count,):
+        raise ValueError(
+            f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
         )
     return Observation(likelihood, y)
 
@@ -165,8 +175,8 @@ def _with_opaque(
     left = [name for name in named if name not in found]
     if unused := [name for name in left if name not in capture.missed]:
         raise ValueError(
-            f"{', '.join(unused)} took no part in the forward pass: set requires_grad=False to "
-            "leave it out"
+            f"{', '.join(unused)} took no part in the forward pass, or none with a gradient: set "
+            "requires_grad=False to leave it out"
         )
     if left:
         warnings.warn(

@@ -58,7 +58,9 @@ def gather(
     for layer in block.layers:
         mine = [i for i, call in enumerate(calls) if call.layer == layer]
         if not mine:
-            raise ValueError(f"{layer.weight!r} took no part in this forward pass")
+            raise ValueError(
+                f"{layer.weight!r} took no part in this forward pass, or none with a gradient"
+            )
         pairs.append(_uses(layer, [calls[i] for i in mine], [gradients[i] for i in mine], count))
     return pairs
 
