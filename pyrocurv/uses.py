@@ -65,6 +65,8 @@ class Use:
 class Call:
     """The part that one op had in a layer: inputs and output gradients as rows.
 
+    They are of the weight's dtype, whatever autocast has made of the op's.
+
     `flipped` calls see the layer's matrix turned around, as an embedding that is tied to a head.
     """
 
@@ -104,14 +106,16 @@ class Call:
                 f"the input of {self.layer.weight!r} was changed in place after the layer read it"
             )
         input = self._batch_first(use.input.detach())
-        return use.op.rows(input, use.settings, self.part == "both", count)
+        if input.is_floating_point():  # else indices, or what a scale is for
+            input = input.to(self._dtype)
+        return use.op.rows(input, use.settings, self.part == "both", count).to(self._dtype)
 
     def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
         """A gradient onto the output as [*lead, count, S, O]; None (no path) is zero."""
         use = self.use
         if gradient is None:
             gradient = use.input.new_zeros(use.output_shape, dtype=self._dtype)
-        gradient = self._batch_first(gradient)[:count]
+        gradient = self._batch_first(gradient)[:count].to(self._dtype)
         if use.op is None:
             rows = gradient.reshape(count, -1, self.layer.size)
         else:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"structures", "layers", "specs"},
+    {"structures", "layers", "specs", "precision"},
     {"blocks", "uses"},
     {"capture", "choice", "priors", "rows"},
     {"distributions", "natural", "prototype"},
@@ -20,8 +20,8 @@ FLOORS = [
     {"infer"},
 ]
 TORCH_ONLY = {
-    "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors", "rows",
-    "curvature", "natural", "state", "engine",
+    "structures", "layers", "specs", "precision", "blocks", "uses", "capture", "choice", "priors",
+    "rows", "curvature", "natural", "state", "engine",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

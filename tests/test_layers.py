@@ -340,6 +340,80 @@ def test_a_parameter_of_no_axis(structure: str, curvature: str) -> None:
         assert_same(actual, true)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac"])
+def test_a_scale_of_what_is_no_float(dtype: torch.dtype, structure: str) -> None:
+    class Switches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.rand(3)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(((x > 0).to(dtype) * self.scale).tanh())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        args = Switches().double(), torch.randn(4, 3), torch.randn(4, 2).double(), "normal"
+    kwargs = {"likelihood": "normal", "curvature": "ggn", "structure": structure}
+    actual, true = estimate(*args[:3], **kwargs).dense()[:3, :3], oracles.ggn(*args)[:3, :3]
+    assert_same(actual, true if structure in ("full", "block") else torch.diag(true.diag()))
+
+
+# --- mixed precision --------------------------------------------------------------------------
+
+HALF = {  # nets in single precision, with as many layers
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), 2),
+    "norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)), (6,), 3
+    ),
+    "conv": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(),
+            nn.Linear(36, 3),
+        ),
+        (2, 4, 4), 3,
+    ),
+    "attention": (layer_cases.Attention, (3, 4), 3),
+}  # fmt: skip
+
+
+class InHalf(nn.Module):
+    """A network that runs in bfloat16 by itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "block", "diag"])
+def test_autocast(name: str, curvature: str, structure: str) -> None:
+    """The rows come from bfloat16, of unit roundoff u = 2⁻⁸; the rest is in single precision.
+
+    An entry is a sum of products of four numbers of the network (a, a, g, g), each with an error of
+    about u for each layer on its way, forth and back; a second derivative comes by twice as long a
+    way.
+    """
+    make, shape, layers = HALF[name]
+    net, x = make(), torch.randn(32, *shape)
+    y = torch.randint(net(x).shape[-1], (32,))
+    kwargs = {"curvature": curvature, "structure": structure}
+    plain = estimate(net, x, y, **kwargs).dense()
+    inside = estimate(InHalf(net), x, y, **kwargs).dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = estimate(net, x, y, **kwargs)
+    around = around.dense()
+    assert inside.dtype == around.dtype == torch.float32
+    torch.testing.assert_close(inside, around)
+    error = (inside - plain).norm() / plain.norm()
+    assert 0 < error < 4 * layers * 2**-8 * (2 if curvature == "hessian" else 1)
+
+
 # --- choice -----------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from pyrocurv.curvature.pullback import Observation, Opaque, pullback
 from pyrocurv.curvature.reduce import gather
 from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer
+from pyrocurv.precision import full_precision
 from pyrocurv.rows import misread
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
@@ -130,26 +131,29 @@ def estimate(
     with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
     count = output.shape[0]
-    with torch.enable_grad():
-        terms = [_term(density(output), y, count)]
+    with torch.enable_grad(), full_precision(output.device):
+        terms = [_term(density(_widened(output)), y, count)]
         whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
         apart = None if whole or capture.coupled else terms[0].likelihood.log_prob(y)
         capture.missed |= misread(capture.calls, count, apart)
-    layers, calls = _with_opaque(capture, named, count)
-    chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
-    blocks = partition(layers, chosen.__getitem__)
-    seen: Iterable[Seen]
-    with torch.enable_grad():
+        layers, calls = _with_opaque(capture, named, count)
+        chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
+        blocks = partition(layers, chosen.__getitem__)
+        seen: Iterable[Seen]
         if curvature.kind == "hessian":
             seen = hessians(blocks, terms, calls, count, curvature.num_samples)
         else:
             gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
             seen = (gather(block, calls, gradients, count) for block in blocks)
+        found = tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True))
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
     index = tuple(rows.to(output.device) for rows in positions(blocks, order))
-    return BlockDiagonal(
-        tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True)), index
-    )
+    return BlockDiagonal(found, index)
+
+
+def _widened(output: Tensor) -> Tensor:
+    """In single precision at least: the densities of half of it are too coarse."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def _term(likelihood: Distribution, y: Tensor, count: int) -> Observation:

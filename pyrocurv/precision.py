@@ -1,0 +1,17 @@
+"""Mixed precision is for running a network; its curvature is reckoned in that of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[Callable[[], AbstractContextManager]]:
+    """Turns the user's autocast off, and gives what turns it on again as it was."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, dtype, enabled=False):
+        yield lambda: torch.autocast(kind, dtype, enabled=enabled)
