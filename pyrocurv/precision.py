@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
+Autocast = Callable[[], AbstractContextManager]
+
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[Callable[[], AbstractContextManager]]:
+def full_precision(device: torch.device) -> Iterator[Autocast]:
     """Turns the user's autocast off, and gives what turns it on again as it was."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

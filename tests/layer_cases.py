@@ -136,6 +136,18 @@ class SequenceFirst(nn.Module):
         return self.head(hidden.mean(0) if self.position is None else hidden[self.position])
 
 
+class InHalf(nn.Module):
+    """A network that runs in bfloat16 by itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
 def around(*layers: nn.Module, features: int) -> nn.Sequential:
     """With a smooth function behind each layer and a head on top."""
     parts = [part for layer in layers for part in (layer, nn.Tanh())]
@@ -215,6 +227,20 @@ MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = 
     "sequence-start": (lambda: SequenceFirst(0), (4, 3), {"layer.weight", "layer.bias"}),
     "sequence-end": (lambda: SequenceFirst(-1), (4, 3), {"layer.weight", "layer.bias"}),
 }
+HALF = {  # nets in single precision, with as many layers
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), 2),
+    "norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)), (6,), 3
+    ),
+    "conv": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(),
+            nn.Linear(36, 3),
+        ),
+        (2, 4, 4), 3,
+    ),
+    "attention": (Attention, (3, 4), 3),
+}  # fmt: skip
 TOKENS = {"embedding": 5, "tied": 4}
 OPAQUE = {"recurrent", "lstm"}
 

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from layer_cases import LAYERED, MISREAD, OPAQUE, WOVEN
+from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from pyro.infer import Predictive
 from torch import Tensor, nn
 from toys import EXACT, GUIDES, NUM_DATA, mlp, regression_data
@@ -127,6 +127,44 @@ def test_training_lowers_the_loss_of_attention() -> None:
     ngvi = NGVI(model, KFACGuide(model), lr=0.1, temperature=0.01)
     losses = [ngvi.step(x, y) for _ in range(80)]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+# --- mixed precision --------------------------------------------------------------------------
+
+
+def posterior_in(where: str, name: str, structure: str, kind: str) -> tuple[Tensor, Tensor]:
+    """Mean and precision after a step; autocast "inside" the network, "around" all or "nowhere".
+
+    Later steps draw noise in an eigenbasis, which rounding may turn.
+    """
+    make, shape, _ = HALF[name]
+    torch.manual_seed(0)
+    net, x = bayesianize(make(), layers=EVERY), torch.randn(32, *shape)
+    y = torch.randint(3 - (name == "attention"), (32,))
+    model = Classifier(InHalf(net) if where == "inside" else net, 64)
+    guide = GUIDES[structure](model)
+    ngvi = NGVI(model, guide, lr=0.05, curvature=Curvature(kind, every=1, batch=None))
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        ngvi.step(x, y)
+    loc, precision = guide.posterior.loc.clone(), guide.posterior.precision.dense()
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        assert math.isfinite(ngvi.step(x, y)) and math.isfinite(ngvi.evaluate_loss(x, y))
+    return loc, precision
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("structure", GUIDES)
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_autocast(name: str, structure: str, kind: str) -> None:
+    """Within the errors of `test_layers.test_autocast`; the prior's part has none."""
+    plain, inside, around = (
+        posterior_in(where, name, structure, kind) for where in ("nowhere", "inside", "around")
+    )
+    torch.testing.assert_close(inside, around)
+    (loc, true), (_, precision) = plain, inside
+    assert precision.dtype == loc.dtype == torch.float32
+    error = (precision - true).norm() / true.norm()
+    assert 0 < error < 4 * HALF[name][2] * 2**-8 * (2 if kind == "hessian" else 1)
 
 
 # --- what no supported op consumes ------------------------------------------------------------

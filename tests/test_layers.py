@@ -8,7 +8,7 @@ import layer_cases
 import oracles
 import pytest
 import torch
-from layer_cases import LAYERED, MISREAD, OPAQUE, WOVEN
+from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 
@@ -360,34 +360,6 @@ def test_a_scale_of_what_is_no_float(dtype: torch.dtype, structure: str) -> None
 
 
 # --- mixed precision --------------------------------------------------------------------------
-
-HALF = {  # nets in single precision, with as many layers
-    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), 2),
-    "norm": (
-        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)), (6,), 3
-    ),
-    "conv": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(),
-            nn.Linear(36, 3),
-        ),
-        (2, 4, 4), 3,
-    ),
-    "attention": (layer_cases.Attention, (3, 4), 3),
-}  # fmt: skip
-
-
-class InHalf(nn.Module):
-    """A network that runs in bfloat16 by itself."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.net(x)
-
 
 @pytest.mark.parametrize("name", HALF)
 @pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])

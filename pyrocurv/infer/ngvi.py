@@ -28,6 +28,7 @@ from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
 from pyrocurv.infer.stream import Stream
+from pyrocurv.precision import Autocast, full_precision
 from pyrocurv.priors import BlockPrior
 from pyrocurv.prototype import frozen_buffers, modules, snapshot
 from pyrocurv.state import Carried, Noise, State
@@ -184,8 +185,9 @@ class NGVI:
         state, restore = state.to(like), snapshot(modules(self.model))
         try:
             validation = nullcontext() if first else pyro.validation_enabled(False)
-            with self._stream(like.device), validation, torch.enable_grad():
-                proposal, commit = self._propose(state, args, kwargs)
+            with (self._stream(like.device), validation, torch.enable_grad(),
+                  full_precision(like.device) as network):
+                proposal, commit = self._propose(state, network, args, kwargs)
         except BaseException as error:
             restore()
             if not isinstance(error, FloatingPointError):
@@ -194,12 +196,13 @@ class NGVI:
                 raise
             self.skipped += 1
             return math.nan
-        self.optimizer.step(commit)
+        with full_precision(like.device):
+            self.optimizer.step(commit)
         self._state = proposal.state
         return proposal.loss
 
     def _propose(
-        self, state: State, args: Any, kwargs: Any
+        self, state: State, network: Autocast, args: Any, kwargs: Any
     ) -> tuple[Proposal, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
         families = self.guide.blocks
@@ -211,7 +214,7 @@ class NGVI:
             family.raw_loc.detach() if one.iterate is None else one.iterate
             for family, one in zip(families, state.blocks, strict=True)
         ]
-        found = self._backward(state, locs, due, args, kwargs)
+        found = self._backward(state, locs, due, network, args, kwargs)
         numbers = self._numbers(found.run)
         proposal = engine.propose(
             found.state, locs, found.gradients, found.priors, found.loss, found.rest, numbers,
@@ -242,7 +245,8 @@ class NGVI:
         return proposal, commit
 
     def _backward(
-        self, state: State, locs: Sequence[Tensor], due: bool, args: Any, kwargs: Any
+        self, state: State, locs: Sequence[Tensor], due: bool, network: Autocast, args: Any,
+        kwargs: Any,
     ) -> _Found:
         """Run the model at sampled weights, and take from the graph all that is wanted of it."""
         carried, families = list(state.blocks), self.guide.blocks
@@ -258,7 +262,7 @@ class NGVI:
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = engine.around(blocks, locs, noise), due and particle == 0
             twice = watch and self.curvature.kind == "hessian"
-            with twice_differentiable() if twice else nullcontext():
+            with network(), twice_differentiable() if twice else nullcontext():
                 run = run_model(self.model, self.guide, sample, args, kwargs, watch)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
@@ -348,18 +352,19 @@ class NGVI:
         families = self.guide.blocks
         blocks = [family.block for family in families]
         locs = [family.raw_loc.detach() for family in families]
-        precisions = [family.precision() for family in families]
         used: list[Noise | None] = [None] * len(locs)
         losses = []
-        for _ in range(self.num_particles):
-            noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
-            with frozen_buffers(self.model):
+        with full_precision(locs[0].device) as network:
+            precisions = [family.precision() for family in families]
+            for _ in range(self.num_particles):
+                noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
                 sample = engine.around(blocks, locs, noise)
-                run = run_model(self.model, self.guide, sample, args, kwargs)
-            priors = self._read_priors(run)
-            energy = run.energy(self._heat(run))
-            divergence = engine.divergence(blocks, sample, noise, precisions, priors)
-            losses.append(energy + self._heat(run) * divergence)
+                with network(), frozen_buffers(self.model):
+                    run = run_model(self.model, self.guide, sample, args, kwargs)
+                priors = self._read_priors(run)
+                energy = run.energy(self._heat(run))
+                divergence = engine.divergence(blocks, sample, noise, precisions, priors)
+                losses.append(energy + self._heat(run) * divergence)
         return float(torch.stack(losses).mean())
 
     def update_counts(self) -> dict[str, Updates]:
