@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import cache
 
 import oracles
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, Poisson
 
 from pyrocurv.capture import Capture
 from pyrocurv.curvature import Curvature, estimate
@@ -361,6 +362,33 @@ def test_a_callable_gives_what_its_name_gives(model, likelihood, curvature) -> N
         net, x, y, likelihood=CALLABLES[likelihood], curvature=curvature, structure="full"
     )
     assert_same(called.dense(), true_matrix(model, likelihood, curvature))
+
+
+ENTRIES = torch.arange(8).reshape(4, 2) % 3 > 0
+EXAMPLES = torch.tensor([True, False, True, True])
+MASKED: dict[str, tuple[Callable[[Tensor], Distribution], Tensor]] = {  # and what is left
+    "normal entries": (lambda f: dist.Normal(f, 0.5).mask(ENTRIES).to_event(1), ENTRIES),
+    "normal": (lambda f: dist.Normal(f, 0.5).mask(ENTRIES), ENTRIES),
+    "normal examples": (lambda f: dist.Normal(f, 0.5).to_event(1).mask(EXAMPLES), EXAMPLES),
+    "normal nothing": (lambda f: dist.Normal(f, 0.5).mask(False).to_event(1), EXAMPLES & False),
+    "bernoulli entries": (lambda f: dist.Bernoulli(logits=f).mask(ENTRIES).to_event(1), ENTRIES),
+    "bernoulli": (lambda f: dist.Bernoulli(logits=f).to_event(1).mask(EXAMPLES), EXAMPLES),
+    "categorical": (lambda f: dist.Categorical(logits=f).mask(EXAMPLES), EXAMPLES),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_a_mask_drops_from_a_likelihood_has_no_curvature(name: str) -> None:
+    """The Gauss-Newton matrix of a linear layer is its Hessian."""
+    likelihood, kept = MASKED[name]
+    net, x = mlp(3, 2).double(), torch.randn(4, 3).double()
+    y = torch.ones(4 if name == "categorical" else (4, 2)).double()
+    ggn, hessian = (
+        estimate(net, x, y, likelihood=likelihood, curvature=curvature, structure="full").dense()
+        for curvature in ("ggn", "hessian")
+    )
+    torch.testing.assert_close(ggn, hessian)
+    assert ggn.any() == kept.any()
 
 
 @pytest.mark.parametrize("kind", ["fisher", "empirical", "ggn"])

@@ -7,7 +7,7 @@ observed sites, the priors of the weights and the parameters, and takes the rest
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrocurv.curvature.pullback import Observation
+from pyrocurv.curvature.pullback import Observation, root
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,15 @@ class Site:
         tempering = self.scale * (self.batch / self.num_data)
         weight = tempering * (self.num_data / num_data) * (self.rows / self.batch)
         return Observation(fn, self.value, weight, mask)
+
+
+@root.register
+def _(likelihood: MaskedDistribution) -> Iterator[Tensor]:
+    """Nothing where the mask drops a value: single entries of an event, say."""
+    mask = torch.as_tensor(likelihood._mask).expand(likelihood.batch_shape)
+    for scalar in root(likelihood.base_dist):
+        kept = mask.reshape(*mask.shape, *[1] * (scalar.dim() - mask.dim()))
+        yield torch.where(kept, scalar, torch.zeros_like(scalar))
 
 
 class Replay(Messenger):
