@@ -26,8 +26,9 @@ Site = Mapping[str, Any]
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
 
-    Those of form "opaque" are weights that no supported op consumes. `missed` {site: why} are these
-    and the real latents that a prior of another kind keeps from a Gaussian.
+    Those of form "opaque" are weights that no supported op consumes, or of layers that do not see
+    the examples. `missed` {site: why} are these and the real latents that a prior of another kind
+    keeps from a Gaussian.
     """
 
     trace: Any

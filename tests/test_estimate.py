@@ -383,12 +383,12 @@ def test_what_a_mask_drops_from_a_likelihood_has_no_curvature(name: str) -> None
     likelihood, kept = MASKED[name]
     net, x = mlp(3, 2).double(), torch.randn(4, 3).double()
     y = torch.ones(4 if name == "categorical" else (4, 2)).double()
-    ggn, hessian = (
+    ggn, hessian, fisher = (
         estimate(net, x, y, likelihood=likelihood, curvature=curvature, structure="full").dense()
-        for curvature in ("ggn", "hessian")
+        for curvature in ("ggn", "hessian", "fisher")
     )
     torch.testing.assert_close(ggn, hessian)
-    assert ggn.any() == kept.any()
+    assert ggn.any() == fisher.any() == kept.any()
 
 
 @pytest.mark.parametrize("kind", ["fisher", "empirical", "ggn"])

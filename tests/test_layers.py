@@ -10,7 +10,7 @@ import pytest
 import torch
 from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from torch import Tensor, nn
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical, Independent, Normal
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.structures import Kronecker
@@ -171,6 +171,29 @@ def test_what_no_op_consumes_is_diagonal_among_kronecker_factors(name, structure
     true, size = truth(name, "normal", "ggn"), len(matrix) - 6
     assert_same(matrix[:size, :size], torch.diag(true.diag()[:size]))
     assert not matrix[:size, size:].any()
+
+
+def test_what_no_op_consumes_takes_one_backward_pass_for_each_example(monkeypatch) -> None:
+    """Not one for each of its tensors, too."""
+    net, x, y = case("lstm", "normal")
+    calls, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(a) or grad(*a, **k))
+    with pytest.warns(UserWarning, match="lstm|recurrent"):
+        estimate(net, x, y, likelihood="normal", curvature="empirical", structure="diag")
+    assert len(calls) == 2 + 1 + len(x)  # of `misread`, of the head, of the examples
+
+
+def together(f: Tensor) -> Independent:
+    """One density for all examples."""
+    return Independent(Normal(f, 1.0), 2)
+
+
+def test_a_density_of_all_examples_is_enough_by_rows() -> None:
+    kwargs = {"curvature": "empirical", "structure": "block"}
+    actual = estimate(*case("grouped", "normal"), likelihood=together, **kwargs).dense()
+    assert_same(actual, estimated("grouped", "normal", **kwargs))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="density for each example"):
+        estimate(*case("lstm", "normal"), likelihood=together, **kwargs)
 
 
 @pytest.mark.parametrize("name", MISREAD)

@@ -80,9 +80,10 @@ def estimate(
         net: any network; parameters with `requires_grad=False` are left out. What no supported op
             consumes (recurrent layers, say) takes a backward pass for each example, and is diagonal
             where Kronecker factors are asked for, with a warning.
-        x: inputs [B, ...], the batch first, as in all layers inside. One with other rows, or with
-            rows that reach several examples (by other ways than batch norm), is taken as what no
-            supported op consumes; finding out takes two backward passes.
+        x: inputs [B, ...], the batch first, as in all layers inside. A layer with other rows, or
+            with rows that reach several examples, is taken as what no supported op consumes; two
+            backward passes find out. Where batch norm in training mode joins the examples, rows
+            are only counted.
         y: targets, of the likelihood's own shape: none is broadcast against the output.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
