@@ -180,10 +180,10 @@ def _layers(
     terms = [(rows, log_prob) for rows, log_prob in terms if rows and log_prob.requires_grad]
     if terms:
         count = terms[0][0]
-        apart = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
-                 if rows == count and log_prob.dim()]
-        examples = None if capture.coupled or not apart else torch.stack(apart).sum(0)
-        capture.missed |= misread(capture.calls, count, examples)
+        densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
+                     if rows == count and log_prob.dim()]
+        said = None if capture.coupled or not densities else torch.stack(densities).sum(0)
+        capture.missed |= misread(capture.calls, count, said)
     return capture.layers(), capture.missed
 
 

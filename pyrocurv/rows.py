@@ -14,12 +14,12 @@ from torch import Tensor
 from pyrocurv.uses import Call
 
 
-def misread(calls: Sequence[Call], count: int, log_prob: Tensor | None) -> dict[str, str]:
+def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str, str]:
     """{name: why} of the tensors of layers that do not see `count` examples, one a row.
 
-    The log densities `log_prob` [B] are pulled back, the even examples' and then the odd ones':
-    neither may reach a row of the others. Batch norm in training mode joins the rows of right
-    layers too: there it is None, and the rows are only counted.
+    A number `said` [B] of each example, its log density or one of its outputs, is pulled back, the
+    even examples' and then the odd ones': neither may reach a row of the others. Batch norm in
+    training mode joins the rows of right layers too: there it is None, and the rows are counted.
     """
     found: dict[str, str] = {}
     fitting = []
@@ -28,10 +28,10 @@ def misread(calls: Sequence[Call], count: int, log_prob: Tensor | None) -> dict[
             fitting.append(call)
         else:
             found |= _named(call, f"{call.batch} rows where there are {count} examples")
-    if log_prob is None or log_prob.dim() == 0 or count < 2:
+    if said is None or said.dim() == 0 or count < 2:
         return found
     for parity in (0, 1):
-        for call, gradient in _pulled(fitting, log_prob[parity::2].sum()):
+        for call, gradient in _pulled(fitting, said[parity::2].sum()):
             others = call.gradients(gradient, count).movedim(-3, 0)[1 - parity :: 2]
             if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
                 found |= _named(call, "rows that reach more than their own example")

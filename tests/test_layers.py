@@ -243,10 +243,17 @@ def test_examples_that_meet_in_batch_norm_are_taken_by_rows(structure: str) -> N
     estimate(net.train(), torch.randn(6, 3), torch.randint(2, (6,)), structure=structure)
 
 
-def test_what_is_not_a_number_is_not_taken_for_another_example() -> None:
+@pytest.mark.parametrize("where", ["x", "y"])
+def test_what_is_not_a_number_is_not_taken_for_another_example(where: str) -> None:
     net, x, y = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 3), torch.ones(4, 2)
-    y[1] = math.nan
+    (x if where == "x" else y)[1] = math.nan
     estimate(net, x, y, likelihood=lambda f: Normal(f, 1.0, validate_args=False))
+
+
+def test_targets_that_are_not_looked_at_need_no_value() -> None:
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    for curvature in ("ggn", "fisher"):
+        estimate(net, x, torch.full((4,), -100), curvature=curvature)
 
 
 def test_a_grouped_convolution_is_exact_in_blocks() -> None:
