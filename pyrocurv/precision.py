@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -12,8 +12,11 @@ Autocast = Callable[[], AbstractContextManager]
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[Autocast]:
-    """Turns the user's autocast off, and gives what turns it on again as it was."""
+    """Turns the user's autocast off, if it is on, and gives what turns it on again as it was."""
     kind = device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    if not torch.is_autocast_enabled(kind):
+        yield nullcontext
+        return
+    dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, dtype, enabled=False):
-        yield lambda: torch.autocast(kind, dtype, enabled=enabled)
+        yield lambda: torch.autocast(kind, dtype)
