@@ -40,11 +40,13 @@ CUTS = {Tensor.chunk, torch.chunk, Tensor.split, torch.split}
 class Capture(TorchFunctionMode):
     """Records the supported ops on watched tensors, and in `missed` {name: why} the others.
 
-    Enter it around the forward pass, on the steps that need curvature only.
+    Enter it around the forward pass, on the steps that need curvature only. What no gradient flows
+    through, a statistic for the log say, is no use of a tensor.
     """
 
     watched: dict[str, Tensor] = field(default_factory=dict)
     missed: dict[str, str] = field(default_factory=dict)
+    coupled: bool = False  # whether examples met in a batch norm
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -71,11 +73,15 @@ class Capture(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._inside_attention(args, kwargs)
         output = func(*args, **kwargs)
+        if not _has_gradient(output):  # nor does a shape, a size, a stride ...
+            return output
         values = (*args, *kwargs.values())
         known = list(self._among(values))
         self._note_reuse(func, values)
-        if known and _holds_tensor(output):  # not its shape, size, stride ...
+        if known:
             self._meet(func, args, kwargs, output, known)
+        if func is F.batch_norm:
+            self.coupled |= OPS[func].read(*args, **kwargs).settings["coupled"]
         return output
 
     def _inside_attention(self, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -143,10 +149,9 @@ class Capture(TorchFunctionMode):
         if reason:
             self._miss(known, reason)
             return
-        edge = get_gradient_edge(output) if output.requires_grad else None
         use = Use(
-            op, weight, bias, form, call.input, call.settings, edge, output.shape,
-            call.input._version, self._batch_second,
+            op, weight, bias, form, call.input, call.settings, get_gradient_edge(output),
+            output.shape, call.input._version, self._batch_second,
         )
         if weight is not None and bias is not None and len(cuts) > 1:  # part of one with the other
             self._uses += [replace(use, bias=None), replace(use, weight=None)]
@@ -173,10 +178,9 @@ class Capture(TorchFunctionMode):
         first = self._find(args[0])
         known, other = (self._find(args[1]), args[0]) if first is None else (first, args[1])
         product, _ = self._products.pop(id(other), (None, None))
-        edge = get_gradient_edge(output) if output.requires_grad else None
         self._uses.append(Use(
-            None, None, known, "vector", other, None, edge, output.shape, 0, self._batch_second,
-            product,
+            None, None, known, "vector", other, None, get_gradient_edge(output), output.shape, 0,
+            self._batch_second, product,
         ))
         if product is None:
             return
@@ -236,5 +240,8 @@ def _flat(values: Any) -> Iterator[Any]:
             yield value
 
 
-def _holds_tensor(output: Any) -> bool:
-    return any(isinstance(value, Tensor) for value in _flat([output]))
+def _has_gradient(output: Any) -> bool:
+    """Whether one can flow back through it; a view has `requires_grad` under `no_grad` too."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in _flat([output])
+    )

@@ -1,4 +1,4 @@
-"""What a guide learns from one run of its model: the latents, and which layers consume them."""
+"""What a guide learns from running its model: the latents, and which layers consume them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro import poutine
+from pyro import poutine, validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import nn
-from torch.distributions import Independent, constraints
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, constraints
 
 from pyrocurv.buffers import snapshot
 from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
 from pyrocurv.priors import as_normal
+from pyrocurv.rows import misread
 
 Site = Mapping[str, Any]
 
@@ -26,8 +27,9 @@ Site = Mapping[str, Any]
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
 
-    Those of form "opaque" are weights that no supported op consumes. `missed` {site: why} are these
-    and the real latents that a prior of another kind keeps from a Gaussian.
+    Those of form "opaque" are weights that no supported op consumes, or of layers that do not see
+    the examples. `missed` {site: why} are these and the real latents that a prior of another kind
+    keeps from a Gaussian.
     """
 
     trace: Any
@@ -37,19 +39,20 @@ class Prototype:
 
 
 class _Watch(Messenger):
-    """Shows a capture the latents as they appear, and counts the observed sites."""
+    """Runs a model at `values`, as far as they go, and keeps what is observed."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.capture, self.observed = capture, 0
+        self.values = values
+        self.observed: list[tuple[Distribution, Tensor, bool]] = []  # and whether in a plate
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            return
-        if msg["is_observed"]:
-            self.observed += 1
-        else:
-            self.capture.watch(msg["name"], msg["value"])
+        if msg["is_observed"] and not site_is_subsample(msg):
+            self.observed.append((msg["fn"], msg["value"], bool(msg["cond_indep_stack"])))
 
 
 def _unwrapped(model: Any) -> tuple[Any, bool]:
@@ -103,7 +106,7 @@ def still_frozen(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
 def inspect(
     model: Callable[..., Any], hide: Callable[[Any], bool], partial: bool, args: Any, kwargs: Any
 ) -> Prototype:
-    """Run the model once, without gradients, and look.
+    """Run the model once, and once more with gradients at its weights, and look.
 
     Args:
         model: with initial values set (`InitMessenger`).
@@ -113,9 +116,8 @@ def inspect(
     Raises:
         ValueError: no observed site, no latent, or a discrete one.
     """
-    capture = Capture()
-    watch = _Watch(capture)
-    with torch.no_grad(), frozen_buffers(model), capture:
+    watch = _Watch({})
+    with torch.no_grad(), frozen_buffers(model):
         trace = poutine.block(poutine.trace(poutine.block(watch(model), hide)).get_trace)(
             *args, **kwargs
         )
@@ -135,22 +137,49 @@ def inspect(
             )
         if not all(frame.vectorized for frame in site["cond_indep_stack"]):
             raise ValueError(f"latent {name!r} is in a sequential plate: use a vectorized one")
-    for name in capture.watched:
-        if reason := _refusal(latents.get(name)):
-            capture.missed[name] = reason
-    layers = capture.layers()
-    missed = {n: why for n, why in capture.missed.items() if is_real(latents.get(n))}
+    refused = {name: why for name, site in latents.items() if (why := _refusal(site))}
+    values = {name: site["value"] for name, site in latents.items() if name not in refused}
+    layers, met = _layers(model, values, args, kwargs)
+    missed = {name: why for name, why in {**met, **refused}.items() if is_real(latents[name])}
     opaque = [
         Layer(name, None, tuple(latents[name]["value"].shape), "opaque")
-        for name in missed if not _refusal(latents[name]) and _is_whole(latents[name])
+        for name in missed if name not in refused and _is_whole(latents[name])
     ]
     return Prototype(trace, latents, [*layers, *opaque], missed)
 
 
-def _refusal(site: Site | None) -> str:
+def _layers(
+    model: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers of weights at these values, and {name: why} of those that are none.
+
+    Of random numbers the run leaves as many as it found.
+    """
+    weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    capture, watch = Capture(dict(weights)), _Watch(weights)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
+        with poutine.block(), validation_enabled(False):
+            with capture:
+                watch(model)(*args, **kwargs)
+            plates = [site for site in watch.observed if site[2]]  # others are no examples
+            terms = [(_rows(fn, y), fn.log_prob(y)) for fn, y, _ in plates or watch.observed]
+    terms = [(rows, log_prob) for rows, log_prob in terms if rows and log_prob.requires_grad]
+    if terms:
+        count = max(rows for rows, _ in terms)
+        densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
+                     if rows == count and log_prob.dim()]
+        said = None if capture.coupled or not densities else torch.stack(densities).sum(0)
+        capture.missed |= misread(capture.calls, count, said)
+    return capture.layers(), capture.missed
+
+
+def _rows(likelihood: Distribution, value: Tensor) -> int:
+    """Length of the first axis, the examples."""
+    return (*likelihood.batch_shape, *value.shape, 1)[0]
+
+
+def _refusal(site: Site) -> str:
     """Why a layer's weight cannot have a Gaussian of ours, or ""."""
-    if site is None:
-        return "a weight hidden from the guide"
     if as_normal(site["fn"]) is None:
         prior = site["fn"]
         while isinstance(prior, Independent):
@@ -164,9 +193,9 @@ def _is_whole(site: Site) -> bool:
     return 0 < site["fn"].event_dim == site["value"].dim()
 
 
-def is_real(site: Site | None) -> bool:
+def is_real(site: Site) -> bool:
     """Whether a latent could be a weight at all: a scale, say, could not."""
-    support = None if site is None else site["fn"].support
+    support = site["fn"].support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is constraints.real

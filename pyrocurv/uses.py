@@ -37,7 +37,7 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One op that consumed a weight, a bias or both. `edge` is None where no gradient flows."""
+    """One op that consumed a weight, a bias or both; `edge` is that of its output."""
 
     op: Op | None  # None for an addition of a bias alone
     weight: Known | None
@@ -45,7 +45,7 @@ class Use:
     form: str
     input: Tensor
     settings: Any
-    edge: GradientEdge | None
+    edge: GradientEdge
     output_shape: torch.Size
     version: int
     batch_second: int | None = None  # B, inside attention: tensors are [L, B, E] or [L·B, E]
@@ -65,6 +65,8 @@ class Use:
 class Call:
     """The part that one op had in a layer: inputs and output gradients as rows.
 
+    They are of the weight's dtype, whatever autocast has made of the op's.
+
     `flipped` calls see the layer's matrix turned around, as an embedding that is tied to a head.
     """
 
@@ -74,7 +76,7 @@ class Call:
     part: str  # of the op that is the layer's: "both", "weight" or "bias"
 
     @property
-    def edge(self) -> GradientEdge | None:
+    def edge(self) -> GradientEdge:
         """Of the output."""
         return self.use.edge
 
@@ -104,6 +106,8 @@ class Call:
                 f"the input of {self.layer.weight!r} was changed in place after the layer read it"
             )
         input = self._batch_first(use.input.detach())
+        if input.is_floating_point():  # else indices, or what a scale is for
+            input = input.to(self._dtype)
         return use.op.rows(input, use.settings, self.part == "both", count).to(self._dtype)
 
     def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
@@ -111,7 +115,7 @@ class Call:
         use = self.use
         if gradient is None:
             gradient = use.input.new_zeros(use.output_shape, dtype=self._dtype)
-        gradient = self._batch_first(gradient)[:count]
+        gradient = self._batch_first(gradient)[:count].to(self._dtype)
         if use.op is None:
             rows = gradient.reshape(count, -1, self.layer.size)
         else:

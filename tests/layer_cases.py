@@ -98,6 +98,56 @@ class Recurrent(nn.Module):
         return self.head(self.recurrent(x)[0][:, -1])
 
 
+class FromCode(nn.Module):
+    """A layer whose weight another layer makes from a learned code, of any number of rows."""
+
+    def __init__(self, *rows: int) -> None:
+        super().__init__()
+        self.code, self.maker = nn.Parameter(torch.randn(*rows, 2)), nn.Linear(2, 6)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.maker(self.code.sin()).tanh().reshape(-1, 2, 3).sum(0)
+        return self.head(F.linear(x, weight).tanh())
+
+
+class Positions(nn.Module):
+    """A learned table of positions, through a linear map of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.place = nn.Embedding(4, 3), nn.Linear(3, 3)
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = self.place(self.table(torch.arange(x.shape[1])).tanh())
+        return self.head((self.layer(x) + place).tanh().mean(1))
+
+
+class SequenceFirst(nn.Module):
+    """Inputs [B, S, I] that are turned to [S, B, I], and read out from one position or all."""
+
+    def __init__(self, position: int | None = None) -> None:
+        super().__init__()
+        self.layer, self.head, self.position = nn.Linear(3, 3), nn.Linear(3, 2), position
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x.transpose(0, 1)).tanh()
+        return self.head(hidden.mean(0) if self.position is None else hidden[self.position])
+
+
+class InHalf(nn.Module):
+    """A network that runs in bfloat16 by itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x)
+
+
 def around(*layers: nn.Module, features: int) -> nn.Sequential:
     """With a smooth function behind each layer and a head on top."""
     parts = [part for layer in layers for part in (layer, nn.Tanh())]
@@ -167,13 +217,37 @@ WOVEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "recurrent": (Recurrent, (3, 3)),
     "lstm": (lambda: Recurrent(nn.LSTM), (2, 3)),
 }
+# name: (make the net, shape of one example, the tensors of layers that do not see the examples)
+MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
+    "code": (lambda: FromCode(), (3,), {"maker.weight", "maker.bias"}),
+    "code-row": (lambda: FromCode(1), (3,), {"maker.weight", "maker.bias"}),
+    "code-rows": (lambda: FromCode(4), (3,), {"maker.weight", "maker.bias"}),
+    "positions": (Positions, (4, 3), {"table.weight", "place.weight", "place.bias"}),
+    "sequence": (SequenceFirst, (4, 3), {"layer.weight", "layer.bias"}),
+    "sequence-start": (lambda: SequenceFirst(0), (4, 3), {"layer.weight", "layer.bias"}),
+    "sequence-end": (lambda: SequenceFirst(-1), (4, 3), {"layer.weight", "layer.bias"}),
+}
+HALF = {  # nets in single precision, with as many layers
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), 2),
+    "norm": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)), (6,), 3
+    ),
+    "conv": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(),
+            nn.Linear(36, 3),
+        ),
+        (2, 4, 4), 3,
+    ),
+    "attention": (Attention, (3, 4), 3),
+}  # fmt: skip
 TOKENS = {"embedding": 5, "tied": 4}
 OPAQUE = {"recurrent", "lstm"}
 
 
 def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     """A net, always the same, and inputs."""
-    build, shape = {**LAYERED, **WOVEN}[name]
+    build, shape = {**LAYERED, **WOVEN, **{n: row[:2] for n, row in MISREAD.items()}}[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         net = moved(build().double())

@@ -86,12 +86,11 @@ def test_only_the_first_examples_are_read() -> None:
     assert torch.equal(call.gradients(None, 2), torch.zeros(2, 2, 4, dtype=torch.float64))
 
 
-def test_without_gradients_there_is_no_edge() -> None:
+def test_without_gradients_there_is_no_use() -> None:
     weights = linear_weights()
     with torch.no_grad(), Capture(dict(weights)) as capture:
         F.linear(tensor(5, 3), weights["w"], weights["b"])
-    assert [call.edge for call in capture.calls] == [None]
-    assert capture.layers() == [Layer("w", "b", (4, 3))]
+    assert not capture.layers() and not capture.missed
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
@@ -212,6 +211,41 @@ def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], obje
 
     capture = watched(weights, forward)
     assert capture.layers() == [Layer("w", "b", (4, 3))], capture.missed
+
+
+@pytest.mark.parametrize("aside", [
+    lambda w: w["w"].detach().square().sum(), lambda w: w["w"].data.norm(), lambda w: w["w"] > 0,
+    lambda w: w["w"].detach().clone(), lambda w: w["w"].argmax(), lambda w: F.linear(X, w["w"]),
+    lambda w: F.conv1d(X[:, :, None], w["w"][..., None]), lambda w: (X @ w["w"].T).mean(),
+], ids=["detach", "data", "compare", "clone", "argmax", "linear", "other make", "mean"])
+def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], object]) -> None:
+    """A statistic for the log, before and after the use that counts."""
+    def forward(weights: Weights) -> None:
+        with torch.no_grad():
+            aside(weights)
+        F.linear(X, weights["w"], weights["b"])
+        with torch.no_grad():
+            aside(weights)
+
+    capture = watched(linear_weights(), forward)
+    assert capture.layers() == LINEAR and len(capture.calls) == 1 and not capture.missed
+
+
+def test_a_detached_use_is_none_with_gradients_on() -> None:
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"], weights["b"]) * weights["w"].detach().norm()
+
+    capture = watched(linear_weights(), forward)
+    assert capture.layers() == LINEAR and not capture.missed
+
+
+def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
+    def forward(weights: Weights) -> None:
+        product = X @ weights["w"].T
+        assert product.shape == (5, 4) and product.detach().mean() is not None
+        product + weights["b"]
+
+    assert watched(linear_weights(), forward).layers() == LINEAR
 
 
 # ---- what is missed, and why --------------------------------------------------------------------

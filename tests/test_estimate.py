@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import cache
 
 import oracles
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, Poisson
 
 from pyrocurv.capture import Capture
 from pyrocurv.curvature import Curvature, estimate
@@ -363,6 +364,33 @@ def test_a_callable_gives_what_its_name_gives(model, likelihood, curvature) -> N
     assert_same(called.dense(), true_matrix(model, likelihood, curvature))
 
 
+ENTRIES = torch.arange(8).reshape(4, 2) % 3 > 0
+EXAMPLES = torch.tensor([True, False, True, True])
+MASKED: dict[str, tuple[Callable[[Tensor], Distribution], Tensor]] = {  # and what is left
+    "normal entries": (lambda f: dist.Normal(f, 0.5).mask(ENTRIES).to_event(1), ENTRIES),
+    "normal": (lambda f: dist.Normal(f, 0.5).mask(ENTRIES), ENTRIES),
+    "normal examples": (lambda f: dist.Normal(f, 0.5).to_event(1).mask(EXAMPLES), EXAMPLES),
+    "normal nothing": (lambda f: dist.Normal(f, 0.5).mask(False).to_event(1), EXAMPLES & False),
+    "bernoulli entries": (lambda f: dist.Bernoulli(logits=f).mask(ENTRIES).to_event(1), ENTRIES),
+    "bernoulli": (lambda f: dist.Bernoulli(logits=f).to_event(1).mask(EXAMPLES), EXAMPLES),
+    "categorical": (lambda f: dist.Categorical(logits=f).mask(EXAMPLES), EXAMPLES),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_what_a_mask_drops_from_a_likelihood_has_no_curvature(name: str) -> None:
+    """The Gauss-Newton matrix of a linear layer is its Hessian."""
+    likelihood, kept = MASKED[name]
+    net, x = mlp(3, 2).double(), torch.randn(4, 3).double()
+    y = torch.ones(4 if name == "categorical" else (4, 2)).double()
+    ggn, hessian, fisher = (
+        estimate(net, x, y, likelihood=likelihood, curvature=curvature, structure="full").dense()
+        for curvature in ("ggn", "hessian", "fisher")
+    )
+    torch.testing.assert_close(ggn, hessian)
+    assert ggn.any() == fisher.any() == kept.any()
+
+
 @pytest.mark.parametrize("kind", ["fisher", "empirical", "ggn"])
 def test_each_example_has_the_weight_it_is_given(kind: str) -> None:
     """A vector is scaled by the root of its example's weight."""
@@ -461,6 +489,22 @@ def test_an_unknown_name_is_answered_with_those_that_exist(wrong, known) -> None
     with pytest.raises(ValueError) as error:
         estimate(net, x, y, **{**right, **wrong})
     assert {*wrong.values(), *known} <= set(re.findall(r"\w+", str(error.value)))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "outputs", "targets"),
+    [
+        ("normal", 1, (4,)), ("normal", 2, (4, 1)), ("normal", 2, (2,)), ("bernoulli", 1, (4,)),
+        ("categorical", 3, (4, 1)), ("categorical", 3, (1,)), (poisson, 1, (4,)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical", "hessian"])
+def test_targets_are_not_broadcast(likelihood, outputs, targets, curvature) -> None:
+    net, y = nn.Linear(3, outputs), torch.zeros(targets, dtype=torch.long)
+    wanted = (4,) if likelihood == "categorical" else (4, outputs)
+    both = f"{re.escape(str(targets))}.*{re.escape(str(wanted))}"
+    with pytest.raises(ValueError, match=both):
+        estimate(net, torch.randn(4, 3), y, likelihood=likelihood, curvature=curvature)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

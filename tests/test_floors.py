@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"notice"},
-    {"structures", "layers", "specs", "buffers", "stream"},
+    {"structures", "layers", "specs", "precision", "buffers", "stream"},
     {"blocks", "uses"},
-    {"capture", "choice", "priors"},
+    {"capture", "choice", "priors", "rows"},
     {"distributions", "natural", "prototype"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
@@ -21,8 +21,8 @@ FLOORS = [
     {"infer", "optim"},
 ]
 TORCH_ONLY = {
-    "notice", "structures", "layers", "specs", "blocks", "uses", "capture", "choice", "priors",
-    "curvature", "natural", "state", "engine", "buffers", "stream", "optim",
+    "notice", "structures", "layers", "specs", "precision", "blocks", "uses", "capture", "choice",
+    "priors", "rows", "curvature", "natural", "state", "engine", "buffers", "stream", "optim",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,6 +1,7 @@
 """Guides and NGVI on every kind of layer, with a structure for each."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from layer_cases import LAYERED, OPAQUE, WOVEN
+from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from pyro.infer import Predictive
 from torch import Tensor, nn
 from toys import EXACT, GUIDES, NUM_DATA, mlp, regression_data, regressor
@@ -130,6 +131,44 @@ def test_training_lowers_the_loss_of_attention() -> None:
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
+# --- mixed precision --------------------------------------------------------------------------
+
+
+def posterior_in(where: str, name: str, structure: str, kind: str) -> tuple[Tensor, Tensor]:
+    """Mean and precision after a step; autocast "inside" the network, "around" all or "nowhere".
+
+    Later steps draw noise in an eigenbasis, which rounding may turn.
+    """
+    make, shape, _ = HALF[name]
+    torch.manual_seed(0)
+    net, x = bayesianize(make(), layers=EVERY), torch.randn(32, *shape)
+    y = torch.randint(3 - (name == "attention"), (32,))
+    model = Classifier(InHalf(net) if where == "inside" else net, 64)
+    guide = GUIDES[structure](model)
+    ngvi = NGVI(model, guide, lr=0.05, curvature=Curvature(kind, every=1, batch=None))
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        ngvi.step(x, y)
+    loc, precision = guide.posterior.loc.clone(), guide.posterior.precision.dense()
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        assert math.isfinite(ngvi.step(x, y)) and math.isfinite(ngvi.evaluate_loss(x, y))
+    return loc, precision
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("structure", GUIDES)
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_autocast(name: str, structure: str, kind: str) -> None:
+    """Within the errors of `test_layers.test_autocast`; the prior's part has none."""
+    plain, inside, around = (
+        posterior_in(where, name, structure, kind) for where in ("nowhere", "inside", "around")
+    )
+    torch.testing.assert_close(inside, around)
+    (loc, true), (_, precision) = plain, inside
+    assert precision.dtype == loc.dtype == torch.float32
+    error = (precision - true).norm() / true.norm()
+    assert 0 < error < 4 * HALF[name][2] * 2**-8 * (2 if kind == "hessian" else 1)
+
+
 # --- what no supported op consumes ------------------------------------------------------------
 
 
@@ -148,6 +187,79 @@ def test_recurrent_weights_are_named_once_and_trained() -> None:
     label = {line.split()[0]: line.split()[-2] for line in guide.summary().splitlines()[1:-1]}
     assert label["net.recurrent.weight_hh_l0"] == "diag" and label["net.head.weight"] == "kfac"
     assert not torch.equal(guide.posterior.variance[:18], start[:18])
+
+
+@pytest.mark.parametrize("name", MISREAD)
+@pytest.mark.parametrize("batch", [3, 4], ids=["fewer", "as many"])
+def test_layers_that_do_not_see_the_examples_have_gradients_alone(name: str, batch: int) -> None:
+    """Found at the first call, with four rows (or fewer) in their inputs; later ones may differ."""
+    model, x, y = model_of(name, batch)
+    model.num_data, guide = 20, KFACGuide(model)
+    ngvi = NGVI(model, guide, lr=0.05, temperature=0.1, curvature=Curvature("fisher", every=2))
+    misread = {f"net.{tensor}" for tensor in MISREAD[name][2]}
+    with pytest.warns(UserWarning, match="batch .*from gradients") as caught:
+        ngvi.step(x, y)
+    assert len(caught) == 1
+    opaque = {n for family in guide.blocks for n in family.block.tensors if family.block.is_opaque}
+    assert opaque == misread
+    for other in (4, 5, 2, 3):
+        rows = torch.arange(other) % batch
+        assert math.isfinite(ngvi.step(x[rows], y[rows]))
+    assert torch.linalg.eigvalsh(guide.posterior.precision.dense()).min() > 0
+
+
+def test_a_layer_that_one_example_made_look_right() -> None:
+    model, x, y = model_of("code-row")
+    ngvi = NGVI(model, KFACGuide(model))
+    ngvi.step(x[:1], y[:1])
+    with pytest.raises(ValueError, match="'net.maker.weight' reads 1 rows where there are 6"):
+        for _ in range(21):
+            ngvi.step(x, y)
+
+
+def test_logging_a_weight_leaves_it_its_factors() -> None:
+    class Logging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head, self.log = nn.Linear(3, 4), nn.Linear(4, 2), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.log.append(self.layer.weight.detach().norm())
+            hidden = self.layer(x)
+            with torch.no_grad():
+                self.log += [self.layer(x).mean(), self.layer.weight.square().sum()]
+            return self.head(hidden.tanh())
+
+    model = Classifier(bayesianize(Logging()), 12)
+    guide = KFACGuide(model)
+    ngvi = NGVI(model, guide, curvature=Curvature("fisher", every=1))
+    for _ in range(3):
+        assert math.isfinite(ngvi.step(torch.randn(6, 3), torch.randint(2, (6,))))
+    assert [family.block.kind for family in guide.blocks] == ["kfac", "kfac"]
+
+
+def test_examples_that_meet_in_batch_norm() -> None:
+    """They do in training mode: still layers, seen by rows."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    model = Classifier(bayesianize(net), 12)
+    guide = KFACGuide(model)
+    NGVI(model, guide).step(torch.randn(6, 3), torch.randint(2, (6,)))
+    assert [family.block.kind for family in guide.blocks] == ["kfac", "kfac"]
+
+
+def test_the_look_at_gradients_takes_no_random_numbers() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    model = Classifier(bayesianize(net), 12)
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    guide = KFACGuide(model)
+    guide(x, y)
+    torch.manual_seed(0)
+    nn.functional.dropout(torch.ones(6, 4))  # of the run that makes the trace
+    guide(x, y)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    KFACGuide(model)(x, y)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_weight_noise_finds_the_diagonal_of_the_hessian() -> None:

@@ -1,5 +1,6 @@
 """Every kind of layer in every structure, against the dense oracles."""
 
+import math
 import warnings
 from functools import cache
 
@@ -7,9 +8,9 @@ import layer_cases
 import oracles
 import pytest
 import torch
-from layer_cases import LAYERED, OPAQUE, WOVEN
+from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from torch import Tensor, nn
-from torch.distributions import Categorical, Normal
+from torch.distributions import Categorical, Independent, Normal
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.structures import Kronecker
@@ -172,6 +173,89 @@ def test_what_no_op_consumes_is_diagonal_among_kronecker_factors(name, structure
     assert not matrix[:size, size:].any()
 
 
+def test_what_no_op_consumes_takes_one_backward_pass_for_each_example(monkeypatch) -> None:
+    """Not one for each of its tensors, too."""
+    net, x, y = case("lstm", "normal")
+    calls, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(a) or grad(*a, **k))
+    with pytest.warns(UserWarning, match="lstm|recurrent"):
+        estimate(net, x, y, likelihood="normal", curvature="empirical", structure="diag")
+    assert len(calls) == 2 + 1 + len(x)  # of `misread`, of the head, of the examples
+
+
+def together(f: Tensor) -> Independent:
+    """One density for all examples."""
+    return Independent(Normal(f, 1.0), 2)
+
+
+def test_a_density_of_all_examples_is_enough_by_rows() -> None:
+    kwargs = {"curvature": "empirical", "structure": "block"}
+    actual = estimate(*case("grouped", "normal"), likelihood=together, **kwargs).dense()
+    assert_same(actual, estimated("grouped", "normal", **kwargs))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="density for each example"):
+        estimate(*case("lstm", "normal"), likelihood=together, **kwargs)
+
+
+@pytest.mark.parametrize("name", MISREAD)
+@pytest.mark.parametrize("batch", [3, 4], ids=["fewer", "as many"])
+@each_likelihood
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+def test_a_layer_that_does_not_see_the_examples(name, batch, likelihood, curvature) -> None:
+    """Its input has four rows (or one, or none), as many as there are examples or not."""
+    args, kwargs = case(name, likelihood, batch), {"likelihood": likelihood, "curvature": curvature}
+    true = truth(name, likelihood, curvature, batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        diag = estimate(*args, structure="diag", **kwargs).dense()
+    (message,) = {str(one.message) for one in caught}
+    misread = MISREAD[name][2]
+    assert {n for n, _ in args[0].named_parameters() if f"{n} (" in message} - {"code"} == misread
+    assert_same(diag, torch.diag(true.diag()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no supported op")
+        full, kfac = (estimate(*args, structure=s, **kwargs).dense() for s in ("full", "kfac"))
+    assert_same(full, true)
+    named = args[0].named_parameters()
+    rows = torch.cat([torch.full((p.numel(),), n in misread) for n, p in named])
+    assert_same(kfac[rows][:, rows], torch.diag(true.diag()[rows]))
+    assert not kfac[rows][:, ~rows].any()
+
+
+def test_examples_that_meet_by_hand() -> None:
+    """No batch norm of torch's: what a layer before it does to one example is not known by rows."""
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.layer(x)
+            return self.head((hidden - hidden.mean(0)).tanh())
+
+    net, x, y = Centred(), torch.randn(4, 3), torch.randint(2, (4,))
+    with pytest.warns(UserWarning, match=r"layer.weight \(rows that reach more than their own"):
+        estimate(net, x, y)
+
+
+@pytest.mark.parametrize("structure", ["kfac", "diag"])
+def test_examples_that_meet_in_batch_norm_are_taken_by_rows(structure: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    estimate(net.train(), torch.randn(6, 3), torch.randint(2, (6,)), structure=structure)
+
+
+@pytest.mark.parametrize("where", ["x", "y"])
+def test_what_is_not_a_number_is_not_taken_for_another_example(where: str) -> None:
+    net, x, y = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(4, 3), torch.ones(4, 2)
+    (x if where == "x" else y)[1] = math.nan
+    estimate(net, x, y, likelihood=lambda f: Normal(f, 1.0, validate_args=False))
+
+
+def test_targets_that_are_not_looked_at_need_no_value() -> None:
+    net, x = nn.Linear(3, 2), torch.randn(4, 3)
+    for curvature in ("ggn", "fisher"):
+        estimate(net, x, torch.full((4,), -100), curvature=curvature)
+
+
 def test_a_grouped_convolution_is_exact_in_blocks() -> None:
     """As a convolution without groups whose kernel is zero elsewhere, with factors in blocks."""
     net, x, y = case("depthwise", "normal")
@@ -284,6 +368,52 @@ def test_a_parameter_of_no_axis(structure: str, curvature: str) -> None:
     torch.testing.assert_close(actual[place, place], true[place, place])
     if structure == "full":
         assert_same(actual, true)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac"])
+def test_a_scale_of_what_is_no_float(dtype: torch.dtype, structure: str) -> None:
+    class Switches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.rand(3)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(((x > 0).to(dtype) * self.scale).tanh())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        args = Switches().double(), torch.randn(4, 3), torch.randn(4, 2).double(), "normal"
+    kwargs = {"likelihood": "normal", "curvature": "ggn", "structure": structure}
+    actual, true = estimate(*args[:3], **kwargs).dense()[:3, :3], oracles.ggn(*args)[:3, :3]
+    assert_same(actual, true if structure in ("full", "block") else torch.diag(true.diag()))
+
+
+# --- mixed precision --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "block", "diag"])
+def test_autocast(name: str, curvature: str, structure: str) -> None:
+    """The rows come from bfloat16, of unit roundoff u = 2⁻⁸; the rest is in single precision.
+
+    An entry is a sum of products of four numbers of the network (a, a, g, g), each with an error of
+    about u for each layer on its way, forth and back; a second derivative comes by twice as long a
+    way.
+    """
+    make, shape, layers = HALF[name]
+    net, x = make(), torch.randn(32, *shape)
+    y = torch.randint(net(x).shape[-1], (32,))
+    kwargs = {"curvature": curvature, "structure": structure}
+    plain = estimate(net, x, y, **kwargs).dense()
+    inside = estimate(InHalf(net), x, y, **kwargs).dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = estimate(net, x, y, **kwargs)
+    around = around.dense()
+    assert inside.dtype == around.dtype == torch.float32
+    torch.testing.assert_close(inside, around)
+    error = (inside - plain).norm() / plain.norm()
+    assert 0 < error < 4 * layers * 2**-8 * (2 if curvature == "hessian" else 1)
 
 
 # --- choice -----------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from pyrocurv.choice import Choice, choose
 from pyrocurv.curvature import hessian
 from pyrocurv.curvature.hessian import Seen, hessians, twice_differentiable
 from pyrocurv.curvature.pullback import Observation, Opaque, pullback
-from pyrocurv.curvature.reduce import check_batch, gather
+from pyrocurv.curvature.reduce import gather
 from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
 from pyrocurv.layers import Layer
+from pyrocurv.precision import full_precision
+from pyrocurv.rows import misread
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 from pyrocurv.uses import Call
@@ -78,9 +80,11 @@ def estimate(
         net: any network; parameters with `requires_grad=False` are left out. What no supported op
             consumes (recurrent layers, say) takes a backward pass for each example, and is diagonal
             where Kronecker factors are asked for, with a warning.
-        x: inputs [B, ...], the batch first, as in all layers inside: where another axis of the same
-            length comes first that goes unnoticed.
-        y: targets, as the likelihood takes them; they must not broadcast against the output.
+        x: inputs [B, ...], the batch first, as in all layers inside. A layer with other rows, or
+            with rows that reach several examples, is taken as what no supported op consumes; two
+            backward passes find out. Where batch norm in training mode joins the examples, rows
+            are only counted.
+        y: targets, of the likelihood's own shape: none is broadcast against the output.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output to a `torch.distributions.Distribution`.
         curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
@@ -108,8 +112,9 @@ def estimate(
         that its later inputs move with its weights.
 
     Raises:
-        ValueError: unknown names; a parameter that takes no part; a layer that does not see the
-            batch as its first axis; a likelihood without closed form under "ggn".
+        ValueError: unknown names; targets of another shape than the likelihood's, or a likelihood
+            whose first axis is not the batch; a parameter that takes no part; a likelihood without
+            closed form under "ggn".
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
@@ -128,24 +133,50 @@ def estimate(
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
     with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
-    layers, calls = _with_opaque(capture, named, output.shape[0])
     count = output.shape[0]
-    chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
-    check_batch(calls, count)
-    blocks = partition(layers, chosen.__getitem__)
-    seen: Iterable[Seen]
-    with torch.enable_grad():
-        terms = [Observation(density(output), y)]
+    with torch.enable_grad(), full_precision(output.device):
+        terms = [_term(density(_widened(output)), y, count)]
+        whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
+        said = None if whole or capture.coupled else _mixed(output)
+        capture.missed |= misread(capture.calls, count, said)
+        layers, calls = _with_opaque(capture, named, count)
+        chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
+        blocks = partition(layers, chosen.__getitem__)
+        seen: Iterable[Seen]
         if curvature.kind == "hessian":
             seen = hessians(blocks, terms, calls, count, curvature.num_samples)
         else:
             gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
             seen = (gather(block, calls, gradients, count) for block in blocks)
+        found = tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True))
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
     index = tuple(rows.to(output.device) for rows in positions(blocks, order))
-    return BlockDiagonal(
-        tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True)), index
-    )
+    return BlockDiagonal(found, index)
+
+
+def _widened(output: Tensor) -> Tensor:
+    """In single precision at least: the densities of half of it are too coarse."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _mixed(output: Tensor) -> Tensor:
+    """A number [B] that hangs on all outputs of an example; their plain sum may be constant."""
+    rows = output.reshape(len(output), -1)
+    return rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
+
+
+def _term(likelihood: Distribution, y: Tensor, count: int) -> Observation:
+    shape = likelihood.batch_shape + likelihood.event_shape
+    if y.shape != shape:
+        raise ValueError(
+            f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has "
+            f"{tuple(shape)}"
+        )
+    if shape[:1] != (count,):
+        raise ValueError(
+            f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
+        )
+    return Observation(likelihood, y)
 
 
 def _with_opaque(
@@ -157,8 +188,8 @@ def _with_opaque(
     left = [name for name in named if name not in found]
     if unused := [name for name in left if name not in capture.missed]:
         raise ValueError(
-            f"{', '.join(unused)} took no part in the forward pass: set requires_grad=False to "
-            "leave it out"
+            f"{', '.join(unused)} took no part in the forward pass, or none with a gradient: set "
+            "requires_grad=False to leave it out"
         )
     if left:
         warnings.warn(

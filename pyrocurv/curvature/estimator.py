@@ -90,10 +90,12 @@ def observe(
         units: of the blocks' priors. The eigenbasis of a block that has any is reckoned in them;
             when they change, the eigenvalues of EK-FAC are carried over as they were.
     """
-    check_batch(calls, rows)
+    if not blocks:
+        return []
     count = rows if spec.batch is None else min(spec.batch, rows)
     layers = {layer for block in blocks for layer in block.layers}
-    calls = [call for call in calls if call.layer in layers] or calls
+    calls = [call for call in calls if call.layer in layers]
+    check_batch(calls, rows)
     kept = _kept(terms, count)
     fresh: list[tuple[Running, Clock | None]] = []
     if kept is not None and len(kept) == 0:

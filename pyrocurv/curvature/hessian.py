@@ -117,7 +117,9 @@ def hessians(
     seen = {call.layer for call in calls}
     for layer in (layer for block in blocks for layer in block.layers):
         if layer not in seen:
-            raise ValueError(f"{layer.weight!r} took no part in this forward pass")
+            raise ValueError(
+                f"{layer.weight!r} took no part in this forward pass, or none with a gradient"
+            )
     names = {name for block in blocks if _is_in_weights(block, calls) for name in block.tensors}
     graph = _Graph.of(names, terms, calls, count, num_samples, kept)
     return [graph.block(block) for block in blocks]
@@ -152,8 +154,6 @@ class _Graph:
         """One backward pass."""
         seen = [call for call in calls if isinstance(call, Call)]
         edges = [call.edge for call in seen]
-        if None in edges:
-            raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
         leaves = {
             name: leaf for call in calls for name, leaf in call.leaves.items() if name in names
         }

@@ -69,7 +69,7 @@ class InOutputs:
     def times(self, vectors: Tensor) -> Tensor:
         """H v for vectors [N, *Γ, B, S, O]."""
         edges = [call.edge for call in self.calls]
-        found = products(self.gradient, edges, vectors)  # type: ignore[arg-type]  # None was refused before
+        found = products(self.gradient, edges, vectors)
         return torch.stack([
             _arranged(self.calls, [None if part is None else part[number] for part in found],
                       self.count, self.kept)

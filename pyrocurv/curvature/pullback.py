@@ -20,6 +20,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.distributions import Distribution, Independent, Normal
 
 from pyrocurv.layers import Layer
@@ -140,15 +141,11 @@ class Opaque:
         """Ones [count, 1, 1]."""
         return self.tensor.new_ones(count, 1, 1)
 
-    def gradients(self, scalar: Tensor, count: int) -> Tensor:
-        """The gradients of the first `count` examples, [count, 1, P]."""
-        rows = []
-        for example in scalar[:count]:
-            (gradient,) = torch.autograd.grad(
-                example.sum(), [self.tensor], retain_graph=True, materialize_grads=True
-            )
-            rows.append(gradient.reshape(1, -1))
-        return torch.stack(rows)
+    def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
+        """Those of `count` examples [count, P] as [count, 1, P]; None is zero."""
+        if gradient is None:
+            gradient = self.tensor.new_zeros(count, self.tensor.numel())
+        return gradient.reshape(count, 1, -1)
 
 
 def pullback(
@@ -159,22 +156,38 @@ def pullback(
 
     The graph is kept; nobody's `.grad` is touched.
     """
-    seen = [call for call in calls if isinstance(call, Call)]
-    edges = [call.edge for call in seen]
-    if None in edges:
-        raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
+    edges = [call.edge for call in calls if isinstance(call, Call)]
+    tensors = [call.tensor for call in calls if isinstance(call, Opaque)]
     pulled: dict[int, list[Tensor]] = {id(call): [] for call in calls}
-    for term in terms:
-        for scalar in VECTORS[kind](term, num_samples):
-            total = scalar[:count].sum() if scalar.dim() else scalar
-            if not total.requires_grad:
-                continue
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                total, edges, retain_graph=True, allow_unused=True  # type: ignore[arg-type]  # the stubs know no gradient edges
-            ) if edges else ()
-            for call, gradient in zip(seen, found, strict=True):
-                pulled[id(call)].append(call.gradients(gradient, count))
-            for one in calls:
-                if isinstance(one, Opaque):
-                    pulled[id(one)].append(one.gradients(scalar, count))
-    return [torch.stack(pulled[id(call)]) for call in calls]
+    for scalar in (one for term in terms for one in VECTORS[kind](term, num_samples)):
+        if not scalar.requires_grad:
+            continue
+        onto_edges = _at_once(scalar, edges, count)
+        onto_tensors = _one_by_one(scalar, tensors, count)
+        for call in calls:
+            gradient = next(onto_edges if isinstance(call, Call) else onto_tensors)
+            pulled[id(call)].append(call.gradients(gradient, count))
+    return [torch.stack(pulled.pop(id(call)) or [call.gradients(None, count)]) for call in calls]
+
+
+def _at_once(
+    scalar: Tensor, edges: Sequence[GradientEdge], count: int
+) -> Iterator[Tensor | None]:
+    """Gradients whose rows are those of the examples."""
+    total = scalar[:count].sum() if scalar.dim() else scalar
+    yield from torch.autograd.grad(
+        total, edges, retain_graph=True, allow_unused=True
+    ) if edges else ()
+
+
+def _one_by_one(scalar: Tensor, tensors: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """The gradients [count, P] of each example."""
+    if not tensors:
+        return
+    if not scalar.dim():
+        raise ValueError("weights that no supported op consumes need a density for each example")
+    rows = [
+        torch.autograd.grad(example.sum(), tensors, retain_graph=True, materialize_grads=True)
+        for example in scalar[:count]
+    ]
+    yield from (torch.stack([g.flatten() for g in each]) for each in zip(*rows, strict=True))

@@ -16,7 +16,11 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_median,
+    init_to_sample,
+)
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -48,7 +52,8 @@ class StructuredGuide(AutoGuide):
     Args:
         model: a Pyro model with an observed site; the weights are latents with normal priors.
         init_loc_fn: where the mean starts, site -> value; by default the network's own weights
-            (see `pyrocurv.nn.bayesianize`), or a sample from the prior.
+            (see `pyrocurv.nn.bayesianize`), or a sample from the prior; in models without a
+            network the prior's median.
         init_scale: standard deviation of each weight before any training. `NGVI` takes its first
             step at the mean and sets the scale from the curvature there.
         structure: for some layers another one than this guide's, {module type, or name with * and
@@ -87,7 +92,7 @@ class StructuredGuide(AutoGuide):
         if number:  # a name of its own in Pyro's parameter store
             self._pyro_name = f"{type(self).__name__}_{number}"
         self._base_model = (model,)
-        self._init_scale = init_scale
+        self._init_scale, self._starts_by_default = init_scale, init_loc_fn is init_to_network
         self._choice = structure
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
@@ -120,6 +125,8 @@ class StructuredGuide(AutoGuide):
             self._check_layout(plan.blocks)
         else:
             values = {name: site["value"].detach() for name, site in weights.items()}
+            if plan.latents and self._starts_by_default and not has_network(self._base_model[0]):
+                values = {name: init_to_median(site).detach() for name, site in weights.items()}
             values.update({n: one.transform.inv(values[n]) for n, one in plan.latents.items()})
             self._build(plan.blocks, values)
         self._event_dims = {name: site["fn"].event_dim for name, site in weights.items()}

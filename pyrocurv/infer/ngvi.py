@@ -32,6 +32,7 @@ from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, leaves, run_model
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
 from pyrocurv.infer.whole import Whole
+from pyrocurv.precision import Autocast, full_precision
 from pyrocurv.priors import BlockPrior, Source
 from pyrocurv.prototype import frozen_buffers, modules
 from pyrocurv.state import Carried, Noise, State
@@ -185,8 +186,9 @@ class NGVI:
         state, restore = state.to(like), snapshot(modules(self.model))
         try:
             validation = nullcontext() if first else pyro.validation_enabled(False)
-            with self._stream(like.device), validation, torch.enable_grad():
-                proposal, commit = self._propose(state, args, kwargs)
+            with (self._stream(like.device), validation, torch.enable_grad(),
+                  full_precision(like.device) as network):
+                proposal, commit = self._propose(state, network, args, kwargs)
                 self.optimizer.step(commit)
         except BaseException as error:
             restore()
@@ -216,14 +218,15 @@ class NGVI:
         return State(0, tuple(Carried() for _ in guide.blocks))
 
     def _propose_whole(
-        self, state: Whole, args: Any, kwargs: Any
+        self, state: Whole, network: Autocast, args: Any, kwargs: Any
     ) -> tuple[whole.Step, Callable[[], None]]:
         """The step of a model without a network, and what it then writes."""
         (family,) = self.guide.blocks
         number = self._whole_numbers()
 
         def run_at(real: Tensor) -> Run:
-            return run_model(self.model, self.guide, family.block.unpack(real), args, kwargs)
+            with network():
+                return run_model(self.model, self.guide, family.block.unpack(real), args, kwargs)
 
         def propose(at_once: bool) -> whole.Step:
             return whole.propose(state, family.block.kind == "diag", number, run_at, at_once)
@@ -263,11 +266,11 @@ class NGVI:
         )
 
     def _propose(
-        self, state: State | Whole, args: Any, kwargs: Any
+        self, state: State | Whole, network: Autocast, args: Any, kwargs: Any
     ) -> tuple[Proposal | whole.Step, Callable[[], None]]:
         """The step, and what it then writes into parameters."""
         if isinstance(state, Whole):
-            return self._propose_whole(state, args, kwargs)
+            return self._propose_whole(state, network, args, kwargs)
         families = self.guide.blocks
         due = any(
             engine.is_due(self.curvature, state.step, family.block, one)
@@ -277,7 +280,7 @@ class NGVI:
             family.raw_loc.detach() if one.iterate is None else one.iterate
             for family, one in zip(families, state.blocks, strict=True)
         ]
-        found = self._backward(state, locs, due, args, kwargs)
+        found = self._backward(state, locs, due, network, args, kwargs)
         proposal = engine.propose(
             found.state, locs, found.gradients, found.priors, found.loss, found.rest,
             found.numbers, self.average,
@@ -308,7 +311,8 @@ class NGVI:
         return proposal, commit
 
     def _backward(
-        self, state: State, locs: Sequence[Tensor], due: bool, args: Any, kwargs: Any
+        self, state: State, locs: Sequence[Tensor], due: bool, network: Autocast, args: Any,
+        kwargs: Any,
     ) -> _Found:
         """Run the model at sampled weights, and take from the graph all that is wanted of it."""
         carried, families = list(state.blocks), self.guide.blocks
@@ -324,7 +328,7 @@ class NGVI:
             noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = engine.around(blocks, locs, noise), due and particle == 0
             twice = watch and self.curvature.kind == "hessian"
-            with twice_differentiable() if twice else nullcontext():
+            with network(), twice_differentiable() if twice else nullcontext():
                 run = run_model(self.model, self.guide, leaves(sample), args, kwargs, watch)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
@@ -424,24 +428,27 @@ class NGVI:
         families = self.guide.blocks
         blocks = [family.block for family in families]
         locs = [family.raw_loc.detach() for family in families]
-        precisions = [family.precision() for family in families]
         is_whole = isinstance(self._state or self._first(), Whole)
         samples = self._whole_numbers().samples if is_whole else self.num_particles
         used: list[Noise | None] = [None] * len(locs)
         losses = []
-        for _ in range(samples):
-            noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
-            sample = engine.around(blocks, locs, noise)
-            with frozen_buffers(self.model), torch.set_grad_enabled(self.temperature == "auto"):
-                run = run_model(self.model, self.guide, leaves(sample), args, kwargs)
-                heat = self._heat(run)  # by a rule that asks the graph what the data are
-            if is_whole:
-                assert noise is not None
-                losses.append(run.joint(heat) + heat * whole.log_q(precisions[0], noise[0].square))
-                continue
-            priors = self._read_priors(run)
-            divergence = engine.divergence(blocks, sample, noise, precisions, priors)
-            losses.append(run.energy(heat) + heat * divergence)
+        with full_precision(locs[0].device) as network:
+            precisions = [family.precision() for family in families]
+            for _ in range(samples):
+                noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
+                sample = engine.around(blocks, locs, noise)
+                asked = torch.set_grad_enabled(self.temperature == "auto")
+                with network(), frozen_buffers(self.model), asked:
+                    run = run_model(self.model, self.guide, leaves(sample), args, kwargs)
+                    heat = self._heat(run)  # by a rule that asks the graph what the data are
+                if is_whole:
+                    assert noise is not None
+                    log_q = whole.log_q(precisions[0], noise[0].square)
+                    losses.append(run.joint(heat) + heat * log_q)
+                    continue
+                priors = self._read_priors(run)
+                divergence = engine.divergence(blocks, sample, noise, precisions, priors)
+                losses.append(run.energy(heat) + heat * divergence)
         return float(torch.stack(losses).mean())
 
     def update_counts(self) -> dict[str, Updates]:

@@ -21,7 +21,7 @@ class Layer:
         columns  [Γ·I, O, *kernel]  x @ w, embeddings, transposed convolutions: turned around
         units    [...]              the scales of norm layers: a group for each, O = I = 1
         vector   [...]              a bias alone: I = 1
-        opaque   [...]              what no supported op consumes: I = 1
+        opaque   [...]              what no supported op consumes, or not by examples: I = 1
     """
 
     weight: str

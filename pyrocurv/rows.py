@@ -1,0 +1,51 @@
+"""Whether the rows of what a layer reads are the examples, as curvature by rows takes them to be.
+
+They are not where a network makes weights of its own from a code, looks up positions, or has the
+sequence first; the number of rows tells, and where it is that of the examples by chance, gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyrocurv.uses import Call
+
+
+def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str, str]:
+    """{name: why} of the tensors of layers that do not see `count` examples, one a row.
+
+    A number `said` [B] of each example, its log density or one of its outputs, is pulled back, the
+    even examples' and then the odd ones': neither may reach a row of the others. Batch norm in
+    training mode joins the rows of right layers too: there it is None, and the rows are counted.
+    """
+    found: dict[str, str] = {}
+    fitting = []
+    for call in calls:
+        if call.batch == count:
+            fitting.append(call)
+        else:
+            found |= _named(call, f"{call.batch} rows where there are {count} examples")
+    if said is None or said.dim() == 0 or count < 2:
+        return found
+    for parity in (0, 1):
+        for call, gradient in _pulled(fitting, said[parity::2].sum()):
+            others = call.gradients(gradient, count).movedim(-3, 0)[1 - parity :: 2]
+            if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
+                found |= _named(call, "rows that reach more than their own example")
+    return found
+
+
+def _pulled(calls: Sequence[Call], total: Tensor) -> list[tuple[Call, Tensor]]:
+    """The calls that the total hangs on, with its gradient onto their outputs."""
+    if not calls or not total.requires_grad:
+        return []
+    edges = [call.edge for call in calls]
+    found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+    return [(call, g) for call, g in zip(calls, found, strict=True) if g is not None]
+
+
+def _named(call: Call, why: str) -> dict[str, str]:
+    return dict.fromkeys(call.layer.tensors, f"{why}: the batch is not its input's first axis")
