@@ -6,9 +6,7 @@ weights, and lays out a Gaussian for each block of them. What is left goes to a 
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -24,6 +22,7 @@ from pyrocurv.blocks import Block, positions
 from pyrocurv.choice import Choice
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
+from pyrocurv.guides import identity
 from pyrocurv.guides.leftout import rest_of
 from pyrocurv.guides.plan import Plan
 from pyrocurv.guides.table import table
@@ -31,8 +30,6 @@ from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
 from pyrocurv.structures import BlockDiagonal
-
-_instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def init_to_network(site: Site) -> Tensor:
@@ -81,14 +78,14 @@ class StructuredGuide(AutoGuide):
         if not init_scale > 0:
             raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
-        number = next(_instances[type(self).__name__])
-        if number:  # a name of its own in Pyro's parameter store
-            self._pyro_name = f"{type(self).__name__}_{number}"
+        identity.take_a_name(self)
+        self.register_load_state_dict_post_hook(identity.forget)
         self._base_model = (model,)
-        self._init_scale = init_scale
+        self._init_loc_fn, self._init_scale = init_loc_fn, init_scale
         self._choice = structure
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
+        self._loaded_rest: tuple[str, ...] = ()  # fallback sites of a state that was loaded
         self._priors: list[Prior] = []
         self.sites: dict[str, tuple[int, ...]] = {}
         self.fallback_sites: tuple[str, ...] = ()
@@ -104,7 +101,8 @@ class StructuredGuide(AutoGuide):
                 f"make a new one, {type(self).__name__}(model)"
             )
         partial = self.master is not None
-        found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs)
+        known = {*self.sites, *self._loaded_rest}
+        found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs, known)
         plan = Plan.of(
             found, self._choice, self.structure, named_modules(self._base_model[0])
         )
@@ -304,13 +302,28 @@ class StructuredGuide(AutoGuide):
     # ---- saving ---------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_base_model": None, "master": None}
+        modules = identity.without_models(self._modules)
+        left = dict.fromkeys(("master", "_model", *identity.LEFT_BEHIND))
+        return {**self.__dict__, **left, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if identity.is_by_itself(self):
+            identity.take_a_name(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredGuide:
+        return identity.copied(self, memo)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        with identity.followed_by_the_store(self):
+            return super()._apply(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The layout, in plain values, so that a fresh guide can be loaded without data."""
         sites = {name: list(shape) for name, shape in self.sites.items()}
         blocks = [family.block.state() for family in self.blocks]
-        return {"structure": self.structure, "blocks": blocks, "sites": sites}
+        rest = list(self.fallback_sites or self._loaded_rest)
+        return {"structure": self.structure, "blocks": blocks, "sites": sites, "fallback": rest}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Used by `load_state_dict`; the work is done before, in `_load_from_state_dict`."""
@@ -333,6 +346,7 @@ class StructuredGuide(AutoGuide):
             self._build(plan, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
         if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
             start = prefix + "fallback."
+            self._loaded_rest = tuple((layout or {}).get("fallback", ()))
             for key in [key for key in state_dict if key.startswith(start)]:
                 self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
