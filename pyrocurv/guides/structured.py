@@ -23,7 +23,8 @@ from pyrocurv.choice import Choice
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
 from pyrocurv.guides import identity
-from pyrocurv.guides.leftout import rest_of
+from pyrocurv.guides.leftout import Start, rest_of
+from pyrocurv.guides.particles import check_particles
 from pyrocurv.guides.plan import Plan
 from pyrocurv.guides.table import table
 from pyrocurv.notice import notice
@@ -44,7 +45,8 @@ class StructuredGuide(AutoGuide):
     Args:
         model: a Pyro model with an observed site; the weights are latents with normal priors.
         init_loc_fn: where the mean starts, site -> value; by default the network's own weights
-            (see `pyrocurv.nn.bayesianize`), or a sample from the prior.
+            (see `pyrocurv.nn.bayesianize`), or a sample from the prior, and the fallback guide's
+            own start for its latents.
         init_scale: standard deviation of each weight before any training. `NGVI` takes its first
             step at the mean and sets the scale from the curvature there.
         structure: for some layers another one than this guide's, {module type, or name with * and
@@ -145,11 +147,13 @@ class StructuredGuide(AutoGuide):
         if not self.fallback_sites:
             return
         model = self._base_model[0]
+        if self._init_loc_fn is not init_to_network:
+            model = Start(self._init_loc_fn)(model)
         values = {name: found.latents[name]["value"] for name in plan.left_out}
         self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
-        self._create_plates(*args, **kwargs)
-        with torch.no_grad(), frozen_buffers(model):
-            poutine.block(self.fallback)(*args, **kwargs)
+        with torch.no_grad(), frozen_buffers(model), poutine.block():
+            self._create_plates(*args, **kwargs)
+            self.fallback(*args, **kwargs)
         if self._fallback_state:
             self.fallback.load_state_dict(self._fallback_state)
             self._fallback_state = {}
@@ -169,6 +173,8 @@ class StructuredGuide(AutoGuide):
             packed = pyro.sample(
                 f"_{self._pyro_name}_{number}", family.distribution(), infer={"is_auxiliary": True}
             )
+            if packed.dim() > 1:
+                check_particles(self.sites, named_modules(self.model))
             values.update(family.block.unpack(packed))
         result = {
             name: pyro.sample(name, dist.Delta(values[name], event_dim=self._event_dims[name]))

@@ -109,8 +109,7 @@ def run_model(
     }
     values, fallback = dict(weights), None
     if guide.fallback_sites:
-        guide._create_plates(*args, **kwargs)
-        fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
+        fallback = poutine.trace(_sample_rest).get_trace(guide, *args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
     own = {
@@ -124,6 +123,12 @@ def run_model(
     others = {n: p for n, p in replay.params.items() if p.requires_grad}
     params = _once({**own, **others})
     return Run(weights, replay, fallback, capture, own, params, _params(guide, fallback))
+
+
+def _sample_rest(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:
+    """The fallback latents, and which data the plates draw, for the model to follow."""
+    guide._create_plates(*args, **kwargs)
+    guide.fallback(*args, **kwargs)
 
 
 def _once(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
