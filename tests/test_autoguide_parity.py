@@ -532,6 +532,33 @@ def test_natural_gradients_subsample_model_and_guide_alike(structure: str) -> No
 
 
 @each
+def test_data_that_the_model_chose_are_asked_of_the_guide(structure: str) -> None:
+    """Pyro puts the guide's rows in place of the model's, without a word."""
+
+    def model(x: Tensor, y: Tensor, rows: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(1, 3), 1.0).to_event(2))
+        with pyro.plate("batch", 40, subsample=rows):
+            shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+            mean = nn.functional.linear(x, w)[:, 0] + shift
+            pyro.sample("obs", dist.Normal(mean, 0.1), obs=y)
+
+    def create_plates(x: Tensor, y: Tensor, rows: Tensor) -> pyro.plate:
+        return pyro.plate("batch", 40, subsample=rows)
+
+    x, y = line(40)
+    batches = [(x[rows], y[rows], rows) for rows in torch.randperm(40).split(15)]
+    guide = GUIDES[structure](model)
+    ngvi = NGVI(model, guide)
+    guide(*batches[0])
+    if guide.fallback_sites:
+        with pytest.raises(ValueError, match="'batch' is over data that the model .*create_pl"):
+            ngvi.step(*batches[0])
+    ngvi = NGVI(model, GUIDES[structure](model, create_plates=create_plates))
+    assert all(math.isfinite(ngvi.step(*batch)) for batch in batches)
+    assert ngvi.guide.median()["shift"].shape == (40,)
+
+
+@each
 @pytest.mark.parametrize("start", [None, init_to_mean, init_to_median])
 def test_subsample_of_the_guide(structure: str, start: Callable[[Any], Tensor] | None) -> None:
     """The state-space model of Pyro's tutorial on guides, in mini-batches by `create_plates`."""

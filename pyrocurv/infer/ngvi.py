@@ -25,7 +25,8 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
-from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides import MixtureGuide, StructuredGuide
+from pyrocurv.guides.mixture import TRAINED
 from pyrocurv.infer.numbers import NaturalGradient, check_positive
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
@@ -127,6 +128,8 @@ class NGVI:
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
+        if isinstance(guide, MixtureGuide):
+            raise TypeError(TRAINED)
         if not isinstance(guide, StructuredGuide):
             raise TypeError(
                 "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
