@@ -257,6 +257,22 @@ def test_a_loaded_guide_of_points_and_frozen_weights_predicts_without_data() -> 
     assert same(medians(fresh), medians(ngvi.guide))
 
 
+def test_a_list_of_loaded_guides_predicts_without_data() -> None:
+    model, data = regressor(noise=None), regression_data()
+
+    def make() -> AutoGuideList:
+        guide = AutoGuideList(model)
+        guide.append(KFACGuide(poutine.block(model, hide=["sigma"])))
+        guide.append(KFACGuide(poutine.block(model, expose=["sigma"])))
+        return guide
+
+    guide, fresh = make(), make()
+    guide(*data)
+    fresh.load_state_dict(through_a_file(guide.state_dict()))
+    assert Predictive(model, guide=fresh, num_samples=3)(inputs(7))["obs"].shape == (3, 7, 2)
+    assert same(fresh.median(), guide.median())
+
+
 def test_a_loaded_guide_saved_again_before_its_first_call() -> None:
     ngvi, _ = with_sigma("kfac")
     one, two = KFACGuide(ngvi.model), KFACGuide(ngvi.model)
