@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +104,8 @@ def still_frozen(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
 
 
 def inspect(
-    model: Callable[..., Any], hide: Callable[[Any], bool], partial: bool, args: Any, kwargs: Any
+    model: Callable[..., Any], hide: Callable[[Any], bool], partial: bool, args: Any, kwargs: Any,
+    known: Collection[str] = (),
 ) -> Prototype:
     """Run the model once, and once more with gradients at its weights, and look.
 
@@ -112,6 +113,8 @@ def inspect(
         model: with initial values set (`InitMessenger`).
         hide: which messages no guide is for.
         partial: a guide for some of the sites only, beside others.
+        known: the latents, of a guide loaded from a state; where nothing is observed, whatever else
+            there is are data.
 
     Raises:
         ValueError: no observed site, no latent, or a discrete one.
@@ -121,8 +124,11 @@ def inspect(
         trace = poutine.block(poutine.trace(poutine.block(watch(model), hide)).get_trace)(
             *args, **kwargs
         )
+    if known and not watch.observed:
+        for name in trace.nodes.keys() - known - {"_INPUT", "_RETURN"}:
+            trace.remove_node(name)
     latents = dict(trace.iter_stochastic_nodes())
-    if not watch.observed and not partial and not _unwrapped(model)[1]:
+    if not watch.observed and not known and not partial and not _unwrapped(model)[1]:
         raise ValueError(
             "the model has no observed site in this call, its latents are "
             f"{', '.join(latents) or 'none'}: were the data left out?"

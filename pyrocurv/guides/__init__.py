@@ -1,9 +1,10 @@
 """Pyro guides over network weights with a structured Gaussian posterior."""
 
 from pyrocurv.guides.kinds import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
+from pyrocurv.guides.mixture import MixtureGuide
 from pyrocurv.guides.structured import StructuredGuide, init_to_network
 
 __all__ = [
-    "BlockGuide", "DiagonalGuide", "EKFACGuide", "FullGuide", "KFACGuide", "StructuredGuide",
-    "init_to_network",
+    "BlockGuide", "DiagonalGuide", "EKFACGuide", "FullGuide", "KFACGuide", "MixtureGuide",
+    "StructuredGuide", "init_to_network",
 ]

@@ -6,9 +6,7 @@ weights, and lays out a Gaussian for each block of them. What is left goes to a 
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -28,16 +26,16 @@ from pyrocurv.blocks import Block, positions
 from pyrocurv.choice import Choice
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import FAMILIES
-from pyrocurv.guides.leftout import rest_of
+from pyrocurv.guides import identity
+from pyrocurv.guides.leftout import Start, rest_of
+from pyrocurv.guides.particles import check_particles
 from pyrocurv.guides.plan import Plan
 from pyrocurv.guides.table import table
-from pyrocurv.guides.unconstrained import Latent, has_network
+from pyrocurv.guides.unconstrained import Latent, has_network, is_local
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
 from pyrocurv.structures import BlockDiagonal
-
-_instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def init_to_network(site: Site) -> Tensor:
@@ -52,8 +50,8 @@ class StructuredGuide(AutoGuide):
     Args:
         model: a Pyro model with an observed site; the weights are latents with normal priors.
         init_loc_fn: where the mean starts, site -> value; by default the network's own weights
-            (see `pyrocurv.nn.bayesianize`), or a sample from the prior; in models without a
-            network the prior's median.
+            (see `pyrocurv.nn.bayesianize`), or a sample from the prior, and the fallback guide's
+            own start for its latents; in models without a network the prior's median.
         init_scale: standard deviation of each weight before any training. `NGVI` takes its first
             step at the mean and sets the scale from the curvature there.
         structure: for some layers another one than this guide's, {module type, or name with * and
@@ -88,14 +86,14 @@ class StructuredGuide(AutoGuide):
         if not init_scale > 0:
             raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
-        number = next(_instances[type(self).__name__])
-        if number:  # a name of its own in Pyro's parameter store
-            self._pyro_name = f"{type(self).__name__}_{number}"
+        identity.take_a_name(self)
+        self.register_load_state_dict_post_hook(identity.forget)
         self._base_model = (model,)
-        self._init_scale, self._starts_by_default = init_scale, init_loc_fn is init_to_network
+        self._init_loc_fn, self._init_scale = init_loc_fn, init_scale
         self._choice = structure
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
+        self._loaded_rest: tuple[str, ...] = ()  # fallback sites of a state that was loaded
         self.is_whole = False  # whether one block has all latents, as real vectors
         self._latents: dict[str, Latent] = {}
         self._priors: list[Prior] = []
@@ -113,11 +111,12 @@ class StructuredGuide(AutoGuide):
                 f"make a new one, {type(self).__name__}(model)"
             )
         partial = self.master is not None
-        found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs)
+        known = {*self.sites, *self._loaded_rest}
+        found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs, known)
         plan = Plan.of(
             found, self._choice, self.structure, named_modules(self._base_model[0])
         )
-        if self.is_whole or self._should_be_whole(plan):
+        if self.is_whole or self._should_be_whole(plan, found):
             plan = Plan.whole(found, self.structure)
         names = {name for block in plan.blocks for name in block.tensors}
         weights = {name: site for name, site in found.latents.items() if name in names}
@@ -125,7 +124,8 @@ class StructuredGuide(AutoGuide):
             self._check_layout(plan.blocks)
         else:
             values = {name: site["value"].detach() for name, site in weights.items()}
-            if plan.latents and self._starts_by_default and not has_network(self._base_model[0]):
+            untold = self._init_loc_fn is init_to_network and not has_network(self._base_model[0])
+            if plan.latents and untold:
                 values = {name: init_to_median(site).detach() for name, site in weights.items()}
             values.update({n: one.transform.inv(values[n]) for n, one in plan.latents.items()})
             self._build(plan.blocks, values)
@@ -145,10 +145,14 @@ class StructuredGuide(AutoGuide):
         if self.master is not None:
             self.master()._check_prototype(found.trace)
 
-    def _should_be_whole(self, plan: Plan) -> bool:
-        """Whether a model without a network has latents that no op consumes as weights."""
+    def _should_be_whole(self, plan: Plan, found: Prototype) -> bool:
+        """Whether a model without a network has latents that no op consumes as weights.
+
+        Local latents are the fallback's, which amortises or refuses them.
+        """
         may = self.may_be_whole and self._choice is None and not self.sites
-        return may and plan.is_short and not has_network(self._base_model[0])
+        whole = may and plan.is_short and not has_network(self._base_model[0])
+        return whole and not any(map(is_local, found.latents.values()))
 
     def _check_layout(self, blocks: Sequence[Block]) -> None:
         def layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:
@@ -168,11 +172,13 @@ class StructuredGuide(AutoGuide):
         if not self.fallback_sites:
             return
         model = self._base_model[0]
+        if self._init_loc_fn is not init_to_network:
+            model = Start(self._init_loc_fn)(model)
         values = {name: found.latents[name]["value"] for name in plan.left_out}
         self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
-        self._create_plates(*args, **kwargs)
-        with torch.no_grad(), frozen_buffers(model):
-            poutine.block(self.fallback)(*args, **kwargs)
+        with torch.no_grad(), frozen_buffers(model), poutine.block():
+            self._create_plates(*args, **kwargs)
+            self.fallback(*args, **kwargs)
         if self._fallback_state:
             self.fallback.load_state_dict(self._fallback_state)
             self._fallback_state = {}
@@ -192,6 +198,8 @@ class StructuredGuide(AutoGuide):
             packed = pyro.sample(
                 f"_{self._pyro_name}_{number}", family.distribution(), infer={"is_auxiliary": True}
             )
+            if packed.dim() > 1:
+                check_particles(self.sites, named_modules(self.model))
             values.update(family.block.unpack(packed))
         result = {
             name: self._latents[name].sample(name, values[name], self.plates) if self.is_whole
@@ -378,14 +386,30 @@ class StructuredGuide(AutoGuide):
     # ---- saving ---------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_base_model": None, "master": None}
+        modules = identity.without_models(self._modules)
+        left = dict.fromkeys(("master", "_model", *identity.LEFT_BEHIND))
+        return {**self.__dict__, **left, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if identity.is_by_itself(self):
+            identity.take_a_name(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredGuide:
+        return identity.copied(self, memo)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        with identity.followed_by_the_store(self):
+            return super()._apply(*args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The layout, in plain values, so that a fresh guide can be loaded without data."""
         sites = {name: list(shape) for name, shape in self.sites.items()}
         blocks = [family.block.state() for family in self.blocks]
+        rest = list(self.fallback_sites or self._loaded_rest)
         return {
-            "structure": self.structure, "blocks": blocks, "sites": sites, "is_whole": self.is_whole
+            "structure": self.structure, "blocks": blocks, "sites": sites, "fallback": rest,
+            "is_whole": self.is_whole,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -410,6 +434,7 @@ class StructuredGuide(AutoGuide):
             self.is_whole = layout["is_whole"]
         if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
             start = prefix + "fallback."
+            self._loaded_rest = tuple((layout or {}).get("fallback", ()))
             for key in [key for key in state_dict if key.startswith(start)]:
                 self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -29,6 +29,12 @@ def has_network(model: Callable[..., Any]) -> bool:
     return any(isinstance(module, NETWORKS) for module in modules(model))
 
 
+def is_local(site: Site) -> bool:
+    """Whether a latent is in a plate of which the model takes a part."""
+    frames = site["cond_indep_stack"]
+    return any(frame.full_size not in (None, frame.size) for frame in frames)
+
+
 @dataclass(frozen=True)
 class Latent:
     """A latent as the image of a real tensor."""
@@ -43,13 +49,18 @@ class Latent:
     def of(site: Site) -> Latent:
         """From a site of a trace; ValueError where a plate around it is subsampled."""
         frames = site["cond_indep_stack"]
-        for frame in frames:
-            if frame.full_size not in (None, frame.size):
-                raise ValueError(
-                    f"latent {site['name']!r} is in the subsampled plate {frame.name!r}: its size "
-                    "changes with the data; hide it, or do not subsample"
-                )
-        transform = biject_to(site["fn"].support)
+        if is_local(site):
+            raise ValueError(
+                f"latent {site['name']!r} is in a subsampled plate: its size changes with the "
+                "data; hide it, or do not subsample"
+            )
+        try:
+            transform = biject_to(site["fn"].support)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"latent {site['name']!r} has the support {site['fn'].support}, which no transform "
+                "maps real numbers to; reparametrise it, as ProjectedNormalReparam does a sphere"
+            ) from error
         shape = tuple(transform.inv(site["value"]).shape)
         names = tuple(frame.name for frame in frames)
         return Latent(transform, shape, site["fn"].event_dim, names, is_real(site))

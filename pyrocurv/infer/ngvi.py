@@ -25,7 +25,8 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
-from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides import MixtureGuide, StructuredGuide
+from pyrocurv.guides.mixture import TRAINED
 from pyrocurv.infer import whole
 from pyrocurv.infer.numbers import AUTO, NaturalGradient, check_positive, check_samples, chosen
 from pyrocurv.infer.rest import Rest
@@ -135,6 +136,8 @@ class NGVI:
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
+        if isinstance(guide, MixtureGuide):
+            raise TypeError(TRAINED)
         if not isinstance(guide, StructuredGuide):
             raise TypeError(
                 "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "

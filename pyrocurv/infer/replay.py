@@ -81,7 +81,8 @@ def _(likelihood: MaskedDistribution) -> Iterator[Tensor]:
 class Replay(Messenger):
     """Runs a model at `values` {site: tensor} and keeps what the model said.
 
-    Raises ValueError for a latent that `values` does not have.
+    Raises ValueError for a latent that `values` does not have, and for a plate over other data than
+    those that `values` has latents of.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -93,7 +94,14 @@ class Replay(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         value = self.values.get(msg["name"])
-        if value is not None and not (site_is_subsample(msg) and msg["value"] is not None):
+        if value is not None and site_is_subsample(msg) and msg["value"] is not None:
+            if not torch.equal(value, torch.as_tensor(msg["value"]).to(value.device)):
+                raise ValueError(
+                    f"plate {msg['name']!r} is over data that the model chose, and the guide drew "
+                    "its latents for others: give the guide `create_plates`, the same plate made "
+                    "from the arguments"
+                )
+        elif value is not None:
             msg["value"], msg["done"] = value, True
         elif not msg["is_observed"] and not site_is_subsample(msg):
             raise ValueError(

@@ -121,8 +121,7 @@ def run_model(
     values, log_volume = guide.image(weights)
     fallback = None
     if guide.fallback_sites:
-        guide._create_plates(*args, **kwargs)
-        fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
+        fallback = poutine.trace(_sample_rest).get_trace(guide, *args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
     own = {
@@ -137,6 +136,12 @@ def run_model(
     params = _once({**own, **others})
     theirs = _params(guide, fallback)
     return Run(weights, replay, fallback, capture, own, params, theirs, log_volume)
+
+
+def _sample_rest(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:
+    """The fallback latents, and which data the plates draw, for the model to follow."""
+    guide._create_plates(*args, **kwargs)
+    guide.fallback(*args, **kwargs)
 
 
 def _once(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
