@@ -38,6 +38,12 @@ def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str,
     return found
 
 
+def mixed(output: Tensor) -> Tensor:
+    """A number [B] that hangs on all outputs of an example; their plain sum may be constant."""
+    rows = output.reshape(len(output), -1)
+    return rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
+
+
 def _pulled(calls: Sequence[Call], total: Tensor) -> list[tuple[Call, Tensor]]:
     """The calls that the total hangs on, with its gradient onto their outputs."""
     if not calls or not total.requires_grad:

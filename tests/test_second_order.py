@@ -534,6 +534,58 @@ def test_frozen_parameters_stay() -> None:
     assert torch.equal(before, net[0].weight)
 
 
+class Coded(nn.Module):
+    """A weight that works on a code of 16 rows, as many as there are examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("code", torch.randn(16, 5))
+        self.make, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x @ self.make(self.code).mT / 4) @ self.code)
+
+
+def test_a_layer_that_does_not_see_the_examples_is_left_to_adam() -> None:
+    net = Coded()
+    with pytest.warns(UserWarning, match=r"make\.weight .*reach more than their own example"):
+        optimizer = SecondOrderOptimizer(net)
+        train(net, optimizer)
+    assert [list(b.tensors) for b in optimizer.layout.blocks] == [["head.weight", "head.bias"]]
+
+
+class Both(nn.Module):
+    """A mapping goes in, a mean and a log scale come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mean, self.log_scale = (
+            nn.Linear(4, 8), nn.Linear(3, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.a(batch["a"]) + self.b(batch["b"]))
+        return self.mean(hidden).squeeze(-1), self.log_scale(hidden).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "ggn"])
+def test_inputs_and_outputs_of_any_make(kind: str) -> None:
+    def normal(output: tuple[Tensor, Tensor]) -> torch.distributions.Normal:
+        return torch.distributions.Normal(output[0], output[1].exp())
+
+    net, batch = Both(), {"a": torch.randn(40, 4), "b": torch.randn(40, 3)}
+    optimizer = SecondOrderOptimizer(net, 0.1, likelihood=normal, curvature=kind)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = -normal(net(batch)).log_prob(batch["a"][:, 0]).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert len(optimizer.layout.blocks) == 4
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from pyrocurv.curvature.reduce import gather
 from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.precision import full_precision
-from pyrocurv.rows import misread
+from pyrocurv.rows import misread, mixed
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 from pyrocurv.uses import Call
@@ -137,7 +137,7 @@ def estimate(
     with torch.enable_grad(), full_precision(output.device):
         terms = [_term(density(_widened(output)), y, count)]
         whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
-        said = None if whole or capture.coupled else _mixed(output)
+        said = None if whole or capture.coupled else mixed(output)
         capture.missed |= misread(capture.calls, count, said)
         layers, calls = _with_opaque(capture, named, count)
         chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
@@ -157,12 +157,6 @@ def estimate(
 def _widened(output: Tensor) -> Tensor:
     """In single precision at least: the densities of half of it are too coarse."""
     return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def _mixed(output: Tensor) -> Tensor:
-    """A number [B] that hangs on all outputs of an example; their plain sum may be constant."""
-    rows = output.reshape(len(output), -1)
-    return rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
 
 
 def _term(likelihood: Distribution, y: Tensor, count: int) -> Observation:

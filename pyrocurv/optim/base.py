@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pyrocurv import engine
 from pyrocurv.blocks import Block, partition
@@ -22,16 +22,20 @@ from pyrocurv.curvature.pullback import Observation
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
-from pyrocurv.optim.likelihoods import check_likelihood, observation
+from pyrocurv.notice import notice
+from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, observation
 from pyrocurv.optim.rest import Rest
 from pyrocurv.optim.watching import Inputs, Pass, Watch, total
+from pyrocurv.precision import full_precision
 from pyrocurv.priors import BlockPrior
+from pyrocurv.rows import misread, mixed
 from pyrocurv.state import Carried, State
 from pyrocurv.stream import Stream
 from pyrocurv.uses import Call, apart
 
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[Group]
+Places = Mapping[str, tuple[nn.Parameter, Group]]  # {name: (parameter, its group)}
 COPIED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
     "has_finite_support",
@@ -133,7 +137,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _seen(
-        self, passes: Sequence[Pass], places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, passes: Sequence[Pass], places: Places
     ) -> Iterator[tuple[list[Observation], Layout, list[Call], int]]:
         """The likelihood, the layout and the layers' ops of a run on the passes' first examples."""
         device = next(iter(places.values()))[0].device
@@ -145,10 +149,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         watched: dict[str, Tensor] = {n: p for n, (p, _) in places.items() if p.requires_grad}
         twice = self.curvature.kind == "hessian"
         with (
-            self._stream(device), twice_differentiable() if twice else nullcontext(),
+            self._stream(device), full_precision(device),
+            twice_differentiable() if twice else nullcontext(),
             self._watch.again(inputs, watched) as (output, capture),
         ):
-            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
+            asked = gradients and self.curvature.kind in DATA_KINDS
+            gradient = torch.cat(gradients)[: inputs.batch] if asked else None
             term = observation(
                 self.likelihood, self._density, output, gradient, total(passes), inputs.batch
             )
@@ -156,11 +162,24 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             while isinstance(inner, torch.distributions.Independent):
                 inner = inner.base_dist
             self.has_finite_support = inner.has_enumerate_support
+            self._misread(capture, output, inputs.batch, places)
             layout, calls = self._met(capture, places)
             yield [term], layout, calls, inputs.batch
 
+    def _misread(self, capture: Capture, output: Any, count: int, places: Places) -> None:
+        """Have layers missed that do not see the examples as rows, where a layer is new."""
+        known = {name for block in self.layout.blocks for name in block.tensors}
+        if known >= {name for call in capture.calls for name in call.layer.tensors}:
+            return
+        heads = [
+            mixed(x) for x in tree_leaves(output)
+            if isinstance(x, Tensor) and x.requires_grad and x.shape[:1] == (count,)
+        ]
+        said = None if capture.coupled or not heads else torch.stack(heads).sum(0)
+        capture.missed |= misread(capture.calls, count, said)
+
     def _met(
-        self, capture: Capture, places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, capture: Capture, places: Places
     ) -> tuple[Layout, list[Call]]:
         """The layout with the layers of this pass, and their calls."""
         group = {name: id(group) for name, (_, group) in places.items()}
@@ -180,16 +199,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             ]
         if fresh:
             if missed := {n: why for n, why in capture.missed.items() if n not in known}:
-                warnings.warn(
+                notice(
                     f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
-                    f"consumed by no supported op: {self.without}", stacklevel=4,
+                    f"consumed by no supported op: {self.without}"
                 )
         layout = self._with_layers(fresh, places)
         held = {layer for block in layout.blocks for layer in block.layers}
         return layout, [call for call in calls if call.layer in held]
 
     def _with_layers(
-        self, fresh: Sequence[Layer], places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, fresh: Sequence[Layer], places: Places
     ) -> Layout:
         """The layout with more layers; those of two groups share no block."""
         layers = [*self.layout.layers, *fresh]
@@ -204,7 +223,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _estimated(
         self, carried: Sequence[Carried], passes: Sequence[Pass],
-        places: Mapping[str, tuple[nn.Parameter, Group]], share: float,
+        places: Places, share: float,
     ) -> tuple[Layout, list[Carried]]:
         """With one more estimate of what is due and took part."""
         with self._seen(passes, places) as (terms, layout, calls, rows):
@@ -225,12 +244,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return layout, every
 
     def _priors(
-        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, layout: Layout, places: Places
     ) -> list[BlockPrior]:
         raise NotImplementedError
 
     def _numbers(
-        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, layout: Layout, places: Places
     ) -> list[Numbers]:
         raise NotImplementedError
 
@@ -241,7 +260,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _move(
         self, layout: Layout, carried: Sequence[Carried],
-        places: Mapping[str, tuple[nn.Parameter, Group]], samples: int = 1,
+        places: Places, samples: int = 1,
     ) -> None:
         """Step from the parameters' gradients, the sum over so many samples."""
         priors, numbers = self._priors(layout, places), self._numbers(layout, places)
@@ -330,6 +349,6 @@ def copied(block: Block, values: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def write(block: Block, packed: Tensor, places: Mapping[str, tuple[Tensor, Group]]) -> None:
+def write(block: Block, packed: Tensor, places: Places) -> None:
     for name, value in block.views(packed).items():
         places[name][0].copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.spec import NOISE, as_curvature
 from pyrocurv.engine import Numbers
-from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params
+from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, Places
 from pyrocurv.priors import BlockPrior, Prior, Units
 
 
@@ -117,7 +117,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         return loss
 
     def _priors(
-        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, layout: Layout, places: Places
     ) -> list[BlockPrior]:
         result = []
         for block in layout.blocks:
@@ -127,7 +127,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         return result
 
     def _numbers(
-        self, layout: Layout, places: Mapping[str, tuple[nn.Parameter, Group]]
+        self, layout: Layout, places: Places
     ) -> list[Numbers]:
         return [
             Numbers.of(places[next(iter(block.tensors))][1], 1, 1) for block in layout.blocks

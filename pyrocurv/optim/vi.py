@@ -20,12 +20,10 @@ from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.spec import NOISE
 from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
-from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, copied, write
+from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, Places, copied, write
 from pyrocurv.optim.watching import Pass, total
 from pyrocurv.priors import NORMS, BlockPrior, Source, fan_in, kl
 from pyrocurv.state import Carried, Noise, State
-
-Places = Mapping[str, tuple[nn.Parameter, Group]]
 
 
 @dataclass(frozen=True, eq=False)
