@@ -48,16 +48,23 @@ class Runs:
 
 
 class _Once(Messenger):
-    """Sets sites to `values`, and keeps the sites that are wanted."""
+    """Sets sites to `values`, and keeps the sites that are wanted; handlers outside see nothing."""
 
     def __init__(self, values: Values, wanted: Callable[[str], bool]) -> None:
         super().__init__()
         self.given, self.wanted = values, wanted
         self.found = Runs({}, {}, 0)
 
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        msg["stop"] = True
+
     def _pyro_sample(self, msg: Any) -> None:
         value = self.given.get(msg["name"])
         if value is not None:
+            shape = _shape(msg["fn"])
+            if value.dim() > len(shape) and value.numel() == shape.numel():
+                value = value.reshape(shape)  # axes of 1 for plates that the site is not in
             msg["value"], msg["done"] = value, True
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -66,7 +73,7 @@ class _Once(Messenger):
         if site_is_subsample(msg):
             return
         name, fn, value = msg["name"], msg["fn"], msg["value"]
-        shape = fn.batch_shape + fn.event_shape if name in self.given else value.shape
+        shape = _shape(fn) if name in self.given else value.shape
         site = SiteShape(shape, len(fn.batch_shape), msg["is_observed"])
         self.keep(name, value, site)
 
@@ -80,6 +87,10 @@ class _Once(Messenger):
             result = program(*args, **kwargs)
         self.keep(RETURN, result, SiteShape(getattr(result, "shape", None)))
         return self.found
+
+
+def _shape(fn: Any) -> torch.Size:
+    return fn.batch_shape + fn.event_shape
 
 
 class _Largest(TorchFunctionMode):
@@ -115,6 +126,8 @@ class _Batched(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.clamp_:  # vmap knows it out of place only
             return args[0].copy_(torch.clamp(*args, **kwargs))
+        if func is torch.binomial:  # and this with both arguments of a batch
+            args = args[0] + 0 * args[1], args[1] + 0 * args[0]
         result = func(*args, **kwargs)
         if func in self.makers and result.is_floating_point():
             return result + 0 * torch.rand((), dtype=result.dtype, device=result.device)

@@ -30,6 +30,7 @@ from pyrocurv.guides.table import table
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
+from pyrocurv.repeated import Repeated
 from pyrocurv.structures import BlockDiagonal
 
 _instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -89,6 +90,7 @@ class StructuredGuide(AutoGuide):
         self._choice = structure
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
+        self._fallback_draws = Repeated()
         self._priors: list[Prior] = []
         self.sites: dict[str, tuple[int, ...]] = {}
         self.fallback_sites: tuple[str, ...] = ()
@@ -234,8 +236,8 @@ class StructuredGuide(AutoGuide):
         self._ready()
         samples = self._unpack([f.distribution().sample((n,)) for f in self.blocks])
         if self.fallback_sites:
-            draws = [poutine.block(self.fallback)() for _ in range(n)]
-            samples.update({s: torch.stack([d[s] for d in draws]) for s in self.fallback_sites})
+            draws = self._fallback_draws(self.fallback, {}, n, (), {}).values
+            samples.update({name: draws[name] for name in self.fallback_sites})
         return samples
 
     @torch.no_grad()

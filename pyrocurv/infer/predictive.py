@@ -156,9 +156,10 @@ class Predictive(pyro.infer.Predictive):
         moving = [part for part in parts if _moves(part)]
         if moving and not self._warned:
             self._warned = True
+            kind = type(moving[0]).__name__.removeprefix("Pyro")
             notice(
-                f"the model is in train() mode: {type(moving[0]).__name__} takes the statistics of "
-                "the batch. Call model.eval() before predicting"
+                f"the model is in train() mode: {kind} takes the statistics of the batch. Call "
+                "model.eval() before predicting"
             )
         restore = snapshot(moving)
         try:
