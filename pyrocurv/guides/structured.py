@@ -236,7 +236,8 @@ class StructuredGuide(AutoGuide):
         self._ready()
         samples = self._unpack([f.distribution().sample((n,)) for f in self.blocks])
         if self.fallback_sites:
-            draws = self._fallback_draws(self.fallback, {}, n, (), {}).values
+            fallback = poutine.mask(self.fallback, mask=False)  # no densities are needed
+            draws = self._fallback_draws(fallback, {}, n, (), {}).values
             samples.update({name: draws[name] for name in self.fallback_sites})
         return samples
 

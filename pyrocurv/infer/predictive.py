@@ -25,7 +25,7 @@ from pyrocurv.prototype import modules, still_frozen
 from pyrocurv.repeated import RETURN, Repeated, Runs, join, shapes_of
 from pyrocurv.stream import Stream
 
-NUMBERS = 1 << 26  # latents drawn together, in all samples
+NUMBERS = 1 << 22  # latents drawn together, in all samples: as few megabytes as are fast
 
 
 class Predictive(pyro.infer.Predictive):
@@ -115,7 +115,7 @@ class Predictive(pyro.infer.Predictive):
     # ---- draws ----------------------------------------------------------------------------------
 
     def _draws(self, args: Any, kwargs: Any) -> Iterator[tuple[Mapping[str, Tensor], int]]:
-        """Latents {site: [n, *shape]} with their n, S in all, in groups that memory holds."""
+        """Latents {site: [n, *shape]} with their n, S in all, in groups of small memory."""
         if self.guide is None:
             yield self.posterior_samples, self.num_samples
             return
