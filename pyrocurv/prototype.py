@@ -169,13 +169,13 @@ def _layers(
                 watch(model)(*args, **kwargs)
             plates = [site for site in watch.observed if site[2]]  # others are no examples
             terms = [(_rows(fn, y), fn.log_prob(y)) for fn, y, _ in plates or watch.observed]
-    terms = [(rows, log_prob) for rows, log_prob in terms if rows and log_prob.requires_grad]
-    if terms:
-        count = max(rows for rows, _ in terms)
-        densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
-                     if rows == count and log_prob.dim()]
-        said = None if capture.coupled or not densities else torch.stack(densities).sum(0)
-        capture.missed |= misread(capture.calls, count, said)
+        terms = [(rows, log_prob) for rows, log_prob in terms if rows and log_prob.requires_grad]
+        if terms:  # looked at before the buffers are put back, which the graph may need
+            count = max(rows for rows, _ in terms)
+            densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
+                         if rows == count and log_prob.dim()]
+            said = None if capture.coupled or not densities else torch.stack(densities).sum(0)
+            capture.missed |= misread(capture.calls, count, said)
     return capture.layers(), capture.missed
 
 

@@ -13,7 +13,7 @@ FLOORS = [
     {"structures", "layers", "specs", "precision", "buffers", "stream"},
     {"blocks", "uses"},
     {"capture", "choice", "priors", "rows"},
-    {"distributions", "natural", "prototype"},
+    {"distributions", "natural", "prototype", "repeated"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
     {"state"},

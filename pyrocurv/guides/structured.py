@@ -35,6 +35,7 @@ from pyrocurv.guides.unconstrained import Latent, has_network, is_local
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
 from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
+from pyrocurv.repeated import Repeated
 from pyrocurv.structures import BlockDiagonal
 
 
@@ -94,6 +95,7 @@ class StructuredGuide(AutoGuide):
         self._make_fallback = fallback
         self._fallback_state: dict[str, Any] = {}
         self._loaded_rest: tuple[str, ...] = ()  # fallback sites of a state that was loaded
+        self._fallback_draws = Repeated()
         self.is_whole = False  # whether one block has all latents, as real vectors
         self._latents: dict[str, Latent] = {}
         self._priors: list[Prior] = []
@@ -306,8 +308,9 @@ class StructuredGuide(AutoGuide):
         self._ready()
         samples = self._unpack([f.distribution().sample((n,)) for f in self.blocks])
         if self.fallback_sites:
-            draws = [poutine.block(self.fallback)() for _ in range(n)]
-            samples.update({s: torch.stack([d[s] for d in draws]) for s in self.fallback_sites})
+            fallback = poutine.mask(self.fallback, mask=False)  # no densities are needed
+            draws = self._fallback_draws(fallback, {}, n, (), {}).values
+            samples.update({name: draws[name] for name in self.fallback_sites})
         return samples
 
     @torch.no_grad()
