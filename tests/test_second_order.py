@@ -137,6 +137,21 @@ def test_a_step_is_that_of_the_curvature_estimated(
     torch.testing.assert_close(flat(net), start - wanted, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.usefixtures("double")
+def test_the_initial_curvature_fades_between_estimates_of_every_auto() -> None:
+    net = small()
+    optimizer = SecondOrderOptimizer(
+        net, 0.0, curvature=Curvature("ggn", every="auto", initial=10.0), structure="diag"
+    )
+    damped = []
+    for _ in range(45):
+        train(net, optimizer, 1)
+        metric = optimizer._state.blocks[0].metric
+        damped.append(metric.preconditioner.diag().min().item())  # type: ignore[union-attr]
+    for step in (0, 20, 40):
+        assert damped[step] == pytest.approx(10 * 0.99**step + 3e-3, abs=0.01)
+
+
 def test_sampled_targets_average_to_the_exact_fisher() -> None:
     net, (x, y) = nn.Linear(5, 3, bias=False), classes()
     exact = estimate(net, x, y, curvature="ggn", structure="full").dense() / 16

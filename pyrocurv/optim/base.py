@@ -243,14 +243,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             every[n] = one
         return layout, every
 
-    def _priors(
-        self, layout: Layout, places: Places
-    ) -> list[BlockPrior]:
+    def _aged(self, layout: Layout, places: Places, share: float) -> list[Carried]:
+        """On a step that takes no estimate: with the initial curvature as faint as it is now."""
+        carried = list(self._state.blocks)
+        if not self.curvature.fades(self._state.step):
+            return carried
+        priors, numbers = self._priors(layout, places), self._numbers(layout, places)
+        return engine.faded(self.curvature, self._state.step, carried, share, priors, numbers)
+
+    def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
         raise NotImplementedError
 
-    def _numbers(
-        self, layout: Layout, places: Places
-    ) -> list[Numbers]:
+    def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
         raise NotImplementedError
 
     without = ""  # what a parameter that no supported op consumes gets instead

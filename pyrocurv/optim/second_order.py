@@ -105,7 +105,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         passes, places = self._watch.take(), self._places()
-        layout, carried = self.layout, list(self._state.blocks)
+        layout, carried = self.layout, self._aged(self.layout, places, 0.0)
         if self._is_due() and any(one.inputs for one in passes):
             layout, carried = self._estimated(carried, passes, places, 0.0)
         if not layout.layers:

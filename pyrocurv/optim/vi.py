@@ -237,14 +237,10 @@ class VIOptimizer(CurvatureOptimizer):
         """One more sample, after its backward pass and with the parameters still at it."""
         old, blocks = self._samples, self.layout.blocks
         if old is None:
-            rows, layout, carried = total(passes), self.layout, list(self._state.blocks)
+            rows, layout = total(passes), self.layout
+            carried = self._aged(layout, places, rows / self._size)
             if self._is_due() and any(one.inputs for one in passes):
                 layout, carried = self._estimated(carried, passes, places, rows / self._size)
-            elif self.curvature.fades(self._state.step):
-                carried = engine.faded(
-                    self.curvature, self._state.step, carried, rows / self._size,
-                    self._priors(layout, places), self._numbers(layout, places),
-                )
             old = Samples(0, rows, layout, tuple(carried), (None,) * len(blocks))
         noises = [*mirror, *[None] * (len(old.carried) - len(mirror))]
         carried = [replace(one, noise=n) for one, n in zip(old.carried, noises, strict=True)]
