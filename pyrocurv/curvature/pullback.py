@@ -14,7 +14,7 @@ A vector is given as a scalar for each example, whose gradient it is: so masks, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -159,22 +159,29 @@ def pullback(
 
     The graph is kept; nobody's `.grad` is touched.
     """
+    scalars = (scalar for term in terms for scalar in VECTORS[kind](term, num_samples))
+    return pull(scalars, calls, count)
+
+
+def pull(
+    scalars: Iterable[Tensor], calls: Sequence[Call | Opaque], count: int
+) -> list[Tensor]:
+    """The same for K vectors that are given as scalars of each example, [B] or one for all."""
     seen = [call for call in calls if isinstance(call, Call)]
     edges = [call.edge for call in seen]
     if None in edges:
         raise RuntimeError("the forward pass ran without gradients: curvature needs its graph")
     pulled: dict[int, list[Tensor]] = {id(call): [] for call in calls}
-    for term in terms:
-        for scalar in VECTORS[kind](term, num_samples):
-            total = scalar[:count].sum() if scalar.dim() else scalar
-            if not total.requires_grad:
-                continue
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                total, edges, retain_graph=True, allow_unused=True  # type: ignore[arg-type]  # the stubs know no gradient edges
-            ) if edges else ()
-            for call, gradient in zip(seen, found, strict=True):
-                pulled[id(call)].append(call.gradients(gradient, count))
-            for one in calls:
-                if isinstance(one, Opaque):
-                    pulled[id(one)].append(one.gradients(scalar, count))
+    for scalar in scalars:
+        total = scalar[:count].sum() if scalar.dim() else scalar
+        if not total.requires_grad:
+            continue
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            total, edges, retain_graph=True, allow_unused=True  # type: ignore[arg-type]  # the stubs know no gradient edges
+        ) if edges else ()
+        for call, gradient in zip(seen, found, strict=True):
+            pulled[id(call)].append(call.gradients(gradient, count))
+        for one in calls:
+            if isinstance(one, Opaque):
+                pulled[id(one)].append(one.gradients(scalar, count))
     return [torch.stack(pulled[id(call)]) for call in calls]

@@ -1,5 +1,6 @@
-"""Inference: training a structured posterior by natural gradients."""
+"""Inference: natural-gradient training of a structured posterior, and Laplace approximations."""
 
+from pyrocurv.infer.laplace import Laplace
 from pyrocurv.infer.ngvi import NGVI
 
-__all__ = ["NGVI"]
+__all__ = ["NGVI", "Laplace"]

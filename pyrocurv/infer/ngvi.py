@@ -74,7 +74,9 @@ class NGVI:
             weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping.
-        num_particles: samples of the posterior a step, in antithetic pairs.
+        num_particles: samples of the posterior a step, in antithetic pairs. 0: none, all is taken
+            at the mean, which so goes to a mode of the log joint (at T = 1); the posterior there is
+            a Laplace approximation, for `Laplace(model, guide).predict(x)`, not for sampling.
         antithetic: use each noise a second time with its sign turned, also from step to step.
         average: keep a running average of mean and precision, of weight 4/(t+4), and let the guide
             be that average; training goes on from the iterate.
@@ -134,8 +136,8 @@ class NGVI:
             )
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles={num_particles!r}: a whole number from 1 is needed")
+        if not isinstance(num_particles, int) or num_particles < 0:
+            raise ValueError(f"num_particles={num_particles!r}: a whole number from 0 is needed")
         check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
@@ -157,7 +159,8 @@ class NGVI:
         """One step on a mini-batch; takes the model's arguments.
 
         Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the weights
-        sampled (what `SVI.step` returns). NaN for a step that was skipped.
+        sampled (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a step that was
+        skipped.
         """
         first = self._state is None
         if self.guide.prototype_trace is None:
@@ -166,6 +169,7 @@ class NGVI:
         state = self._state or State(0, tuple(Carried() for _ in self.guide.blocks))
         if not state.blocks:
             raise ValueError(f"{self.guide.emptiness}: use pyro.infer.SVI")
+        self._check_samples()
         if self._loaded is not None:
             check_layout(self._loaded, self._layout())
             self._loaded = None
@@ -176,6 +180,7 @@ class NGVI:
             with self._stream(like.device), validation, torch.enable_grad():
                 proposal, commit = self._propose(state, args, kwargs)
                 self.optimizer.step(commit)
+                self.guide.at_mode = self.num_particles == 0
         except BaseException as error:
             restore()
             if not isinstance(error, FloatingPointError):
@@ -243,8 +248,11 @@ class NGVI:
         gradients: list[Tensor] = []
         estimates: list[Tensor | None] = [None] * len(families)  # of opaque blocks' curvature
         rest: list[Tensor | None] = []
-        for particle in range(self.num_particles):
-            noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
+        runs = max(1, self.num_particles)
+        for particle in range(runs):
+            noise = None
+            if self.num_particles:
+                noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = engine.around(blocks, locs, noise), due and particle == 0
             twice = watch and self.curvature.kind == "hessian"
             with twice_differentiable() if twice else nullcontext():
@@ -261,7 +269,7 @@ class NGVI:
                 )
             params = [*run.model_params.values(), *run.guide_params.values()]
             found = torch.autograd.grad(
-                energy / (run.num_data * self.num_particles),
+                energy / (run.num_data * runs),
                 [*run.weights.values(), *params], allow_unused=True,
             )
             leaves = zip(run.weights.items(), found, strict=False)
@@ -288,13 +296,22 @@ class NGVI:
             self._numbers(run),
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
-        loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
+        loss, seen = loss / runs, replace(state, blocks=tuple(carried))
         return _Found(
             loss, gradients, rest, run.model_params, run.guide_params, run.own_params.keys(),
             self._numbers(run), priors, seen,
         )
 
     # ---- its parts ------------------------------------------------------------------------------
+
+    def _check_samples(self) -> None:
+        blocks = [family.block for family in self.guide.blocks]
+        blind = [block.name for block in blocks if engine.is_sensed(self.curvature, block)]
+        if blind and not self.num_particles:
+            raise ValueError(
+                f"num_particles=0, but the curvature of {', '.join(blind)} is known from samples "
+                'alone: leave them out (structure={...: "point"}) or take another curvature'
+            )
 
     def _heat(self, run: Run) -> float:
         """T, by the rule of "auto" if so asked."""
@@ -350,8 +367,10 @@ class NGVI:
         precisions = [family.precision() for family in families]
         used: list[Noise | None] = [None] * len(locs)
         losses = []
-        for _ in range(self.num_particles):
-            noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
+        for _ in range(max(1, self.num_particles)):
+            noise = None
+            if self.num_particles:
+                noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
             sample = engine.around(blocks, locs, noise)
             with frozen_buffers(self.model), torch.set_grad_enabled(self.temperature == "auto"):
                 run = run_model(self.model, self.guide, sample, args, kwargs)

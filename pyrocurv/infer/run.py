@@ -98,17 +98,19 @@ class Run:
 
 def run_model(
     model: Callable[..., Any], guide: StructuredGuide, sample: Sequence[Mapping[str, Tensor]],
-    args: Any, kwargs: Any, watch: bool = False,
+    args: Any, kwargs: Any, watch: bool = False, rest: Mapping[str, Tensor] | None = None,
 ) -> Run:
     """Run the model at weights for each of the guide's blocks; `watch` its ops for curvature.
+
+    The latents of the fallback guide are a sample from it, or the values in `rest`.
 
     Raises ValueError where nothing is observed, or a plate is smaller than the batch in it.
     """
     weights = {
         name: value.detach().requires_grad_() for part in sample for name, value in part.items()
     }
-    values, fallback = dict(weights), None
-    if guide.fallback_sites:
+    values, fallback = {**weights, **(rest or {})}, None
+    if guide.fallback_sites and rest is None:
         guide._create_plates(*args, **kwargs)
         fallback = poutine.trace(guide.fallback).get_trace(*args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
