@@ -31,8 +31,9 @@ def propagate(
     """
     rows = len(output)
     check_batch(calls, rows)
-    columns = output.reshape(rows, -1)
-    gradients = pull(columns.unbind(1), calls, rows)
+    with torch.enable_grad():
+        columns = output.reshape(rows, -1)
+        gradients = pull(columns.unbind(1), calls, rows)
     covariance = columns.new_zeros(rows, columns.shape[1], columns.shape[1]).detach()
     with torch.no_grad():
         for block, precision in zip(blocks, precisions, strict=True):

@@ -68,7 +68,7 @@ def predictive(likelihood: Distribution, event: int, covariance: Tensor) -> Dist
     """The predictive distribution for outputs of covariance S [B, M, M].
 
     `likelihood` is the innermost, at the mean of the weights; its last `event` batch axes are one
-    event.
+    event. Without gradients.
     """
     raise ValueError(f"predict() has no closed form for {type(likelihood).__name__}")
 
@@ -79,7 +79,7 @@ def _variance(like: Tensor, covariance: Tensor) -> Tensor:
 
 @predictive.register
 def _(likelihood: Normal, event: int, covariance: Tensor) -> Distribution:
-    loc, noise = likelihood.loc, likelihood.scale.square()
+    loc, noise = likelihood.loc.detach(), likelihood.scale.detach().square()
     if event == 1 and loc.dim() == 2:
         return dist.MultivariateNormal(loc, covariance + noise.diag_embed())
     return dist.Normal(loc, (_variance(loc, covariance) + noise).sqrt()).to_event(event)
@@ -87,13 +87,14 @@ def _(likelihood: Normal, event: int, covariance: Tensor) -> Distribution:
 
 @predictive.register
 def _(likelihood: Bernoulli, event: int, covariance: Tensor) -> Distribution:
-    logits = likelihood.logits
+    logits = likelihood.logits.detach()
     return dist.Bernoulli(logits=logits * _kappa(_variance(logits, covariance))).to_event(event)
 
 
 @predictive.register
 def _(likelihood: Categorical, event: int, covariance: Tensor) -> Distribution:
-    logits, classes = likelihood.logits, likelihood.logits.shape[-1]  # [B, *R, C]
+    logits = likelihood.logits.detach()  # [B, *R, C]
+    classes = logits.shape[-1]
     places = covariance.unflatten(-1, (-1, classes)).unflatten(-3, (-1, classes))
     places = places.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [B, R, C, C], of one place each
     places = places.reshape(*logits.shape, classes)
