@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrocurv.priors import NORMS, TRANSPOSED, as_normal, compact, fan_in
+from pyrocurv.prototype import named_modules
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -226,6 +227,21 @@ def _set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None
     for part, value in (("loc", loc), ("scale", scale), ("initial", initial)):
         module.register_buffer(f"_{name}_{part}", value.to(initial).clone(), persistent=False)
     setattr(module, name, PyroSample(_NormalPrior(name)))
+
+
+def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
+    """Multiply the standard deviation of a bayesianized weight's prior by a number.
+
+    False where the site is no weight that `bayesianize` gave a normal prior.
+    """
+    path, _, name = site.rpartition(".")
+    module = named_modules(model).get(path)
+    buffers: dict[str, Any] = {} if module is None else module._buffers
+    scale = buffers.get(f"_{name}_scale")
+    if scale is None:
+        return False
+    buffers[f"_{name}_scale"] = scale * factor.to(scale)
+    return True
 
 
 class Classifier(PyroModule):

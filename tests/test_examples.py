@@ -78,6 +78,18 @@ def test_smoke_of_the_others(name: str, options: list[str], first: str, tmp_path
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_smoke_of_regression_and_laplace(tmp_path: Path) -> None:
+    for name, first in (("regression", "path"), ("laplace", "method")):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py", "--smoke"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(first) and len(done.stdout.splitlines()) > 2
+    assert (tmp_path / "regression.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_second_order_without_its_data(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "second_order.py", "--dataset", "cifar10",

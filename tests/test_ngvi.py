@@ -1790,7 +1790,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "kl_clip": ({"kl_clip": 0.0}, ValueError, "kl_clip=0.0"),
     "momentum": ({"momentum": 1.0}, ValueError, "momentum=1.0"),
     "damping": ({"damping": -1e-3}, ValueError, "damping=-0.001"),
-    "num_particles": ({"num_particles": 0}, ValueError, "num_particles=0"),
+    "num_particles": ({"num_particles": -1}, ValueError, "num_particles=-1"),
     "half a particle": ({"num_particles": 1.5}, ValueError, "num_particles=1.5"),
     "optim": ({"optim": "adam"}, TypeError, "optim: a callable .* got 'adam'"),
 }

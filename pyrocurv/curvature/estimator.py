@@ -19,7 +19,7 @@ from pyrocurv.curvature import hessian, reduce
 from pyrocurv.curvature.clock import Clock, tick
 from pyrocurv.curvature.hessian import BlockHessian, Seen, hessians
 from pyrocurv.curvature.leading import Leading, mean_squares, product
-from pyrocurv.curvature.pullback import Observation, pullback
+from pyrocurv.curvature.pullback import Observation, Opaque, pullback
 from pyrocurv.curvature.reduce import check_batch, gather, only
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.priors import Units
@@ -96,12 +96,12 @@ def observe(
     layers = {layer for block in blocks for layer in block.layers}
     calls = [call for call in calls if call.layer in layers]
     check_batch(calls, rows)
-    kept = _kept(terms, count)
+    kept = unmasked(terms, count)
     fresh: list[tuple[Running, Clock | None]] = []
     if kept is not None and len(kept) == 0:
         return list(zip(_without(running), clocks, strict=True))
-    every = zip(blocks, running, clocks, units, _seen(spec, blocks, terms, calls, count, kept),
-                strict=True)
+    found = what_is_seen(spec, blocks, terms, calls, count, kept)
+    every = zip(blocks, running, clocks, units, found, strict=True)
     with torch.no_grad():
         for block, old, clock, unit, seen in every:
             number = 1 if old is None else old.count + 1
@@ -129,9 +129,9 @@ def nothing(block: Block, like: Tensor, units: tuple[Tensor, Tensor] | None) -> 
     return replace(update(None, block, pairs, 1, 0.0, True, units), count=0)
 
 
-def _seen(
-    spec: Curvature, blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call],
-    count: int, kept: Tensor | None,
+def what_is_seen(
+    spec: Curvature, blocks: Sequence[Block], terms: Sequence[Observation],
+    calls: Sequence[Call | Opaque], count: int, kept: Tensor | None,
 ) -> Iterable[Seen]:
     """What each block is estimated from."""
     if spec.kind == "hessian":
@@ -140,7 +140,7 @@ def _seen(
     return (only(gather(block, calls, gradients, count), kept) for block in blocks)
 
 
-def _kept(terms: Sequence[Observation], count: int) -> Tensor | None:
+def unmasked(terms: Sequence[Observation], count: int) -> Tensor | None:
     """The rows that no mask drops from all terms; None where all are kept."""
     masks = [torch.as_tensor(term.mask) for term in terms if term.mask is not None]
     if len(masks) < len(terms) or not all(mask.dim() for mask in masks):

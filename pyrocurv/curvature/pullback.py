@@ -14,7 +14,7 @@ A vector is given as a scalar for each example, whose gradient it is: so masks, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -156,10 +156,18 @@ def pullback(
 
     The graph is kept; nobody's `.grad` is touched.
     """
+    scalars = (scalar for term in terms for scalar in VECTORS[kind](term, num_samples))
+    return pull(scalars, calls, count)
+
+
+def pull(
+    scalars: Iterable[Tensor], calls: Sequence[Call | Opaque], count: int
+) -> list[Tensor]:
+    """The same for K vectors that are given as scalars of each example, [B] or one for all."""
     edges = [call.edge for call in calls if isinstance(call, Call)]
     tensors = [call.tensor for call in calls if isinstance(call, Opaque)]
     pulled: dict[int, list[Tensor]] = {id(call): [] for call in calls}
-    for scalar in (one for term in terms for one in VECTORS[kind](term, num_samples)):
+    for scalar in scalars:
         if not scalar.requires_grad:
             continue
         onto_edges = _at_once(scalar, edges, count)

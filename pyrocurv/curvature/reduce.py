@@ -115,7 +115,7 @@ def _jacobian(uses: Uses, vector: int) -> Tensor:
     return sum((pair.jacobian(vector) for pair in uses[1:]), uses[0].jacobian(vector))
 
 
-def _jacobians(pairs: Pairs) -> Iterator[Tensor]:
+def jacobians(pairs: Pairs) -> Iterator[Tensor]:
     """J of all examples [B, P], one vector after the other."""
     for vector in range(max(pair.vectors for uses in pairs for pair in uses)):
         parts = [_jacobian(uses, vector).flatten(1) for uses in pairs]
@@ -124,7 +124,7 @@ def _jacobians(pairs: Pairs) -> Iterator[Tensor]:
 
 def dense(pairs: Pairs) -> Dense:
     """C itself."""
-    return Dense(sum(jacobian.mT @ jacobian for jacobian in _jacobians(pairs)))  # type: ignore[arg-type]  # a sum of tensors, never 0
+    return Dense(sum(jacobian.mT @ jacobian for jacobian in jacobians(pairs)))  # type: ignore[arg-type]  # a sum of tensors, never 0
 
 
 def diagonal(pairs: Pairs) -> Diagonal:
@@ -137,7 +137,7 @@ def _squares(uses: Uses) -> Tensor:
     if _is_product(uses):  # the square of a product is the product of squares
         a, g = (part.squeeze(-2).square().sum(0) for part in (uses[0].a, uses[0].g))
         return (g.mT @ a).flatten()  # [*lead, B, O], [*lead, B, I]
-    return sum(jacobian.square().sum(0) for jacobian in _jacobians([uses]))  # type: ignore[return-value]  # the same
+    return sum(jacobian.square().sum(0) for jacobian in jacobians([uses]))  # type: ignore[return-value]  # the same
 
 
 def _is_product(uses: Uses) -> bool:

@@ -102,6 +102,8 @@ class StructuredGuide(AutoGuide):
         self.sites: dict[str, tuple[int, ...]] = {}
         self.fallback_sites: tuple[str, ...] = ()
         self._left_out: dict[str, str] = {}
+        self.at_mode = False  # the Gaussian is a Laplace approximation, not fitted by its samples
+        self._said_so = False
         self.blocks = PyroModule[nn.ModuleList]([])
 
     # ---- the first call -------------------------------------------------------------------------
@@ -194,6 +196,7 @@ class StructuredGuide(AutoGuide):
         """Sample all latents at Pyro sites of the model's names; the model's arguments."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self._warn_of_samples()
         self._create_plates(*args, **kwargs)
         values: dict[str, Tensor] = {}
         for number, family in enumerate(self.blocks):
@@ -248,6 +251,16 @@ class StructuredGuide(AutoGuide):
     def observe_priors(self, priors: Sequence[Prior]) -> None:
         """Remember the priors of the blocks' weights, for `kl`."""
         self._priors = list(priors)
+
+    def _warn_of_samples(self) -> None:
+        """Once, where the precision is the curvature at a mode."""
+        if self.at_mode and not self._said_so:
+            self._said_so = True
+            notice(
+                "sampling a Laplace approximation: its width is that of the network linearised at "
+                "the mode, and predictions of the network itself at samples of it are wrong by "
+                "far; pyrocurv.infer.Laplace(model, guide).predict(x) is what it is for"
+            )
 
     # ---- the posterior --------------------------------------------------------------------------
 
@@ -306,6 +319,7 @@ class StructuredGuide(AutoGuide):
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n draws of every latent, {site: [n, *shape]}."""
         self._ready()
+        self._warn_of_samples()
         samples = self._unpack([f.distribution().sample((n,)) for f in self.blocks])
         if self.fallback_sites:
             fallback = poutine.mask(self.fallback, mask=False)  # no densities are needed
@@ -412,7 +426,7 @@ class StructuredGuide(AutoGuide):
         rest = list(self.fallback_sites or self._loaded_rest)
         return {
             "structure": self.structure, "blocks": blocks, "sites": sites, "fallback": rest,
-            "is_whole": self.is_whole,
+            "is_whole": self.is_whole, "at_mode": self.at_mode,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -430,6 +444,7 @@ class StructuredGuide(AutoGuide):
                 f"the state is of a guide with structure {layout['structure']!r}, this one is "
                 f"{self.structure!r}"
             )
+        self.at_mode = bool(layout and layout.get("at_mode"))
         if layout and layout["blocks"] and not self.sites:
             plan = [Block.from_state(block) for block in layout["blocks"]]
             like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))

@@ -1,7 +1,8 @@
-"""Inference: training a structured posterior by natural gradients, and predicting with it."""
+"""Inference: natural-gradient training of a structured posterior, Laplace, and prediction."""
 
+from pyrocurv.infer.laplace import Laplace
 from pyrocurv.infer.mixture import train_mixture
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.predictive import Predictive
 
-__all__ = ["NGVI", "Predictive", "train_mixture"]
+__all__ = ["NGVI", "Laplace", "Predictive", "train_mixture"]

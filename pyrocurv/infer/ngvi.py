@@ -78,7 +78,9 @@ class NGVI:
             weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping.
-        num_particles: samples S of the posterior a step, in antithetic pairs.
+        num_particles: samples S of the posterior a step, in antithetic pairs. 0: none, all is taken
+            at the mean, which so goes to a mode of the log joint (at T = 1); the posterior there is
+            a Laplace approximation, for `Laplace(model, guide).predict(x)`, not for sampling.
         antithetic: use each noise a second time with its sign turned, also from step to step.
         average: keep a running average of mean and precision, of weight 4/(t+4), and let the guide
             be that average; training goes on from the iterate.
@@ -173,7 +175,8 @@ class NGVI:
         """One step on a mini-batch; takes the model's arguments.
 
         Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the weights
-        sampled (what `SVI.step` returns). NaN for a step that was skipped.
+        sampled (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a step that was
+        skipped.
         """
         first = self._state is None
         if self.guide.prototype_trace is None:
@@ -181,6 +184,7 @@ class NGVI:
                 poutine.block(self.guide)(*args, **kwargs)
         if not self.guide.blocks:
             raise ValueError(f"{self.guide.emptiness}: use pyro.infer.SVI")
+        self._check_samples()
         state = self._state or self._first()
         if self._loaded is not None:
             check_layout(self._loaded, self._layout())
@@ -193,6 +197,7 @@ class NGVI:
                   full_precision(like.device) as network):
                 proposal, commit = self._propose(state, network, args, kwargs)
                 self.optimizer.step(commit)
+                self.guide.at_mode = self.num_particles == 0
         except BaseException as error:
             restore()
             if not isinstance(error, FloatingPointError):
@@ -327,8 +332,11 @@ class NGVI:
         gradients: list[Tensor] = []
         estimates: list[Tensor | None] = [None] * len(families)  # of opaque blocks' curvature
         rest: list[Tensor | None] = []
-        for particle in range(self.num_particles):
-            noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
+        runs = max(1, self.num_particles)
+        for particle in range(runs):
+            noise = None
+            if self.num_particles:
+                noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
             sample, watch = engine.around(blocks, locs, noise), due and particle == 0
             twice = watch and self.curvature.kind == "hessian"
             with network(), twice_differentiable() if twice else nullcontext():
@@ -345,7 +353,7 @@ class NGVI:
                 )
             params = [*run.model_params.values(), *run.guide_params.values()]
             found = torch.autograd.grad(
-                energy / (run.num_data * self.num_particles),
+                energy / (run.num_data * runs),
                 [*run.weights.values(), *params], allow_unused=True,
             )
             slopes = zip(run.weights.items(), found, strict=False)
@@ -372,13 +380,22 @@ class NGVI:
             self._numbers(run),
         )
         carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
-        loss, seen = loss / self.num_particles, replace(state, blocks=tuple(carried))
+        loss, seen = loss / runs, replace(state, blocks=tuple(carried))
         return _Found(
             loss, gradients, rest, run.model_params, run.guide_params, run.own_params.keys(),
             self._numbers(run), priors, seen,
         )
 
     # ---- its parts ------------------------------------------------------------------------------
+
+    def _check_samples(self) -> None:
+        blocks = [family.block for family in self.guide.blocks]
+        blind = [block.name for block in blocks if engine.is_sensed(self.curvature, block)]
+        if blind and not self.num_particles:
+            raise ValueError(
+                f"num_particles=0, but the curvature of {', '.join(blind)} is known from samples "
+                'alone: leave them out (structure={...: "point"}) or take another curvature'
+            )
 
     def _heat(self, run: Run) -> float:
         """T, by the rule of "auto" if so asked."""
@@ -437,17 +454,18 @@ class NGVI:
         losses = []
         with full_precision(locs[0].device) as network:
             precisions = [family.precision() for family in families]
-            for _ in range(samples):
-                noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
+            for _ in range(max(1, samples)):
+                noise = None
+                if samples:
+                    noise, used = engine.draw(precisions, used, locs[0], self.antithetic)
                 sample = engine.around(blocks, locs, noise)
                 asked = torch.set_grad_enabled(self.temperature == "auto")
                 with network(), frozen_buffers(self.model), asked:
                     run = run_model(self.model, self.guide, leaves(sample), args, kwargs)
                     heat = self._heat(run)  # by a rule that asks the graph what the data are
                 if is_whole:
-                    assert noise is not None
-                    log_q = whole.log_q(precisions[0], noise[0].square)
-                    losses.append(run.joint(heat) + heat * log_q)
+                    square = noise[0].square if noise else locs[0].new_zeros(())
+                    losses.append(run.joint(heat) + heat * whole.log_q(precisions[0], square))
                     continue
                 priors = self._read_priors(run)
                 divergence = engine.divergence(blocks, sample, noise, precisions, priors)

@@ -52,9 +52,9 @@ def chosen(numbers: dict[str, Any], is_whole: bool) -> dict[str, Any]:
 
 def check_samples(number: Any) -> int | str:
     """Raises ValueError for what is neither "auto" nor a number of samples."""
-    whole = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+    whole = isinstance(number, int) and not isinstance(number, bool) and number >= 0
     if not whole and number != AUTO:
-        raise ValueError(f"num_particles={number!r}: a whole number from 1 is needed")
+        raise ValueError(f"num_particles={number!r}: a whole number from 0 is needed")
     return number
 
 

@@ -112,15 +112,17 @@ def leaves(sample: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def run_model(
     model: Callable[..., Any], guide: StructuredGuide, weights: Mapping[str, Tensor], args: Any,
-    kwargs: Any, watch: bool = False,
+    kwargs: Any, watch: bool = False, rest: Mapping[str, Tensor] | None = None,
 ) -> Run:
     """Run the model at values of the guide's sites; `watch` its ops for curvature.
+
+    The latents of the fallback guide are a sample from it, or the values in `rest`.
 
     Raises ValueError where nothing is observed, or a plate is smaller than the batch in it.
     """
     values, log_volume = guide.image(weights)
-    fallback = None
-    if guide.fallback_sites:
+    values, fallback = {**values, **(rest or {})}, None
+    if guide.fallback_sites and rest is None:
         fallback = poutine.trace(_sample_rest).get_trace(guide, *args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None

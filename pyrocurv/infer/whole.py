@@ -88,9 +88,14 @@ class Whole:
 
 
 def noises(count: int, precision: Structure, antithetic: bool) -> Iterator[Tensor]:
-    """Standard normal z [P] for each of `count` samples; every second one mirrors the last."""
+    """Standard normal z [P] for each of `count` samples; every second one mirrors the last.
+
+    For none there is the mean, z = 0.
+    """
     diagonal = precision.diag()
-    z = diagonal
+    z = torch.zeros_like(diagonal)
+    if not count:
+        yield z
     for number in range(count):
         z = -z if antithetic and number % 2 else torch.randn_like(diagonal)
         yield z

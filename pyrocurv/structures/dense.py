@@ -30,12 +30,12 @@ class Dense(Structure):
         return x @ self.matrix
 
     def solve(self, x: Tensor) -> Tensor:
-        return torch.cholesky_solve(x.unsqueeze(-1), self._cholesky).squeeze(-1)
+        return torch.cholesky_solve(_columns(x), self._cholesky).mT.reshape(x.shape)
 
     def rsqrt(self, z: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(
-            self._cholesky.mT, z.unsqueeze(-1), upper=True
-        ).squeeze(-1)
+            self._cholesky.mT, _columns(z), upper=True
+        ).mT.reshape(z.shape)
 
     def logdet(self) -> Tensor:
         return 2 * self._cholesky.diagonal().log().sum()
@@ -65,3 +65,8 @@ class Dense(Structure):
     def psd(self) -> Dense:
         values, vectors = eigh_psd(self.matrix)
         return Dense((vectors * values) @ vectors.mT)
+
+
+def _columns(x: Tensor) -> Tensor:
+    """[..., P] -> [P, N]: one matrix of right-hand sides, for which no factor is repeated."""
+    return x.reshape(-1, x.shape[-1]).mT

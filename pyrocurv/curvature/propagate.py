@@ -1,0 +1,53 @@
+"""The covariance of a network's outputs when its weights have a Gaussian one.
+
+With J_n [M, P] the Jacobian of example n's outputs in the weights and Λ their precision it is
+S_n = J_n Λ⁻¹ J_nᵀ, exact for the network that is linearised at the mean. J is rebuilt from each
+layer's inputs and output gradients, a few examples at a time, one backward pass for each output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyrocurv.blocks import Block
+from pyrocurv.curvature.pullback import Opaque, pull
+from pyrocurv.curvature.reduce import Pairs, check_batch, gather, jacobians, only
+from pyrocurv.structures import Structure
+from pyrocurv.uses import Call
+
+NUMBERS = 2**23  # of a Jacobian that is formed at once
+
+
+def propagate(
+    blocks: Sequence[Block], precisions: Sequence[Structure], output: Tensor,
+    calls: Sequence[Call | Opaque],
+) -> Tensor:
+    """S [B, M, M] of outputs [B, ...] with M numbers for each example.
+
+    Raises ValueError for a layer that does not see the batch as its first axis.
+    """
+    rows = len(output)
+    check_batch(calls, rows)
+    with torch.enable_grad():
+        columns = output.reshape(rows, -1)
+        gradients = pull(columns.unbind(1), calls, rows)
+    covariance = columns.new_zeros(rows, columns.shape[1], columns.shape[1]).detach()
+    with torch.no_grad():
+        for block, precision in zip(blocks, precisions, strict=True):
+            pairs = gather(block, calls, gradients, rows)
+            size = max(1, NUMBERS // (columns.shape[1] * block.size))
+            for some in torch.arange(rows, device=output.device).split(size):
+                covariance[some] += _propagated(only(pairs, some), precision, columns.shape[1])
+    return covariance
+
+
+def _propagated(pairs: Pairs, precision: Structure, outputs: int) -> Tensor:
+    jacobian = torch.stack([*jacobians(pairs)])  # [M, b, P]
+    if len(jacobian) < outputs:  # no output goes back to these weights
+        return jacobian.new_zeros(jacobian.shape[1], outputs, outputs)
+    solved = precision.solve(jacobian)
+    covariance = jacobian.movedim(0, 1) @ solved.movedim(0, 1).mT
+    return (covariance + covariance.mT) / 2

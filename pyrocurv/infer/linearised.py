@@ -1,0 +1,109 @@
+"""Predictive distributions of a network that is linear in its weights around their mean.
+
+For w ~ N(M, Λ⁻¹) the outputs f(x, w) ≈ f(x, M) + J (w - M) are normal with covariance S = J Λ⁻¹ Jᵀ
+[M, M] for each example. Then
+
+    normal       N(f, S + σ²)                                               in closed form
+    bernoulli    σ(κ f),  κ = (1 + π S / 8)^-½                              probit
+    categorical  p_k ∝ 1 / Σ_l exp(-κ_kl (f_k - f_l)),  κ_kl = (1 + π V_kl / 8)^-½
+
+with V_kl = S_kk + S_ll - 2 S_kl the variance of f_k - f_l: the probit for each pair of classes,
+which for two of them is the bernoulli's. It does not ask for the logits' common shift, as a probit
+for each logit by itself would.
+
+MacKay 1992, "The evidence framework applied to classification networks"; Daxberger et al. 2021,
+arXiv:2106.14806; the pairs: Lu, Ie & Sha 2020, arXiv:2006.07584.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+
+
+def innermost(likelihood: Distribution) -> tuple[Distribution, int]:
+    """Under masks and `Independent`, and how many of its batch axes are of one event."""
+    event = 0
+    while isinstance(likelihood, (Independent, MaskedDistribution)):
+        event += getattr(likelihood, "reinterpreted_batch_ndims", 0)
+        likelihood = likelihood.base_dist
+    return likelihood, event
+
+
+@singledispatch
+def output(likelihood: Distribution) -> Tensor:
+    """What is linear in the weights: the parameter of a likelihood [B, ...]. Register your own.
+
+    Raises ValueError for a likelihood that has none here.
+    """
+    raise ValueError(
+        "predict() knows the normal, Bernoulli and categorical likelihood, got "
+        f"{type(likelihood).__name__}"
+    )
+
+
+@output.register
+def _(likelihood: Normal) -> Tensor:
+    return likelihood.loc
+
+
+@output.register
+def _(likelihood: Bernoulli) -> Tensor:
+    return likelihood.logits
+
+
+@output.register
+def _(likelihood: Categorical) -> Tensor:
+    return likelihood.logits
+
+
+@singledispatch
+def predictive(likelihood: Distribution, event: int, covariance: Tensor) -> Distribution:
+    """The predictive distribution for outputs of covariance S [B, M, M].
+
+    `likelihood` is the innermost, at the mean of the weights; its last `event` batch axes are one
+    event. Without gradients.
+    """
+    raise ValueError(f"predict() has no closed form for {type(likelihood).__name__}")
+
+
+def _variance(like: Tensor, covariance: Tensor) -> Tensor:
+    return covariance.diagonal(dim1=-2, dim2=-1).reshape(like.shape)
+
+
+@predictive.register
+def _(likelihood: Normal, event: int, covariance: Tensor) -> Distribution:
+    loc, noise = likelihood.loc.detach(), likelihood.scale.detach().square()
+    if event == 1 and loc.dim() == 2:
+        return dist.MultivariateNormal(loc, covariance + noise.diag_embed())
+    return dist.Normal(loc, (_variance(loc, covariance) + noise).sqrt()).to_event(event)
+
+
+@predictive.register
+def _(likelihood: Bernoulli, event: int, covariance: Tensor) -> Distribution:
+    logits = likelihood.logits.detach()
+    return dist.Bernoulli(logits=logits * _kappa(_variance(logits, covariance))).to_event(event)
+
+
+@predictive.register
+def _(likelihood: Categorical, event: int, covariance: Tensor) -> Distribution:
+    logits = likelihood.logits.detach()  # [B, *R, C]
+    classes = logits.shape[-1]
+    places = covariance.unflatten(-1, (-1, classes)).unflatten(-3, (-1, classes))
+    places = places.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [B, R, C, C], of one place each
+    places = places.reshape(*logits.shape, classes)
+    own = places.diagonal(dim1=-2, dim2=-1)
+    spread = own.unsqueeze(-1) + own.unsqueeze(-2) - 2 * places  # V_kl
+    apart = logits.unsqueeze(-1) - logits.unsqueeze(-2)  # f_k - f_l
+    scores = -torch.logsumexp(-_kappa(spread.clamp(min=0)) * apart, -1)
+    return dist.Categorical(logits=scores).to_event(event)
+
+
+def _kappa(variance: Tensor) -> Tensor:
+    return (1 + math.pi / 8 * variance).rsqrt()
