@@ -26,7 +26,7 @@ from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.numbers import NaturalGradient, check_positive
+from pyrocurv.infer.numbers import Loss, NaturalGradient, check_positive
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, run_model
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
@@ -353,11 +353,12 @@ class NGVI:
     # ---- watching and saving --------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Loss:
         """-ELBO on these data, N nll + T (log q - log p) at `num_particles` samples of the guide.
 
         A difference of log densities at the same weights, hence without noise where q is the
-        posterior. Draws from torch's global generator and changes nothing.
+        posterior. The number that it returns has the T that it was reckoned with, also of "auto",
+        as `.temperature`; at 1 it is -ELBO. Draws from torch's global generator, changes nothing.
         """
         if self.guide.prototype_trace is None:
             poutine.block(self.guide)(*args, **kwargs)
@@ -378,7 +379,7 @@ class NGVI:
             priors = self._read_priors(run)
             divergence = engine.divergence(blocks, sample, noise, precisions, priors)
             losses.append(run.energy(heat) + heat * divergence)
-        return float(torch.stack(losses).mean())
+        return Loss.at(float(torch.stack(losses).mean()), heat)
 
     def update_counts(self) -> dict[str, Updates]:
         """How often each block's curvature was estimated, and its present interval in steps.
