@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib", "tqdm"]
 PEERS = [  # what the benchmarks compare with
     "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
+    "laplace-torch", "mlxtend",
 ]
 TEST = ["pytest", "curvlinops-for-pytorch", *EXAMPLES]  # the suite runs the examples too
 

@@ -372,6 +372,21 @@ def test_the_covariance_of_the_outputs(kind: str, structure: str) -> None:
     torch.testing.assert_close(found.covariance_matrix, wanted, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("priors", PRIORS)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_no_jacobian_is_formed_at_one_position(rank: int | None, priors: str) -> None:
+    net = bayesianize(nn.Linear(5, 3).double(), normal_prior(*PRIORS[priors]))
+    model, x = Regressor(net, NUM_DATA, noise=NOISE), torch.randn(NUM_DATA, 5).double()
+    guide = KFACGuide(model, structure=KFAC(rank=rank))
+    # targets of one dimension make G of low rank, and so its basis matter
+    laplace = Laplace(model, guide, "empirical").fit([(x, x[:, :1] * torch.ones(1, 3).double())])
+    found = laplace.predict(x[:4]).covariance_matrix
+    for n in range(4):
+        design = oracles.linear_layer_design(x[n: n + 1], 3)
+        wanted = design @ torch.linalg.inv(dense(guide)) @ design.mT
+        torch.testing.assert_close(found[n], wanted + NOISE**2 * torch.eye(3).double())
+
+
 def test_a_jacobian_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     laplace, x, _ = fitted_linear("kfac", "unequal")
     whole = laplace.predict(x).covariance_matrix

@@ -2,7 +2,8 @@
 
 With J_n [M, P] the Jacobian of example n's outputs in the weights and Λ their precision it is
 S_n = J_n Λ⁻¹ J_nᵀ, exact for the network that is linearised at the mean. J is rebuilt from each
-layer's inputs and output gradients, a few examples at a time, one backward pass for each output.
+layer's inputs and output gradients, a few examples at a time, one backward pass for each output;
+at one position and in a Kronecker eigenbasis not even that.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from torch import Tensor
 
 from pyrocurv.blocks import Block
 from pyrocurv.curvature.pullback import Opaque, pull
-from pyrocurv.curvature.reduce import Pairs, check_batch, gather, jacobians, only
-from pyrocurv.structures import Structure
+from pyrocurv.curvature.reduce import (
+    Pair,
+    Pairs,
+    check_batch,
+    gather,
+    in_units,
+    is_product,
+    jacobians,
+    only,
+)
+from pyrocurv.structures import KroneckerEigen, Rescaled, Structure
 from pyrocurv.uses import Call
 
 NUMBERS = 2**23  # of a Jacobian that is formed at once
@@ -45,9 +55,33 @@ def propagate(
 
 
 def _propagated(pairs: Pairs, precision: Structure, outputs: int) -> Tensor:
+    if isinstance(precision, Rescaled) and isinstance(precision.inner, KroneckerEigen):
+        matrix, precision = precision.root.view(precision.inner.shape), precision.inner
+        pairs = in_units(pairs, (matrix[..., 0], matrix[..., 0, :] / matrix[..., 0, :1]))
+    if isinstance(precision, KroneckerEigen) and precision.spectrum.dim() == 2:
+        (uses,) = pairs
+        if is_product(uses):
+            return _product(uses[0], precision)
     jacobian = torch.stack([*jacobians(pairs)])  # [M, b, P]
     if len(jacobian) < outputs:  # no output goes back to these weights
         return jacobian.new_zeros(jacobian.shape[1], outputs, outputs)
     solved = precision.solve(jacobian)
     covariance = jacobian.movedim(0, 1) @ solved.movedim(0, 1).mT
     return (covariance + covariance.mT) / 2
+
+
+def _product(pair: Pair, precision: KroneckerEigen) -> Tensor:
+    """Where J_m = g_m aᵀ: Σ_ij (u_iᵀ g_m)(u_iᵀ g_n)(v_jᵀ a)² / λ_ij, and no J is formed."""
+    a, g = pair.a[0, :, 0], pair.g[:, :, 0].movedim(0, 1)  # [b, I], [b, M, O]
+    u, v = precision.output_basis, precision.input_basis
+    inputs = (a @ v).square()
+    if v.shape[1] < v.shape[0]:
+        rest = a.square().sum(-1, keepdim=True) - inputs.sum(-1, keepdim=True)
+        inputs = torch.cat([inputs, rest.clamp(min=0)], -1)
+    weights = inputs @ precision.spectrum.reciprocal().mT  # [b, s']
+    leading, size = g @ u, u.shape[1]
+    covariance = (leading * weights[:, None, :size]) @ leading.mT
+    if size < u.shape[0]:
+        rest = g @ g.mT - leading @ leading.mT
+        covariance = covariance + rest * weights[:, size:, None]
+    return covariance

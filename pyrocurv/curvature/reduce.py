@@ -134,13 +134,13 @@ def diagonal(pairs: Pairs) -> Diagonal:
 
 def _squares(uses: Uses) -> Tensor:
     """sum_kn J_kn² of one layer [P]."""
-    if _is_product(uses):  # the square of a product is the product of squares
+    if is_product(uses):  # the square of a product is the product of squares
         a, g = (part.squeeze(-2).square().sum(0) for part in (uses[0].a, uses[0].g))
         return (g.mT @ a).flatten()  # [*lead, B, O], [*lead, B, I]
     return sum(jacobian.square().sum(0) for jacobian in jacobians([uses]))  # type: ignore[return-value]  # the same
 
 
-def _is_product(uses: Uses) -> bool:
+def is_product(uses: Uses) -> bool:
     """Whether J is an outer product: one use, one position, and K on one side only."""
     (pair, *more) = uses
     return not more and pair.a.shape[-2] == 1 and 1 in (len(pair.a), len(pair.g))
@@ -182,7 +182,7 @@ def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:
     """
     u, v = basis.output_basis, basis.input_basis
     (uses,) = pairs
-    if _is_product(uses):  # |uᵀ J v|² is a product
+    if is_product(uses):  # |uᵀ J v|² is a product
         a, g = uses[0].a.squeeze(-2), uses[0].g.squeeze(-2)  # [1 or K, *lead, B, n]
         output, input = _energies(g, u).sum(0), _energies(a, v).sum(0)
         return KroneckerEigen(u, v, output.mT @ input)

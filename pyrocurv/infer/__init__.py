@@ -4,5 +4,9 @@ from pyrocurv.infer.laplace import Laplace
 from pyrocurv.infer.mixture import train_mixture
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.predictive import Predictive
+from pyrocurv.infer.temperature import choose_temperature, log_predictive_density
 
-__all__ = ["NGVI", "Laplace", "Predictive", "train_mixture"]
+__all__ = [
+    "NGVI", "Laplace", "Predictive", "choose_temperature", "log_predictive_density",
+    "train_mixture",
+]

@@ -149,7 +149,7 @@ class Laplace:
 
     def _run(self, batch: Any) -> Run:
         """The model at the mean, with its ops watched."""
-        args, kwargs = _arguments(batch)
+        args, kwargs = arguments(batch)
         if self.guide.prototype_trace is None:
             with Stream(0)(torch.device("cpu")):
                 poutine.block(self.guide)(*args, **kwargs)
@@ -160,7 +160,7 @@ class Laplace:
         sample = engine.around([family.block for family in families], locs, None)
         twice = self.curvature.kind == "hessian"
         with (
-            _evaluated(self.model), torch.enable_grad(),
+            evaluated(self.model), torch.enable_grad(),
             twice_differentiable() if twice else nullcontext(),
         ):
             rest = self._rest(*args, **kwargs)
@@ -268,7 +268,7 @@ class Laplace:
         }
         look = _Outlook({**weights, **self._rest()})
         with (
-            torch.enable_grad(), Stream(0)(locs[0].device), _evaluated(self.model),
+            torch.enable_grad(), Stream(0)(locs[0].device), evaluated(self.model),
             still_frozen(modules(self.model)), look, Capture(dict(weights)) as capture,
         ):
             self.model(*args, **kwargs)
@@ -319,7 +319,8 @@ def _calls(
     return [*capture.calls, *(Opaque(one, weights[one.weight], rows) for one in opaque)]
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a loader gave as the arguments of a model."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
@@ -336,7 +337,7 @@ def _check_count(counted: int, num_data: int) -> None:
 
 
 @contextmanager
-def _evaluated(model: Any) -> Iterator[None]:
+def evaluated(model: Any) -> Iterator[None]:
     """With the model's modules in eval mode, in which no buffer moves."""
     training: list[nn.Module] = [module for module in modules(model) if module.training]
     for module in training:

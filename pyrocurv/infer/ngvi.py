@@ -28,7 +28,14 @@ from pyrocurv.engine import Numbers, Proposal
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.guides.mixture import TRAINED
 from pyrocurv.infer import whole
-from pyrocurv.infer.numbers import AUTO, NaturalGradient, check_positive, check_samples, chosen
+from pyrocurv.infer.numbers import (
+    AUTO,
+    Loss,
+    NaturalGradient,
+    check_positive,
+    check_samples,
+    chosen,
+)
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Run, leaves, run_model
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
@@ -437,11 +444,12 @@ class NGVI:
     # ---- watching and saving --------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Loss:
         """-ELBO on these data, N nll + T (log q - log p) at `num_particles` samples of the guide.
 
         A difference of log densities at the same weights, hence without noise where q is the
-        posterior. Draws from torch's global generator and changes nothing.
+        posterior. The number that it returns has the T that it was reckoned with, also of "auto",
+        as `.temperature`; at 1 it is -ELBO. Draws from torch's global generator, changes nothing.
         """
         if self.guide.prototype_trace is None:
             poutine.block(self.guide)(*args, **kwargs)
@@ -470,7 +478,7 @@ class NGVI:
                 priors = self._read_priors(run)
                 divergence = engine.divergence(blocks, sample, noise, precisions, priors)
                 losses.append(run.energy(heat) + heat * divergence)
-        return float(torch.stack(losses).mean())
+        return Loss.at(float(torch.stack(losses).mean()), heat)
 
     def update_counts(self) -> dict[str, Updates]:
         """How often each block's curvature was estimated, and its present interval in steps.

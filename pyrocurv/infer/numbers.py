@@ -58,6 +58,19 @@ def check_samples(number: Any) -> int | str:
     return number
 
 
+class Loss(float):
+    """A loss that says at which temperature it is meant."""
+
+    temperature: float
+
+    @staticmethod
+    def at(value: float, temperature: float) -> Loss:
+        """The loss of that value and temperature."""
+        loss = Loss(value)
+        loss.temperature = temperature
+        return loss
+
+
 def check_positive(name: str, value: Any, *others: Any) -> None:
     """Raises ValueError for what is neither a positive number nor one of the others."""
     if not (any(value is one or value == one for one in others) or _is_number(value) and value > 0):

@@ -51,13 +51,18 @@ class Site:
         return float(self.scale)
 
     @cached_property
+    def each(self) -> Tensor:
+        """The log density [*batch_shape], masked but not scaled."""
+        log_prob = self.fn.log_prob(self.value)
+        if self.mask is None:
+            return log_prob
+        mask = torch.as_tensor(self.mask, device=log_prob.device)
+        return torch.where(mask, log_prob, torch.zeros_like(log_prob))
+
+    @cached_property
     def log_prob(self) -> Tensor:
         """The scaled and masked log density, summed."""
-        log_prob = self.fn.log_prob(self.value)
-        if self.mask is not None:
-            mask = torch.as_tensor(self.mask, device=log_prob.device)
-            log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
-        return (log_prob * self.scale).sum()
+        return (self.each * self.scale).sum()
 
     def observation(self, num_data: int, rows: int) -> Observation:
         """As a term of the curvature per datum, of `num_data`; a mean over the run's `rows`."""

@@ -1,0 +1,139 @@
+"""Choosing a temperature by what it predicts of data that training has not seen.
+
+The score is the log predictive density, log 1/S Σ_s p(y_n | w_s) with w_s from the posterior, in
+nats and on average over the held-out data. T = 1 is the ELBO and needs no choosing; networks with
+more weights than data predict better below it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrocurv import engine
+from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.laplace import arguments, evaluated
+from pyrocurv.infer.numbers import check_positive
+from pyrocurv.infer.run import Run, run_model
+from pyrocurv.prototype import frozen_buffers
+
+Trained = tuple[Callable[..., Any], StructuredGuide]  # a model and its guide
+TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
+
+
+class Choice(float):
+    """The temperature chosen; `.densities` {temperature: log predictive density} are the scores."""
+
+    densities: Mapping[float, float]
+
+
+def choose_temperature(
+    fit: Callable[[float], Trained], held_out: Iterable[Any],
+    temperatures: Sequence[float] = TEMPERATURES, num_samples: int = 32,
+) -> Choice:
+    """The temperature whose posterior predicts held-out data best.
+
+    Args:
+        fit: trains anew on the rest of the data at a temperature, and returns (model, guide).
+        held_out: batches of the model's arguments, data included, as often as there are
+            temperatures. Data that a test will be made on have no place here.
+        temperatures: among which to choose.
+        num_samples: of each posterior.
+
+    Raises ValueError for no temperature or one that is not positive, and where
+    `log_predictive_density` does.
+
+    Example:
+        >>> import torch, pyrocurv
+        >>> from pyrocurv.infer import NGVI, choose_temperature
+        >>> x = torch.randn(60, 2)
+        >>> y = x.sum(-1) + 0.1 * torch.randn(60)
+        >>> def fit(temperature):
+        ...     net = pyrocurv.nn.bayesianize(torch.nn.Linear(2, 1))
+        ...     model = pyrocurv.nn.Regressor(net, num_data=40, noise=0.1)
+        ...     guide = pyrocurv.guides.KFACGuide(model)
+        ...     ngvi = NGVI(model, guide, lr=0.2, temperature=temperature)
+        ...     for _ in range(5):
+        ...         ngvi.step(x[:40], y[:40])
+        ...     return model, guide
+        >>> choice = choose_temperature(fit, [(x[40:], y[40:])])
+        >>> choice in choice.densities
+        True
+    """
+    if not temperatures:
+        raise ValueError("temperatures: at least one is needed")
+    for temperature in temperatures:
+        check_positive("temperature", temperature)
+    densities = {
+        temperature: log_predictive_density(*fit(temperature), held_out, num_samples)
+        for temperature in temperatures
+    }
+    choice = Choice(max(densities, key=densities.__getitem__))
+    choice.densities = densities
+    return choice
+
+
+@torch.no_grad()
+def log_predictive_density(
+    model: Callable[..., Any], guide: StructuredGuide, loader: Iterable[Any],
+    num_samples: int = 32,
+) -> float:
+    """log 1/S Σ_s p(y_n | w_s) on average over the data of a loader, in nats.
+
+    The data are the first axis of the likelihoods in plates, masked ones left out; a
+    `poutine.scale` does not count. Draws from torch's global generator; the model is in eval mode.
+
+    Raises ValueError for a Laplace approximation, whose samples mean nothing to the network, and
+    for a loader without data.
+    """
+    if guide.at_mode:
+        raise ValueError(
+            "the guide is at a mode: score pyrocurv.infer.Laplace(model, guide).predict(x), not "
+            "samples"
+        )
+    total, count = 0.0, 0.0
+    for batch in loader:
+        args, kwargs = arguments(batch)
+        with evaluated(model), frozen_buffers(model):
+            runs = [_run(model, guide, args, kwargs) for _ in range(num_samples)]
+        densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
+        counted = _counted(runs[0])
+        mean = torch.logsumexp(densities, 0) - math.log(num_samples)
+        total += float(mean[counted].double().sum())
+        count += float(counted.sum())
+    if not count:
+        raise ValueError("the loader gave no data")
+    return total / count
+
+
+def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any) -> Run:
+    """At one sample of the posterior."""
+    if guide.prototype_trace is None:
+        guide(*args, **kwargs)
+    families = guide.blocks
+    precisions = [family.precision() for family in families]
+    locs = [family.raw_loc.detach() for family in families]
+    noise, _ = engine.draw(precisions, [None] * len(locs), locs[0], False)
+    sample = engine.around([family.block for family in families], locs, noise)
+    return run_model(model, guide, sample, args, kwargs)
+
+
+def _log_prob(run: Run) -> Tensor:
+    """Of each datum [B]."""
+    return torch.stack([
+        site.each.reshape(site.rows, -1).sum(-1) for site in run.replay.observed
+        if site.in_plate and site.rows == run.main.rows
+    ]).sum(0)
+
+
+def _counted(run: Run) -> Tensor:
+    """Which rows are no masked ones [B]."""
+    mask = run.main.mask
+    if mask is None:
+        return torch.ones(run.main.rows, dtype=torch.bool, device=run.main.value.device)
+    mask = torch.as_tensor(mask, device=run.main.value.device)
+    return mask.expand(run.main.fn.batch_shape).reshape(run.main.rows, -1).any(-1)

@@ -1,0 +1,111 @@
+"""Choosing a temperature: the score against its closed form, and what is chosen."""
+
+import math
+
+import oracles
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from toys import EXACT, NUM_DATA, inputs, mlp, regression_data, regressor
+
+from pyrocurv.guides import FullGuide, KFACGuide
+from pyrocurv.infer import NGVI, Laplace, choose_temperature, log_predictive_density
+from pyrocurv.nn import Regressor, bayesianize
+
+NOISE = 0.3
+
+
+def linear_fit(x: Tensor, y: Tensor, temperature: float) -> tuple[Regressor, FullGuide]:
+    """One exact step."""
+    net = bayesianize(nn.Linear(3, 2).double(), 0.7)
+    model = Regressor(net, NUM_DATA, noise=NOISE)
+    guide = FullGuide(model)
+    ngvi = NGVI(model, guide, lr=1.0, momentum=0.0, damping=0.0, kl_clip=None, curvature=EXACT,
+                temperature=temperature)
+    ngvi.step(x, y)
+    return model, guide
+
+
+def test_the_density_of_a_linear_model() -> None:
+    """Its samples have a closed form: the predictive normal of each datum."""
+    x, y = regression_data()
+    new = inputs(8), torch.randn(8, 2).double()
+    mean, covariance, _ = oracles.linear_layer_posterior(x, y, NOISE, 0.7**-2, 0.7**-2)
+    wanted = []
+    for row, target in zip(*new, strict=True):
+        design = oracles.linear_layer_design(row.unsqueeze(0), 2)
+        spread = design @ covariance @ design.mT + NOISE**2 * torch.eye(2).double()
+        wanted.append(dist.MultivariateNormal(design @ mean, spread).log_prob(target))
+    model, guide = linear_fit(x, y, 1.0)
+    found = torch.tensor([
+        log_predictive_density(model, guide, [(new[0][:5], new[1][:5]), (new[0][5:], new[1][5:])],
+                               200) for _ in range(20)
+    ])
+    error = found.std() / math.sqrt(20)
+    # log of a mean of S terms is low by var / (2 S mean²), which the spread of the twenty tells
+    bias = 200 * found.var() * 8 / (2 * 200)
+    assert abs(found.mean() - torch.stack(wanted).mean()) < 4 * error + bias
+
+
+def test_the_best_of_what_was_tried() -> None:
+    """Targets without noise in a model that thinks there is much: colder is better."""
+    x = inputs()
+    y = x @ torch.randn(3, 2).double()
+    seen = []
+
+    def fit(temperature: float) -> tuple[Regressor, FullGuide]:
+        seen.append(temperature)
+        return linear_fit(x, y, temperature)
+
+    new = inputs(25)
+    truth = torch.linalg.lstsq(x, y).solution
+    choice = choose_temperature(fit, [(new, new @ truth)], (10.0, 1.0, 0.01), 64)
+    assert seen == [10.0, 1.0, 0.01] == [*choice.densities]
+    assert choice == 0.01 == max(choice.densities, key=lambda t: choice.densities[t])
+
+
+def test_masked_data_do_not_count_and_scales_neither() -> None:
+    x, y = regression_data()
+    net, keep = mlp(), torch.arange(NUM_DATA) % 2 == 0
+
+    def model(x: Tensor, y: Tensor, keep: Tensor, scale: float = 1.0) -> None:
+        mean = net(x)
+        with poutine.scale(scale=scale), pyro.plate("data", NUM_DATA, subsample=x[:, 0]):
+            with poutine.mask(mask=keep):
+                pyro.sample("obs", dist.Normal(mean, 0.3).to_event(1), obs=y)
+
+    guide = KFACGuide(model)
+    guide(x, y, keep)
+    every = torch.ones(len(y[keep]), dtype=torch.bool)
+    found = []
+    for batch in ((x, y, keep), (x[keep], y[keep], every), (x, y, keep, 0.1)):
+        torch.manual_seed(1)
+        found.append(log_predictive_density(model, guide, [batch], 3))
+    assert found == pytest.approx([found[0]] * 3)
+
+
+def test_what_has_no_score() -> None:
+    x, y = regression_data()
+    model = regressor()
+    guide = KFACGuide(model)
+    with pytest.raises(ValueError, match="no data"):
+        log_predictive_density(model, guide, [])
+    Laplace(model, guide).fit([(x, y)])
+    with pytest.raises(ValueError, match="at a mode"):
+        log_predictive_density(model, guide, [(x, y)])
+    for wrong, match in (((), "at least one"), ((0.3, -1.0), "temperature=-1.0")):
+        with pytest.raises(ValueError, match=match):
+            choose_temperature(lambda t: (model, guide), [(x, y)], wrong)
+
+
+@pytest.mark.parametrize(("temperature", "used"), [(0.5, 0.5), ("auto", 0.3)])
+def test_a_loss_says_its_temperature(temperature: float | str, used: float) -> None:
+    x, y = regression_data()
+    model = regressor()
+    ngvi = NGVI(model, KFACGuide(model), temperature=temperature)
+    ngvi.step(x, y)
+    loss = ngvi.evaluate_loss(x, y)
+    assert loss.temperature == used and isinstance(loss, float)
