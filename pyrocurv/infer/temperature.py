@@ -18,7 +18,7 @@ from pyrocurv import engine
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.laplace import arguments, evaluated
 from pyrocurv.infer.numbers import check_positive
-from pyrocurv.infer.run import Run, run_model
+from pyrocurv.infer.run import Run, leaves, run_model
 from pyrocurv.prototype import frozen_buffers
 
 Trained = tuple[Callable[..., Any], StructuredGuide]  # a model and its guide
@@ -119,7 +119,7 @@ def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: A
     locs = [family.raw_loc.detach() for family in families]
     noise, _ = engine.draw(precisions, [None] * len(locs), locs[0], False)
     sample = engine.around([family.block for family in families], locs, noise)
-    return run_model(model, guide, sample, args, kwargs)
+    return run_model(model, guide, leaves(sample), args, kwargs)
 
 
 def _log_prob(run: Run) -> Tensor:
