@@ -18,16 +18,19 @@ Ours have one setting for all sets. Of laplace-torch the weight decay is taken t
 test rows of each set on average: an oracle that no user has. Reported are RMSE and the mean log
 density of the test targets, in their own units, with the standard error over the splits, and the
 paired difference to laplace-torch with its own. `--validation` scores a fifth of the training part,
-after training on the rest of it: choose settings there, never on the test rows.
+after training on the rest of it: choose settings there, never on the test rows. `--keep FILE` keeps
+the scores of each split, and goes on from those that it finds there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -60,6 +63,7 @@ BARS = {  # on mean log density: default - laplace, default - adam at decay 1, V
     "autompg": (-0.05, 0.03, -0.06),
     "diabetes": (-0.05, 0.01, -0.02),
 }
+UNKEPT = ("sets", "splits", "keep")  # of the settings: what does not change a score
 Predict = Callable[[Tensor], Distribution]
 Score = tuple[float, float]  # RMSE and log density
 
@@ -175,20 +179,39 @@ def theirs(split: Split, seed: int, steps: int, lr: float, decay: float) -> dict
     return found
 
 
-def run(name: str, seeds: Sequence[int], args: argparse.Namespace) -> dict[str, list[Score]]:
+def scored(name: str, seed: int, args: argparse.Namespace) -> dict[str, Score]:
+    """{method: its score} on one split."""
+    pyro.clear_param_store()
+    split = Split.of(name, seed, args.validation)
+    scores = {
+        "default": split.score(ours(split, seed, args.steps, args.lr, None)),
+        f"VI T={args.temperature}": split.score(
+            ours(split, seed, args.steps, args.lr, args.temperature)
+        ),
+    }
+    for decay in args.decays:
+        found = theirs(split, seed, args.steps, args.adam_lr, decay)
+        scores.update((method, split.score(predict)) for method, predict in found.items())
+    return scores
+
+
+def run(name: str, args: argparse.Namespace) -> dict[str, list[Score]]:
     """{method: its score on each split}."""
+    settings = {key: str(value) for key, value in vars(args).items() if key not in UNKEPT}
+    lines = args.keep.read_text().splitlines() if args.keep and args.keep.exists() else []
+    kept = {
+        one["seed"]: one["scores"] for one in map(json.loads, lines)
+        if one["set"] == name and one["settings"] == settings
+    }
     scores: dict[str, list[Score]] = defaultdict(list)
-    for seed in tqdm(seeds, desc=name, disable=None):
-        pyro.clear_param_store()
-        split = Split.of(name, seed, args.validation)
-        scores["default"].append(split.score(ours(split, seed, args.steps, args.lr, None)))
-        temperature = args.temperature
-        vi = ours(split, seed, args.steps, args.lr, temperature)
-        scores[f"VI T={temperature}"].append(split.score(vi))
-        for decay in args.decays:
-            found = theirs(split, seed, args.steps, args.adam_lr, decay)
-            for method, predict in found.items():
-                scores[method].append(split.score(predict))
+    for seed in tqdm(range(args.splits), desc=name, disable=None):
+        found = kept.get(seed) or scored(name, seed, args)
+        if args.keep and seed not in kept:
+            line = {"set": name, "seed": seed, "settings": settings, "scores": found}
+            with args.keep.open("a") as file:
+                print(json.dumps(line), file=file)
+        for method, score in found.items():
+            scores[method].append(score)
     return scores
 
 
@@ -228,12 +251,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--adam-lr", type=float, default=1e-2)
     add("--decays", type=float, nargs="*", default=DECAYS)
     add("--validation", action="store_true")
+    add("--keep", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if Peer is None:
         print("laplace-torch is not installed: without it")
     for name in args.sets:
-        report(name, run(name, range(args.splits), args), args.temperature)
+        report(name, run(name, args), args.temperature)
 
 
 if __name__ == "__main__":
