@@ -34,6 +34,7 @@ from pyrocurv import engine
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI, ngvi
 from pyrocurv.infer.run import Run
+from pyrocurv.optim import SecondOrderOptimizer
 
 try:
     from ivon import IVON
@@ -43,9 +44,10 @@ except ImportError:
 NUM_DATA = 12_800
 CYCLE = 20  # steps from one curvature estimate to the next
 GUIDES = {"kfac": KFACGuide, "ekfac": EKFACGuide, "diagonal": DiagonalGuide}
-METHODS = ("adam", "sgd", *GUIDES, "ivon")
+METHODS = ("adam", "sgd", *GUIDES, "second-order", "ivon")
 TARGETS = {
-    "lenet": {"kfac": 1.25, "diagonal": 1.15}, "mlp": {"kfac": 1.8}, "resnet18": {"kfac": 1.5}
+    "lenet": {"kfac": 1.25, "diagonal": 1.15, "second-order": 1.2}, "mlp": {"kfac": 1.8},
+    "resnet18": {"kfac": 1.5},
 }
 PARTS = ("sample", "forward + backward", "curvature", "update, rest")
 
@@ -108,6 +110,8 @@ def make_step(method: str, net: nn.Module) -> Step:
         return NGVI(model, GUIDES[method](model), temperature=0.1).step
     if method == "ivon":
         return ivon_step(net)
+    if method == "second-order":
+        return torch_step(net, SecondOrderOptimizer(net))
     if method == "adam":
         return torch_step(net, torch.optim.Adam(net.parameters()))
     return torch_step(net, torch.optim.SGD(net.parameters(), lr=0.01))
