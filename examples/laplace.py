@@ -21,6 +21,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 
 import torch
@@ -105,6 +106,11 @@ def line(name: str, found: dict[str, float], evidence: str = "") -> str:
     return f"{name:<28}{values}{evidence:>14}"
 
 
+def probabilities(laplace: Laplace, x: Tensor) -> Tensor:
+    """Of the linearised prediction, [B, classes]."""
+    return laplace.predict(x).probs
+
+
 def run(args: argparse.Namespace) -> None:
     data = load(args.dataset, args.data_root, args.download, args.train_size).to(args.device)
     net = train(data.train, args).eval()
@@ -116,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         for what in ("", ", tuned"):
             if what:
                 laplace.tune_prior()
-            found = scores(lambda x: laplace.predict(x).probs, data.test, data.unseen)  # noqa: B023
+            found = scores(partial(probabilities, laplace), data.test, data.unseen)
             print(line(name + what, found, f"{laplace.log_marginal_likelihood():.0f}"))
 
 

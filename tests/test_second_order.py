@@ -669,6 +669,19 @@ def test_gradients_that_are_not_finite_change_nothing(steps: int) -> None:
     train(net, optimizer, 1)
 
 
+def test_nor_where_adam_has_all_layers() -> None:
+    net = small()
+    optimizer = SecondOrderOptimizer(net, structure=lambda name, module: "point")
+    train(net, optimizer, 1)
+    x, y = classes()
+    F.cross_entropy(net(x), y).backward()
+    net[2].bias.grad[0] = torch.nan
+    before = flat(net)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimizer.step()
+    assert torch.equal(flat(net), before)
+
+
 def test_a_state_of_another_net_is_refused() -> None:
     net = small()
     optimizer = SecondOrderOptimizer(net)

@@ -254,9 +254,13 @@ def test_samples_inside_samples_and_steps_inside(trained: tuple[nn.Module, VIOpt
         optimizer.sampled_params(),
     ):
         pass
+    x, y = classes()
+    with optimizer.sampled_params():
+        F.cross_entropy(net(x), y).backward()
     with pytest.raises(RuntimeError, match="inside sampled_params"), optimizer.sampled_params():
         optimizer.step()
     assert torch.equal(flat(net), before)
+    optimizer.step()  # from the sample before, which is not lost
 
 
 def test_the_mean_can_be_used_inside_a_sample(trained: tuple[nn.Module, VIOptimizer]) -> None:

@@ -355,6 +355,13 @@ def test_other_kinds_are_of_layers() -> None:
     ngvi.step(ERRORS, SCHOOLS)
 
 
+@pytest.mark.parametrize("name", ["momentum", "damping"])
+def test_numbers_that_would_play_no_part_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        NGVI(linear, FullGuide(linear), curvature="hessian", **{name: 0.5})
+    NGVI(linear, FullGuide(linear), curvature="hessian", **{name: 0.0})
+
+
 def test_local_latents_of_a_subsample_are_refused() -> None:
     def model(y: Tensor) -> None:
         with pyro.plate("data", 30, subsample=torch.arange(len(y))):

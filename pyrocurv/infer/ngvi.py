@@ -104,7 +104,8 @@ class NGVI:
     with curvature="hessian", and for a `DiagonalGuide` of a model without a network, Gaussian and
     Hessian are of the whole log joint in unconstrained space, in steps of their own: lr 0.3, the
     precision moves by 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples where a
-    latent has bounds, as scales have. A `Curvature` sets that rate, 1 - decay.
+    latent has bounds, as scales have. A `Curvature` sets that rate, 1 - decay, and
+    leaves the other numbers as they are for networks; momentum and damping play no part there.
     Random numbers come from a stream of its own, seeded from torch's generator when it is made.
 
     Raises:

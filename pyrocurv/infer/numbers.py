@@ -47,6 +47,9 @@ WHOLE: dict[str, Any] = {
 def chosen(numbers: dict[str, Any], is_whole: bool) -> dict[str, Any]:
     """The numbers that were given, and the defaults for those that are "auto"."""
     defaults = WHOLE if is_whole else NETWORK
+    for name in ("momentum", "damping") if is_whole else ():
+        if numbers[name] not in (AUTO, 0):
+            raise ValueError(f"{name}={numbers[name]!r}: steps over all latents have none, give 0")
     return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in numbers.items()}
 
 

@@ -7,7 +7,9 @@ in antithetic pairs, with g and H the means of ∇E and ∇²E and Λ = L Lᵀ:
     Λ ← L (1 + r X + r² X²/2) Lᵀ          stays positive definite, as 1 + x + x²/2 > 0 does
     m ← m - lr ν Λ⁻¹ g/T,    ν = min(1, sqrt(κ / (lr² <Λ⁻¹g/T, g/T>)))
 
-The cap on the covariance's step keeps a sample from a heavy tail from blowing up Λ.
+Exact where the posterior is Gaussian, a diagonal Λ then in its conditional variances; elsewhere it
+rests where the ELBO does. The cap on the covariance's step keeps a sample from a heavy tail from
+blowing up Λ.
 
 Lin, Schmidt & Khan 2020, arXiv:2002.10060; Khan & Rue 2023, arXiv:2107.04562.
 """

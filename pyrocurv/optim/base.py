@@ -23,7 +23,7 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
 from pyrocurv.notice import notice
-from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, observation
+from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, observation, single
 from pyrocurv.optim.rest import Rest
 from pyrocurv.optim.watching import Inputs, Pass, Watch, total
 from pyrocurv.precision import full_precision
@@ -158,10 +158,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             term = observation(
                 self.likelihood, self._density, output, gradient, total(passes), inputs.batch
             )
-            inner = term.likelihood
-            while isinstance(inner, torch.distributions.Independent):
-                inner = inner.base_dist
-            self.has_finite_support = inner.has_enumerate_support
+            self.has_finite_support = single(term.likelihood).has_enumerate_support
             self._misread(capture, output, inputs.batch, places)
             layout, calls = self._met(capture, places)
             yield [term], layout, calls, inputs.batch
@@ -288,6 +285,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             proposal.move(locs)
             moved = dict(zip(here, proposal.state.blocks, strict=True))
             carried = [moved.get(n, one) for n, one in enumerate(carried)]
+        elif not all(bool(torch.isfinite(grads[name]).all()) for name in rest):
+            raise FloatingPointError(f"step {self._state.step}: a gradient is not finite")
         self._rest.step(rest, places, 1 / samples)
         for block, loc in zip(blocks, locs, strict=True):
             write(block, loc, places)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyrocurv.curvature.estimate import Likelihood, as_likelihood
 from pyrocurv.curvature.pullback import Observation
@@ -32,6 +32,13 @@ def check_likelihood(likelihood: Likelihood, kind: str) -> Callable[[Any], Distr
             "your own does not allow: use 'fisher' or 'ggn'"
         )
     return density
+
+
+def single(likelihood: Distribution) -> Distribution:
+    """Of single entries, under `Independent`."""
+    while isinstance(likelihood, Independent):
+        likelihood = likelihood.base_dist
+    return likelihood
 
 
 def targets(likelihood: Likelihood, output: Tensor, gradient: Tensor, size: int) -> Tensor:
@@ -73,10 +80,7 @@ def observation(
             f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
             f"inputs and an output {shape}: the batch is the first axis"
         )
-    inner = fitted
-    while isinstance(inner, torch.distributions.Independent):
-        inner = inner.base_dist
-    each = inner.batch_shape.numel() // rows
+    each = single(fitted).batch_shape.numel() // rows
     if gradient is None:
         value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
     else:

@@ -266,10 +266,10 @@ class VIOptimizer(CurvatureOptimizer):
 
         A closure is called `num_samples` times at samples of its own, and may clear gradients.
         """
-        loss = None if closure is None else self._sampled(closure)
-        samples, self._samples = self._samples, None
         if self._is_sampling:
             raise RuntimeError("step() inside sampled_params(): leave it first")
+        loss = None if closure is None else self._sampled(closure)
+        samples, self._samples = self._samples, None
         if samples is None:
             raise RuntimeError(
                 "step() without a sample: run forward and backward inside `with "
@@ -319,13 +319,13 @@ class VIOptimizer(CurvatureOptimizer):
         ]
 
     def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
-        owners = dict(self._watch.inner.named_modules())
         result = []
         for block in layout.blocks:
             like, group = places[next(iter(block.tensors))]
             key = group["prior_precision"], like.dtype, like.device
             made = self._priors_made.get(block)
             if made is None or made[0] != key:
+                owners = dict(self._watch.inner.named_modules())
                 sources = {
                     name: _prior(owners[name.rpartition(".")[0]], name, places[name][0], key[0])
                     for name in block.tensors

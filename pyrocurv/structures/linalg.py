@@ -33,8 +33,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """LAPACK's threads wait for each other at every column: beside other work a small matrix takes
-    them a hundred times as long as one alone, and on an idle machine hardly less."""
+    """LAPACK's threads wait for each other at every column, and for long beside other work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
