@@ -25,9 +25,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
         m ← β m + (1-β) g,   h = m/(1-βᵗ) + δ w,   w ← w - lr ν (C + e + δ + damping)⁻¹ h
 
-    e is the initial curvature that fades, ν the trust region of `kl_clip`. Without momentum, damping
-    and e a step at lr 1 from "ggn" is Newton's for least squares, and for one softmax layer in the
-    structure "full"; for deep linear networks "kfac" gives the step of the Gauss-Newton blocks.
+    e is the initial curvature that fades, ν the trust region of `kl_clip`. Without momentum,
+    damping and e a step at lr 1 from "ggn" is Newton's for least squares, and for one softmax layer
+    in the structure "full"; for deep linear networks "kfac" gives that of Gauss-Newton blocks.
 
     The loop stays as it is: `zero_grad`, forward, `backward`, `step`. On steps where curvature is
     due the network runs once more, on a few examples of the batch, inside `step`.
