@@ -13,10 +13,12 @@ warm-up before a cosine, and one thread.
 The tokens are the examples: N is their number, and the curvature one per token. NGVI takes the
 weights of the linear layers; embeddings and LayerNorms are AdamW's in either method. NLL is in nats
 per character, of the mean weights and of the average of 8 samples; "train" is the end of the
-training text. Settings were chosen on the validation files with seed 0: AdamW's learning rate among
-four (8e-4, 1.5e-3, 3e-3, 6e-3), NGVI's numbers in nine runs, so it had more looks. `--validation`
-leaves the test files alone. `--cost` alone times the steps as in `step_cost.py`. A missed target
-fails nothing.
+training text. Settings were chosen on the validation files with seed 0: AdamW's learning rate, and
+besides it β₂, weight decay and warm-up, in 19 runs, NGVI's numbers in 24. "adamw" has the best
+learning rate and PyTorch's other defaults; "adamw-.99" is the best of all 19, β₂ = 0.99, whose
+neighbours are no better than "adamw". NGVI's temperature is that of the rule "auto" (0.01 is lower
+by 0.009 on the validation files). `--validation` leaves the test files alone. `--cost` alone times
+the steps as in `step_cost.py`. A missed target fails nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,7 @@ LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_d
 SPLIT_SEED, WINDOW, FILES = 0, 2048, {"val": 16, "test": 32}
 TRAIN_SIZE, CONTEXT, BATCH, STEPS, WARM_UP = 1_500_000, 64, 32, 1000, 50
 REST_LR, TEMPERATURE, SAMPLES = 4e-3, 0.1, 8
-LRS = {"adamw": 3e-3, "ngvi": 0.03}  # chosen on the validation files
+LRS = {"adamw": 3e-3, "adamw-.99": 3e-3, "ngvi": 0.03}  # chosen on the validation files
 TARGETS = {"gap": 0.08, "cost": 1.3}
 
 Batch = tuple[Tensor, Tensor]  # characters and the next ones, [B, T]
@@ -180,9 +183,9 @@ def falling(total: int) -> Callable[[int], float]:
     return lambda t: min(1, (t + 1) / WARM_UP) * (1 + math.cos(math.pi * t / total)) / 2
 
 
-def adamw(lr: float, num_tokens: int, total: int) -> Method:
+def adamw(lr: float, num_tokens: int, total: int, beta2: float = 0.999) -> Method:
     net = GPT()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, beta2))
     schedule = LambdaLR(optimizer, falling(total))
 
     def step(x: Tensor, y: Tensor) -> float:
@@ -198,14 +201,14 @@ def adamw(lr: float, num_tokens: int, total: int) -> Method:
 
 def ngvi(
     lr: float, num_tokens: int, total: int, damping: float = 3e-5, kl_clip: float = 0.1,
-    initial: float = 0.1,
+    initial: float = 0.1, every: int = 10,
 ) -> Method:
     net = pyrocurv.nn.bayesianize(GPT(), layers=[nn.Linear])
     model = Tokens(net, num_tokens // CONTEXT)
     guide = KFACGuide(model)
     engine = NGVI(
         model, guide, lr=lr, damping=damping, kl_clip=kl_clip, temperature=TEMPERATURE,
-        curvature=Curvature("fisher", batch=8, initial=initial),  # 8 sequences, 512 tokens
+        curvature=Curvature("fisher", every=every, batch=8, initial=initial),  # 8 sequences, 512 tokens
         optim=lambda parameters: torch.optim.AdamW(parameters, lr=REST_LR),
     )
     schedule = LambdaLR(engine.optimizer, falling(total))
@@ -228,7 +231,9 @@ def ngvi(
     return Method(step, {"mean": mean_weights, "MC": samples})
 
 
-METHODS: dict[str, Callable[..., Method]] = {"adamw": adamw, "ngvi": ngvi}
+METHODS: dict[str, Callable[..., Method]] = {
+    "adamw": adamw, "adamw-.99": partial(adamw, beta2=0.99), "ngvi": ngvi,
+}
 
 
 # ---- training and scores ------------------------------------------------------------------------
@@ -263,7 +268,7 @@ def scores(predict: Predict, text: Tensor) -> tuple[dict[str, float], Tensor]:
     return {name: float(value) for name, value in found.items()}, per_file
 
 
-HEADER = f"{'method':<8}{'lr':>8}{'seed':>5} {'weights':<8}" + "".join(
+HEADER = f"{'method':<10}{'lr':>8}{'seed':>5} {'weights':<8}" + "".join(
     f"{name:>12}" for name in ("train NLL", "val NLL", "test NLL", "acc %", "ECE %")
 )
 
@@ -274,15 +279,15 @@ def line(name: str, lr: float, seed: int, weights: str, found: dict[str, dict[st
     cells = [f"{found[split]['NLL']:.4f}" if split in found else "-" for split in
              ("train", "val", "test")]
     cells += [f"{last['acc %']:.2f}", f"{last['ECE %']:.2f}"]
-    return f"{name:<8}{lr:>8.2g}{seed:>5} {weights:<8}" + "".join(f"{cell:>12}" for cell in cells)
+    return f"{name:<10}{lr:>8.2g}{seed:>5} {weights:<8}" + "".join(f"{cell:>12}" for cell in cells)
 
 
-def gap(ours: list[Tensor], theirs: list[Tensor]) -> str:
+def gap(ours: list[Tensor], theirs: list[Tensor], name: str) -> str:
     """How much lower `ours` is, paired by file; the error is that of the choice of files."""
     by_file = torch.stack(theirs).mean(0) - torch.stack(ours).mean(0)
     error = by_file.std() / math.sqrt(len(by_file))
     return (
-        f"test NLL below AdamW's: {by_file.mean():.4f} +- {error:.4f} over the files "
+        f"test NLL below {name}: {by_file.mean():.4f} +- {error:.4f} over the files "
         f"(target >= {TARGETS['gap']})"
     )
 
@@ -344,7 +349,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     by_file.setdefault(f"{name} {weights}", []).append([*found.values()][-1][1])
     if not args.validation and set(args.methods) == set(METHODS):
         for weights in ("mean", "MC"):
-            print(f"{weights}:", gap(by_file[f"ngvi {weights}"], by_file["adamw mean"]))
+            for name in ("adamw", "adamw-.99"):
+                theirs = by_file[f"{name} mean"]
+                print(f"{weights}:", gap(by_file[f"ngvi {weights}"], theirs, name))
         print(cost(texts["train"], args.rounds))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrocurv.blocks import Block
 from pyrocurv.curvature import Curvature, estimator
-from pyrocurv.curvature.estimator import Running
+from pyrocurv.curvature.estimator import ALONE, Part, Running
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior, Prior, kl
@@ -123,19 +123,19 @@ def is_due(spec: Curvature, step: int, block: Block, carried: Carried) -> bool:
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
     terms: Sequence[Observation], calls: Sequence[Call], rows: int, share: float,
-    priors: Sequence[BlockPrior], numbers: Sequence[Numbers],
+    priors: Sequence[BlockPrior], numbers: Sequence[Numbers], part: Part = ALONE,
 ) -> list[Carried]:
     """Average one more estimate of the curvature of the blocks that are due in; `share` is B/N.
 
     The initial curvature fades in all blocks, due or not; see `fading`. A block that has no part in
-    this run keeps its curvature, none at first.
+    this run keeps its curvature, none at first. Of several samples in a step each is a `part`.
     """
     now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
            if is_due(spec, step, block, one) and not is_sensed(spec, block)
            and estimator.has_part(spec, block, calls)]
     found = [] if not now else estimator.observe(
         spec, step, [blocks[n] for n in now], [carried[n].running for n in now],
-        [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now],
+        [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now], part,
     )
     fresh = [
         one if n in now else started(spec, block, one, prior)

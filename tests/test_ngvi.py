@@ -2019,3 +2019,44 @@ def test_gradients_that_share_memory_are_told_apart() -> None:
         one.add_(1)
     torch.testing.assert_close(shared, torch.ones(4))
     torch.testing.assert_close(third, torch.full((4,), 2.0))
+
+
+# ---- several samples in a step ------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac"])
+def test_curvature_is_the_mean_over_the_samples(
+    structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a softmax, whose Gauss-Newton matrix depends on the weights."""
+    x, y = torch.randn(12, 3), torch.randint(3, (12,))
+    model = Classifier(bayesianize(nn.Linear(3, 3)), 12)
+    guide = KFACGuide(model, structure={"*": structure})
+    spec = Curvature("ggn", every=1, eigen_every=1, batch=None, decay=0.7)
+    ngvi = NGVI(model, guide, num_particles=4, curvature=spec)
+    seen, around = [], engine.around
+
+    def spy(*args: Any) -> Any:
+        seen.append(around(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(engine, "around", spy)
+    mean = torch.zeros(12, 12) if structure != "kfac" else torch.zeros(3, 3)
+    a = torch.cat([x, torch.ones(12, 1)], 1)
+    for step in range(1, 6):
+        seen.clear()
+        ngvi.step(x, y)
+        found = []
+        for (weights,) in seen:
+            p = (x @ weights["net.weight"].T + weights["net.bias"]).softmax(-1)
+            output = p.diag_embed() - p.unsqueeze(-1) * p.unsqueeze(-2)
+            matrix = torch.einsum("noq,ni,nj->oiqj", output, a, a).reshape(12, 12) / 12
+            found.append(output.mean(0) if structure == "kfac" else matrix)
+        assert len(found) == 4 and (step == 1 or not torch.equal(found[0], found[1]))
+        mean = mean.lerp(torch.stack(found).mean(0), max(0.3, 1 / step))
+        (held,) = [one.running for one in ngvi._state.blocks]
+        got = held.factors.output if structure == "kfac" else held.curvature.dense()
+        expected = mean.diagonal().diag() if structure == "diag" else mean
+        torch.testing.assert_close(got, expected)
+        assert held.count == step

@@ -75,10 +75,36 @@ class Running:
         return Running(state["count"], curvature, factors, state["units"], sides)  # type: ignore[arg-type]  # as the state was taken
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the samples of the weights that a step takes the mean curvature of."""
+
+    index: int = 0
+    of: int = 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the step's estimate is complete with it."""
+        return self.index == self.of - 1
+
+    def count(self, running: Running | None) -> int:
+        """The number of the step's estimate."""
+        if running is None or running.count == 0:
+            return 1
+        return running.count + (self.index == 0)
+
+    def weight(self, whole: float) -> float:
+        """Of this sample in an average that gives all of them, each as much, `whole` together."""
+        return whole / (self.of - (self.of - 1 - self.index) * whole)
+
+
+ALONE = Part()
+
+
 def observe(
     spec: Curvature, step: int, blocks: Sequence[Block], running: Sequence[Running | None],
     clocks: Sequence[Clock | None], terms: Sequence[Observation], calls: Sequence[Call], rows: int,
-    units: Sequence[Units | None],
+    units: Sequence[Units | None], part: Part = ALONE,
 ) -> list[tuple[Running, Clock | None]]:
     """The running curvature of blocks with one more estimate averaged in, and their clocks then.
 
@@ -104,11 +130,10 @@ def observe(
     every = zip(blocks, running, clocks, units, found, strict=True)
     with torch.no_grad():
         for block, old, clock, unit, seen in every:
-            number = 1 if old is None else old.count + 1
-            turn = number in EARLY or spec.turns(step, clock)
+            turn = part.is_last and (part.count(old) in EARLY or spec.turns(step, clock))
             roots = None if unit is None else unit.roots
-            new = update(old, block, seen, count, spec.decay, turn, roots)
-            if spec.every == "auto":
+            new = update(old, block, seen, count, spec.decay, turn, roots, part)
+            if spec.every == "auto" and part.is_last:
                 clock = clock or Clock()
                 pairs = seen.pairs if isinstance(seen, BlockHessian) else seen
                 clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
@@ -159,18 +184,20 @@ def _without(running: Sequence[Running | None]) -> list[Running]:
 
 def update(
     running: Running | None, block: Block, seen: Seen, rows: int, decay: float,
-    refresh: bool, units: tuple[Tensor, Tensor] | None = None,
+    refresh: bool, units: tuple[Tensor, Tensor] | None = None, part: Part = ALONE,
 ) -> Running:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
+
+    So much for all samples of a step, of which this may be a `part`.
 
     `refresh` asks for new eigenvectors of Kronecker factors. Sides that are truncated by `rank` are
     kept as their leading part, and have new eigenvectors at every estimate. An estimate that is not
     finite is left out, with a warning.
     """
-    count = 1 if running is None else running.count + 1
-    weight = max(1 - decay, 1 / count)
+    count = part.count(running)
+    weight = part.weight(max(1 - decay, 1 / count))
     if _is_thin(block, seen):
-        return _thin(running, block, seen, rows, weight, units)
+        return _thin(running, block, seen, rows, count, weight, units)
     new = hessian.plain(block, seen).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
         return _left_out(running)
@@ -206,7 +233,7 @@ def _is_thin(block: Block, seen: Seen) -> bool:
 
 
 def _thin(
-    running: Running | None, block: Block, seen: Seen, rows: int, weight: float,
+    running: Running | None, block: Block, seen: Seen, rows: int, count: int, weight: float,
     units: tuple[Tensor, Tensor] | None,
 ) -> Running:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
@@ -231,7 +258,7 @@ def _thin(
             raise
         warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
         return running
-    count, curvature = 1 if running is None else running.count + 1, product(output, input)
+    curvature = product(output, input)
     if isinstance(block.structure, EKFAC):
         if isinstance(seen, BlockHessian):
             moment = seen.eigen(curvature, units).scale(1 / rows)

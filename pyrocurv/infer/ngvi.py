@@ -22,6 +22,7 @@ from torch import Tensor
 from pyrocurv import engine
 from pyrocurv.buffers import snapshot
 from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.estimator import Part
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers, Proposal
@@ -345,19 +346,19 @@ class NGVI:
             noise = None
             if self.num_particles:
                 noise, noises = engine.draw(precisions, noises, locs[0], self.antithetic)
-            sample, watch = engine.around(blocks, locs, noise), due and particle == 0
-            twice = watch and self.curvature.kind == "hessian"
+            sample = engine.around(blocks, locs, noise)
+            twice = due and self.curvature.kind == "hessian"
             with network(), twice_differentiable() if twice else nullcontext():
-                run = run_model(self.model, self.guide, leaves(sample), args, kwargs, watch)
+                run = run_model(self.model, self.guide, leaves(sample), args, kwargs, due)
             heat = self._heat(run)
             priors, energy = self._read_priors(run), run.energy(heat)
-            if watch:
+            if due:
                 if not bool(torch.isfinite(energy)):
                     raise FloatingPointError(f"step {state.step}: the loss is {energy.item()}")
                 carried = engine.observe(
                     self.curvature, state.step, blocks, carried,
                     run.observations, run.capture.calls, run.main.rows, run.batch / run.num_data,  # type: ignore[union-attr]  # watched: there is a capture
-                    priors, self._numbers(run),
+                    priors, self._numbers(run), Part(particle, runs),
                 )
             params = [*run.model_params.values(), *run.guide_params.values()]
             found = torch.autograd.grad(

@@ -17,6 +17,7 @@ from pyrocurv.capture import Capture
 from pyrocurv.choice import LEFT_OUT, Choice, choose
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.curvature.estimator import ALONE, Part
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.curvature.spec import as_curvature
@@ -220,9 +221,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _estimated(
         self, carried: Sequence[Carried], passes: Sequence[Pass],
-        places: Places, share: float,
+        places: Places, share: float, part: Part = ALONE,
     ) -> tuple[Layout, list[Carried]]:
-        """With one more estimate of what is due and took part."""
+        """With one more estimate of what is due and took part; from a `part` of the samples."""
         with self._seen(passes, places) as (terms, layout, calls, rows):
             met = {call.layer for call in calls}
             every = [*carried, *(Carried() for _ in layout.blocks[len(carried):])]
@@ -234,7 +235,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             new = engine.observe(
                 self.curvature, self._state.step, [layout.blocks[n] for n in here],
                 [every[n] for n in here], terms, calls, rows, share, [priors[n] for n in here],
-                [numbers[n] for n in here],
+                [numbers[n] for n in here], part,
             )
         for n, one in zip(here, new, strict=True):
             every[n] = one

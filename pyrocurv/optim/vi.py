@@ -17,6 +17,7 @@ from pyrocurv.blocks import Block
 from pyrocurv.choice import LEFT_OUT, Choice
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.curvature.estimator import Part
 from pyrocurv.curvature.spec import NOISE
 from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
@@ -48,7 +49,8 @@ class VIOptimizer(CurvatureOptimizer):
             loss.backward()
         optimizer.step()
 
-    Several such blocks before a step are several samples. The equations are those of
+    Several such blocks before a step are several samples, of which the first gives the curvature;
+    of the samples of `step(closure)` it is the mean. The equations are those of
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
@@ -129,6 +131,7 @@ class VIOptimizer(CurvatureOptimizer):
         })
         self._priors_made: dict[Block, tuple[Any, BlockPrior]] = {}
         self._samples: Samples | None = None
+        self._num_parts = 1  # how many samples of a step give its curvature
         self._is_sampling = False
         self._means: tuple[Sequence[Block], Sequence[Tensor]] = ((), ())  # while they are away
         if self.curvature.kind == NOISE:
@@ -239,9 +242,12 @@ class VIOptimizer(CurvatureOptimizer):
         if old is None:
             rows, layout = total(passes), self.layout
             carried = self._aged(layout, places, rows / self._size)
-            if self._is_due() and any(one.inputs for one in passes):
-                layout, carried = self._estimated(carried, passes, places, rows / self._size)
             old = Samples(0, rows, layout, tuple(carried), (None,) * len(blocks))
+        if old.count < self._num_parts and self._is_due() and any(one.inputs for one in passes):
+            layout, carried = self._estimated(
+                old.carried, passes, places, old.rows / self._size, Part(old.count, self._num_parts)
+            )
+            old = replace(old, layout=layout, carried=tuple(carried))
         noises = [*mirror, *[None] * (len(old.carried) - len(mirror))]
         carried = [replace(one, noise=n) for one, n in zip(old.carried, noises, strict=True)]
         estimates = list(old.estimates)
@@ -289,14 +295,17 @@ class VIOptimizer(CurvatureOptimizer):
     def _sampled(self, closure: Callable[[], Any]) -> Any:
         losses, sums = [], dict[str, Tensor]()
         self.zero_grad()
-        self._samples = None
-        for _ in range(self.num_samples):
-            with self.sampled_params(), torch.enable_grad():
-                losses.append(closure())
-            for name, (p, _) in self._places().items():
-                if p.grad is not None:
-                    sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
-            self.zero_grad()
+        self._samples, self._num_parts = None, self.num_samples
+        try:
+            for _ in range(self.num_samples):
+                with self.sampled_params(), torch.enable_grad():
+                    losses.append(closure())
+                for name, (p, _) in self._places().items():
+                    if p.grad is not None:
+                        sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+                self.zero_grad()
+        finally:
+            self._num_parts = 1
         for name, (p, _) in self._places().items():
             p.grad = sums.get(name)
         known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
@@ -396,7 +405,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._priors_made, self._samples = {}, None
+        self._priors_made, self._samples, self._num_parts = {}, None, 1
         self._is_sampling, self._means = False, ((), ())
 
 
