@@ -208,7 +208,9 @@ def ngvi(
     guide = KFACGuide(model)
     engine = NGVI(
         model, guide, lr=lr, damping=damping, kl_clip=kl_clip, temperature=TEMPERATURE,
-        curvature=Curvature("fisher", every=every, batch=8, initial=initial),  # 8 sequences, 512 tokens
+        curvature=Curvature(  # from 8 sequences, 512 tokens
+            "fisher", every=every, batch=8, initial=initial
+        ),
         optim=lambda parameters: torch.optim.AdamW(parameters, lr=REST_LR),
     )
     schedule = LambdaLR(engine.optimizer, falling(total))
