@@ -2,7 +2,8 @@
 
 from pyrocurv.guides.kinds import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
 from pyrocurv.guides.mixture import MixtureGuide
-from pyrocurv.guides.structured import StructuredGuide, init_to_network
+from pyrocurv.guides.start import init_to_network
+from pyrocurv.guides.structured import StructuredGuide
 
 __all__ = [
     "BlockGuide", "DiagonalGuide", "EKFACGuide", "FullGuide", "KFACGuide", "MixtureGuide",

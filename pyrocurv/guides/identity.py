@@ -9,56 +9,80 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import pyro
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
-from torch import nn
+from torch import Tensor, nn
 
-from pyrocurv.prototype import named_modules
+from pyrocurv.prototype import Site, named_modules
 
-LEFT_BEHIND = ("_base_model", "_init_loc_fn", "_choice")  # by pickles: what the first call needs
 _instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
-def take_a_name(guide: Any) -> None:
-    """Give a guide and its parts a name that no other guide of this process has."""
-    kind = type(guide).__name__
-    number = next(_instances[kind])
-    guide._own_name = f"{kind}_{number}" if number else kind
-    context = type(guide._pyro_context)()
-    for part in guide.modules():
-        if isinstance(part, PyroModule):
-            part._pyro_context = context
-    guide._pyro_set_supermodule(guide._own_name, context)
+class NamedGuide(AutoGuide):
+    """A guide with a name that no other guide of this process has.
 
+    Pickles leave behind what the first call needs: the model, above all.
+    """
 
-def is_by_itself(guide: Any) -> bool:
-    """Whether a guide has the name it took, and not one from a module around it."""
-    return guide._pyro_name == guide._own_name
+    left_behind: ClassVar[tuple[str, ...]] = ("_base_model", "_init_loc_fn")
 
+    def __init__(
+        self, model: Callable[..., Any], init_loc_fn: Callable[[Site], Tensor],
+        create_plates: Callable[..., Any] | None,
+    ) -> None:
+        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self._take_a_name()
+        self.register_load_state_dict_post_hook(forget)
+        self._base_model = (model,)
+        self._init_loc_fn = init_loc_fn
 
-def _held(guide: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by their names in the store."""
-    return {
-        f"{part._pyro_name}.{name}": part._parameters[f"{name}_unconstrained"]
-        for part in guide.modules() if isinstance(part, PyroModule) for name in part._pyro_params
-    }
+    def _take_a_name(self) -> None:
+        """For the guide and its parts."""
+        kind = type(self).__name__
+        number = next(_instances[kind])
+        self._own_name = f"{kind}_{number}" if number else kind
+        context = type(self._pyro_context)()
+        for part in self.modules():
+            if isinstance(part, PyroModule):
+                part._pyro_context = context
+        self._pyro_set_supermodule(self._own_name, context)
 
+    def __getstate__(self) -> dict[str, Any]:
+        left = dict.fromkeys(("master", "_model", *self.left_behind))
+        return {**self.__dict__, **left, "_modules": _without_models(self._modules)}
 
-@contextmanager
-def followed_by_the_store(guide: nn.Module) -> Iterator[None]:
-    """Let the store forget parameters that are replaced meanwhile; it meets the new ones again."""
-    before = _held(guide)
-    yield
-    store = pyro.get_param_store()
-    for name, new in _held(guide).items():
-        old = before.get(name)
-        if old is not new and name in store and store._params[name] is old:
-            del store[name]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._pyro_name == self._own_name:  # and not one from a module around it
+            self._take_a_name()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedGuide:
+        """On the copy of its model if that was copied before in the same call."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        for name in self.left_behind:
+            setattr(twin, name, getattr(self, name))
+        twin._base_model = _followed(self._base_model, memo)
+        for old, new in zip(_guides(self), _guides(twin), strict=True):
+            new._model = _followed(old._model, memo)
+        return twin
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the store forget parameters that a move replaces; it meets the new ones again."""
+        before = _held(self)
+        result = super()._apply(*args, **kwargs)
+        store = pyro.get_param_store()
+        for name, new in _held(self).items():
+            old = before.get(name)
+            if old is not new and name in store and store._params[name] is old:
+                del store[name]
+        return result
 
 
 def forget(guide: nn.Module, incompatible: Any) -> None:
@@ -69,10 +93,15 @@ def forget(guide: nn.Module, incompatible: Any) -> None:
             del store[name]
 
 
-# ---- copies and pickles -------------------------------------------------------------------------
+def _held(guide: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the store."""
+    return {
+        f"{part._pyro_name}.{name}": part._parameters[f"{name}_unconstrained"]
+        for part in guide.modules() if isinstance(part, PyroModule) for name in part._pyro_params
+    }
 
 
-def without_models(modules: dict[str, Any]) -> dict[str, Any]:
+def _without_models(modules: dict[str, Any]) -> dict[str, Any]:
     """The modules, Pyro's guides among them as shallow twins: to pickle one takes its model away.
 
     Pyro does that to the live guide.
@@ -82,20 +111,7 @@ def without_models(modules: dict[str, Any]) -> dict[str, Any]:
 
 def _twin(guide: AutoGuide) -> AutoGuide:
     twin = object.__new__(type(guide))
-    twin.__dict__.update(guide.__dict__, _modules=without_models(guide._modules))
-    return twin
-
-
-def copied(guide: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy, on the copy of its model if that was copied before in the same call."""
-    twin = object.__new__(type(guide))
-    memo[id(guide)] = twin
-    twin.__setstate__(copy.deepcopy(guide.__getstate__(), memo))
-    for name in LEFT_BEHIND:
-        setattr(twin, name, getattr(guide, name))
-    twin._base_model = _followed(guide._base_model, memo)
-    for old, new in zip(_guides(guide), _guides(twin), strict=True):
-        new._model = _followed(old._model, memo)
+    twin.__dict__.update(guide.__dict__, _modules=_without_models(guide._modules))
     return twin
 
 

@@ -10,18 +10,7 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_uniform
 from torch import Tensor
-
-
-class Start(InitMessenger):
-    """Starts latents by a function of the site; what `init_to_value` does not name, is left."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        options = getattr(self.init_fn, "keywords", {})
-        others = options.get("fallback") is init_to_uniform  # its default, nobody's choice
-        if "values" not in options or not others or msg["name"] in options["values"]:
-            super()._pyro_sample(msg)
 
 
 class Points(AutoDelta):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from pyrocurv.blocks import Block, partition
 from pyrocurv.choice import LEFT_OUT, Choice, choose
-from pyrocurv.guides.unconstrained import Latent, whole
+from pyrocurv.guides.unconstrained import Latent, is_local, whole
 from pyrocurv.prototype import Prototype
 from pyrocurv.specs import Spec, as_structure
 
@@ -47,10 +48,13 @@ class Plan:
         latents = {name: Latent.of(site) for name, site in found.latents.items()}
         return Plan([whole(latents, structure)], {}, (), latents)
 
-    @property
-    def is_short(self) -> bool:
-        """Whether latents are left, or known from gradients alone."""
-        return bool(self.left) or any(block.is_opaque for block in self.blocks)
+    def is_better_whole(self, found: Prototype) -> bool:
+        """Whether latents are left or known from gradients alone, as in models without a network.
+
+        Not with local latents: those are the fallback's, which amortises or refuses them.
+        """
+        short = bool(self.left) or any(block.is_opaque for block in self.blocks)
+        return short and not any(map(is_local, found.latents.values()))
 
     def complaint(self, found: Prototype) -> str:
         """Which weights have not the Gaussian one may expect, and why; or ""."""
@@ -66,6 +70,17 @@ class Plan:
             f"{', '.join(f'{name} ({found.missed[name]})' for name in names)} {reason}"
             for reason, names in reasons.items() if names
         )
+
+
+def check_layout(have: Sequence[Block], want: Sequence[Block]) -> None:
+    """Raises ValueError where a loaded guide's blocks are not those of the model."""
+    loaded, planned = _layout(have), _layout(want)
+    if loaded != planned:
+        raise ValueError(f"the loaded guide has weights {loaded}, the model {planned}")
+
+
+def _layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:
+    return {n: (s, block.structure) for block in blocks for n, s in block.tensors.items()}
 
 
 def _allowed(form: str, structure: Spec) -> Spec:

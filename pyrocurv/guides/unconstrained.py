@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -78,6 +79,15 @@ class Latent:
         )
         with _inside([plates[plate] for plate in self.plates]):
             return pyro.sample(name, delta)
+
+
+def images(
+    latents: Mapping[str, Latent], real: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The values of latents at real tensors, and the log volume of all transforms there."""
+    values = {name: latents[name].transform(one) for name, one in real.items()}
+    volumes = [latents[n].log_volume(real[n], value).sum() for n, value in values.items()]
+    return values, torch.stack(volumes).sum()
 
 
 @contextmanager

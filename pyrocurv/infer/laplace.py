@@ -9,35 +9,20 @@ network; its samples, put into the network itself, are wrong by far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrocurv import engine
-from pyrocurv.blocks import Block
-from pyrocurv.capture import Capture
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.hessian import twice_differentiable
-from pyrocurv.curvature.propagate import propagate
-from pyrocurv.curvature.pullback import Opaque
 from pyrocurv.curvature.spec import NOISE, as_curvature
-from pyrocurv.curvature.total import Batch, Total, accumulate
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.all_data import fit_all
 from pyrocurv.infer.evidence import Fitted, best_factors, evidence, scaled
-from pyrocurv.infer.linearised import innermost, output, predictive
-from pyrocurv.infer.run import Run, leaves, run_model
+from pyrocurv.infer.outlook import predict
 from pyrocurv.nn import rescale_prior
-from pyrocurv.priors import BlockPrior
-from pyrocurv.prototype import modules, still_frozen
-from pyrocurv.stream import Stream
-from pyrocurv.uses import Call
 
 
 class Laplace:
@@ -104,80 +89,10 @@ class Laplace:
                 raises at its first call.
             FloatingPointError: a likelihood or a curvature that is not finite.
         """
-        totals: list[Total] = []
-        priors: list[BlockPrior] = []
-        log_likelihood, counted, num_data = 0.0, 0, 0
-        for batch in loader:
-            run = self._run(batch)
-            if not totals:
-                blocks = [family.block for family in self.guide.blocks]
-                priors = [BlockPrior.read(block, run.sources) for block in blocks]
-                totals = [Total(b, p.units) for b, p in zip(blocks, priors, strict=True)]
-            terms = sum(site.log_prob.detach().double() for site in run.replay.observed)
-            log_likelihood += float(terms) * run.batch / run.num_data
-            counted, num_data = counted + run.batch, run.num_data
-            totals = self._accumulated(totals, run)
-        _check_count(counted, num_data)
-        if any(total.wants_another_pass for total in totals):
-            totals = self._second_pass(totals, loader, counted)
-        if not torch.isfinite(torch.tensor(log_likelihood)):
-            raise FloatingPointError(f"the log likelihood is {log_likelihood}")
-        self._write([
-            Fitted(total.block, total.sum(), prior, family.raw_loc.detach().clone())
-            for total, prior, family in zip(totals, priors, self.guide.blocks, strict=True)
-        ])
+        fitted, log_likelihood = fit_all(self.model, self.guide, self.curvature, loader)
+        self._write(fitted)
         self._log_likelihood = log_likelihood
         return self
-
-    def _second_pass(
-        self, totals: Sequence[Total], loader: Iterable[Any], counted: int
-    ) -> list[Total]:
-        again = [total.second() if total.wants_another_pass else total for total in totals]
-        places = [n for n, total in enumerate(totals) if total.wants_another_pass]
-        some, seen = [again[n] for n in places], 0
-        for batch in loader:
-            run = self._run(batch)
-            some, seen = self._accumulated(some, run), seen + run.batch
-        if seen != counted:
-            raise ValueError(
-                f"the loader gave {counted} data and then {seen}: structure 'ekfac' reads it "
-                "twice, so an iterator will not do"
-            )
-        for place, total in zip(places, some, strict=True):
-            again[place] = total
-        return again
-
-    def _run(self, batch: Any) -> Run:
-        """The model at the mean, with its ops watched."""
-        args, kwargs = arguments(batch)
-        if self.guide.prototype_trace is None:
-            with Stream(0)(torch.device("cpu")):
-                poutine.block(self.guide)(*args, **kwargs)
-        families = self.guide.blocks
-        if not families:
-            raise ValueError(self.guide.emptiness)
-        locs = [family.raw_loc.detach() for family in families]
-        sample = engine.around([family.block for family in families], locs, None)
-        twice = self.curvature.kind == "hessian"
-        with (
-            evaluated(self.model), torch.enable_grad(),
-            twice_differentiable() if twice else nullcontext(),
-        ):
-            rest = self._rest(*args, **kwargs)
-            return run_model(self.model, self.guide, leaves(sample), args, kwargs, True, rest)
-
-    def _rest(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The medians of the latents that have no Gaussian here."""
-        if not self.guide.fallback_sites:
-            return {}
-        return self.guide.fallback.median(*args, **kwargs)
-
-    def _accumulated(self, totals: Sequence[Total], run: Run) -> list[Total]:
-        rows = run.main.rows
-        calls = _calls(self.guide, run.capture, run.weights, rows)
-        with torch.enable_grad():
-            batch = Batch(run.observations, calls, rows, run.batch)
-            return accumulate(self.curvature, totals, batch)
 
     @torch.no_grad()
     def _write(self, fitted: Sequence[Fitted]) -> None:
@@ -259,94 +174,7 @@ class Laplace:
             RuntimeError: the guide has not seen its model.
         """
         self.guide._ready_blocks()
-        families = self.guide.blocks
-        blocks = [family.block for family in families]
-        locs = [family.raw_loc.detach() for family in families]
-        weights = {
-            name: value.requires_grad_()
-            for part in engine.around(blocks, locs, None) for name, value in part.items()
-        }
-        look = _Outlook({**weights, **self._rest()})
-        with (
-            torch.enable_grad(), Stream(0)(locs[0].device), evaluated(self.model),
-            still_frozen(modules(self.model)), look, Capture(dict(weights)) as capture,
-        ):
-            self.model(*args, **kwargs)
-        likelihood, event = look.likelihood()
-        with torch.enable_grad():
-            outputs = output(likelihood)
-        calls = _calls(self.guide, capture, weights, len(outputs))
-        with torch.no_grad():
-            precisions = [family.precision() for family in families]
-        covariance = propagate(blocks, precisions, outputs, calls)
-        with torch.no_grad():
-            return predictive(likelihood, event, covariance)
-
-
-class _Outlook(Messenger):
-    """Runs a model at `values` {site: tensor} and keeps the likelihoods of what is no latent."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.found: dict[str, Distribution] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not site_is_subsample(msg):
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.values and not site_is_subsample(msg):
-            self.found[msg["name"]] = msg["fn"]
-
-    def likelihood(self) -> tuple[Distribution, int]:
-        """The one there is, without what is around it, and its event axes."""
-        if len(self.found) != 1:
-            raise ValueError(
-                "predict() needs a model with one site beside the latents, got "
-                f"{', '.join(self.found) or 'none'}"
-            )
-        return innermost(*self.found.values())
-
-
-def _calls(
-    guide: StructuredGuide, capture: Capture | None, weights: Mapping[str, Tensor], rows: int
-) -> list[Call | Opaque]:
-    """The ops of the guide's layers; weights that no supported op consumes are layers too."""
-    assert capture is not None
-    held: list[Block] = [family.block for family in guide.blocks]
-    opaque = [layer for block in held if block.is_opaque for layer in block.layers]
-    return [*capture.calls, *(Opaque(one, weights[one.weight], rows) for one in opaque)]
-
-
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a loader gave as the arguments of a model."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-
-
-def _check_count(counted: int, num_data: int) -> None:
-    if not counted:
-        raise ValueError("the loader gave no batch")
-    if counted != num_data:
-        raise ValueError(
-            f"the loader gave {counted} data, the model's plate says there are {num_data}: every "
-            "datum is needed once (no drop_last, no sampling with replacement)"
-        )
-
-
-@contextmanager
-def evaluated(model: Any) -> Iterator[None]:
-    """With the model's modules in eval mode, in which no buffer moves."""
-    training: list[nn.Module] = [module for module in modules(model) if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+        return predict(self.model, self.guide, args, kwargs)
 
 
 def _compact(value: Tensor) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrocurv.capture import Capture
@@ -97,12 +97,31 @@ class Run:
         sites = [site for site in self.fallback.nodes.values() if site["type"] == "sample"]
         return energy + temperature * (sum(site["log_prob_sum"] for site in sites) - prior)
 
-
     def joint(self, temperature: float) -> Tensor:
         """-log p(y | z) - T (log p(z) + the log volume), of all latents z."""
         likelihood = torch.stack([site.log_prob for site in self.replay.observed]).sum()
         prior = sum((site.log_prob for site in self.replay.latents.values()), self.log_volume)
         return -likelihood - temperature * prior
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a loader gave as the arguments of a model."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+
+
+@contextmanager
+def evaluated(model: Any) -> Iterator[None]:
+    """With the model's modules in eval mode, in which no buffer moves."""
+    training: list[nn.Module] = [module for module in modules(model) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def leaves(sample: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from pyrocurv import engine
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.laplace import arguments, evaluated
 from pyrocurv.infer.numbers import check_positive
-from pyrocurv.infer.run import Run, leaves, run_model
+from pyrocurv.infer.run import Run, arguments, evaluated, leaves, run_model
 from pyrocurv.prototype import frozen_buffers
 
 Trained = tuple[Callable[..., Any], StructuredGuide]  # a model and its guide

@@ -1,0 +1,88 @@
+"""What a guide's Gaussians say of its sites together: draws, marginals, quantiles, KL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor
+
+from pyrocurv.blocks import positions
+from pyrocurv.distributions import StructuredNormal
+from pyrocurv.families import Family
+from pyrocurv.guides.unconstrained import Latent
+from pyrocurv.priors import Prior
+from pyrocurv.structures import BlockDiagonal
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Independent Gaussians, one for each block, over `sites` {name: shape of the real tensor}.
+
+    Where `latents` are given, the sites' values are images of real tensors.
+    """
+
+    families: Sequence[Family]
+    sites: Mapping[str, tuple[int, ...]]
+    latents: Mapping[str, Latent]
+
+    def normal(self) -> StructuredNormal:
+        """As one Gaussian over the real tensors [P], in the order of the sites."""
+        device = self.families[0].loc.device
+        places = positions([family.block for family in self.families], self.sites)
+        index = tuple(rows.to(device) for rows in places)
+        precision = BlockDiagonal(tuple(family.precision() for family in self.families), index)
+        return StructuredNormal(precision.join([f.loc for f in self.families]), precision)
+
+    def sample(self, n: int) -> dict[str, Tensor]:
+        """{site: [n, *shape]}."""
+        return self._values([f.distribution().sample((n,)) for f in self.families])
+
+    def median(self) -> dict[str, Tensor]:
+        """{site: [*shape]}."""
+        return self._values([family.loc.clone() for family in self.families])
+
+    def quantiles(self, levels: float | Sequence[float]) -> dict[str, Tensor]:
+        """{site: [len(levels), *shape]}."""
+        found = {}
+        for name in self.sites:
+            marginal = self._marginal(name)
+            each = torch.as_tensor(levels).to(marginal.loc)
+            real = marginal.icdf(each.reshape(-1, *[1] * marginal.loc.dim()))
+            found[name] = self._image(name, real)
+        return found
+
+    def marginal(self, site: str) -> dist.TorchDistribution:
+        """Independent normals [*shape], or their image. Raises ValueError for an unknown site."""
+        marginal = self._marginal(site)
+        if self.latents:
+            return dist.TransformedDistribution(marginal, [self.latents[site].transform])
+        return marginal.to_event(marginal.loc.dim())
+
+    def kl(self, priors: Sequence[Prior]) -> Tensor:
+        """KL(q ‖ prior) in nats, with a prior for each block."""
+        parts = zip(self.families, priors, strict=True)
+        return torch.stack([
+            StructuredNormal(family.loc, family.precision()).kl(prior.loc, prior.precision)
+            for family, prior in parts
+        ]).sum()
+
+    def _marginal(self, site: str) -> dist.Normal:
+        """Of the real tensor."""
+        for family in self.families:
+            if site in family.block.tensors:
+                deviations = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
+                loc = family.block.unpack(family.loc)[site]
+                return dist.Normal(loc, deviations)
+        raise ValueError(f"no site {site!r} here: {', '.join(self.sites)} exist")
+
+    def _values(self, packed: Sequence[Tensor]) -> dict[str, Tensor]:
+        real: dict[str, Tensor] = {}
+        for family, part in zip(self.families, packed, strict=True):
+            real.update(family.block.unpack(part))
+        return {name: self._image(name, real[name]) for name in self.sites}
+
+    def _image(self, site: str, real: Tensor) -> Tensor:
+        return self.latents[site].transform(real) if self.latents else real

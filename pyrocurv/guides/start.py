@@ -1,0 +1,43 @@
+"""Where a guide starts: at the network's own weights, at what its user says, or at a median."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro.infer.autoguide.initialization import (
+    InitMessenger,
+    init_to_median,
+    init_to_sample,
+    init_to_uniform,
+)
+from torch import Tensor
+
+from pyrocurv.guides.plan import Plan
+from pyrocurv.prototype import Site
+
+
+def init_to_network(site: Site) -> Tensor:
+    """Start at the weight that `bayesianize` replaced (its prior's `initial`), or at a sample."""
+    initial = getattr(site["fn"], "initial", None)
+    return init_to_sample(site) if initial is None else initial.detach()
+
+
+def start_of(plan: Plan, latents: Mapping[str, Site], untold: bool) -> dict[str, Tensor]:
+    """The real tensors that a plan's blocks start at; `untold`, a whole model's are at medians."""
+    names = {name for block in plan.blocks for name in block.tensors}
+    sites = {name: site for name, site in latents.items() if name in names}
+    if not plan.latents:
+        return {name: site["value"].detach() for name, site in sites.items()}
+    values = {n: init_to_median(s) if untold else s["value"] for n, s in sites.items()}
+    return {name: plan.latents[name].transform.inv(v.detach()) for name, v in values.items()}
+
+
+class Start(InitMessenger):
+    """Starts latents by a function of the site; what `init_to_value` does not name, is left."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        options = getattr(self.init_fn, "keywords", {})
+        others = options.get("fallback") is init_to_uniform  # its default, nobody's choice
+        if "values" not in options or not others or msg["name"] in options["values"]:
+            super()._pyro_sample(msg)

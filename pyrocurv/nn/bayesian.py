@@ -1,0 +1,98 @@
+"""`bayesianize`: which weights of a network become latents, and making them so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pyro.nn.module import to_pyro_module_
+from torch import nn
+
+from pyrocurv.nn.padding import keep_padding
+from pyrocurv.nn.priors import Prior, prior_maker, set_prior
+from pyrocurv.nn.ties import find_ties, tie
+from pyrocurv.priors import TRANSPOSED
+
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+LAYERS: tuple[type[nn.Module], ...] = (
+    nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.MultiheadAttention,
+    *RECURRENT,
+)
+Layers = Iterable[type[nn.Module] | str] | type[nn.Module] | str | None
+
+
+def bayesianize(
+    net: nn.Module,
+    prior: Prior = "fan_in",
+    layers: Layers = None,
+) -> nn.Module:
+    """Turn the weights of a network into latents of a Pyro model, in place.
+
+    Args:
+        net: any network. Its present weights are where `pyrocurv.guides` start.
+        prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
+            1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
+            Distribution of that shape.
+        layers: which modules, by type or by name as in `net.named_modules()`, one or several; by
+            default `pyrocurv.nn.LAYERS`: linear layers, (transposed) convolutions, attention and
+            recurrent layers. Norm layers and embeddings are left out unless asked for. What is left
+            out keeps point estimates, which the `summary()` of a guide lists too; and the padding
+            of an embedding keeps its output, whatever is sampled for its row.
+
+    Returns:
+        `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
+        modules share is one site, named after the first.
+
+    Raises:
+        ValueError: a prior out of range or of another shape; a layer name that does not exist; no
+            layer that fits, or none that is no latent yet; a weight that a module asked for shares
+            with one left out.
+        TypeError: a prior that is a distribution.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import bayesianize
+        >>> net = bayesianize(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)))
+        >>> list(net.parameters())
+        []
+    """
+    make = prior_maker(prior)
+    chosen = _chosen(net, layers)
+    ties = find_ties(net, chosen)
+    planned = [
+        (module, name, make(module, name), parameter)
+        for module in chosen for name, parameter in module.named_parameters(recurse=False)
+        if (module, name) not in ties
+    ]
+    for module, name, fn, parameter in planned:
+        if fn.batch_shape + fn.event_shape != parameter.shape:
+            raise ValueError(
+                f"the prior of {type(module).__name__}.{name} has shape "
+                f"{tuple(fn.batch_shape + fn.event_shape)}, the parameter {tuple(parameter.shape)}"
+            )
+    to_pyro_module_(net)
+    for (module, name), owner in ties.items():
+        tie(module, name, owner)
+    for module, name, fn, parameter in planned:
+        set_prior(module, name, fn, parameter)
+        if isinstance(module, nn.Embedding) and (module, name) not in ties.values():
+            keep_padding(module, parameter)
+    return net
+
+
+def _chosen(net: nn.Module, layers: Layers) -> list[nn.Module]:
+    named = dict(net.named_modules())
+    layers = (layers,) if isinstance(layers, (type, str)) else layers
+    wanted = LAYERS if layers is None else tuple(layers)
+    types = tuple(want for want in wanted if isinstance(want, type))
+    names = [want for want in wanted if isinstance(want, str)]
+    for name in names:
+        if name not in named:
+            raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
+    fitting = [m for name, m in named.items() if isinstance(m, types) or name in names]
+    chosen = [m for m in fitting if any(True for _ in m.parameters(recurse=False))]
+    if not chosen:
+        fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
+        are = any(getattr(module, "_pyro_samples", None) for module in fitting)
+        why = "is no latent yet, of what" if are else "with a parameter"
+        raise ValueError(f"layers: nothing in {type(net).__name__} {why} fits {fits}")
+    return chosen

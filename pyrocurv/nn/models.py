@@ -1,0 +1,102 @@
+"""Models of one network and a ready likelihood: a classifier, a regressor."""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+
+class Classifier(PyroModule):
+    """A network whose outputs are the logits of a categorical: (x, y=None) -> logits [B, C].
+
+    Args:
+        net: a network, bayesianized.
+        num_data: N, the number of training examples.
+
+    The sites are the network's weights under "net." and "obs", in the plate "data" of size N.
+    Raises ValueError for logits of another shape, or a batch of more than N targets.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import Classifier, bayesianize
+        >>> model = Classifier(bayesianize(torch.nn.Linear(4, 3)), num_data=100)
+        >>> model(torch.randn(5, 4)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, net: nn.Module, num_data: int) -> None:
+        super().__init__()
+        self.net, self.num_data = net, _check_num_data(num_data)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = self.net(x)
+        if logits.dim() != 2:
+            raise ValueError(f"logits [B, C] are needed, the network gave {tuple(logits.shape)}")
+        if y is not None and y.shape != logits.shape[:1]:
+            raise ValueError(
+                f"classes {tuple(y.shape)} do not fit logits {tuple(logits.shape)}: [B] is needed"
+            )
+        with _data_plate(self.num_data, logits, y):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+        return logits
+
+
+class Regressor(PyroModule):
+    """A network whose outputs are the means of normals: (x, y=None) -> mean [B] or [B, D].
+
+    Args:
+        net: a network, bayesianized. A single output [B, 1] is taken as [B].
+        num_data: N, the number of training examples.
+        noise: the standard deviation of the targets; None for a latent "sigma" with a
+            LogNormal(0, 1) prior, which suits standardised targets.
+
+    The sites are the network's weights under "net.", "obs" in the plate "data" of size N, and
+    "sigma". Raises ValueError for targets of another shape, or a batch of more than N.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import Regressor, bayesianize
+        >>> model = Regressor(bayesianize(torch.nn.Linear(4, 1)), num_data=100)
+        >>> model(torch.randn(5, 4)).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, net: nn.Module, num_data: int, noise: float | None = None) -> None:
+        super().__init__()
+        if noise is not None and not noise > 0:
+            raise ValueError(f"noise={noise!r}: a positive standard deviation, or None, is needed")
+        self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        mean = self.net(x)
+        if mean.dim() == 2 and mean.shape[-1] == 1:
+            mean = mean.squeeze(-1)
+            y = y.squeeze(-1) if y is not None and y.dim() == 2 and y.shape[-1] == 1 else y
+        if y is not None and y.shape != mean.shape:
+            raise ValueError(f"targets {tuple(y.shape)} do not fit means {tuple(mean.shape)}")
+        noise = self.noise
+        if noise is None:
+            zero = mean.new_zeros(())
+            noise = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
+        with _data_plate(self.num_data, mean, y):
+            normal = dist.Normal(mean, mean.new_ones(()) * noise)
+            pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
+        return mean
+
+
+def _check_num_data(num_data: int) -> int:
+    if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+        raise ValueError(f"num_data={num_data!r}: the number of training examples is needed")
+    return num_data
+
+
+def _data_plate(num_data: int, output: Tensor, y: Tensor | None) -> pyro.plate:
+    """The plate of the data; in prediction (no targets) it is as large as the batch."""
+    batch = len(output)
+    if y is not None and batch > num_data:
+        raise ValueError(f"a batch of {batch} targets, but num_data={num_data}")
+    indices = torch.arange(batch, device=output.device)
+    return pyro.plate("data", batch if y is None else num_data, subsample=indices, dim=-1)
