@@ -52,7 +52,7 @@ except ImportError:
     Peer = None
 
 HIDDEN, BATCH, SAMPLES, NOISE_LR = 50, 32, 100, 1e-2
-DECAYS = (0.03, 0.1, 0.3, 1.0, 2.0, 4.0)
+DECAYS = (0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 SETS: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
     "boston": boston_housing_data,
     "autompg": autompg_data,

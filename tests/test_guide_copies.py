@@ -255,6 +255,7 @@ def test_a_loaded_guide_of_points_and_frozen_weights_predicts_without_data() -> 
     fresh.load_state_dict(through_a_file(ngvi.guide.state_dict()))
     assert Predictive(model, guide=fresh, num_samples=3)(inputs(7))["obs"].shape == (3, 7, 2)
     assert same(medians(fresh), medians(ngvi.guide))
+    assert same(medians(pickle.loads(pickle.dumps(ngvi.guide))), medians(ngvi.guide))
 
 
 def test_a_list_of_loaded_guides_predicts_without_data() -> None:

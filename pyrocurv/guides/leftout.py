@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,7 +18,7 @@ class Points(AutoDelta):
     """Point estimates, from given values on; the prior counts as a penalty."""
 
     def __init__(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> None:
-        super().__init__(model, init_loc_fn=lambda site: values[site["name"]].detach().clone())
+        super().__init__(model, init_loc_fn=partial(_value_of, dict(values)))
 
     @torch.no_grad()
     def quantiles(
@@ -26,6 +27,10 @@ class Points(AutoDelta):
         """The point itself, for each quantile."""
         points = self.median(*args, **kwargs)
         return {name: torch.stack([value] * len(quantiles)) for name, value in points.items()}
+
+
+def _value_of(values: Mapping[str, Tensor], site: Mapping[str, Any]) -> Tensor:
+    return values[site["name"]].detach().clone()
 
 
 class Frozen(AutoGuide):
