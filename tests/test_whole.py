@@ -399,3 +399,52 @@ def test_a_kronecker_guide_leaves_such_latents_to_the_fallback() -> None:
     with pytest.warns(UserWarning, match="from gradients"):
         guide(torch.randn(12, 3), torch.randn(12))
     assert {"tau", "noise"} <= {*guide.fallback_sites}
+
+
+# ---- a noise scale, by quadrature ---------------------------------------------------------------
+
+
+def test_a_noise_scale_by_quadrature() -> None:
+    """The posterior of ln σ, and the Gaussian nearest to it, on a fine grid of one dimension."""
+    pyro.set_rng_seed(0)
+    y = 0.3 * torch.randn(12, dtype=torch.float64)
+    grid = torch.linspace(-4, 2, 20001, dtype=torch.float64)
+    scale = grid.exp().unsqueeze(-1)
+    joint = dist.Normal(0.0, scale).log_prob(y).sum(-1) + dist.LogNormal(0.0, 1.0).log_prob(
+        scale.squeeze(-1)) + grid
+    exact = joint.softmax(0)
+    mean = (exact * grid).sum()
+    sd = (exact * (grid - mean).square()).sum().sqrt()
+    free = torch.stack([mean, sd.log()]).requires_grad_()
+    optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
+
+    def divergence() -> Tensor:
+        optimizer.zero_grad()
+        density = dist.Normal(free[0], free[1].exp()).log_prob(grid)
+        q = density.exp() / density.exp().sum()
+        loss = (q * (density - joint)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(divergence)
+    best = torch.stack([free[0], free[1].exp()]).detach()
+
+    def model() -> None:
+        sigma = pyro.sample("sigma", dist.LogNormal(y.new_zeros(()), y.new_ones(())))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(0.0, sigma), obs=y)
+
+    found = []
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        guide = FullGuide(model)
+        ngvi = NGVI(model, guide, curvature="hessian")
+        for _ in range(100):
+            ngvi.step()
+        variance = guide.posterior.precision.inverse_diag()
+        found.append(torch.cat([guide.posterior.loc, variance.sqrt()]).detach())
+    runs = torch.stack(found).double()
+    error = runs.std(0) / len(runs) ** 0.5
+    assert (error < 0.02 * sd).all()
+    assert ((runs.mean(0) - best).abs() < 4 * error + 1e-3 * sd).all(), (runs.mean(0), best, error)
+    assert (best[0] - mean).abs() < 0.1 * sd and (best[1] / sd - 1).abs() < 0.1
