@@ -86,9 +86,10 @@ class NGVI:
             weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping.
-        num_particles: samples S of the posterior a step, in antithetic pairs. 0: none, all is taken
-            at the mean, which so goes to a mode of the log joint (at T = 1); the posterior there is
-            a Laplace approximation, for `Laplace(model, guide).predict(x)`, not for sampling.
+        num_particles: samples S of the posterior a step, in antithetic pairs; gradients and
+            curvature are means over them. 0: none, all is taken at the mean, which so goes to a
+            mode of the log joint (at T = 1); the posterior there is a Laplace approximation, for
+            `Laplace(model, guide).predict(x)`, not for sampling.
         antithetic: use each noise a second time with its sign turned, also from step to step.
         average: keep a running average of mean and precision, of weight 4/(t+4), and let the guide
             be that average; training goes on from the iterate.
