@@ -15,11 +15,9 @@ weights of the linear layers; embeddings and LayerNorms are AdamW's in either me
 per character, of the mean weights and of the average of 8 samples; "train" is the end of the
 training text. Settings were chosen on the validation files with seed 0: AdamW's learning rate, and
 besides it β₂, weight decay and warm-up, in 19 runs, NGVI's numbers in 25. "adamw" has the best
-learning rate and PyTorch's other defaults; "adamw-.99" is the best of all 19, β₂ = 0.99, whose
-neighbours are no better than "adamw". NGVI has T = 0.01 and rank 64: with the rule of "auto",
-T = 0.1, and the default rank it is 0.015 higher on the validation files. `--validation` leaves the
-test files alone. `--cost` alone times the steps as in `step_cost.py`. A missed target fails
-nothing.
+learning rate and PyTorch's other defaults; "adamw-.99" is the best of all 19, β₂ = 0.99. NGVI has
+T = 0.01 and rank 64; the rule of "auto" would be T = 0.1. `--validation` leaves the test files
+alone. `--cost` alone times the steps as in `step_cost.py`. A missed target fails nothing.
 """
 
 from __future__ import annotations

@@ -646,6 +646,9 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
             expected = one.eigen(expected, units)
         assert_same(running.curvature.dense(), expected.dense() / len(x), rtol=1e-8)
         assert running.factors is None
+        late = estimator.Part(2, 4)  # the first sample of several that the layer has a part in
+        again = estimator.update(None, seen.block, seen, len(x), 0.9, True, units, late)
+        assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)
 
 
 def test_a_large_convolution_by_signs() -> None:

@@ -89,13 +89,21 @@ class Part:
 
     def count(self, running: Running | None) -> int:
         """The number of the step's estimate."""
-        if running is None or running.count == 0:
-            return 1
-        return running.count + (self.index == 0)
+        return 1 if _is_empty(running) else running.count + (self.index == 0)  # type: ignore[union-attr]  # None is empty
 
-    def weight(self, whole: float) -> float:
-        """Of this sample in an average that gives all of them, each as much, `whole` together."""
+    def weight(self, running: Running | None, decay: float) -> float:
+        """Of this sample; all of a step have, each as much, max(1 - decay, 1/count) together.
+
+        All of it where nothing was known before, be it the first sample or a later one.
+        """
+        if _is_empty(running):
+            return 1.0
+        whole = max(1 - decay, 1 / self.count(running))
         return whole / (self.of - (self.of - 1 - self.index) * whole)
+
+
+def _is_empty(running: Running | None) -> bool:
+    return running is None or running.count == 0
 
 
 ALONE = Part()
@@ -195,7 +203,7 @@ def update(
     finite is left out, with a warning.
     """
     count = part.count(running)
-    weight = part.weight(max(1 - decay, 1 / count))
+    weight = part.weight(running, decay)
     if _is_thin(block, seen):
         return _thin(running, block, seen, rows, count, weight, units)
     new = hessian.plain(block, seen).scale(1 / rows)
