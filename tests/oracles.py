@@ -33,6 +33,12 @@ NLL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
+    """Equal relative to the norm of the whole, so exact zeros need no second tolerance."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert (actual - expected).norm() <= rtol * expected.norm()
+
+
 # --- the likelihood ---------------------------------------------------------------------------
 
 
@@ -142,6 +148,21 @@ def fisher_moments(
 
     moments = [one(J, example) for J, example in zip(jacobian(net, x), x.split(1), strict=True)]
     return sum_of(mean for mean, _ in moments), sum_of(variance for _, variance in moments)
+
+
+def information(
+    density: Callable[[Tensor], Distribution], f: Tensor, support: Tensor, widths: Tensor
+) -> Tensor:
+    """E[s s^T], s = d log p(y | f) / d f, as a sum over support points [M] of these widths, [D, D].
+
+    For one datum whose parameters are functions of f [D].
+    """
+    each = f.detach().expand(len(support), -1).requires_grad_()  # its own f for each point
+    log_prob = density(each).log_prob(support)
+    (score,) = torch.autograd.grad(log_prob.sum(), each)
+    mass = log_prob.detach().exp() * widths
+    assert abs(float(mass.sum()) - 1) < 1e-6, "the support is cut too short"
+    return torch.einsum("m,mi,mj->ij", mass, score, score)
 
 
 def _gaussian_moments(J: Tensor) -> tuple[Tensor, Tensor]:

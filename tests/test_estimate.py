@@ -9,6 +9,7 @@ import oracles
 import pyro.distributions as dist
 import pytest
 import torch
+from oracles import assert_same
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, Poisson
 
@@ -150,12 +151,6 @@ def true_blocks(model: str, likelihood: str, curvature: str, batch: int = BATCH)
 
 def estimated(model: str, likelihood: str, batch: int = BATCH, **kwargs) -> Tensor:
     return estimate(*case(model, likelihood, batch), likelihood=likelihood, **kwargs).dense()
-
-
-def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    """Equal relative to the norm of the whole, so exact zeros need no second tolerance."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    assert (actual - expected).norm() <= rtol * expected.norm()
 
 
 # --- exact ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
+from oracles import assert_same
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
@@ -46,11 +47,6 @@ def estimated(name: str, likelihood: str, batch: int = BATCH, **kwargs) -> Tenso
         warnings.filterwarnings("ignore" if name in OPAQUE else "error", "no supported op")
         matrix = estimate(*case(name, likelihood, batch), likelihood=likelihood, **kwargs)
     return matrix.dense()
-
-
-def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-10) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).norm() <= rtol * expected.norm()
 
 
 def kept(name: str) -> list[list[str]]:

@@ -5,7 +5,8 @@ import math
 import oracles
 import pytest
 import torch
-from torch import Tensor, nn
+from oracles import assert_same
+from torch import nn
 from torch.distributions import Categorical, MultivariateNormal, Poisson
 
 LIKELIHOODS = ["categorical", "bernoulli", "normal"]
@@ -32,11 +33,6 @@ def data(likelihood: str, inputs: tuple[int, ...], outputs: tuple[int, ...]):
         "normal": torch.randn(outputs, dtype=torch.float64),
     }
     return x, targets[likelihood]
-
-
-def assert_same(actual: Tensor, expected: Tensor, rtol: float = 1e-12) -> None:
-    assert actual.shape == expected.shape
-    assert (actual - expected).norm() <= rtol * expected.norm()
 
 
 def test_jacobian_of_a_linear_layer_is_its_design_matrix() -> None:

@@ -3,7 +3,7 @@
 All three are sum_n sum_k Jᵀ v v ᵀJ with J the Jacobian of the likelihood's parameters in the
 weights; they differ in the vectors v alone (Martens 2020, arXiv:1412.1193):
 
-    ggn        v_k = sqrt(p(y_k)) ∇ log p(y_k) over a finite support, or a root in closed form
+    ggn        a root of the Fisher information, in closed form (`information`)
     fisher     v_k = ∇ log p(ỹ_k) / sqrt(K), ỹ_k drawn from the likelihood
     empirical  v   = ∇ log p(y) at the data
 
@@ -16,13 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
+from pyrocurv.curvature.information import root
 from pyrocurv.layers import Layer
 from pyrocurv.uses import Call
 
@@ -39,36 +39,6 @@ class Observation:
     value: Tensor
     weight: float | Tensor = 1.0
     mask: Tensor | bool | None = None
-
-
-@singledispatch
-def root(likelihood: Distribution) -> Iterator[Tensor]:
-    """Scalars whose gradients are a root of the Fisher information; register your own family.
-
-    Yields tensors of the likelihood's batch shape [B, *R]; the entries are independent variables.
-    """
-    if not likelihood.has_enumerate_support:
-        raise ValueError(
-            f"curvature='ggn' knows likelihoods of finite support and the normal, got "
-            f"{type(likelihood).__name__}: use 'fisher', which samples its targets"
-        )
-    for value in likelihood.enumerate_support(expand=False):
-        log_prob = likelihood.log_prob(value)
-        yield (log_prob.detach() / 2).exp() * log_prob
-
-
-@root.register
-def _(likelihood: Independent) -> Iterator[Tensor]:
-    yield from root(likelihood.base_dist)
-
-
-@root.register
-def _(likelihood: Normal) -> Iterator[Tensor]:
-    scale = likelihood.scale.detach()
-    if likelihood.loc.requires_grad:
-        yield likelihood.loc / scale
-    if likelihood.scale.requires_grad:  # the information in log scale is 2
-        yield math.sqrt(2) * likelihood.scale / scale
 
 
 def _ggn(term: Observation, num_samples: int) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ observed sites, the priors of the weights and the parameters, and takes the rest
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrocurv.curvature.pullback import Observation, root
+from pyrocurv.curvature.pullback import Observation
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +72,6 @@ class Site:
             mask = inner if mask is None else inner & torch.as_tensor(mask)
             fn = fn.base_dist
         return Observation(fn, self.value, self.scale * (rows / num_data), mask)
-
-
-@root.register
-def _(likelihood: MaskedDistribution) -> Iterator[Tensor]:
-    """Nothing where the mask drops a value: single entries of an event, say."""
-    mask = torch.as_tensor(likelihood._mask).expand(likelihood.batch_shape)
-    for scalar in root(likelihood.base_dist):
-        kept = mask.reshape(*mask.shape, *[1] * (scalar.dim() - mask.dim()))
-        yield torch.where(kept, scalar, torch.zeros_like(scalar))
 
 
 class Replay(Messenger):
