@@ -32,8 +32,8 @@ import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv import engine
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
-from pyrocurv.infer import NGVI, ngvi
-from pyrocurv.infer.run import Run
+from pyrocurv.infer import NGVI
+from pyrocurv.infer.run import Run, Runner
 from pyrocurv.optim import SecondOrderOptimizer
 
 try:
@@ -192,7 +192,7 @@ def parts(step: Step, data: Sequence[Batch]) -> dict[str, float]:
     watch = Stopwatch()
     with (
         watch.watch("sample", engine, "draw"),
-        watch.watch("forward + backward", ngvi, "run_model"),
+        watch.watch("forward + backward", Runner, "__call__"),
         watch.watch("forward + backward", Run, "energy"),
         watch.watch("forward + backward", torch.autograd, "grad"),
         watch.watch("curvature", engine, "observe"),

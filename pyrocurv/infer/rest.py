@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 MODEL_LR, GUIDE_LR = 2e-3, 1e-2  # of the default, Adam
+
+
+@dataclass(frozen=True, eq=False)
+class Others:
+    """Parameters of the model and of the fallback guide, and the gradients of all in this order."""
+
+    model: Mapping[str, Tensor]
+    guide: Mapping[str, Tensor]
+    own: Collection[str]  # those of the model that are its modules' own
+    gradients: Sequence[Tensor | None]
 
 
 class Rest:
@@ -33,15 +44,13 @@ class Rest:
         self._made_of: list[tuple[torch.device, torch.dtype]] = []  # the known, at the last step
         self._waiting: dict[str, dict[str, Any]] = {}  # loaded, for parameters not met yet
 
-    def step(
-        self, model: Mapping[str, Tensor], guide: Mapping[str, Tensor],
-        gradients: Sequence[Tensor | None], factor: float, own: Collection[str] = (),
-    ) -> None:
-        """One step on the model's and the guide's parameters, at `factor` times their rates.
+    def step(self, others: Others, factor: float) -> None:
+        """One step at `factor` times the parameters' rates.
 
         A parameter joins when it first has a gradient; those in `own` are there from the start.
         """
-        pairs = list(zip([*model.values(), *guide.values()], gradients, strict=True))
+        params = [*others.model.values(), *others.guide.values()]
+        pairs = list(zip(params, others.gradients, strict=True))
         moving = {id(param): param for param, gradient in pairs if gradient is not None}
         if not moving:
             return
@@ -52,8 +61,8 @@ class Rest:
             if isinstance(self._make, PyroOptim):
                 self._make(moving.values())
                 return
-            for side, rate in ((model, MODEL_LR), (guide, GUIDE_LR)):
-                joining = {n: p for n, p in side.items() if id(p) in moving or n in own}
+            for side, rate in ((others.model, MODEL_LR), (others.guide, GUIDE_LR)):
+                joining = {n: p for n, p in side.items() if id(p) in moving or n in others.own}
                 new = {n: p for n, p in joining.items() if self._known.get(n) is not p}
                 for names in self._alike(new):
                     self._add({name: new[name] for name in names}, rate)

@@ -17,6 +17,8 @@ from pyrocurv.capture import Capture
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
+from pyrocurv.infer.rest import Others
+from pyrocurv.precision import Autocast
 from pyrocurv.priors import Source, as_normal
 from pyrocurv.prototype import modules, named_modules, still_frozen
 
@@ -76,6 +78,15 @@ class Run:
         """The priors of the weights that had a part in the run."""
         latents = self.replay.latents.items()
         return {n: Source(site.fn, site.power) for n, site in latents if n in self.weights}
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All that is to be trained beside the weights, in the order of `others`."""
+        return [*self.model_params.values(), *self.guide_params.values()]
+
+    def others(self, gradients: Sequence[Tensor | None]) -> Others:
+        """The `params` with their gradients."""
+        return Others(self.model_params, self.guide_params, self.own_params.keys(), gradients)
 
     def energy(self, temperature: float) -> Tensor:
         """N nll, plus T (log q - log p) of the latents that the fallback guide has.
@@ -157,6 +168,21 @@ def run_model(
     params = _once({**own, **others})
     theirs = _params(guide, fallback)
     return Run(weights, replay, fallback, capture, own, params, theirs, log_volume)
+
+
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """A model and its guide on one batch; `network()` turns on the autocast to run it in."""
+
+    model: Callable[..., Any]
+    guide: StructuredGuide
+    network: Autocast
+    args: Any
+    kwargs: Any
+
+    def __call__(self, weights: Mapping[str, Tensor], watch: bool = False) -> Run:
+        """As `run_model` has it."""
+        return run_model(self.model, self.guide, weights, self.args, self.kwargs, watch)
 
 
 def _sample_rest(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ Lin, Schmidt & Khan 2020, arXiv:2002.10060; Khan & Rue 2023, arXiv:2107.04562.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,10 @@ from torch import Tensor
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.in_weights import products
 from pyrocurv.engine import average_weight
-from pyrocurv.infer.run import Run
+from pyrocurv.families import Family
+from pyrocurv.infer.heat import Heat
+from pyrocurv.infer.rest import Others
+from pyrocurv.infer.run import Run, Runner
 from pyrocurv.natural import trust
 from pyrocurv.structures import Dense, Diagonal, Structure
 
@@ -44,7 +47,7 @@ class Numbers:
     base_lr: float
     rate: float
     kl_clip: float | None
-    temperature: Callable[[Run], float]
+    temperature: Heat
     samples: int
     antithetic: bool
     average: bool
@@ -147,47 +150,49 @@ def advance(state: Whole, gradient: Tensor, target: Tensor, numbers: Numbers) ->
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step that is ready to be made, and the last run."""
+    """A step that is ready to be made."""
 
     loss: float
     state: Whole
-    run: Run
-    rest: list[Tensor | None]
+    others: Others
+
+    def writer(self, families: Sequence[Family]) -> Callable[[], None]:
+        """What puts it into the guide; all that may fail is done before."""
+        (family,), new = families, self.state
+        encoded = family.encode(new.mean_precision or new.precision)
+        return lambda: family.write(new.loc if new.mean_loc is None else new.mean_loc, encoded)
 
 
-def propose(
-    state: Whole, is_diagonal: bool, numbers: Numbers, run_at: Callable[[Tensor], Run],
-    at_once: bool,
-) -> Step:
+def propose(state: Whole, numbers: Numbers, runner: Runner, at_once: bool) -> Step:
     """Look at S samples, together if they can be, and step."""
     z = torch.stack([*noises(numbers.samples, state.precision, numbers.antithetic)])
     samples = (state.loc + state.precision.rsqrt(z)).detach().requires_grad_()
     with twice_differentiable():
-        energies, run, heat = _energies(samples, numbers.temperature, run_at, at_once)
-    params = [*run.model_params.values(), *run.guide_params.values()]
+        energies, run, heat = _energies(samples, numbers.temperature, runner, at_once)
     gradient, *rest = torch.autograd.grad(
-        energies.mean(), [samples, *params], create_graph=True, allow_unused=True
+        energies.mean(), [samples, *run.params], create_graph=True, allow_unused=True
     )
     if gradient is None:
         raise ValueError("the log joint does not depend on the latents")
-    curvature = hessian(gradient, samples, is_diagonal)
+    curvature = hessian(gradient, samples, runner.guide.blocks[0].block.kind == "diag")
     losses = energies.detach() + heat * log_q(state.precision, z.square().sum(-1))
     loss = float(losses.mean())
     if not math.isfinite(loss):
         raise FloatingPointError(f"step {state.step}: the loss is {loss}")
     new = advance(state, gradient.detach().sum(0) / heat, curvature / heat, numbers)
-    return Step(loss, new, run, [None if g is None else g.detach() for g in rest])
+    return Step(loss, new, run.others([None if g is None else g.detach() for g in rest]))
 
 
 def _energies(
-    samples: Tensor, temperature: Callable[[Run], float], run_at: Callable[[Tensor], Run],
-    at_once: bool,
+    samples: Tensor, temperature: Heat, runner: Runner, at_once: bool
 ) -> tuple[Tensor, Run, float]:
     """E of each sample [S, P], a run, and T."""
+    (family,) = runner.guide.blocks
     runs: list[tuple[Run, float]] = []
 
     def energy(sample: Tensor) -> Tensor:
-        run = run_at(sample)
+        with runner.network():
+            run = runner(family.block.unpack(sample))
         runs.append((run, temperature(run)))
         return run.joint(runs[-1][1])
 

@@ -1,0 +1,30 @@
+"""The temperature of a run: the number that was given, or a rule of thumb from the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyrocurv.blocks import Block
+from pyrocurv.infer.numbers import AUTO
+from pyrocurv.infer.run import Run
+
+
+@dataclass(frozen=True)
+class Heat:
+    """T as it was given, "auto" included, for the weights in these blocks."""
+
+    given: float | str
+    blocks: Sequence[Block]
+
+    @property
+    def asks_the_graph(self) -> bool:
+        """Whether T depends on what a run's data are, which only a graph can say."""
+        return self.given == AUTO
+
+    def __call__(self, run: Run) -> float:
+        """T."""
+        if isinstance(self.given, float | int):
+            return self.given
+        weights = sum(block.size for block in self.blocks)
+        return min(0.1, run.num_data / weights) if run.has_finite_support else 0.3
