@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.infer.whole import blended
+from pyrocurv.infer.whole import Whole, blended
 from pyrocurv.nn import Regressor, bayesianize
 from pyrocurv.structures import Dense, Diagonal
 
@@ -448,3 +448,51 @@ def test_a_noise_scale_by_quadrature() -> None:
     assert (error < 0.02 * sd).all()
     assert ((runs.mean(0) - best).abs() < 4 * error + 1e-3 * sd).all(), (runs.mean(0), best, error)
     assert (best[0] - mean).abs() < 0.1 * sd and (best[1] / sd - 1).abs() < 0.1
+
+
+def test_a_kind_is_short_for_its_curvature() -> None:
+    """Also for a network; a decay is a rate, other numbers are of running estimates."""
+    torch.manual_seed(0)
+    net = bayesianize(nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)))
+    model = Regressor(net, num_data=6, noise=0.1)
+    x = torch.randn(6, 1)
+    found = []
+    for curvature in ("hessian", Curvature("hessian"), Curvature("hessian", decay=0.7)):
+        torch.manual_seed(1)
+        guide = FullGuide(model)
+        ngvi = NGVI(model, guide, curvature=curvature)
+        losses = [ngvi.step(x, x.squeeze(-1)) for _ in range(3)]
+        assert isinstance(ngvi._state, Whole)
+        found.append((losses, guide.posterior.precision.dense()))
+    for losses, precision in found[1:]:  # 1 - 0.7 is the rate of the others
+        assert losses == pytest.approx(found[0][0], rel=1e-5)
+        assert torch.allclose(precision, found[0][1], rtol=1e-4, atol=1e-4)
+    ngvi = NGVI(model, FullGuide(model), curvature=Curvature("hessian", every=5))
+    ngvi.step(x, x.squeeze(-1))
+    assert not isinstance(ngvi._state, Whole) and ngvi.optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_at_the_mean_it_is_newton_and_ends_in_a_laplace_approximation() -> None:
+    """`num_particles=0`: mode and Hessian of the log joint in unconstrained space."""
+    x, y = torch.linspace(-2, 2, 20).double(), (torch.arange(20) % 3 > 0).double()
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.Gamma(x.new_tensor(3.0), x.new_tensor(2.0)))
+        slope = pyro.sample("slope", dist.Normal(x.new_tensor(0.0), 1.0))
+        with pyro.plate("data", 20):
+            pyro.sample("obs", dist.Bernoulli(logits=slope * x + scale), obs=y)
+
+    def energy(u: Tensor) -> Tensor:
+        scale, slope = u[0].exp(), u[1]
+        likelihood = dist.Bernoulli(logits=slope * x + scale).log_prob(y).sum()
+        prior = dist.Gamma(3.0, 2.0).log_prob(scale) + u[0] + dist.Normal(0.0, 1.0).log_prob(slope)
+        return -likelihood - prior
+
+    guide = FullGuide(model)
+    ngvi = NGVI(model, guide, curvature="hessian", num_particles=0, lr=1.0, average=False)
+    losses = [ngvi.step() for _ in range(300)]  # the precision moves by 0.1
+    loc = guide.posterior.loc.detach()
+    assert losses[-1] < losses[0]
+    assert torch.func.grad(energy)(loc).norm() < 1e-8
+    hessian = torch.autograd.functional.hessian(energy, loc)
+    assert torch.allclose(guide.posterior.precision.dense(), hessian, rtol=1e-6)

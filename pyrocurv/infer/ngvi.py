@@ -82,9 +82,10 @@ class NGVI:
     with curvature="hessian", and for a `DiagonalGuide` of a model without a network, Gaussian and
     Hessian are of the whole log joint in unconstrained space, in steps of their own: lr 0.3, the
     precision moves by 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples where a
-    latent has bounds, as scales have. A `Curvature` sets that rate, 1 - decay, and
-    leaves the other numbers as they are for networks; momentum and damping play no part there.
-    Random numbers come from a stream of its own, seeded from torch's generator when it is made.
+    latent has bounds, as scales have. `Curvature("hessian", decay=...)` sets that rate, 1 - decay;
+    momentum and damping play no part there. Its other numbers, where they are not the defaults, are
+    of running estimates, and ask for the steps of networks. Random numbers come from a stream of
+    its own, seeded from torch's generator when it is made.
 
     Raises:
         TypeError: the guide is none of `pyrocurv.guides`.
@@ -136,7 +137,7 @@ class NGVI:
         check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
-        self._wants_whole = curvature == "hessian" and guide.may_be_whole_of(model)
+        self._wants_whole = whole.suits(self.curvature) and guide.may_be_whole_of(model)
         numbers = chosen({
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "num_particles": num_particles, "average": average,
@@ -170,8 +171,9 @@ class NGVI:
                 poutine.block(self.guide)(*args, **kwargs)
         if not self.guide.blocks:
             raise ValueError(f"{self.guide.emptiness}: use pyro.infer.SVI")
-        layered.check_samples(self.curvature, self._blocks, self.num_particles)
         state = self._state or self._first()
+        if isinstance(state, State):
+            layered.check_samples(self.curvature, self._blocks, self.num_particles)
         if self._loaded is not None:
             check_layout(self._loaded, layout(self._blocks))
             self._loaded = None
@@ -232,7 +234,7 @@ class NGVI:
     def _whole_numbers(self) -> whole.Numbers:
         group = self.optimizer.param_groups[0]
         rate, samples = (0.1, 32) if self.guide.has_scales else (0.3, 8)
-        if not self._wants_whole:
+        if self.curvature.decay != Curvature.decay:
             rate = 1 - self.curvature.decay
         if isinstance(self.num_particles, int):
             samples = self.num_particles

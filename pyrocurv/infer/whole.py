@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.in_weights import products
 from pyrocurv.engine import average_weight
@@ -90,6 +91,11 @@ class Whole:
             for name in ("precision", "mean_precision")
         }
         return Whole(**{**state, **made})
+
+
+def suits(spec: Curvature) -> bool:
+    """Whether it asks for nothing but Hessians, and perhaps a rate: not for running estimates."""
+    return replace(spec, decay=Curvature.decay) == Curvature("hessian")
 
 
 def noises(count: int, precision: Structure, antithetic: bool) -> Iterator[Tensor]:
