@@ -68,15 +68,19 @@ def kept(blocks: Sequence[Block], places: Places) -> Iterator[list[Tensor]]:
         torch.clear_autocast_cache()
 
 
-@torch.no_grad()
-def move_to_sample(
-    blocks: Sequence[Block], means: Sequence[Tensor], noise: Sequence[Noise], places: Places
-) -> None:
-    """Have the parameters be a sample."""
-    for block, loc, one in zip(blocks, means, noise, strict=True):
-        for name, value in one.around(block, loc).items():
-            places[name][0].copy_(value)
-    torch.clear_autocast_cache()
+@contextmanager
+def at(
+    blocks: Sequence[Block], noise: Sequence[Noise] | None, places: Places
+) -> Iterator[tuple[Sequence[Block], list[Tensor]]]:
+    """With a sample in the parameters; the blocks that moved for it, and their means."""
+    moved = blocks if noise else ()
+    with kept(moved, places) as means:
+        with torch.no_grad():
+            for block, loc, one in zip(moved, means, noise or (), strict=True):
+                for name, value in one.around(block, loc).items():
+                    places[name][0].copy_(value)
+        torch.clear_autocast_cache()
+        yield moved, means
 
 
 # ---- what it tells ------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class VIOptimizer(CurvatureOptimizer):
         self._watch.take()
         self._is_sampling = True
         try:
-            with self._at(noise, places):
+            with sampling.at(self.layout.blocks, noise, places) as self._means:
                 before = sampling.gradients(self.curvature, self.layout.blocks, places)
                 yield
                 if passes := self._watch.take():
@@ -178,7 +178,7 @@ class VIOptimizer(CurvatureOptimizer):
             self._stream.load_state_dict(stream)
             raise
         finally:
-            self._is_sampling = False
+            self._is_sampling, self._means = False, ((), ())
 
     def _drawn(self, places: Places) -> tuple[list[Noise] | None, list[Noise | None]]:
         """A sample's noise, and what the next one mirrors; of the posterior at the last step."""
@@ -189,18 +189,6 @@ class VIOptimizer(CurvatureOptimizer):
         like, _ = first(self.layout.blocks[0], places)
         with self._stream(like.device), torch.no_grad():
             return engine.draw(precisions, used, like, self.antithetic)
-
-    @contextmanager
-    def _at(self, noise: Sequence[Noise] | None, places: Places) -> Iterator[None]:
-        """With a sample in the parameters, and the mean again afterwards."""
-        blocks = self.layout.blocks if noise else ()
-        with sampling.kept(blocks, places) as means:
-            self._means = (blocks, means)
-            try:
-                sampling.move_to_sample(blocks, means, noise or (), places)
-                yield
-            finally:
-                self._means = ((), ())
 
     @torch.no_grad()
     def _with(
@@ -316,7 +304,7 @@ class VIOptimizer(CurvatureOptimizer):
             if precisions:
                 like = next(iter(places.values()))[0]
                 noise, used = engine.draw(precisions, used, like, self.antithetic)
-            with self._at(noise, places):
+            with sampling.at(self.layout.blocks, noise, places):
                 outputs.append(self.net(*args, **kwargs))
         return torch.stack(outputs)
 
