@@ -276,6 +276,10 @@ def test_the_mean_can_be_used_inside_a_sample(trained: tuple[nn.Module, VIOptimi
         with optimizer.use_mean():
             assert torch.equal(flat(net), before)
         assert torch.equal(flat(net), sample)
+        optimizer.predict(torch.randn(2, 5), num_samples=1)
+        assert torch.equal(flat(net), sample)
+        with optimizer.use_mean():
+            assert torch.equal(flat(net), before)
     assert torch.equal(flat(net), before)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pyrocurv import engine
-from pyrocurv.blocks import Block, partition
+from pyrocurv.blocks import Block
 from pyrocurv.capture import Capture
 from pyrocurv.choice import LEFT_OUT, Choice, choose
 from pyrocurv.curvature import Curvature
@@ -24,37 +22,23 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
 from pyrocurv.notice import notice
+from pyrocurv.optim.layout import Layout, extended, grouped, opaque, refuse_misread, unmet
 from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, observation, single
+from pyrocurv.optim.passes import Pass, alike, total
+from pyrocurv.optim.places import Group, Params, Places, copied, placed, read, write
 from pyrocurv.optim.rest import Rest
-from pyrocurv.optim.watching import Inputs, Pass, Watch, total
+from pyrocurv.optim.watching import Watch
 from pyrocurv.precision import full_precision
 from pyrocurv.priors import BlockPrior
-from pyrocurv.rows import misread, mixed
 from pyrocurv.state import Carried, State
 from pyrocurv.stream import Stream
-from pyrocurv.uses import Call, apart
+from pyrocurv.uses import Call
 
-Group = dict[str, Any]
-Params = Iterable[Tensor] | Iterable[Group]
-Places = Mapping[str, tuple[nn.Parameter, Group]]  # {name: (parameter, its group)}
 COPIED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
     "has_finite_support",
     "_watch", "_stream", "_rest", "_state",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The layers met so far, each with its structure (or "point", "frozen"), and their blocks."""
-
-    layers: Mapping[Layer, Any]
-    blocks: tuple[Block, ...] = ()
-
-    @property
-    def frozen(self) -> set[str]:
-        """Names of what stays as it is."""
-        return {n for layer, kind in self.layers.items() if kind == "frozen" for n in layer.tensors}
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
@@ -107,20 +91,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if clip is not None and not clip > 0:
             raise ValueError(f"kl_clip={clip!r}: a positive number or None is needed")
 
-    def _places(self) -> dict[str, tuple[nn.Parameter, Group]]:
-        """{name in the network: (parameter, its group)}.
-
-        Raises ValueError for a parameter that is none of the network's.
-        """
-        names = {id(p): name for name, p in self._watch.inner.named_parameters()}
-        grouped = [(p, group) for group in self.param_groups for p in group["params"]]
-        strange = [tuple(p.shape) for p, _ in grouped if id(p) not in names]
-        if strange:
-            raise ValueError(
-                f"parameters of shapes {strange} are none of the network's, which has "
-                f"{', '.join(names.values())}"
-            )
-        return {names[id(p)]: (p, group) for p, group in grouped}
+    def _places(self) -> Places:
+        return placed(self._watch.inner, self.param_groups)
 
     # ---- curvature ------------------------------------------------------------------------------
 
@@ -142,11 +114,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     ) -> Iterator[tuple[list[Observation], Layout, list[Call], int]]:
         """The likelihood, the layout and the layers' ops of a run on the passes' first examples."""
         device = next(iter(places.values()))[0].device
-        first = passes[0]
-        assert first.inputs is not None
-        alike = [one for one in passes if one.inputs and first.inputs.fits(one.inputs)]
-        inputs = Inputs.joined([one.inputs for one in alike if one.inputs])
-        gradients = [one.gradient for one in alike if one.gradient is not None]
+        inputs, gradients = alike(passes)
         watched: dict[str, Tensor] = {n: p for n, (p, _) in places.items() if p.requires_grad}
         twice = self.curvature.kind == "hessian"
         with (
@@ -160,64 +128,29 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self.likelihood, self._density, output, gradient, total(passes), inputs.batch
             )
             self.has_finite_support = single(term.likelihood).has_enumerate_support
-            self._misread(capture, output, inputs.batch, places)
+            refuse_misread(self.layout, capture, output, inputs.batch)
             layout, calls = self._met(capture, places)
             yield [term], layout, calls, inputs.batch
 
-    def _misread(self, capture: Capture, output: Any, count: int, places: Places) -> None:
-        """Have layers missed that do not see the examples as rows, where a layer is new."""
-        known = {name for block in self.layout.blocks for name in block.tensors}
-        if known >= {name for call in capture.calls for name in call.layer.tensors}:
-            return
-        heads = [
-            mixed(x) for x in tree_leaves(output)
-            if isinstance(x, Tensor) and x.requires_grad and x.shape[:1] == (count,)
-        ]
-        said = None if capture.coupled or not heads else torch.stack(heads).sum(0)
-        capture.missed |= misread(capture.calls, count, said)
-
-    def _met(
-        self, capture: Capture, places: Places
-    ) -> tuple[Layout, list[Call]]:
+    def _met(self, capture: Capture, places: Places) -> tuple[Layout, list[Call]]:
         """The layout with the layers of this pass, and their calls."""
-        group = {name: id(group) for name, (_, group) in places.items()}
-        _, found = capture.resolve()
-        calls = [
-            part for call in found
-            for part in ([call] if call.layer.bias is None or group[call.layer.weight] == group[
-                call.layer.bias] else apart(call))
-        ]
-        known = {name for layer in self.layout.layers for name in layer.tensors}
-        fresh = [layer for layer in dict.fromkeys(call.layer for call in calls)
-                 if not known & set(layer.tensors)]
+        known, calls = self.layout.names, grouped(capture.calls, places)
+        missed = {name: why for name, why in capture.missed.items() if name not in known}
+        fresh = unmet(self.layout, calls)
         if self.opaque_blocks:
-            fresh += [
-                Layer(name, None, tuple(places[name][0].shape), "opaque")
-                for name in capture.missed if name not in known
-            ]
-        if fresh:
-            if missed := {n: why for n, why in capture.missed.items() if n not in known}:
-                notice(
-                    f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
-                    f"consumed by no supported op: {self.without}"
-                )
-        layout = self._with_layers(fresh, places)
+            fresh += opaque(missed, places)
+        if fresh and missed:
+            notice(
+                f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
+                f"consumed by no supported op: {self.without}"
+            )
+        layout = self._extended(fresh, places)
         held = {layer for block in layout.blocks for layer in block.layers}
         return layout, [call for call in calls if call.layer in held]
 
-    def _with_layers(
-        self, fresh: Sequence[Layer], places: Places
-    ) -> Layout:
-        """The layout with more layers; those of two groups share no block."""
-        layers = [*self.layout.layers, *fresh]
+    def _extended(self, fresh: Sequence[Layer], places: Places) -> Layout:
         modules = dict(self._watch.inner.named_modules())
-        chosen = choose(self.structure, "kfac", layers, modules, LEFT_OUT)
-        group = {layer: id(places[layer.weight][1]) for layer in fresh}
-        blocks = list(self.layout.blocks)
-        for number in dict.fromkeys(group.values()):
-            mine = [x for x in fresh if group[x] == number and chosen[x] not in LEFT_OUT]
-            blocks += partition(mine, lambda x: "diag" if x.form == "opaque" else chosen[x])
-        return Layout(chosen, tuple(blocks))
+        return extended(self.layout, fresh, self.structure, modules, places)
 
     def _estimated(
         self, carried: Sequence[Carried], passes: Sequence[Pass],
@@ -273,9 +206,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         rest = [name for name in grads if name not in blocked and name not in layout.frozen]
         locs, gradients = [], []
         for block in blocks:
-            values = {name: places[name][0] for name in block.tensors}
-            theirs = {name: grads.get(name, torch.zeros_like(v)) for name, v in values.items()}
-            locs.append(copied(block, values))
+            theirs = {
+                name: grads[name] if name in grads else torch.zeros_like(places[name][0])
+                for name in block.tensors
+            }
+            locs.append(read(block, places))
             gradients.append(copied(block, theirs).div_(samples))
         if blocks:
             proposal = engine.propose(
@@ -289,8 +224,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         elif not all(bool(torch.isfinite(grads[name]).all()) for name in rest):
             raise FloatingPointError(f"step {self._state.step}: a gradient is not finite")
         self._rest.step(rest, places, 1 / samples)
-        for block, loc in zip(blocks, locs, strict=True):
-            write(block, loc, places)
+        write(blocks, locs, places)
         self.layout, self._state = layout, State(self._state.step + 1, tuple(carried))
         self._expect()
 
@@ -344,15 +278,3 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._density = check_likelihood(self.likelihood, self.curvature.kind)
-
-
-def copied(block: Block, values: Mapping[str, Tensor]) -> Tensor:
-    """Packed [P], in memory of its own."""
-    packed = block.pack({name: value.detach() for name, value in values.items()})
-    return packed.clone() if len(block.tensors) == 1 else packed
-
-
-@torch.no_grad()
-def write(block: Block, packed: Tensor, places: Places) -> None:
-    for name, value in block.views(packed).items():
-        places[name][0].copy_(value)

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Place = Mapping[str, tuple[Tensor, Mapping[str, Any]]]  # {name: (parameter, its group)}
+from pyrocurv.optim.places import Places
 
 
 class Rest:
@@ -22,7 +21,7 @@ class Rest:
         self._adam: torch.optim.Adam | None = None
         self._waiting: dict[str, Any] | None = None  # a state whose parameters are not at hand yet
 
-    def step(self, names: Sequence[str], places: Place, scale: float = 1.0) -> None:
+    def step(self, names: Sequence[str], places: Places, scale: float = 1.0) -> None:
         """One step on these, from their `.grad` times `scale`, in proportion to the schedule."""
         self._join([*self._names, *names] if self._adam is None else names, places)
         if self._adam is None:
@@ -42,7 +41,7 @@ class Rest:
             for name, grad in before.items():
                 places[name][0].grad = grad
 
-    def _join(self, names: Sequence[str], places: Place) -> None:
+    def _join(self, names: Sequence[str], places: Places) -> None:
         for name in names:
             if self._adam is not None and name in self._names:
                 continue

@@ -14,7 +14,9 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.spec import NOISE, as_curvature
 from pyrocurv.engine import Numbers
-from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, Places
+from pyrocurv.optim.base import CurvatureOptimizer
+from pyrocurv.optim.layout import Layout
+from pyrocurv.optim.places import Group, Params, Places, first
 from pyrocurv.priors import BlockPrior, Prior, Units
 
 
@@ -119,22 +121,16 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         self._move(layout, carried, places)
         return loss
 
-    def _priors(
-        self, layout: Layout, places: Places
-    ) -> list[BlockPrior]:
+    def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
         result = []
         for block in layout.blocks:
-            like, group = places[next(iter(block.tensors))]
+            like, group = first(block, places)
             result.append(_decay(group["weight_decay"], like.dtype, like.device,
                                  not isinstance(block.structure, str)))
         return result
 
-    def _numbers(
-        self, layout: Layout, places: Places
-    ) -> list[Numbers]:
-        return [
-            Numbers.of(places[next(iter(block.tensors))][1], 1, 1) for block in layout.blocks
-        ]
+    def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
+        return [Numbers.of(first(block, places)[1], 1, 1) for block in layout.blocks]
 
 
 @functools.lru_cache(maxsize=64)

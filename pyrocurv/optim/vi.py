@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
 
 from pyrocurv import engine
 from pyrocurv.blocks import Block
@@ -20,22 +18,15 @@ from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.estimator import Part
 from pyrocurv.curvature.spec import NOISE
 from pyrocurv.engine import Numbers
-from pyrocurv.layers import Layer
-from pyrocurv.optim.base import CurvatureOptimizer, Group, Layout, Params, Places, copied, write
-from pyrocurv.optim.watching import Pass, total
-from pyrocurv.priors import NORMS, BlockPrior, Source, fan_in, kl
+from pyrocurv.optim import sampling
+from pyrocurv.optim.base import CurvatureOptimizer
+from pyrocurv.optim.layout import Layout, opaque
+from pyrocurv.optim.passes import Pass, total
+from pyrocurv.optim.places import Group, Params, Places, first, read, write
+from pyrocurv.optim.priors import Priors
+from pyrocurv.optim.sampling import Samples
+from pyrocurv.priors import BlockPrior, kl
 from pyrocurv.state import Carried, Noise, State
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """What the samples since the last step have left: their number, the examples, the curvature."""
-
-    count: int
-    rows: int  # of the first one
-    layout: Layout
-    carried: tuple[Carried, ...]
-    estimates: tuple[Tensor | None, ...]  # sums of Λ ε ∘ g, for blocks that nothing else tells of
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -129,7 +120,7 @@ class VIOptimizer(CurvatureOptimizer):
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })
-        self._priors_made: dict[Block, tuple[Any, BlockPrior]] = {}
+        self._normals = Priors()
         self._samples: Samples | None = None
         self._num_parts = 1  # how many samples of a step give its curvature
         self._is_sampling = False
@@ -141,10 +132,8 @@ class VIOptimizer(CurvatureOptimizer):
     def _start(self) -> None:
         """Lay out and draw from the first step on: no forward pass has to be seen for that."""
         places = self._places()
-        layout = self._with_layers([
-            Layer(name, None, tuple(p.shape), "opaque")
-            for name, (p, _) in places.items() if p.requires_grad
-        ], places)
+        names = [name for name, (p, _) in places.items() if p.requires_grad]
+        layout = self._extended(opaque(names, places), places)
         if strange := set(map(str, layout.layers.values())) - {"diag", *LEFT_OUT}:
             raise ValueError(f"curvature='noise' wants structure='diag', got {', '.join(strange)}")
         priors, numbers = self._priors(layout, places), self._numbers(layout, places)
@@ -180,8 +169,8 @@ class VIOptimizer(CurvatureOptimizer):
         self._watch.take()
         self._is_sampling = True
         try:
-            with self._at(noise, places):
-                before = {n: p.grad.clone() for n, p in self._sensed(places) if p.grad is not None}
+            with sampling.at(self.layout.blocks, noise, places) as self._means:
+                before = sampling.gradients(self.curvature, self.layout.blocks, places)
                 yield
                 if passes := self._watch.take():
                     self._samples = self._with(passes, noise, mirror, before, places)
@@ -189,48 +178,17 @@ class VIOptimizer(CurvatureOptimizer):
             self._stream.load_state_dict(stream)
             raise
         finally:
-            self._is_sampling = False
+            self._is_sampling, self._means = False, ((), ())
 
     def _drawn(self, places: Places) -> tuple[list[Noise] | None, list[Noise | None]]:
         """A sample's noise, and what the next one mirrors; of the posterior at the last step."""
         if not self.layout.blocks:
             return None, []
         precisions = [one.metric.precision if one.metric else None for one in self._state.blocks]
-        carried = self._samples.carried if self._samples else self._state.blocks
-        used = [one.noise for one in carried[: len(precisions)]]
-        if any(noise is None for noise in used):  # of a block that is new
-            used = [None] * len(used)
-        like = places[next(iter(self.layout.blocks[0].tensors))][0]
+        used = sampling.mirrored(self._samples, self._state.blocks)
+        like, _ = first(self.layout.blocks[0], places)
         with self._stream(like.device), torch.no_grad():
             return engine.draw(precisions, used, like, self.antithetic)
-
-    @contextmanager
-    def _at(self, noise: Sequence[Noise] | None, places: Places) -> Iterator[None]:
-        """With a sample in the parameters; the mean is put back, bit for bit."""
-        blocks = self.layout.blocks if noise else ()
-        means = [
-            copied(block, {name: places[name][0] for name in block.tensors}) for block in blocks
-        ]
-        self._means = (blocks, means)
-        try:
-            with torch.no_grad():
-                for block, loc, one in zip(blocks, means, noise or (), strict=True):
-                    for name, value in one.around(block, loc).items():
-                        places[name][0].copy_(value)
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            self._means = ((), ())
-            for block, loc in zip(blocks, means, strict=True):
-                write(block, loc, places)
-            torch.clear_autocast_cache()
-
-    def _sensed(self, places: Places) -> list[tuple[str, nn.Parameter]]:
-        """The parameters whose curvature comes from their own gradients."""
-        return [
-            (name, places[name][0]) for block in self.layout.blocks
-            if engine.is_sensed(self.curvature, block) for name in block.tensors
-        ]
 
     @torch.no_grad()
     def _with(
@@ -240,30 +198,17 @@ class VIOptimizer(CurvatureOptimizer):
         """One more sample, after its backward pass and with the parameters still at it."""
         old, blocks = self._samples, self.layout.blocks
         if old is None:
-            rows, layout = total(passes), self.layout
-            carried = self._aged(layout, places, rows / self._size)
-            old = Samples(0, rows, layout, tuple(carried), (None,) * len(blocks))
+            rows = total(passes)
+            carried = self._aged(self.layout, places, rows / self._size)
+            old = Samples(0, rows, self.layout, tuple(carried), (None,) * len(blocks))
         if old.count < self._num_parts and self._is_due() and any(one.inputs for one in passes):
             layout, carried = self._estimated(
                 old.carried, passes, places, old.rows / self._size, Part(old.count, self._num_parts)
             )
             old = replace(old, layout=layout, carried=tuple(carried))
-        noises = [*mirror, *[None] * (len(old.carried) - len(mirror))]
-        carried = [replace(one, noise=n) for one, n in zip(old.carried, noises, strict=True)]
-        estimates = list(old.estimates)
-        for n, block in enumerate(blocks if noise else ()):
-            if not engine.is_sensed(self.curvature, block):
-                continue
-            after = {name: places[name][0] for name in block.tensors}
-            gradient = block.pack({
-                name: torch.zeros_like(p) if p.grad is None else p.grad - before.get(name, 0)
-                for name, p in after.items()
-            })
-            precision = self._state.blocks[n].metric.precision  # type: ignore[union-attr]  # there is noise
-            estimate = precision.diag() * noise[n].epsilon * gradient  # type: ignore[index]  # the same
-            held = estimates[n]
-            estimates[n] = estimate if held is None else held + estimate
-        return Samples(old.count + 1, old.rows, old.layout, tuple(carried), tuple(estimates))
+        return old.and_one(mirror, sampling.noisy_estimates(
+            self.curvature, blocks, self._state.blocks, noise, before, places
+        ))
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -281,35 +226,26 @@ class VIOptimizer(CurvatureOptimizer):
                 "step() without a sample: run forward and backward inside `with "
                 "optimizer.sampled_params():`, calling the network itself"
             )
-        places, layout, count = self._places(), samples.layout, samples.count
-        new = len(layout.blocks) - len(samples.estimates)
-        means = [None if e is None else e / count for e in (*samples.estimates, *[None] * new)]
+        places, layout = self._places(), samples.layout
         with torch.no_grad():
             carried = engine.sense(
-                self.curvature, self._state.step, samples.carried, means, samples.rows / self._size,
-                self._priors(layout, places), self._numbers(layout, places),
+                self.curvature, self._state.step, samples.carried, samples.means,
+                samples.rows / self._size, self._priors(layout, places),
+                self._numbers(layout, places),
             )
-        self._move(layout, carried, places, count)
+        self._move(layout, carried, places, samples.count)
         return loss
 
     def _sampled(self, closure: Callable[[], Any]) -> Any:
-        losses, sums = [], dict[str, Tensor]()
-        self.zero_grad()
+        def run() -> Any:
+            with self.sampled_params(), torch.enable_grad():
+                return closure()
+
         self._samples, self._num_parts = None, self.num_samples
         try:
-            for _ in range(self.num_samples):
-                with self.sampled_params(), torch.enable_grad():
-                    losses.append(closure())
-                for name, (p, _) in self._places().items():
-                    if p.grad is not None:
-                        sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
-                self.zero_grad()
+            return sampling.summed(run, self.num_samples, self.zero_grad, self._places())
         finally:
             self._num_parts = 1
-        for name, (p, _) in self._places().items():
-            p.grad = sums.get(name)
-        known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
-        return torch.stack(known).mean() if known else None
 
     @property
     def _size(self) -> float:
@@ -317,7 +253,7 @@ class VIOptimizer(CurvatureOptimizer):
         return self.num_data * self.augmentation
 
     def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
-        groups = [places[next(iter(block.tensors))][1] for block in layout.blocks]
+        groups = [first(block, places)[1] for block in layout.blocks]
         weights = sum(block.size for block in layout.blocks)
         rise = min(1.0, (self._state.step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
         rule = min(0.1, self._size / max(weights, 1)) if self.has_finite_support else 0.3
@@ -328,20 +264,8 @@ class VIOptimizer(CurvatureOptimizer):
         ]
 
     def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
-        result = []
-        for block in layout.blocks:
-            like, group = places[next(iter(block.tensors))]
-            key = group["prior_precision"], like.dtype, like.device
-            made = self._priors_made.get(block)
-            if made is None or made[0] != key:
-                owners = dict(self._watch.inner.named_modules())
-                sources = {
-                    name: _prior(owners[name.rpartition(".")[0]], name, places[name][0], key[0])
-                    for name in block.tensors
-                }
-                made = self._priors_made[block] = key, BlockPrior.read(block, sources)
-            result.append(made[1])
-        return result
+        net = self._watch.inner
+        return [self._normals.of(block, net, places) for block in layout.blocks]
 
     # ---- using it -------------------------------------------------------------------------------
 
@@ -349,18 +273,10 @@ class VIOptimizer(CurvatureOptimizer):
     def use_mean(self) -> Iterator[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
         places, (blocks, means) = self._places(), self._means
-        samples = [
-            copied(block, {name: places[name][0] for name in block.tensors}) for block in blocks
-        ]
-        try:
-            for block, loc in zip(blocks, means, strict=True):
-                write(block, loc, places)
+        with sampling.kept(blocks, places):
+            write(blocks, means, places)
             torch.clear_autocast_cache()
             yield
-        finally:
-            for block, sample in zip(blocks, samples, strict=True):
-                write(block, sample, places)
-            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def kl(self) -> Tensor:
@@ -368,8 +284,7 @@ class VIOptimizer(CurvatureOptimizer):
         places, blocks = self._places(), self.layout.blocks
         parts = zip(blocks, self._state.blocks, self._priors(self.layout, places), strict=True)
         terms = [
-            kl(copied(block, {n: places[n][0] for n in block.tensors}), one.metric.precision,  # type: ignore[union-attr]  # set at the first step
-               prior.packed)
+            kl(read(block, places), one.metric.precision, prior.packed)  # type: ignore[union-attr]  # set at the first step
             for block, one, prior in parts
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
@@ -389,7 +304,7 @@ class VIOptimizer(CurvatureOptimizer):
             if precisions:
                 like = next(iter(places.values()))[0]
                 noise, used = engine.draw(precisions, used, like, self.antithetic)
-            with self._at(noise, places):
+            with sampling.at(self.layout.blocks, noise, places):
                 outputs.append(self.net(*args, **kwargs))
         return torch.stack(outputs)
 
@@ -405,13 +320,5 @@ class VIOptimizer(CurvatureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._priors_made, self._samples, self._num_parts = {}, None, 1
+        self._normals, self._samples, self._num_parts = Priors(), None, 1
         self._is_sampling, self._means = False, ((), ())
-
-
-def _prior(module: nn.Module, name: str, like: Tensor, precision: float | str) -> Source:
-    """Independent normals over one parameter."""
-    number = fan_in(module) + 1 if isinstance(precision, str) else precision
-    loc = float(isinstance(module, NORMS) and name.rpartition(".")[2] == "weight")
-    normal = Normal(like.new_full((), loc), like.new_full((), 1 / math.sqrt(number)))
-    return Source(Independent(normal.expand(like.shape), like.dim()))

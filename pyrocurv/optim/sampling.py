@@ -1,0 +1,139 @@
+"""The samples of a step: a network at one of them, what each leaves behind, and all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrocurv import engine
+from pyrocurv.blocks import Block
+from pyrocurv.curvature import Curvature
+from pyrocurv.optim.layout import Layout
+from pyrocurv.optim.places import Places, read, write
+from pyrocurv.state import Carried, Noise
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What the samples since the last step have left: their number, the examples, the curvature."""
+
+    count: int
+    rows: int  # of the first one
+    layout: Layout
+    carried: tuple[Carried, ...]
+    estimates: tuple[Tensor | None, ...]  # sums of Λ ε ∘ g, for blocks that nothing else tells of
+
+    def and_one(self, mirror: Sequence[Noise | None], found: Sequence[Tensor | None]) -> Samples:
+        """With one more, which the next one may mirror, and its Λ ε ∘ g."""
+        noises = [*mirror, *[None] * (len(self.carried) - len(mirror))]
+        carried = [replace(one, noise=n) for one, n in zip(self.carried, noises, strict=True)]
+        estimates = [
+            held if new is None else new if held is None else held + new
+            for held, new in zip(self.estimates, found, strict=True)
+        ]
+        return replace(
+            self, count=self.count + 1, carried=tuple(carried), estimates=tuple(estimates)
+        )
+
+    @property
+    def means(self) -> list[Tensor | None]:
+        """Of the estimates; None for a block that is new too."""
+        means = [None if sum is None else sum / self.count for sum in self.estimates]
+        return [*means, *[None] * (len(self.layout.blocks) - len(means))]
+
+
+def mirrored(samples: Samples | None, carried: Sequence[Carried]) -> list[Noise | None]:
+    """What the next sample is the mirror image of: all its blocks are, or none."""
+    last = samples.carried[: len(carried)] if samples else carried
+    used = [one.noise for one in last]
+    return [None] * len(used) if None in used else used  # where a block is new
+
+
+# ---- being at one -------------------------------------------------------------------------------
+
+
+@contextmanager
+def kept(blocks: Sequence[Block], places: Places) -> Iterator[list[Tensor]]:
+    """Copies of what the blocks are, which they are again afterwards, bit for bit."""
+    before = [read(block, places) for block in blocks]
+    try:
+        yield before
+    finally:
+        write(blocks, before, places)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def at(
+    blocks: Sequence[Block], noise: Sequence[Noise] | None, places: Places
+) -> Iterator[tuple[Sequence[Block], list[Tensor]]]:
+    """With a sample in the parameters; the blocks that moved for it, and their means."""
+    moved = blocks if noise else ()
+    with kept(moved, places) as means:
+        with torch.no_grad():
+            for block, loc, one in zip(moved, means, noise or (), strict=True):
+                for name, value in one.around(block, loc).items():
+                    places[name][0].copy_(value)
+        torch.clear_autocast_cache()
+        yield moved, means
+
+
+# ---- what it tells ------------------------------------------------------------------------------
+
+
+def gradients(spec: Curvature, blocks: Sequence[Block], places: Places) -> dict[str, Tensor]:
+    """Copies of those there are, of blocks whose curvature comes from them."""
+    names = [n for block in blocks if engine.is_sensed(spec, block) for n in block.tensors]
+    there = {name: places[name][0].grad for name in names}
+    return {name: grad.clone() for name, grad in there.items() if grad is not None}
+
+
+def noisy_estimates(
+    spec: Curvature, blocks: Sequence[Block], carried: Sequence[Carried],
+    noise: Sequence[Noise] | None, before: Mapping[str, Tensor], places: Places,
+) -> list[Tensor | None]:
+    """Λ ε ∘ g for blocks whose curvature comes from it; g is what `gradients` before grew by."""
+    if noise is None:
+        return [None] * len(blocks)
+    return [
+        one.metric.precision.diag() * e.epsilon * _grown(block, before, places)  # type: ignore[union-attr]  # there is noise
+        if engine.is_sensed(spec, block) else None
+        for block, one, e in zip(blocks, carried, noise, strict=True)
+    ]
+
+
+def _grown(block: Block, before: Mapping[str, Tensor], places: Places) -> Tensor:
+    after = {name: places[name][0] for name in block.tensors}
+    return block.pack({
+        name: torch.zeros_like(p) if p.grad is None else p.grad - before.get(name, 0)
+        for name, p in after.items()
+    })
+
+
+# ---- several ------------------------------------------------------------------------------------
+
+
+def summed(
+    closure: Callable[[], Any], count: int, clear: Callable[[], None], places: Places
+) -> Any:
+    """The mean of the losses of so many calls, and the gradients' sum in the parameters.
+
+    The closure may clear gradients itself.
+    """
+    losses, sums = [], dict[str, Tensor]()
+    clear()
+    for _ in range(count):
+        losses.append(closure())
+        for name, (p, _) in places.items():
+            if p.grad is not None:
+                sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+        clear()
+    for name, (p, _) in places.items():
+        p.grad = sums.get(name)
+    known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
+    return torch.stack(known).mean() if known else None
