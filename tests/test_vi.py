@@ -308,6 +308,11 @@ def test_predictions_spread_as_the_posterior(trained: tuple[nn.Module, VIOptimiz
     first = optimizer.predict(x, num_samples=3)
     torch.manual_seed(4)
     assert torch.equal(first, optimizer.predict(x, num_samples=3))
+    with optimizer.sampled_params():  # around the mean all the same
+        sample = flat(net)
+        torch.manual_seed(4)
+        assert torch.equal(first, optimizer.predict(x, num_samples=3))
+        assert torch.equal(flat(net), sample)
 
 
 def test_prediction_before_training_is_the_network() -> None:

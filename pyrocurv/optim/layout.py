@@ -45,6 +45,8 @@ def extended(
     places: Places,
 ) -> Layout:
     """With more layers."""
+    if not fresh:
+        return layout
     chosen = choose(structure, "kfac", [*layout.layers, *fresh], modules, LEFT_OUT)
     group = {layer: id(places[layer.weight][1]) for layer in fresh}
     blocks = list(layout.blocks)
@@ -78,8 +80,8 @@ def grouped(calls: Iterable[Call], places: Places) -> list[Call]:
 
 def refuse_misread(layout: Layout, capture: Capture, output: Any, count: int) -> None:
     """Have layers missed that do not see the examples as rows, where a layer is new."""
-    known, calls = {name for block in layout.blocks for name in block.tensors}, capture.calls
-    if known >= {name for call in calls for name in call.layer.tensors}:
+    calls = capture.calls
+    if layout.names >= {name for call in calls for name in call.layer.tensors}:
         return
     heads = [
         mixed(x) for x in tree_leaves(output)

@@ -299,13 +299,14 @@ class VIOptimizer(CurvatureOptimizer):
         places, outputs = self._places(), []
         precisions = [one.metric.precision for one in self._state.blocks]  # type: ignore[union-attr]  # the same
         used: list[Noise | None] = [None] * len(precisions)
-        for _ in range(num_samples or self.num_samples):
-            noise = None
-            if precisions:
-                like = next(iter(places.values()))[0]
-                noise, used = engine.draw(precisions, used, like, self.antithetic)
-            with sampling.at(self.layout.blocks, noise, places):
-                outputs.append(self.net(*args, **kwargs))
+        with self.use_mean():
+            for _ in range(num_samples or self.num_samples):
+                noise = None
+                if precisions:
+                    like = next(iter(places.values()))[0]
+                    noise, used = engine.draw(precisions, used, like, self.antithetic)
+                with sampling.at(self.layout.blocks, noise, places):
+                    outputs.append(self.net(*args, **kwargs))
         return torch.stack(outputs)
 
     # ---- saving ---------------------------------------------------------------------------------
