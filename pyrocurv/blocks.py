@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,6 +90,25 @@ class Block:
         for layer, part in zip(self.layers, parts, strict=True):
             values.update(layer.views(part))
         return values
+
+    def parts(self, packed: Tensor) -> dict[str, Tensor]:
+        """The same views of one vector [P], without gradients, in as few operations as may be."""
+        if self._strides is None or not packed.is_contiguous():
+            return self.views(packed)
+        start = packed.storage_offset()
+        return {
+            name: packed.as_strided(shape, stride, start + offset)
+            for name, (shape, stride, offset) in self._strides.items()
+        }
+
+    @cached_property
+    def _strides(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] | None:
+        """Shape, stride and offset of each tensor in a vector; None where one is in another order.
+        """
+        if any(layer.form == "columns" for layer in self.layers):
+            return None
+        views = self.views(torch.empty(self.size, device="meta"))
+        return {n: (tuple(v.shape), v.stride(), int(v.storage_offset())) for n, v in views.items()}
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -219,20 +219,17 @@ def divergence(
     parts = [*zip(blocks, sample, precisions, priors, strict=True)]
     if noise is None:
         terms = [kl(block.pack(w), precision, prior.packed) for block, w, precision, prior in parts]
-    else:
-        terms = [
-            surplus(_distance(block, w, prior.packed), one.square, precision, prior.packed)
-            for (block, w, precision, prior), one in zip(parts, noise, strict=True)
-        ]
-    return torch.stack(terms).sum()
+        return torch.stack(terms).sum()
+    distances = [_distance(block, w, prior.packed) for block, w, _, prior in parts]
+    squares = [one.square for one in noise]
+    return surplus(distances, squares, precisions, [prior.packed for prior in priors])
 
 
 def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
     """Σ δ (w - M₀)²; packed only where the prior is not the same for all."""
     if prior.precision.dim() or prior.loc.dim():
         return prior.distance(block.pack(weights))
-    parts = [prior.distance(weights[name].flatten()) for name in block.tensors]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+    return sum(prior.distance(weights[name].flatten()) for name in block.tensors)  # type: ignore[return-value]  # there are some
 
 
 def propose(

@@ -15,6 +15,7 @@ Martens 2017.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,13 @@ def trust(power: float, kl_clip: float | None) -> float:
     return min(1.0, math.sqrt(kl_clip / power))
 
 
-def surplus(distance: Tensor, square: Tensor, precision: Structure, prior: Prior) -> Tensor:
-    """log q(w) - log p(w), for distance = Σ δ (w - M₀)² and square = εᵀΛε of w = M + ε."""
-    return (precision.logdet() - prior.logdet(precision.size) + distance - square) / 2
+def surplus(
+    distances: Sequence[Tensor], squares: Sequence[Tensor], precisions: Sequence[Structure],
+    priors: Sequence[Prior],
+) -> Tensor:
+    """log q(w) - log p(w) over all blocks: distances Σ δ (w - M₀)², squares εᵀΛε of w = M + ε."""
+    narrower = torch.stack([precision.logdet() for precision in precisions])
+    pairs = zip(priors, precisions, strict=True)
+    wider = torch.stack([prior.logdet(precision.size) for prior, precision in pairs])
+    terms = narrower - wider + torch.stack([*distances]) - torch.stack([*squares])
+    return terms.sum() / 2

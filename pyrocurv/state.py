@@ -35,10 +35,10 @@ class Noise:
 
     def around(self, block: Block, loc: Tensor) -> dict[str, Tensor]:
         """The sample loc + epsilon, unpacked in the same pass."""
-        epsilon = block.views(self.drawn)
+        epsilon = block.parts(self.drawn)
         return {
             name: torch.add(part, epsilon[name], alpha=self.sign).contiguous()
-            for name, part in block.views(loc).items()
+            for name, part in block.parts(loc).items()
         }
 
 

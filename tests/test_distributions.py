@@ -224,7 +224,7 @@ def test_a_prior_to_a_power(powers: tuple[float, float], scales: tuple[float, fl
     )
     deviation = w - q.loc
     square = deviation @ (q.precision @ deviation)
-    found = surplus(prior.distance(w), square, q.precision, prior)
+    found = surplus([prior.distance(w)], [square], [q.precision], [prior])
     torch.testing.assert_close(found, expected)
     delta = prior.base.precision.expand(12)
     s = block.pack({n: torch.full(fns[n].event_shape, sources[n].power).double() for n in fns})

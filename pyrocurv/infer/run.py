@@ -156,11 +156,12 @@ def run_model(
         fallback = poutine.trace(_sample_rest).get_trace(guide, *args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
+    parts = named_modules(model)
     own = {
-        f"{path}.{name}": p for path, module in named_modules(model).items()
+        f"{path}.{name}": p for path, module in parts.items()
         for name, p in module._parameters.items() if p is not None and p.requires_grad
     }
-    with still_frozen(modules(model)), Replay(values) as replay:
+    with still_frozen(parts.values()), Replay(values) as replay:
         with capture or nullcontext():
             model(*args, **kwargs)
     _check(replay)

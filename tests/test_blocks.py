@@ -1,0 +1,39 @@
+"""Packed vectors and the tensors in them."""
+
+import pytest
+import torch
+
+from pyrocurv.blocks import Block
+from pyrocurv.layers import Layer
+
+BLOCKS = {
+    "linear": [Layer("w", "b", (4, 3))],
+    "no bias": [Layer("w", None, (4, 3))],
+    "convolution": [Layer("w", "b", (4, 2, 3, 3))],
+    "groups": [Layer("w", "b", (6, 2, 3), groups=3)],
+    "transposed": [Layer("w", "b", (4, 2, 3), "columns")],
+    "norm": [Layer("w", "b", (5,), "units")],
+    "vector": [Layer("b", None, (5,), "vector")],
+    "opaque": [Layer("w", None, (2, 3), "opaque")],
+    "several": [
+        Layer("w", "b", (4, 3)), Layer("v", "c", (6, 2, 3), groups=3),
+        Layer("u", None, (), "opaque"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_parts_are_views(name: str) -> None:
+    block = Block(tuple(BLOCKS[name]), "diag")
+    whole = torch.randn(block.size + 7)
+    for packed in (whole[3:-4], torch.randn(block.size, 2)[:, 1]):  # inside others, and with gaps
+        parts, views = block.parts(packed), block.views(packed)
+        assert parts.keys() == views.keys() == block.tensors.keys()
+        for key, part in parts.items():
+            assert tuple(part.shape) == block.tensors[key]
+            assert torch.equal(part, views[key])
+        assert torch.equal(block.pack(parts), packed)
+    assert name == "transposed" or all(
+        part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        for part in block.parts(whole[3:-4]).values()
+    )
