@@ -1,7 +1,8 @@
 """Whether the rows of what a layer reads are the examples, as curvature by rows takes them to be.
 
 They are not where a network makes weights of its own from a code, looks up positions, or has the
-sequence first; the number of rows tells, and where it is that of the examples by chance, gradients.
+sequence first; the number of rows tells, and where it is that of the examples by chance, gradients,
+unless autograd's graph is made of nothing that joins rows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from pyrocurv.uses import Call
 
@@ -20,6 +22,7 @@ def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str,
     A number `said` [B] of each example, its log density or one of its outputs, is pulled back, the
     even examples' and then the odd ones': neither may reach a row of the others. Batch norm in
     training mode joins the rows of right layers too: there it is None, and the rows are counted.
+    Gradients are not asked where the graph of `said` has them apart.
     """
     found: dict[str, str] = {}
     fitting = []
@@ -28,7 +31,7 @@ def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str,
             fitting.append(call)
         else:
             found |= _named(call, f"{call.batch} rows where there are {count} examples")
-    if said is None or said.dim() == 0 or count < 2:
+    if said is None or said.dim() == 0 or count < 2 or apart(said):
         return found
     for parity in (0, 1):
         for call, gradient in _pulled(fitting, said[parity::2].sum()):
@@ -36,6 +39,49 @@ def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str,
             if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
                 found |= _named(call, "rows that reach more than their own example")
     return found
+
+
+ENTRYWISE = ("Relu", "Tanh", "Sigmoid", "Gelu", "Silu", "Softplus", "LeakyRelu", "Elu")
+ROWWISE = ("Mv", "Mm", "Convolution", "MaxPool2DWithIndices", "View", "UnsafeView", *ENTRYWISE)
+ROWS = {  # of an op, the places of inputs whose rows are its output's where they are as many
+    **dict.fromkeys(ROWWISE, (0,)), "Addmm": (1,), "Add": (0, 1),
+}
+
+
+def apart(said: Tensor) -> bool:
+    """Whether a number of each example [B] hangs, node by node, on nothing but its own rows.
+
+    Known of a chain of common ops alone, whose other inputs are leaves: False may be either.
+    """
+    count, ahead, seen = len(said), [said.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name().removesuffix("Backward0")
+        inputs = {place: before for place, (before, _) in enumerate(node.next_functions)
+                  if before is not None and not _is_leaf(before)}
+        shapes = [_shape(one) for one in (node, *inputs.values())]
+        if shapes[0][:1] != [count] or not inputs.keys() <= {*ROWS.get(name, ())}:
+            return False
+        if name == "Add" and len({len(shape) for shape in shapes}) > 1:
+            return False  # broadcast, which may make columns of rows
+        ahead += inputs.values()
+    return True
+
+
+def _shape(node: Node) -> list[int]:
+    """Of the op's output."""
+    return [*node._input_metadata[0].shape]
+
+
+def _is_leaf(node: Node) -> bool:
+    """A weight, or one turned over."""
+    if node.name() in ("TBackward0", "TransposeBackward0"):
+        ((before, _),) = node.next_functions
+        return before is not None and _is_leaf(before)
+    return node.name().endswith("AccumulateGrad")
 
 
 def mixed(output: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pyrocurv.blocks import Block, partition, positions
 from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
+from pyrocurv.rows import apart, mixed
 from pyrocurv.uses import Call
 
 Weights = dict[str, Tensor]
@@ -484,3 +485,21 @@ def test_no_gradient_is_left_on_the_weights() -> None:
         output = F.linear(X, weights["w"], weights["b"])
     torch.autograd.grad(output.sum(), [call.edge for call in capture.calls])
     assert all(value.grad is None for value in weights.values())
+
+
+def test_rows_that_the_graph_keeps_apart() -> None:
+    """Of plain chains; what may join rows, or turns them into columns, is left to gradients."""
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    hidden = x.tanh()
+    assert apart(mixed(nn.functional.linear(hidden, w)))
+    assert apart(mixed((hidden @ w.mT).relu() + (x.sigmoid() @ w.mT)))
+    assert apart(mixed(hidden.view(4, 3, 1).view(4, 3)))
+    square, column = hidden @ w.mT, (x @ w[0]).tanh()
+    joined = {
+        "broadcast": square + column, "transposed": square.mT, "second": w.tanh() @ hidden.mT,
+        "centred": hidden - hidden.mean(0), "first": hidden[:1].expand(4, 3),
+        "softmax": hidden.softmax(0), "view": hidden.view(3, 4).view(4, 3), "cumulative":
+        hidden.cumsum(0),
+    }
+    for name, output in joined.items():
+        assert not apart(mixed(output)), name

@@ -165,14 +165,16 @@ def shared(pair: Pair, sharing: str) -> Pair:
 
 def _factors(pair: Pair) -> Kronecker:
     batch, positions = pair.a.shape[-3:-1]
-    return Kronecker(_gram(pair.g) / positions, _gram(pair.a) / batch)
+    return Kronecker(_gram(pair.g, positions), _gram(pair.a, batch))
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """sum x xᵀ over rows [K, *lead, B, S, n], [*lead, n, n]."""
+def _gram(rows: Tensor, count: int) -> Tensor:
+    """sum x xᵀ / count over rows [K, *lead, B, S, n], [*lead, n, n]."""
     rows = rows[0] if len(rows) == 1 else rows.movedim(0, -4).flatten(-4, -3)
     rows = rows.flatten(-3, -2)
-    return rows.mT @ rows
+    if rows.shape[-2] < rows.shape[-1]:  # the fewer to divide
+        return rows.mT @ (rows / count)
+    return (rows.mT @ rows) / count
 
 
 def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:

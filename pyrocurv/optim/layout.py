@@ -5,6 +5,7 @@ Layers of two parameter groups share no block, and a block keeps its place once 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,5 +88,5 @@ def refuse_misread(layout: Layout, capture: Capture, output: Any, count: int) ->
         mixed(x) for x in tree_leaves(output)
         if isinstance(x, Tensor) and x.requires_grad and x.shape[:1] == (count,)
     ]
-    said = None if capture.coupled or not heads else torch.stack(heads).sum(0)
+    said = None if capture.coupled or not heads else functools.reduce(torch.add, heads)
     capture.missed |= misread(calls, count, said)

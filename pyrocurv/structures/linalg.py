@@ -78,6 +78,8 @@ def cut(matrix: Tensor, num_blocks: int) -> Tensor:
 
     Where they do not divide n, the first blocks have one row more, as in `torch.tensor_split`.
     """
+    if num_blocks == 1:
+        return matrix
     result = torch.zeros_like(matrix)
     for place, block in zip(_blocks(result, num_blocks), _blocks(matrix, num_blocks), strict=True):
         place.copy_(block)
