@@ -243,16 +243,19 @@ def propose(
 
     Raises FloatingPointError when the loss or a gradient is not finite.
     """
-    blocks, directions, inner = [], [], []
+    blocks, directions = [], []
     parts = zip(state.blocks, locs, apart(gradients), priors, numbers, strict=True)
     for one, loc, gradient, prior, number in parts:
         bias = number.unbiased(state.step)
         momentum = push(one.momentum, gradient, number.momentum)
         h = slope(momentum, loc, prior.packed, number.ratio, bias)
         directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]  # set at the first step
-        inner.append(directions[-1].dot * (number.base_lr / bias) ** 2)
         blocks.append(replace(one, momentum=momentum))
-    value, power = _finite([loss, torch.stack(inner).sum()], others, state.step)
+    value, *dots = _finite([loss, *(one.dot for one in directions)], others, state.step)
+    power = sum(
+        dot * (number.base_lr / number.unbiased(state.step)) ** 2
+        for dot, number in zip(dots, numbers, strict=True)
+    )
     rates = [
         number.lr * trust(power, number.kl_clip) / number.unbiased(state.step)
         for number in numbers

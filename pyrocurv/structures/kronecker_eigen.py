@@ -48,7 +48,7 @@ class KroneckerEigen(Structure):
     input_basis: Tensor
     spectrum: Tensor
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """O, I; or Γ, O, I."""
         return self.output_basis.shape[:-1] + self.input_basis.shape[-2:-1]
@@ -125,9 +125,9 @@ class KroneckerEigen(Structure):
         parts, matrix = self._inverse, x.view(self.shape)
         p, k, q = self._project(matrix)
         left, right = self._factors(parts, p, k, q)
-        dot = (p * right[: len(p)]).sum()
+        dot = torch.dot(p.view(-1), right[: len(p)].view(-1))
         if q is not None:
-            dot = dot + (q.square() * parts.columns).sum()
+            dot = dot + (q * left[:, -q.shape[-1] :]).sum()
         if self._is_thin:
             dot = dot + parts.number * torch.dot(x, x)
         return Solution(dot, x, parts.number if self._is_thin else 0.0, left, right)
