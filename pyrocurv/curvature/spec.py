@@ -19,9 +19,10 @@ class Curvature:
     Args:
         kind: "hessian" (second derivatives at the data, which may be indefinite: the running
             average is of the matrices as they are, a precision leaves out what is negative in it),
-            "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood,
-            computed in closed form), "fisher" (the same by sampled targets) or "empirical"
-            (gradients at the data; a cheap relative, not an estimate of the other two). Diagonal
+            "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood in
+            closed form, for those of finite support and most families on the line), "fisher" (the
+            same by sampled targets, for any that can be sampled) or "empirical" (gradients at the
+            data; a cheap relative, not an estimate of the other two). Diagonal
             posteriors also know "noise": the Hessian's diagonal from the gradients at the very
             samples that training draws (Price's theorem), at every step and at no cost.
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
