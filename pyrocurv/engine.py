@@ -297,5 +297,7 @@ def _finite(
     sums = [g.sum().to(numbers[0]) for g in gradients if g is not None]
     values = torch.stack([*numbers, *sums]).tolist()
     if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"step {step}: the loss is {values[0]} or a gradient not finite")
+        known = math.isfinite(values[0])
+        what = "a gradient is not finite; the loss is" if known else "the loss is"
+        raise FloatingPointError(f"step {step}: {what} {values[0]}")
     return values[: len(numbers)]

@@ -118,7 +118,7 @@ def test_what_has_no_closed_form() -> None:
     f = F.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"Poisson.*got Gumbel: use 'fisher'"):
         next(root(Gumbel(f, torch.ones(2))))
-    with pytest.raises(ValueError, match="StudentT for a df that is fixed"):
+    with pytest.raises(ValueError, match="StudentT for a df that is fixed, here it is a latent"):
         next(root(StudentT(f.exp())))
     with pytest.raises(ValueError, match="NegativeBinomial for a total_count that is fixed"):
         next(root(NegativeBinomial(f.exp(), logits=f)))

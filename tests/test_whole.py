@@ -496,3 +496,22 @@ def test_at_the_mean_it_is_newton_and_ends_in_a_laplace_approximation() -> None:
     assert torch.func.grad(energy)(loc).norm() < 1e-8
     hessian = torch.autograd.functional.hessian(energy, loc)
     assert torch.allclose(guide.posterior.precision.dense(), hessian, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:a matrix of")
+def test_without_a_network_every_hessian_is_of_the_whole_and_says_where_there_is_no_mode() -> None:
+    def funnel() -> None:
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, tau).expand([8]).to_event(1))
+        with pyro.plate("data", 8):
+            pyro.sample("obs", dist.Normal(theta, 1.0), obs=torch.linspace(-0.1, 0.1, 8))
+
+    guide = FullGuide(funnel)
+    ngvi = NGVI(funnel, guide, curvature=Curvature("hessian", every=1), num_particles=0)
+    ngvi.step()
+    assert isinstance(ngvi._state, Whole)
+    with pytest.raises(FloatingPointError, match="no mode.*num_particles"):
+        for _ in range(2000):
+            before = guide.posterior.loc.clone()
+            ngvi.step()
+    assert torch.equal(guide.posterior.loc, before)

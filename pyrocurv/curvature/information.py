@@ -144,7 +144,7 @@ def _fixed(likelihood: Distribution, name: str) -> Tensor:
     if value.requires_grad:
         raise ValueError(
             f"curvature='ggn' knows {type(likelihood).__name__} for a {name} that is fixed, here "
-            "it depends on weights: use 'fisher', which samples its targets"
+            "it is a latent, a parameter or of the network: use 'fisher', which samples its targets"
         )
     return value
 

@@ -45,7 +45,9 @@ class StructuredGuide(LaidOutGuide):
             ?: structure}, names before types; or a rule (name, module) -> structure or None. A
             structure is a name, a `KFAC` or an `EKFAC` of `pyrocurv.curvature`; "point" leaves a
             layer out (a point estimate, trained by `optim`), "frozen" keeps it at its start.
-        fallback: the guide for the latents that are no weights, model -> AutoGuide.
+        fallback: the guide for the latents that are no weights, model -> AutoGuide. Pyro's guides
+            start a scale at 1: `lambda model: AutoNormal(model, init_loc_fn=init_to_median)` starts
+            it where its prior is.
         create_plates: as Pyro's guides have it.
 
     Raises at the first call, before anything is set up:

@@ -82,10 +82,15 @@ class NGVI:
     with curvature="hessian", and for a `DiagonalGuide` of a model without a network, Gaussian and
     Hessian are of the whole log joint in unconstrained space, in steps of their own: lr 0.3, the
     precision moves by 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples where a
-    latent has bounds, as scales have. `Curvature("hessian", decay=...)` sets that rate, 1 - decay;
-    momentum and damping play no part there. Its other numbers, where they are not the defaults, are
-    of running estimates, and ask for the steps of networks. Random numbers come from a stream of
-    its own, seeded from torch's generator when it is made.
+    latent has bounds, as scales have. `Curvature("hessian", decay=...)` sets that rate, 1 - decay
+    (0.95, its default, is as good as not given); momentum and damping play no part there. Other
+    numbers of a `Curvature`, `every` or `batch` say, are of running estimates: given for a network
+    they ask for the steps above, without a network they play no part. Random numbers come from a
+    stream of its own, seeded from torch's generator when it is made.
+
+    `.optimizer` is a `torch.optim.Optimizer` for schedulers, whose step each `step` is. Where
+    training runs away (learned log scales, priors much wider than 1/fan_in) several samples
+    (`num_particles=4`) or a lower temperature hold it.
 
     Raises:
         TypeError: the guide is none of `pyrocurv.guides`.
@@ -137,7 +142,7 @@ class NGVI:
         check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
-        self._wants_whole = whole.suits(self.curvature) and guide.may_be_whole_of(model)
+        self._wants_whole = whole.suits(self.curvature, model) and guide.may_be_whole_of(model)
         numbers = chosen({
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "num_particles": num_particles, "average": average,

@@ -29,6 +29,7 @@ from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.in_weights import products
 from pyrocurv.engine import average_weight
 from pyrocurv.families import Family
+from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.infer.heat import Heat
 from pyrocurv.infer.rest import Others
 from pyrocurv.infer.run import Run, Runner
@@ -93,9 +94,10 @@ class Whole:
         return Whole(**{**state, **made})
 
 
-def suits(spec: Curvature) -> bool:
-    """Whether it asks for nothing but Hessians, and perhaps a rate: not for running estimates."""
-    return replace(spec, decay=Curvature.decay) == Curvature("hessian")
+def suits(spec: Curvature, model: Callable[..., Any]) -> bool:
+    """Whether it is of Hessians and, for a network, of nothing else that running estimates have."""
+    plain = replace(spec, decay=Curvature.decay) == Curvature("hessian")
+    return plain or spec.kind == "hessian" and not has_network(model)
 
 
 def noises(count: int, precision: Structure, antithetic: bool) -> Iterator[Tensor]:
@@ -136,8 +138,14 @@ def _rate(x: Tensor, rate: float) -> Tensor:
 
 def advance(state: Whole, gradient: Tensor, target: Tensor, numbers: Numbers) -> Whole:
     """One step from the means of gradient [P] and Hessian, both of E/T."""
-    precision = blended(state.precision, target, numbers.rate)
-    direction = precision.solve(gradient)
+    try:
+        precision = blended(state.precision, target, numbers.rate)
+        direction = precision.solve(gradient)
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError(
+            f"step {state.step}: the precision is too ill-conditioned to go on. Has the log joint "
+            "no mode, as where a scale runs to 0? Samples (num_particles) or centring otherwise help"
+        ) from error
     power = float(numbers.base_lr**2 * torch.dot(direction, gradient))
     if not math.isfinite(power):
         raise FloatingPointError(f"step {state.step}: a gradient or a curvature is not finite")

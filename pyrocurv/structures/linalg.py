@@ -109,10 +109,11 @@ def cholesky(matrix: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not bool(failed.any()):
         return factor
+    remedy = " (float64 would do without)" if matrix.dtype != torch.float64 else ""
     rounding = len(matrix) * torch.finfo(matrix.dtype).eps * float(matrix.diagonal().max())
     warnings.warn(
         f"a matrix of {len(matrix)} rows is indefinite by rounding: {rounding:.1e} is added to its "
-        "diagonal (float64 would do without)", stacklevel=2,
+        f"diagonal{remedy}", stacklevel=2,
     )
     lifted = matrix.to("cpu", torch.float64, copy=True)
     lifted.diagonal().add_(rounding)
