@@ -144,7 +144,7 @@ def advance(state: Whole, gradient: Tensor, target: Tensor, numbers: Numbers) ->
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(
             f"step {state.step}: the precision is too ill-conditioned to go on. Has the log joint "
-            "no mode, as where a scale runs to 0? Samples (num_particles) or centring otherwise help"
+            "no mode, as where a scale runs to 0? num_particles > 0 or a non-centred model help"
         ) from error
     power = float(numbers.base_lr**2 * torch.dot(direction, gradient))
     if not math.isfinite(power):
