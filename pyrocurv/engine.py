@@ -5,6 +5,7 @@ A state and what was seen go in, a proposal comes out; nothing is changed here, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -229,7 +230,9 @@ def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
     """Σ δ (w - M₀)²; packed only where the prior is not the same for all."""
     if prior.precision.dim() or prior.loc.dim():
         return prior.distance(block.pack(weights))
-    return sum(prior.distance(weights[name].flatten()) for name in block.tensors)  # type: ignore[return-value]  # there are some
+    return functools.reduce(
+        torch.add, (prior.distance(weights[name].flatten()) for name in block.tensors)
+    )
 
 
 def propose(

@@ -70,6 +70,14 @@ def noisy_curvature(
     return Diagonal(held + rate * change + (rate * change).square() / (2 * (held + share)))
 
 
+def automatic_temperature(num_data: float, size: int, is_finite: bool) -> float:
+    """T by the rule of "auto", for `size` weights and a likelihood of finite support, or another.
+
+    A rule of thumb, chosen after a handful of measured cases.
+    """
+    return min(0.1, num_data / max(size, 1)) if is_finite else 0.3
+
+
 def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
     """m [P], in the memory of the gradient."""
     if momentum is None:

@@ -89,21 +89,18 @@ class Part:
 
     def count(self, running: Running | None) -> int:
         """The number of the step's estimate."""
-        return 1 if _is_empty(running) else running.count + (self.index == 0)  # type: ignore[union-attr]  # None is empty
+        known = 0 if running is None else running.count
+        return known + (self.index == 0) if known else 1
 
     def weight(self, running: Running | None, decay: float) -> float:
         """Of this sample; all of a step have, each as much, max(1 - decay, 1/count) together.
 
         All of it where nothing was known before, be it the first sample or a later one.
         """
-        if _is_empty(running):
+        if running is None or running.count == 0:
             return 1.0
         whole = max(1 - decay, 1 / self.count(running))
         return whole / (self.of - (self.of - 1 - self.index) * whole)
-
-
-def _is_empty(running: Running | None) -> bool:
-    return running is None or running.count == 0
 
 
 ALONE = Part()

@@ -6,6 +6,12 @@ gradient it is:
     finite support       sqrt(p(y_k)) log p(y_k)
     location and scale   sqrt(i) μ/σ and sqrt(j) σ/σ, denominators detached, for symmetric densities
     others               Lᵀθ for I = L Lᵀ
+
+All are exact. Pulled back through a network they give the Gauss-Newton matrix where θ is a linear
+function of an exponential family's natural parameters, and elsewhere (a scale, Student's t) what
+stands for it: the expected Hessian in θ, which is never indefinite.
+
+Martens 2020, arXiv:1412.1193.
 """
 
 from __future__ import annotations
@@ -35,10 +41,26 @@ from torch.distributions import (
 def root(likelihood: Distribution) -> Iterator[Tensor]:
     """Scalars whose gradients are a root of the Fisher information; register your own family.
 
-    Yields tensors of the likelihood's batch shape [B, *R]; the entries are independent variables.
+    Yields tensors of the likelihood's batch shape [B, *R], or with event axes behind it; the
+    entries are independent variables.
+
+    Raises ValueError for a family that is not registered and has no finite support, and for one
+    that is known with a fixed shape only, where that needs a gradient.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import HalfNormal
+        >>> from pyrocurv.curvature.information import root
+        >>> @root.register
+        ... def _(likelihood: HalfNormal):  # the information in the scale is 2/σ²
+        ...     yield 2**0.5 * likelihood.scale / likelihood.scale.detach()
+        >>> scale = torch.tensor([2.0], requires_grad=True)
+        >>> (scalar,) = root(HalfNormal(scale))
+        >>> torch.autograd.grad(scalar.sum(), scale)[0] ** 2
+        tensor([0.5000])
     """
     if hasattr(likelihood, "_mask"):  # Pyro's MaskedDistribution, without Pyro
-        base: Distribution = likelihood.base_dist  # type: ignore[attr-defined]  # it has
+        base: Distribution = likelihood.base_dist  # type: ignore[attr-defined]  # all that have a mask
         yield from _masked(base, torch.as_tensor(likelihood._mask))
         return
     if not likelihood.has_enumerate_support:

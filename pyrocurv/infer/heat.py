@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pyrocurv.blocks import Block
 from pyrocurv.infer.numbers import AUTO
 from pyrocurv.infer.run import Run
+from pyrocurv.natural import automatic_temperature
 
 
 @dataclass(frozen=True)
@@ -26,5 +27,5 @@ class Heat:
         """T."""
         if isinstance(self.given, float | int):
             return self.given
-        weights = sum(block.size for block in self.blocks)
-        return min(0.1, run.num_data / weights) if run.has_finite_support else 0.3
+        size = sum(block.size for block in self.blocks)
+        return automatic_temperature(run.num_data, size, run.has_finite_support)

@@ -237,15 +237,10 @@ class NGVI:
         )
 
     def _whole_numbers(self) -> whole.Numbers:
-        group = self.optimizer.param_groups[0]
-        rate, samples = (0.1, 32) if self.guide.has_scales else (0.3, 8)
-        if self.curvature.decay != Curvature.decay:
-            rate = 1 - self.curvature.decay
-        if isinstance(self.num_particles, int):
-            samples = self.num_particles
-        return whole.Numbers(
-            group["lr"], group.get("initial_lr", group["lr"]), rate, group["kl_clip"],
-            Heat(self.temperature, self._blocks), samples, self.antithetic, self.average,
+        return whole.Numbers.of(
+            self.optimizer.param_groups[0], self.curvature.decay, self.num_particles,
+            Heat(self.temperature, self._blocks), self.antithetic, self.average,
+            self.guide.has_scales,
         )
 
     def _commit(self, step: layered.Step | whole.Step) -> Callable[[], None]:

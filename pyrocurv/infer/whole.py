@@ -17,7 +17,7 @@ Lin, Schmidt & Khan 2020, arXiv:2002.10060; Khan & Rue 2023, arXiv:2107.04562.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,19 @@ class Numbers:
     samples: int
     antithetic: bool
     average: bool
+
+    @staticmethod
+    def of(
+        group: Mapping[str, Any], decay: float, samples: int | str, temperature: Heat,
+        antithetic: bool, average: bool, has_scales: bool,
+    ) -> Numbers:
+        """From a parameter group; what was not given is slower and surer where there are scales."""
+        rate, number = (0.1, 32) if has_scales else (0.3, 8)
+        return Numbers(
+            group["lr"], group.get("initial_lr", group["lr"]),
+            rate if decay == Curvature.decay else 1 - decay, group["kl_clip"], temperature,
+            samples if isinstance(samples, int) else number, antithetic, average,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,5 +51,5 @@ def read(block: Block, places: Places) -> Tensor:
 def write(blocks: Sequence[Block], packed: Sequence[Tensor], places: Places) -> None:
     """Have the parameters be these, [P] each."""
     for block, values in zip(blocks, packed, strict=True):
-        for name, value in block.views(values).items():
+        for name, value in block.parts(values).items():
             places[name][0].copy_(value)

@@ -18,6 +18,7 @@ from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.estimator import Part
 from pyrocurv.curvature.spec import NOISE
 from pyrocurv.engine import Numbers
+from pyrocurv.natural import automatic_temperature
 from pyrocurv.optim import sampling
 from pyrocurv.optim.base import CurvatureOptimizer
 from pyrocurv.optim.layout import Layout, opaque
@@ -254,9 +255,9 @@ class VIOptimizer(CurvatureOptimizer):
 
     def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
         groups = [first(block, places)[1] for block in layout.blocks]
-        weights = sum(block.size for block in layout.blocks)
+        size = sum(block.size for block in layout.blocks)
         rise = min(1.0, (self._state.step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
-        rule = min(0.1, self._size / max(weights, 1)) if self.has_finite_support else 0.3
+        rule = automatic_temperature(self._size, size, self.has_finite_support)
         heats = [rule if g["temperature"] == "auto" else g["temperature"] for g in groups]
         return [
             Numbers.of(group, self._size, heat * rise)
