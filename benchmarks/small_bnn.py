@@ -313,7 +313,8 @@ def aims(fits: dict[str, Fit], by: dict[str, Scores]) -> Iterator[str]:
 
 def draw_bands(path: Path, x: Tensor, y: Tensor, grid: Tensor, moments: dict[str, Moments]) -> None:
     """Means and two standard deviations, side by side; dashed the truth's, which comes first."""
-    rows, columns = -(-len(moments) // COLUMNS), min(COLUMNS, len(moments))
+    rows = math.ceil(len(moments) / COLUMNS)
+    columns = math.ceil(len(moments) / rows)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.4 * columns, 2 * rows), sharex=True, sharey=True, squeeze=False
     )
