@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrocurv.blocks import Block, partition, positions
+from pyrocurv.blocks import Block, Positions, partition
 from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
 from pyrocurv.rows import apart, mixed
@@ -136,9 +136,9 @@ def test_unpacked_weights_are_contiguous() -> None:
 def test_positions_of_blocks_in_a_flat_vector() -> None:
     layers = Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))
     order = {"v": (2, 2), "b": (2,), "w": (2, 3)}
-    one, two = positions([Block((layer,), "block") for layer in layers], order)
+    one, two = Positions([Block((layer,), "block") for layer in layers], order)
     assert one.tolist() == [6, 7, 8, 4, 9, 10, 11, 5] and two.tolist() == [0, 1, 2, 3]
-    (joint,) = positions([Block(layers, "full")], order)
+    (joint,) = Positions([Block(layers, "full")], order)
     assert joint.tolist() == one.tolist() + two.tolist()
 
 

@@ -389,9 +389,13 @@ def test_prediction_for_any_number_of_rows(name: str, rows: int) -> None:
 
 @each_model
 def test_more_targets_than_data(name: str) -> None:
+    """A mistake in training; held-out data may be as many as they like."""
     y = torch.zeros(11, dtype=torch.long) if name == "Classifier" else torch.zeros(11, 2)
+    model, x = makers()[name](10), torch.randn(11, 3)
     with pytest.raises(ValueError, match="a batch of 11 targets, but num_data=10"):
-        makers()[name](10)(torch.randn(11, 3), y)
+        model(x, y)
+    trace = poutine.trace(model.eval()).get_trace(x, y)
+    assert trace.nodes["obs"]["scale"] == pytest.approx(10 / 11)
 
 
 @each_model

@@ -62,9 +62,32 @@ def test_the_best_of_what_was_tried() -> None:
 
     new = inputs(25)
     truth = torch.linalg.lstsq(x, y).solution
-    choice = choose_temperature(fit, [(new, new @ truth)], (10.0, 1.0, 0.01), 64)
+    with pytest.warns(UserWarning, match="0.01 is the lowest"):
+        choice = choose_temperature(fit, [(new, new @ truth)], (10.0, 1.0, 0.01), 64)
     assert seen == [10.0, 1.0, 0.01] == [*choice.densities]
     assert choice == 0.01 == max(choice.densities, key=lambda t: choice.densities[t])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_best_in_the_middle_is_no_news() -> None:
+    """Held-out data that are a little off: neither a point nor all there is predicts them best."""
+    x, y = regression_data()
+    new = inputs(200)
+    targets = new @ (torch.linalg.lstsq(x, y).solution + 0.3)
+    tried = (1e4, 10.0, 1e-6)
+    choice = choose_temperature(lambda t: linear_fit(x, y, t), [(new, targets)], tried)
+    assert choice == 10.0
+
+
+def test_more_held_out_data_than_training_has_seen() -> None:
+    """Whatever the plates are, N there has no part in a mean over held-out data."""
+    x, y = regression_data()
+    model, guide = linear_fit(x, y, 1.0)
+    new, found = (inputs(3 * NUM_DATA), torch.randn(3 * NUM_DATA, 2).double()), []
+    for model.num_data in (NUM_DATA, 3 * NUM_DATA):
+        torch.manual_seed(0)
+        found.append(log_predictive_density(model, guide, [new]))
+    assert found[0] == found[1] and model.training
 
 
 def test_masked_data_do_not_count_and_scales_neither() -> None:

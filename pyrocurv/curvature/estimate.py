@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
-from pyrocurv.blocks import Block, partition, positions
+from pyrocurv.blocks import Block, Positions, partition
 from pyrocurv.capture import Capture
 from pyrocurv.choice import Choice, choose
 from pyrocurv.curvature import hessian
@@ -150,8 +150,7 @@ def estimate(
             seen = (gather(block, calls, gradients, count) for block in blocks)
         found = tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True))
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    index = tuple(rows.to(output.device) for rows in positions(blocks, order))
-    return BlockDiagonal(found, index)
+    return BlockDiagonal(found, Positions(blocks, order, output.device))
 
 
 def _widened(output: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from pyrocurv.blocks import Block, positions
+from pyrocurv.blocks import Block, Positions
 from pyrocurv.structures import KroneckerEigen
 
 PASSES = 512  # backward passes that an exact answer may take for one layer
@@ -66,10 +66,8 @@ class InWeights:
 
     def times(self, vectors: Tensor) -> Tensor:
         """H v for vectors [N, P]."""
-        (order,) = positions((self.block,), self.block.tensors)
-        return torch.cat([
-            self._flat(some)[:, order.to(vectors.device)] for some in vectors.split(self.chunk)
-        ])
+        (order,) = Positions((self.block,), self.block.tensors, vectors.device)
+        return torch.cat([self._flat(some)[:, order] for some in vectors.split(self.chunk)])
 
     def _flat(self, vectors: Tensor) -> Tensor:
         """H v [N, P] in the order of the leaves."""

@@ -9,7 +9,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor
 
-from pyrocurv.blocks import positions
+from pyrocurv.blocks import Positions
 from pyrocurv.distributions import StructuredNormal
 from pyrocurv.families import Family
 from pyrocurv.guides.unconstrained import Latent
@@ -31,8 +31,7 @@ class Posterior:
     def normal(self) -> StructuredNormal:
         """As one Gaussian over the real tensors [P], in the order of the sites."""
         device = self.families[0].loc.device
-        places = positions([family.block for family in self.families], self.sites)
-        index = tuple(rows.to(device) for rows in places)
+        index = Positions([family.block for family in self.families], self.sites, device)
         precision = BlockDiagonal(tuple(family.precision() for family in self.families), index)
         return StructuredNormal(precision.join([f.loc for f in self.families]), precision)
 

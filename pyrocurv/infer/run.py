@@ -148,7 +148,7 @@ def run_model(
 
     The latents of the fallback guide are a sample from it, or the values in `rest`.
 
-    Raises ValueError where nothing is observed, or a plate is smaller than the batch in it.
+    Raises ValueError where nothing is observed.
     """
     values, log_volume = guide.image(weights)
     values, fallback = {**values, **(rest or {})}, None
@@ -182,8 +182,18 @@ class Runner:
     kwargs: Any
 
     def __call__(self, weights: Mapping[str, Tensor], watch: bool = False) -> Run:
-        """As `run_model` has it."""
-        return run_model(self.model, self.guide, weights, self.args, self.kwargs, watch)
+        """As `run_model` has it.
+
+        Raises ValueError where a plate is smaller than the batch in it, besides.
+        """
+        run = run_model(self.model, self.guide, weights, self.args, self.kwargs, watch)
+        for site in run.replay.observed:
+            if site.batch > site.num_data:
+                raise ValueError(
+                    f"site {site.name!r} has {site.batch} rows in a plate of size {site.num_data}: "
+                    "the plate's size is the number of data in all"
+                )
+        return run
 
 
 def _sample_rest(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:
@@ -234,9 +244,3 @@ def _goes_back_to(leaves: Container[int], value: Tensor) -> bool:
 def _check(replay: Replay) -> None:
     if not any(site.batch for site in replay.observed):
         raise ValueError("the model has no observed site in this call: were the data left out?")
-    for site in replay.observed:
-        if site.batch > site.num_data:
-            raise ValueError(
-                f"site {site.name!r} has {site.batch} rows in a plate of size {site.num_data}: the "
-                "plate's size is the number of data in all"
-            )

@@ -18,6 +18,7 @@ from pyrocurv import engine
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.numbers import check_positive
 from pyrocurv.infer.run import Run, arguments, evaluated, leaves, run_model
+from pyrocurv.notice import notice
 from pyrocurv.prototype import frozen_buffers
 
 Trained = tuple[Callable[..., Any], StructuredGuide]  # a model and its guide
@@ -43,8 +44,8 @@ def choose_temperature(
         temperatures: among which to choose.
         num_samples: of each posterior.
 
-    Raises ValueError for no temperature or one that is not positive, and where
-    `log_predictive_density` does.
+    Warns where the best is the lowest tried. Raises ValueError for no temperature or one that is
+    not positive, and where `log_predictive_density` does.
 
     Example:
         >>> import torch, pyrocurv
@@ -73,6 +74,8 @@ def choose_temperature(
     }
     choice = Choice(max(densities, key=densities.__getitem__))
     choice.densities = densities
+    if len(densities) > 1 and choice == min(densities):
+        notice(f"temperature {choice} is the lowest of those tried: a lower one may be better still")
     return choice
 
 

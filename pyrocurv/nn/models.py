@@ -17,7 +17,8 @@ class Classifier(PyroModule):
         num_data: N, the number of training examples.
 
     The sites are the network's weights under "net." and "obs", in the plate "data" of size N.
-    Raises ValueError for logits of another shape, or a batch of more than N targets.
+    Raises ValueError for logits of another shape, or, in training mode, a batch of more than N
+    targets.
 
     Example:
         >>> import torch
@@ -39,7 +40,7 @@ class Classifier(PyroModule):
             raise ValueError(
                 f"classes {tuple(y.shape)} do not fit logits {tuple(logits.shape)}: [B] is needed"
             )
-        with _data_plate(self.num_data, logits, y):
+        with _data_plate(self, logits, y):
             pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
         return logits
 
@@ -54,7 +55,8 @@ class Regressor(PyroModule):
             LogNormal(0, 1) prior, which suits standardised targets.
 
     The sites are the network's weights under "net.", "obs" in the plate "data" of size N, and
-    "sigma". Raises ValueError for targets of another shape, or a batch of more than N.
+    "sigma". Raises ValueError for targets of another shape, or, in training mode, a batch of more
+    than N.
 
     Example:
         >>> import torch
@@ -81,7 +83,7 @@ class Regressor(PyroModule):
         if noise is None:
             zero = mean.new_zeros(())
             noise = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
-        with _data_plate(self.num_data, mean, y):
+        with _data_plate(self, mean, y):
             normal = dist.Normal(mean, mean.new_ones(()) * noise)
             pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
         return mean
@@ -93,10 +95,10 @@ def _check_num_data(num_data: int) -> int:
     return num_data
 
 
-def _data_plate(num_data: int, output: Tensor, y: Tensor | None) -> pyro.plate:
+def _data_plate(model: Classifier | Regressor, output: Tensor, y: Tensor | None) -> pyro.plate:
     """The plate of the data; in prediction (no targets) it is as large as the batch."""
-    batch = len(output)
-    if y is not None and batch > num_data:
+    batch, num_data = len(output), model.num_data
+    if y is not None and batch > num_data and model.training:
         raise ValueError(f"a batch of {batch} targets, but num_data={num_data}")
     indices = torch.arange(batch, device=output.device)
     return pyro.plate("data", batch if y is None else num_data, subsample=indices, dim=-1)

@@ -11,7 +11,7 @@ Signs and verbs keep their algebra; where a result is an approximation the docst
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -139,7 +139,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(value)
     if isinstance(value, Structure):
         return value.map(function)
-    if isinstance(value, tuple):
+    if isinstance(value, Sequence):
         return tuple(_map(item, function) for item in value)
     return value
 
@@ -147,7 +147,7 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def _pack(value: Any) -> Any:
     if isinstance(value, Structure):
         return value.state()
-    if isinstance(value, tuple):
+    if isinstance(value, Sequence):
         return [_pack(item) for item in value]
     return value
 

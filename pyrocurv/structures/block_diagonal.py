@@ -16,7 +16,7 @@ class BlockDiagonal(Structure):
     """blocks[b] on the rows index[b] (int64 tensors that partition 0..P-1); () means in order."""
 
     blocks: tuple[Structure, ...]
-    index: tuple[Tensor, ...] = ()
+    index: Sequence[Tensor] = ()
 
     @property
     def size(self) -> int:
@@ -32,7 +32,7 @@ class BlockDiagonal(Structure):
         """One [..., P_b] for each block -> [..., P]."""
         joined = torch.cat(list(parts), -1)
         if self.index:
-            return joined[..., torch.cat(self.index).argsort()]
+            return joined[..., torch.cat(list(self.index)).argsort()]
         return joined
 
     def _each(self, verb: Callable[[Structure, Tensor], Tensor], x: Tensor) -> Tensor:
