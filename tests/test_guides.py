@@ -13,7 +13,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoGuideList, AutoMultivariateNormal, AutoNormal, init_to_value
+from pyro.infer.autoguide import (
+    AutoGuideList,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_mean,
+    init_to_value,
+)
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
@@ -406,6 +412,54 @@ def test_another_fallback() -> None:
 
 
 # ---- the fallback -------------------------------------------------------------------------------
+
+
+class Scaled(PyroModule):
+    """A linear regression whose weights' scale has a prior, and so have two more, in a vector."""
+
+    def __init__(self, scale: dist.Distribution) -> None:
+        super().__init__()
+        self.scale = PyroSample(scale)
+        self.layer = PyroModule[nn.Linear](3, 1)
+        self.layer.weight = PyroSample(
+            lambda _: dist.Normal(torch.zeros(1, 3), self.scale.mean()).to_event(2)
+        )
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        mean = self.layer(x)[:, 0]
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+        return mean
+
+
+@pytest.mark.parametrize(("prior", "median"), [
+    (dist.HalfCauchy(0.1), 0.1), (dist.LogNormal(3.0, 1.0), math.exp(3)),
+    (dist.HalfNormal(torch.full((2,), 0.2)).to_event(1), 0.2 * 0.6745),
+], ids=["HalfCauchy", "LogNormal", "a vector"])
+def test_latents_of_the_fallback_start_at_their_medians(
+    prior: dist.Distribution, median: float
+) -> None:
+    """Exactly, where Pyro's own guide starts every scale at 1."""
+    guide = KFACGuide(Scaled(prior))
+    guide(*LINE)
+    start = guide.median()["scale"]
+    torch.testing.assert_close(start, torch.full_like(start, median), rtol=1e-3, atol=0)
+
+
+def test_a_median_that_has_no_closed_form() -> None:
+    guide = KFACGuide(Scaled(dist.Gamma(100.0, 1000.0)))
+    guide(*LINE)
+    assert 0.07 < guide.median()["scale"] < 0.13  # a median of 15 samples of sd .01
+
+
+@pytest.mark.parametrize(("options", "start"), [
+    ({}, 1.0), ({"init_loc_fn": init_to_mean}, 0.2 * math.sqrt(2 / math.pi)),
+])
+def test_a_fallback_of_ones_own_starts_where_it_says(options: Any, start: float) -> None:
+    model = Scaled(dist.HalfNormal(0.2))
+    guide = KFACGuide(model, fallback=lambda model: AutoNormal(model, **options))
+    guide(*LINE)
+    assert guide.median()["scale"].item() == pytest.approx(start)
 
 
 @each

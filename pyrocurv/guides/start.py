@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pyro.infer.autoguide.initialization import (
     InitMessenger,
     init_to_median,
@@ -12,6 +13,7 @@ from pyro.infer.autoguide.initialization import (
     init_to_uniform,
 )
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyrocurv.guides.plan import Plan
 from pyrocurv.prototype import Site
@@ -23,13 +25,25 @@ def init_to_network(site: Site) -> Tensor:
     return init_to_sample(site) if initial is None else initial.detach()
 
 
+def init_to_prior_median(site: Site) -> Tensor:
+    """Start at the prior's median: in closed form where that is known, else of a few samples."""
+    fn = site["fn"]
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    try:
+        middle = fn.icdf(torch.tensor(0.5))
+    except NotImplementedError:
+        return init_to_median(site)
+    return middle.expand(fn.shape()) if bool(middle.isfinite().all()) else init_to_median(site)
+
+
 def start_of(plan: Plan, latents: Mapping[str, Site], untold: bool) -> dict[str, Tensor]:
     """The real tensors that a plan's blocks start at; `untold`, a whole model's are at medians."""
     names = {name for block in plan.blocks for name in block.tensors}
     sites = {name: site for name, site in latents.items() if name in names}
     if not plan.latents:
         return {name: site["value"].detach() for name, site in sites.items()}
-    values = {n: init_to_median(s) if untold else s["value"] for n, s in sites.items()}
+    values = {n: init_to_prior_median(s) if untold else s["value"] for n, s in sites.items()}
     return {name: plan.latents[name].transform.inv(v.detach()) for name, v in values.items()}
 
 

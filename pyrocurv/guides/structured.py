@@ -22,7 +22,7 @@ from pyrocurv.guides.layout import LaidOutGuide
 from pyrocurv.guides.leftout import rest_of
 from pyrocurv.guides.particles import check_particles
 from pyrocurv.guides.plan import Plan, check_layout
-from pyrocurv.guides.start import Start, init_to_network, start_of
+from pyrocurv.guides.start import Start, init_to_network, init_to_prior_median, start_of
 from pyrocurv.guides.table import table
 from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.notice import notice
@@ -37,17 +37,16 @@ class StructuredGuide(LaidOutGuide):
     Args:
         model: a Pyro model with an observed site; the weights are latents with normal priors.
         init_loc_fn: where the mean starts, site -> value; by default the network's own weights
-            (see `pyrocurv.nn.bayesianize`), or a sample from the prior, and the fallback guide's
-            own start for its latents; in models without a network the prior's median.
+            (see `pyrocurv.nn.bayesianize`), or a sample from the prior, and for all other latents
+            the prior's median.
         init_scale: standard deviation of each weight before any training. `NGVI` takes its first
             step at the mean and sets the scale from the curvature there.
         structure: for some layers another one than this guide's, {module type, or name with * and
             ?: structure}, names before types; or a rule (name, module) -> structure or None. A
             structure is a name, a `KFAC` or an `EKFAC` of `pyrocurv.curvature`; "point" leaves a
             layer out (a point estimate, trained by `optim`), "frozen" keeps it at its start.
-        fallback: the guide for the latents that are no weights, model -> AutoGuide. Pyro's guides
-            start a scale at 1: `lambda model: AutoNormal(model, init_loc_fn=init_to_median)` starts
-            it where its prior is.
+        fallback: the guide for the latents that are no weights, model -> AutoGuide. One of your
+            own starts them where it says.
         create_plates: as Pyro's guides have it.
 
     Raises at the first call, before anything is set up:
@@ -128,6 +127,8 @@ class StructuredGuide(LaidOutGuide):
         model = self._base_model[0]
         if self._init_loc_fn is not init_to_network:
             model = Start(self._init_loc_fn)(model)
+        elif self._make_fallback is AutoNormal:
+            model = Start(init_to_prior_median)(model)
         values = {name: found.latents[name]["value"] for name in plan.left_out}
         self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
         with torch.no_grad(), frozen_buffers(model), poutine.block():

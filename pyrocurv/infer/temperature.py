@@ -75,7 +75,7 @@ def choose_temperature(
     choice = Choice(max(densities, key=densities.__getitem__))
     choice.densities = densities
     if len(densities) > 1 and choice == min(densities):
-        notice(f"temperature {choice} is the lowest of those tried: a lower one may be better still")
+        notice(f"temperature {choice} is the lowest of those tried: a lower one may be better")
     return choice
 
 
