@@ -18,3 +18,8 @@ def __getattr__(name: str) -> ModuleType:
     if name in __all__:
         return importlib.import_module(f"pyrocurv.{name}")
     raise AttributeError(f"pyrocurv has {', '.join(__all__)}, no {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With the modules that nothing has asked for yet."""
+    return sorted({*globals(), *__all__})

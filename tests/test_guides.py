@@ -411,6 +411,15 @@ def test_another_fallback() -> None:
     assert draws_of(guide)["sigma"].shape == (3,)
 
 
+def test_a_dense_matrix_that_is_wide_has_a_word_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyrocurv.guides.plan.WIDE", 15)
+    for structure, size in (("full", 26), ("block", 16)):
+        with pytest.warns(UserWarning, match=f"net.0 .*has a dense matrix of {size} x {size}"):
+            GUIDES[structure](regressor())(*regression_data())
+    for structure in ("diag", "kfac", "ekfac"):
+        GUIDES[structure](regressor())(*regression_data())  # pytest takes a warning for an error
+
+
 # ---- the fallback -------------------------------------------------------------------------------
 
 

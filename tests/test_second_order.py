@@ -704,3 +704,21 @@ def test_no_warning_on_an_ordinary_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(net, SecondOrderOptimizer(net))
+
+
+def test_a_summary_and_counts_tell_what_has_a_curvature() -> None:
+    net = nn.Sequential(
+        nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3), nn.Linear(3, 3)
+    )
+    optimizer = SecondOrderOptimizer(net, structure={
+        "0": "diag", "4": "point", "5": "frozen", "2": KFAC(num_blocks=2),
+    }, curvature=Curvature("fisher", every=2))
+    assert optimizer.update_counts() == {} and optimizer.summary().count("adam") == 8
+    train(net, optimizer, 5)
+    rows = [line.split() for line in optimizer.summary().splitlines()[1:-1]]
+    assert {row[0]: row[-2] for row in rows} == {
+        "0.weight": "diag", "0.bias": "diag", "2.weight": "kfac-block", "2.bias": "kfac-block",
+        "4.weight": "point", "4.bias": "point", "5.weight": "frozen", "5.bias": "frozen",
+    }
+    assert optimizer.summary().endswith("44 of 71 numbers have a curvature here")
+    assert optimizer.update_counts() == {"0": (3, 2), "2": (3, 2)}

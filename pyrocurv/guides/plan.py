@@ -14,6 +14,8 @@ from pyrocurv.guides.unconstrained import Latent, is_local, whole
 from pyrocurv.prototype import Prototype
 from pyrocurv.specs import Spec, as_structure
 
+WIDE = 10_000  # numbers in a dense block, from which on a word is due
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -57,19 +59,26 @@ class Plan:
         return short and not any(map(is_local, found.latents.values()))
 
     def complaint(self, found: Prototype) -> str:
-        """Which weights have not the Gaussian one may expect, and why; or ""."""
+        """Which weights have not the Gaussian one may expect, and why, or one too large; or ""."""
+        wide = [block for block in self.blocks if block.kind in ("full", "block")
+                and block.size > WIDE]
+        notes = [
+            f"{block.name} has a dense matrix of {block.size:,} x {block.size:,}, factorised at "
+            "each update, which may take minutes" for block in wide
+        ]
         if self.latents:
-            return ""
+            return "; ".join(notes)
         opaque = [name for block in self.blocks if block.is_opaque for name in block.tensors]
         others = [name for name in self.left if name in found.missed]
         reasons = {
             "consumed by no supported op: independent Gaussians, from gradients": opaque,
             "left to the fallback guide": others,
         }
-        return "; ".join(
+        notes += [
             f"{', '.join(f'{name} ({found.missed[name]})' for name in names)} {reason}"
             for reason, names in reasons.items() if names
-        )
+        ]
+        return "; ".join(notes)
 
 
 def check_layout(have: Sequence[Block], want: Sequence[Block]) -> None:

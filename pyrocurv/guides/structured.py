@@ -23,7 +23,7 @@ from pyrocurv.guides.leftout import rest_of
 from pyrocurv.guides.particles import check_particles
 from pyrocurv.guides.plan import Plan, check_layout
 from pyrocurv.guides.start import Start, init_to_network, init_to_prior_median, start_of
-from pyrocurv.guides.table import table
+from pyrocurv.guides.summary import summary
 from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
@@ -249,7 +249,7 @@ class StructuredGuide(LaidOutGuide):
         """
         self._ready()
         model = self._base_model[0] if self._base_model else None  # pickles leave it behind
-        return table(
+        return summary(
             self.median(), [family.block for family in self.blocks], self._left_out,
             self._make_fallback.__name__, named_modules(model),
         )

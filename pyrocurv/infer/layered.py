@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -25,13 +25,6 @@ from pyrocurv.infer.run import Runner
 from pyrocurv.infer.sample import Sample, Slopes, look, observed, slopes
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import State
-
-
-class Updates(NamedTuple):
-    """Of a block's curvature."""
-
-    updates: int
-    interval: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,13 +156,3 @@ def check_samples(spec: Curvature, blocks: Sequence[Block], samples: int) -> Non
             f"num_particles=0, but the curvature of {', '.join(blind)} is known from samples "
             'alone: leave them out (structure={...: "point"}) or take another curvature'
         )
-
-
-def counts(spec: Curvature, blocks: Sequence[Block], state: State) -> dict[str, Updates]:
-    """How often each block's curvature was estimated, and at which interval it is now."""
-    found = {}
-    for block, one in zip(blocks, state.blocks, strict=True):
-        updates = 0 if one.running is None else one.running.count
-        sensed = engine.is_sensed(spec, block)
-        found[block.name] = Updates(updates, 1 if sensed else spec.interval(state.step, one.clock))
-    return found

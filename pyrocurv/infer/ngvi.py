@@ -19,6 +19,7 @@ from pyro.optim import PyroOptim
 
 from pyrocurv.blocks import Block
 from pyrocurv.buffers import snapshot
+from pyrocurv.counts import Updates, counts
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import MixtureGuide, StructuredGuide
@@ -27,7 +28,6 @@ from pyrocurv.infer import layered, whole
 from pyrocurv.infer.elbo import negative_elbo
 from pyrocurv.infer.heat import Heat
 from pyrocurv.infer.known_priors import KnownPriors
-from pyrocurv.infer.layered import Updates
 from pyrocurv.infer.numbers import (
     AUTO,
     Loss,
@@ -282,7 +282,7 @@ class NGVI:
         """
         if not isinstance(self._state, State):
             return {}
-        return layered.counts(self.curvature, self._blocks, self._state)
+        return counts(self.curvature, self._blocks, self._state)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the parameters of guide and model, which have states of their own."""

@@ -13,6 +13,7 @@ from pyrocurv import engine
 from pyrocurv.blocks import Block
 from pyrocurv.capture import Capture
 from pyrocurv.choice import LEFT_OUT, Choice, choose
+from pyrocurv.counts import Updates, counts
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimate import Likelihood
 from pyrocurv.curvature.estimator import ALONE, Part
@@ -32,6 +33,7 @@ from pyrocurv.precision import full_precision
 from pyrocurv.priors import BlockPrior
 from pyrocurv.state import Carried, State
 from pyrocurv.stream import Stream
+from pyrocurv.table import table
 from pyrocurv.uses import Call
 
 COPIED = (
@@ -228,7 +230,28 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.layout, self._state = layout, State(self._state.step + 1, tuple(carried))
         self._expect()
 
-    # ---- saving ---------------------------------------------------------------------------------
+    # ---- watching and saving --------------------------------------------------------------------
+
+    def update_counts(self) -> dict[str, Updates]:
+        """How often each block's curvature was estimated, and its present interval in steps.
+
+        By the names of the layers, "0 ... 4" where a block has several; empty before the first
+        step.
+        """
+        return counts(self.curvature, self.layout.blocks, self._state)
+
+    def summary(self) -> str:
+        """A table of every parameter: name, shape, structure, how many numbers.
+
+        "adam" is what no block has: before the first step, which finds the layers, that is all.
+        The last line says how many numbers have a curvature.
+        """
+        kinds = {n: kind for layer, kind in self.layout.layers.items() if kind in LEFT_OUT
+                 for n in layer.tensors}
+        kinds |= {name: block.label for block in self.layout.blocks for name in block.tensors}
+        rows = [(name, p, kinds.get(name, "adam")) for name, (p, _) in self._places().items()]
+        here = sum(block.size for block in self.layout.blocks)
+        return table(rows, here, "parameter", "a curvature")
 
     def state_dict(self) -> dict[str, Any]:
         """All but the parameters, in plain values and tensors."""

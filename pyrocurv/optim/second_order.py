@@ -32,7 +32,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     in the structure "full"; for deep linear networks "kfac" gives that of Gauss-Newton blocks.
 
     The loop stays as it is: `zero_grad`, forward, `backward`, `step`. On steps where curvature is
-    due the network runs once more, on a few examples of the batch, inside `step`.
+    due the network runs once more, on a few examples of the batch, inside `step`. After the first
+    step `summary()` tells what has a curvature in which structure, `update_counts()` how often it
+    was estimated.
 
     Args:
         net: the network that the loop calls.

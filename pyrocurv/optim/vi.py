@@ -61,7 +61,8 @@ class VIOptimizer(CurvatureOptimizer):
         antithetic: use each noise a second time with its sign turned.
 
     How wide the posterior is at the start is `Curvature(initial=...)`. What no supported op
-    consumes gets independent Gaussians, from gradients.
+    consumes gets independent Gaussians, from gradients. `summary()` and `update_counts()` are those
+    of `SecondOrderOptimizer`.
 
     Raises:
         ValueError, FloatingPointError: as `SecondOrderOptimizer`.
