@@ -18,7 +18,7 @@ from pyrocurv.blocks import Block
 from pyrocurv.curvature import Curvature, estimator
 from pyrocurv.curvature.estimator import ALONE, Part, Running
 from pyrocurv.curvature.pullback import Observation
-from pyrocurv.natural import metric, noisy_curvature, push, slope, surplus, trust
+from pyrocurv.natural import calm, metric, noisy_curvature, push, slope, surplus, trust
 from pyrocurv.priors import BlockPrior, Prior, kl
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.structures import Diagonal, Solution, Structure
@@ -263,6 +263,8 @@ def propose(
         number.lr * trust(power, number.kl_clip) / number.unbiased(state.step)
         for number in numbers
     ]
+    for one, number in zip(blocks, numbers, strict=True):
+        calm(one.momentum, power, number.kl_clip)  # type: ignore[arg-type]  # each has been pushed
     if average:
         blocks = [
             _averaged(one, direction.add_to(loc.clone(), -rate), state.step)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"notice"},
-    {"structures", "layers", "specs", "precision", "buffers", "stream"},
+    {"structures", "layers", "specs", "precision", "buffers", "stream", "table"},
     {"blocks", "uses"},
     {"capture", "choice", "priors", "rows"},
     {"distributions", "natural", "prototype", "repeated"},
@@ -18,11 +18,13 @@ FLOORS = [
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another
     {"state"},
     {"engine"},
+    {"counts"},
     {"infer", "optim"},
 ]
 TORCH_ONLY = {
     "notice", "structures", "layers", "specs", "precision", "blocks", "uses", "capture", "choice",
     "priors", "rows", "curvature", "natural", "state", "engine", "buffers", "stream", "optim",
+    "table", "counts",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

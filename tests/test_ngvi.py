@@ -909,6 +909,27 @@ def test_the_clip_bounds_a_step() -> None:
     assert held.norm() < free.norm()
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_learned_log_scale_does_not_run_away(seed: int) -> None:
+    """Under wide priors: losses of 1e15 at unlucky samples, whose gradients momentum would keep."""
+    torch.manual_seed(seed)
+    net = bayesianize(nn.Sequential(nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 2)), 1.0)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mean, log_scale = net(x).unbind(-1)
+        with pyro.plate("data", 300, subsample=torch.arange(len(x))):
+            pyro.sample("obs", dist.Normal(mean, log_scale.exp()), obs=y)
+
+    x = torch.randn(300, 1)
+    y = torch.sin(2 * x[:, 0]) + (0.1 + 0.3 * torch.sigmoid(2 * x[:, 0])) * torch.randn(300)
+    ngvi, losses = NGVI(model, KFACGuide(model), temperature=0.3), []
+    for _ in range(400):
+        rows = torch.randint(300, (64,))
+        losses.append(ngvi.step(x[rows], y[rows]))
+    early, late = (torch.tensor(losses[n : n + 100]).median() for n in (100, 300))
+    assert max(losses) > 1e6 and late < 0.8 * early
+
+
 @pytest.mark.parametrize(("structure", "every", "eigen_every", "turned"), [
     ("full", 3, 200, [3, 6, 9, 12]), ("diag", 3, 200, [3, 6, 9, 12]),
     ("ekfac", 3, 200, [3, 6, 9, 12]),

@@ -375,6 +375,22 @@ def test_a_step_leaves_gradients_buffers_and_random_numbers() -> None:
     assert all(one.momentum.abs().sum() > 0 for one in optimizer._state.blocks)  # type: ignore[union-attr]
 
 
+def test_how_large_an_outlier_among_gradients_is_makes_no_difference() -> None:
+    """Far outside the trust region; momentum by itself would take 200 steps from 1e15 to 1e6."""
+    def run(factor: float) -> Tensor:
+        torch.manual_seed(0)
+        net = small()
+        optimizer = SecondOrderOptimizer(net)
+        train(net, optimizer, 20)
+        (factor * F.cross_entropy(net(torch.ones(4, 5)), torch.arange(4) % 3)).backward()
+        optimizer.step()
+        train(net, optimizer, 150)
+        return flat(net)
+
+    usual, large, huge = map(run, (1.0, 1e6, 1e15))
+    assert (huge - large).norm() < 0.01 * (large - usual).norm()
+
+
 def test_clipped_gradients_are_what_is_stepped_from() -> None:
     def run(scale: float) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)

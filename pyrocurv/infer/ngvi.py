@@ -61,7 +61,8 @@ class NGVI:
             measured cases: min(0.1, N/P) for likelihoods of finite support, with P the number of
             weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
-        kl_clip: trust region κ of a step; None for no clipping.
+        kl_clip: trust region κ of a step; None for no clipping. The momentum keeps of a gradient no
+            more than ten times its radius, so that an outlier does not rule the steps to come.
         num_particles: samples S of the posterior a step, in antithetic pairs; gradients and
             curvature are means over them. 0: none, all is taken at the mean, which so goes to a
             mode of the log joint (at T = 1); the posterior there is a Laplace approximation, for
@@ -89,8 +90,8 @@ class NGVI:
     stream of its own, seeded from torch's generator when it is made.
 
     `.optimizer` is a `torch.optim.Optimizer` for schedulers, whose step each `step` is. Where
-    training runs away (learned log scales, priors much wider than 1/fan_in) several samples
-    (`num_particles=4`) or a lower temperature hold it.
+    samples are so unlike the mean that training goes nowhere (learned log scales, priors much wider
+    than 1/fan_in), several of them (`num_particles=4`) or a lower temperature help.
 
     Raises:
         TypeError: the guide is none of `pyrocurv.guides`.
