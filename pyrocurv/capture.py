@@ -144,7 +144,8 @@ class Capture(TorchFunctionMode):
         if not reason and len(known) > sum(one is not None for one in (weight, bias)):
             reason = f"the input of {op.name}"
         cuts = {None if one is None else one.cut for one in (weight, bias)}
-        if not reason and cuts != {None} and form != "rows":
+        groups = call.settings.get("groups", 1) if call.settings else 1
+        if not reason and cuts != {None} and (form != "rows" or groups > 1):
             reason = "a part of a tensor"
         if reason:
             self._miss(known, reason)
@@ -207,6 +208,24 @@ class Capture(TorchFunctionMode):
                 yield known
 
     # ---- after it -------------------------------------------------------------------------------
+
+    @property
+    def seen(self) -> set[str]:
+        """The watched tensors that an op was seen to consume."""
+        return {*self.missed, *(name for layer in self.layers() for name in layer.tensors)}
+
+    def note_hidden(self, total: Tensor) -> None:
+        """Have those missed that no op was seen to consume, where a gradient of `total` says so.
+
+        As inside `torch.vmap`, and by an `autograd.Function`.
+        """
+        seen = self.seen
+        left = {name: tensor for name, tensor in self.watched.items() if name not in seen}
+        if not left or not total.requires_grad:
+            return
+        found = torch.autograd.grad(total, [*left.values()], retain_graph=True, allow_unused=True)
+        pairs = zip(left, found, strict=True)
+        self.missed |= {name: "an op out of sight" for name, g in pairs if g is not None}
 
     def resolve(self) -> tuple[list[Layer], list[Call]]:
         """The layers all of whose uses are supported, and their calls; see `uses.resolve`."""

@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
+from torch.utils.checkpoint import CheckpointError
 
 from pyrocurv.buffers import snapshot
 from pyrocurv.capture import Capture
@@ -175,8 +176,42 @@ def _layers(
             densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
                          if rows == count and log_prob.dim()]
             said = None if capture.coupled or not densities else torch.stack(densities).sum(0)
-            capture.missed |= misread(capture.calls, count, said)
+            total = torch.stack([log_prob.sum() for _, log_prob in terms]).sum()
+            with _recomputed():
+                capture.note_hidden(total)
+                capture.missed |= misread(capture.calls, count, said)
+            _refuse_checkpoints(total, weights.keys() - capture.seen)
     return capture.layers(), capture.missed
+
+
+CHECKPOINT = (
+    "torch.utils.checkpoint runs layers anew outside of Pyro's handlers, where their weights are "
+    "other samples: leave it out of a Bayesian network, or its layers out of the latents"
+)
+
+
+@contextmanager
+def _recomputed() -> Iterator[None]:
+    """Around a backward pass: say what is wrong where a checkpoint finds other weights in it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ValueError(CHECKPOINT) from error
+
+
+def _refuse_checkpoints(total: Tensor, unseen: Collection[str]) -> None:
+    """Raise ValueError where weights that nothing shows may be in a reentrant checkpoint."""
+    if not unseen:
+        return
+    seen, ahead = set(), [total.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith("CheckpointFunction"):
+            raise ValueError(f"{', '.join(sorted(unseen))}: {CHECKPOINT}")
+        ahead += [before for before, _ in node.next_functions]
 
 
 def _rows(likelihood: Distribution, value: Tensor) -> int:

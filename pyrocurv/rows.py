@@ -7,11 +7,14 @@ unless autograd's graph is made of nothing that joins rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils._pytree import tree_leaves
 
 from pyrocurv.uses import Call
 
@@ -19,9 +22,10 @@ from pyrocurv.uses import Call
 def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str, str]:
     """{name: why} of the tensors of layers that do not see `count` examples, one a row.
 
-    A number `said` [B] of each example, its log density or one of its outputs, is pulled back, the
-    even examples' and then the odd ones': neither may reach a row of the others. Batch norm in
-    training mode joins the rows of right layers too: there it is None, and the rows are counted.
+    A number `said` [B] of each example, its log density or one of its outputs, is pulled back, that
+    of one half of the examples and then that of the other: neither may reach a row of the other.
+    Batch norm in training mode joins the rows of right layers too: there it is None, and the rows
+    are counted.
     Gradients are not asked where the graph of `said` has them apart.
     """
     found: dict[str, str] = {}
@@ -33,12 +37,22 @@ def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str,
             found |= _named(call, f"{call.batch} rows where there are {count} examples")
     if said is None or said.dim() == 0 or count < 2 or apart(said):
         return found
-    for parity in (0, 1):
-        for call, gradient in _pulled(fitting, said[parity::2].sum()):
-            others = call.gradients(gradient, count).movedim(-3, 0)[1 - parity :: 2]
+    half = _half(count).to(said.device)
+    for mine, other in ((half, ~half), (~half, half)):
+        for call, gradient in _pulled(fitting, said[mine].sum()):
+            others = call.gradients(gradient, count).movedim(-3, 0)[other]
             if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
                 found |= _named(call, "rows that reach more than their own example")
     return found
+
+
+@functools.cache
+def _half(count: int) -> Tensor:
+    """Which of the examples are in one half: no shift of them all leaves the halves as they are.
+
+    The Thue-Morse sequence, the parity of the ones in the binary number.
+    """
+    return torch.tensor([bool(number.bit_count() % 2) for number in range(count)])
 
 
 ENTRYWISE = ("Relu", "Tanh", "Sigmoid", "Gelu", "Silu", "Softplus", "LeakyRelu", "Elu")
@@ -88,6 +102,19 @@ def mixed(output: Tensor) -> Tensor:
     """A number [B] that hangs on all outputs of an example; their plain sum may be constant."""
     rows = output.reshape(len(output), -1)
     return rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
+
+
+def said_by(output: Any, count: int) -> Tensor | None:
+    """`mixed`, over all tensors of a nest that have a row for each example; None: there is none."""
+    heads = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    each = [mixed(x) for x in heads if x.shape[:1] == (count,)]
+    return functools.reduce(torch.add, each) if each else None
+
+
+def total(output: Any) -> Tensor:
+    """A number that hangs on all outputs."""
+    heads = [x.sum() for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    return functools.reduce(torch.add, heads) if heads else torch.zeros(())
 
 
 def _pulled(calls: Sequence[Call], total: Tensor) -> list[tuple[Call, Tensor]]:

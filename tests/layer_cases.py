@@ -1,6 +1,7 @@
 """Small networks of every kind of layer, for all tests that go through a table of them. Float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +149,42 @@ class InHalf(nn.Module):
             return self.net(x)
 
 
+class Mapped(nn.Module):
+    """A layer inside `torch.vmap`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.vmap(lambda row: self.layer(row).tanh())(x).sum(1))
+
+
+class Product(torch.autograd.Function):
+    """x Wᵀ by an op of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.mT @ x
+
+
+class OwnOp(nn.Module):
+    """A weight in an `autograd.Function`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Product.apply(x, self.weight).tanh())
+
+
 def around(*layers: nn.Module, features: int) -> nn.Sequential:
     """With a smooth function behind each layer and a head on top."""
     parts = [part for layer in layers for part in (layer, nn.Tanh())]
@@ -227,6 +264,11 @@ MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = 
     "sequence-start": (lambda: SequenceFirst(0), (4, 3), {"layer.weight", "layer.bias"}),
     "sequence-end": (lambda: SequenceFirst(-1), (4, 3), {"layer.weight", "layer.bias"}),
 }
+# as many, of tensors that are consumed where no function mode sees it
+HIDDEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
+    "vmapped": (Mapped, (2, 3), {"layer.weight", "layer.bias"}),
+    "own-op": (OwnOp, (3,), {"weight"}),
+}
 HALF = {  # nets in single precision, with as many layers
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), 2),
     "norm": (
@@ -247,7 +289,7 @@ OPAQUE = {"recurrent", "lstm"}
 
 def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     """A net, always the same, and inputs."""
-    build, shape = {**LAYERED, **WOVEN, **{n: row[:2] for n, row in MISREAD.items()}}[name]
+    build, shape = {**LAYERED, **WOVEN, **{n: r[:2] for n, r in (MISREAD | HIDDEN).items()}}[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         net = moved(build().double())

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -508,3 +509,77 @@ def test_a_parameter_that_takes_no_part_is_named(structure) -> None:
     net.register_parameter("idle", nn.Parameter(torch.ones(2)))
     with pytest.raises(ValueError, match="idle took no part"):
         estimate(net, x, y, likelihood="categorical", curvature="ggn", structure=structure)
+
+
+class Heads(nn.Module):
+    """Mean and log scale, apart."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.mean, self.log_scale, self.make = nn.Linear(3, 1), nn.Linear(3, 1), make
+
+    def forward(self, x: Tensor) -> object:
+        return self.make(self.mean(x)[:, 0], self.log_scale(x)[:, 0])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+def test_outputs_in_a_tuple_or_a_dict(structure, curvature) -> None:
+    net = Heads(lambda mean, log_scale: torch.stack([mean, log_scale], -1)).double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    found = []
+    for make, density in (
+        (net.make, lambda f: Normal(f[:, 0], f[:, 1].exp())),
+        (lambda *both: both, lambda f: Normal(f[0], f[1].exp())),
+        (lambda a, b: {"a": a, "b": b}, lambda f: Normal(f["a"], f["b"].exp())),
+    ):
+        net.make = make
+        kwargs = {"likelihood": density, "curvature": curvature, "structure": structure}
+        found.append(estimate(net, x, y, **kwargs).dense())
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical", "hessian"])
+@pytest.mark.parametrize(("likelihood", "x", "y", "match"), [
+    ("categorical", torch.randn(0, 3), torch.zeros(0, dtype=torch.long), "no examples"),
+    ("categorical", torch.randn(2, 3), torch.tensor([1, -100]), "from -100 to 1, the .* 0 to 1"),
+    ("categorical", torch.randn(2, 3), torch.tensor([2, 0]), "from 0 to 2, the classes are 0 to 1"),
+], ids=["empty", "ignored", "too many"])
+def test_targets_that_are_none(likelihood, x, y, match, curvature) -> None:
+    with pytest.raises(ValueError, match=match):
+        estimate(nn.Linear(3, 2), x, y, likelihood=likelihood, curvature=curvature)
+
+
+def test_a_net_without_parameters_to_train() -> None:
+    with pytest.raises(ValueError, match="no parameter of the network has requires_grad"):
+        estimate(nn.Linear(3, 2).requires_grad_(False), torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.long])
+@pytest.mark.parametrize("curvature", ["ggn", "fisher", "empirical", "hessian"])
+def test_bits_of_any_type(kind, curvature) -> None:
+    net, x, y = nn.Linear(3, 1), torch.randn(5, 3), torch.randint(2, (5, 1))
+    kwargs = {"likelihood": "bernoulli", "curvature": curvature, "structure": "full"}
+    found = []
+    for targets in (y.to(kind), y.float()):
+        torch.manual_seed(0)
+        found.append(estimate(net, x, targets, **kwargs).dense())
+    assert torch.equal(*found)
+
+
+def test_a_wrong_double_backward_is_noticed() -> None:
+    """That of torch's weight norm; of the others the Hessian is symmetric without a word."""
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2).double())
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        estimate(net, x, y, curvature="hessian", structure="full")
+    v, g = torch.randn(4, 3, requires_grad=True), torch.rand(4, 1, requires_grad=True)
+    v, g = v.double(), g.double()
+    try:
+        torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0).sin(), (v, g))
+        is_right = True
+    except RuntimeError:
+        is_right = False
+    assert is_right != any("not symmetric" in str(one.message) for one in caught)

@@ -23,6 +23,7 @@ from pyro.infer.autoguide import (
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
+from torch.utils.checkpoint import checkpoint
 from toys import (
     EXACT,
     GUIDES,
@@ -409,6 +410,32 @@ def test_another_fallback() -> None:
     guide(*regression_data())
     assert isinstance(guide.fallback, AutoMultivariateNormal)
     assert draws_of(guide)["sigma"].shape == (3,)
+
+
+class Checkpointed(nn.Module):
+    """Whose first layer is run anew in the backward pass."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        hidden = checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=self.reentrant)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_weights_that_a_checkpoint_would_draw_anew_are_refused(reentrant: bool) -> None:
+    """By Pyro's handlers they are what they are, which are gone when it is run again."""
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    model = Regressor(bayesianize(Checkpointed(reentrant)), 6, noise=0.3)
+    with pytest.raises(ValueError, match="anew outside of Pyro's handlers"):
+        KFACGuide(model)(x, y)
+    model = Regressor(bayesianize(Checkpointed(reentrant), layers="last"), 6, noise=0.3)
+    ngvi = NGVI(model, KFACGuide(model))
+    assert [math.isfinite(ngvi.step(x, y)) for _ in range(3)] == [True] * 3
 
 
 def test_a_dense_matrix_that_is_wide_has_a_word_said(monkeypatch: pytest.MonkeyPatch) -> None:

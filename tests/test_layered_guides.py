@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
+from layer_cases import HALF, HIDDEN, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from pyro.infer import Predictive
 from torch import Tensor, nn
 from toys import EXACT, GUIDES, NUM_DATA, mlp, regression_data, regressor
@@ -28,7 +28,7 @@ from pyrocurv.structures import Diagonal
 EVERY = [
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
     nn.ConvTranspose3d, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d,
-    nn.BatchNorm2d, nn.MultiheadAttention, nn.RNNBase, layer_cases.Products,
+    nn.BatchNorm2d, nn.MultiheadAttention, nn.RNNBase, layer_cases.Products, layer_cases.OwnOp,
 ]
 
 
@@ -489,3 +489,19 @@ def test_a_transformer_encoder() -> None:
     model.eval()
     samples = Predictive(model, guide=guide, num_samples=3)(x)
     assert samples["obs"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_weights_out_of_sight_have_gradients_alone(name: str) -> None:
+    """From where they are, with a warning; not the fallback's, which would start elsewhere."""
+    model, x, y = model_of(name)
+    guide = KFACGuide(model)
+    net, _ = layer_cases.make(name, 6)
+    start = {f"net.{n}": p.detach().clone() for n, p in net.named_parameters()}
+    with pytest.warns(UserWarning, match="an op out of sight.*from gradients"):
+        guide(x, y)
+    opaque = {n for family in guide.blocks for n in family.block.tensors if family.block.is_opaque}
+    assert opaque == {f"net.{tensor}" for tensor in HIDDEN[name][2]}
+    assert not guide.fallback_sites
+    for site in opaque:
+        torch.testing.assert_close(guide.median()[site], start[site], check_dtype=False)

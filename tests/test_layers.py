@@ -8,7 +8,7 @@ import layer_cases
 import oracles
 import pytest
 import torch
-from layer_cases import HALF, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
+from layer_cases import HALF, HIDDEN, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from oracles import assert_same
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
@@ -479,3 +479,42 @@ def test_a_rank_keeps_the_trace(name: str, rank: int) -> None:
         if isinstance(spec, KFAC):
             torch.testing.assert_close(thin.trace(), kfac.trace())
         assert torch.linalg.eigvalsh(thin).min() > -1e-10 * thin.norm()
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+def test_an_op_out_of_sight_has_a_gradient(name, curvature) -> None:
+    args, kwargs = case(name, "normal"), {"likelihood": "normal", "curvature": curvature}
+    true = truth(name, "normal", curvature)
+    for structure in ("full", "diag"):
+        with pytest.warns(UserWarning, match="an op out of sight") as caught:
+            found = estimate(*args, structure=structure, **kwargs).dense()
+        (message,) = {str(one.message) for one in caught}
+        named = {n for n, _ in args[0].named_parameters() if f"{n} (" in message}
+        assert named == HIDDEN[name][2]
+        assert_same(found, true if structure == "full" else torch.diag(true.diag()))
+
+
+class Views(nn.Module):
+    """Two views of each datum, stacked, whose features are added."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layer, self.head, self.count = nn.Linear(3, 4), nn.Linear(4, 2), count
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.layer(x).tanh()
+        return self.head(features + features.roll(self.count // 2, 0))
+
+
+@pytest.mark.parametrize("batch", [2, 4, 6, 8, 10, 12, 16])
+def test_examples_that_meet_far_apart(batch) -> None:
+    net, x = Views(batch).double(), torch.randn(batch, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="layer.weight .rows that reach more"):
+        found = estimate(
+            net, x, torch.zeros(batch, 2), likelihood="normal", curvature="ggn", structure="full"
+        ).dense()
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    jacobians = torch.func.jacrev(lambda w: torch.func.functional_call(net, w, (x,)))(weights)
+    jacobian = torch.cat([jacobians[name].flatten(2) for name in weights], 2).flatten(0, 1)
+    assert_same(found, jacobian.mT @ jacobian)

@@ -161,6 +161,29 @@ def test_layers_that_are_not_there(layers: list[Any]) -> None:
     assert not isinstance(net, PyroModule)
 
 
+def test_frozen_parameters_stay_as_they_are() -> None:
+    net = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2), nn.Linear(2, 2))
+    net[1].bias.requires_grad_(False)
+    net.append(nn.Linear(3, 3).requires_grad_(False))
+    net[3].weight = net[0].weight  # tied, and frozen in both
+    bayesianize(net)
+    assert net[3].weight is net[0].weight
+    left = ["0.weight", "0.bias", "1.bias", "3.bias"]
+    assert [name for name, _ in net.named_parameters()] == left
+    assert not any(p.requires_grad for p in net.parameters())
+    with pytest.raises(ValueError, match="with a trainable parameter fits"):
+        bayesianize(nn.Linear(3, 2).requires_grad_(False))
+
+
+def test_weights_that_are_made_are_named() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match=r"0\.weight, made by a parametrization") as caught:
+        bayesianize(copy.deepcopy(net))
+    assert len(caught) == 1
+    bayesianize(net, layers=nn.Module)  # without a word
+    assert not list(net.parameters())
+
+
 def tied_net() -> nn.Sequential:
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     net[2].weight = net[0].weight

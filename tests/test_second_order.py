@@ -738,3 +738,14 @@ def test_a_summary_and_counts_tell_what_has_a_curvature() -> None:
     }
     assert optimizer.summary().endswith("44 of 71 numbers have a curvature here")
     assert optimizer.update_counts() == {"0": (3, 2), "2": (3, 2)}
+
+
+def test_weights_out_of_sight_are_adams_with_a_warning() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    forward = net.forward
+    net.forward = lambda x: torch.vmap(forward)(x)  # type: ignore[method-assign]
+    optimizer = SecondOrderOptimizer(net)
+    with pytest.warns(UserWarning, match="0.weight .an op out of sight.* Adam trains them"):
+        train(net, optimizer, 1)
+    train(net, optimizer, 2)
+    assert optimizer.summary().count("adam") == 4

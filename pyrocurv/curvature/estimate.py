@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.utils._pytree import tree_map
 
 from pyrocurv.blocks import Block, Positions, partition
 from pyrocurv.capture import Capture
@@ -20,7 +22,7 @@ from pyrocurv.curvature.reduce import gather
 from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.precision import full_precision
-from pyrocurv.rows import misread, mixed
+from pyrocurv.rows import misread, said_by, total
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 from pyrocurv.uses import Call
@@ -86,7 +88,8 @@ def estimate(
             are only counted.
         y: targets, of the likelihood's own shape: none is broadcast against the output.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
-            variance) or a callable from the output to a `torch.distributions.Distribution`.
+            variance) or a callable from the output, whatever the network returns, to a
+            `torch.distributions.Distribution` whose batch shape starts with the batch.
         curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
             `num_samples` count; all of the batch is used.
         structure: "full" (one dense matrix), "block" (dense for each layer), "diag", "kfac",
@@ -112,9 +115,9 @@ def estimate(
         that its later inputs move with its weights.
 
     Raises:
-        ValueError: unknown names; targets of another shape than the likelihood's, or a likelihood
-            whose first axis is not the batch; a parameter that takes no part; a likelihood without
-            closed form under "ggn".
+        ValueError: unknown names; targets of another shape than the likelihood's, or that are no
+            classes; a likelihood whose first axis is not the batch; no example; a parameter that
+            takes no part, or none at all; a likelihood without closed form under "ggn".
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
@@ -130,14 +133,20 @@ def estimate(
     if curvature.kind == NOISE:
         raise ValueError("curvature='noise' is known from a posterior's samples, not from data")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("no parameter of the network has requires_grad")
+    if y.shape[:1] == (0,):
+        raise ValueError("the batch has no examples")
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
     with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
-    count = output.shape[0]
-    with torch.enable_grad(), full_precision(output.device):
-        terms = [_term(density(_widened(output)), y, count)]
+    device = next(iter(named.values())).device
+    with torch.enable_grad(), full_precision(device):
+        term = _term(density(tree_map(_widened, output)), y, output)
+        terms, count = [term], len(term.value)
         whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
-        said = None if whole or capture.coupled else mixed(output)
+        said = None if whole or capture.coupled else said_by(output, count)
+        capture.note_hidden(total(output))
         capture.missed |= misread(capture.calls, count, said)
         layers, calls = _with_opaque(capture, named, count)
         chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
@@ -150,16 +159,19 @@ def estimate(
             seen = (gather(block, calls, gradients, count) for block in blocks)
         found = tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True))
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    return BlockDiagonal(found, Positions(blocks, order, output.device))
+    return BlockDiagonal(found, Positions(blocks, order, device))
 
 
-def _widened(output: Tensor) -> Tensor:
+def _widened(output: Any) -> Any:
     """In single precision at least: the densities of half of it are too coarse."""
+    if not isinstance(output, Tensor):
+        return output
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def _term(likelihood: Distribution, y: Tensor, count: int) -> Observation:
+def _term(likelihood: Distribution, y: Tensor, output: Any) -> Observation:
     shape = likelihood.batch_shape + likelihood.event_shape
+    count = len(output) if isinstance(output, Tensor) and output.dim() else y.shape[:1].numel()
     if y.shape != shape:
         raise ValueError(
             f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has "
@@ -169,6 +181,14 @@ def _term(likelihood: Distribution, y: Tensor, count: int) -> Observation:
         raise ValueError(
             f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
         )
+    base = likelihood.base_dist if isinstance(likelihood, Independent) else likelihood
+    if isinstance(base, Categorical) and not bool(base.support.check(y).all()):
+        raise ValueError(
+            f"targets from {int(y.min())} to {int(y.max())}, the classes are 0 to "
+            f"{base.param_shape[-1] - 1}: leave such examples out, or mask them in a Pyro model"
+        )
+    if isinstance(base, Bernoulli) and not y.is_floating_point():
+        y = y.to(base.logits.dtype)
     return Observation(likelihood, y)
 
 

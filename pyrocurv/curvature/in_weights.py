@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from pyrocurv.blocks import Block, Positions
+from pyrocurv.notice import notice
 from pyrocurv.structures import KroneckerEigen
 
 PASSES = 512  # backward passes that an exact answer may take for one layer
@@ -78,8 +79,16 @@ class InWeights:
         ], 1)
 
     def matrix(self) -> Tensor:
-        """H [P, P]."""
-        return symmetric(self.times(identity(self.gradient, self.block.size)))
+        """H [P, P], with a word where torch's second derivatives are not those of one function."""
+        found = self.times(identity(self.gradient, self.block.size))
+        rounding = 1e-4 * self.gradient.abs().max()
+        if bool((found - found.mT).abs().max() > 0.01 * found.abs().max() + rounding):
+            notice(
+                f"the second derivatives that torch gives of {self.block.name} are not symmetric: "
+                "an op there has a wrong double backward, as weight norm has, and the Hessian is "
+                "wrong with it"
+            )
+        return symmetric(found)
 
     def diagonal(self) -> Tensor:
         """diag H [P]; by signs its variance is 2 sum_j≠i H_ij² / num_samples."""

@@ -56,6 +56,9 @@ class BlockGuide(StructuredGuide):
 class FullGuide(StructuredGuide):
     """One dense Gaussian over all layers: P² numbers, for up to some thousand weights.
 
+    Weights that no supported op consumes, of recurrent layers say, stay independent, unless
+    `curvature="hessian"`.
+
     Of a model without a network, over all latents of any support, as real vectors: P numbers that
     `.posterior` is over, while `median`, `quantiles` and samples are on the latents' own scale.
     `NGVI(model, guide, curvature="hessian")` trains it from the Hessian of the log joint.

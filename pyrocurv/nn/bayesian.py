@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from pyro.nn.module import to_pyro_module_
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from pyrocurv.nn.padding import keep_padding
 from pyrocurv.nn.priors import Prior, prior_maker, set_prior
 from pyrocurv.nn.ties import find_ties, tie
+from pyrocurv.notice import notice
 from pyrocurv.priors import TRANSPOSED
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -35,8 +38,9 @@ def bayesianize(
         layers: which modules, by type or by name as in `net.named_modules()`, one or several; by
             default `pyrocurv.nn.LAYERS`: linear layers, (transposed) convolutions, attention and
             recurrent layers. Norm layers and embeddings are left out unless asked for. What is left
-            out keeps point estimates, which the `summary()` of a guide lists too; and the padding
-            of an embedding keeps its output, whatever is sampled for its row.
+            out keeps point estimates, which the `summary()` of a guide lists too, and parameters
+            with `requires_grad=False` stay as they are; the padding of an embedding keeps its
+            output, whatever is sampled for its row.
 
     Returns:
         `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
@@ -61,7 +65,7 @@ def bayesianize(
     planned = [
         (module, name, make(module, name), parameter)
         for module in chosen for name, parameter in module.named_parameters(recurse=False)
-        if (module, name) not in ties
+        if parameter.requires_grad and (module, name) not in ties
     ]
     for module, name, fn, parameter in planned:
         if fn.batch_shape + fn.event_shape != parameter.shape:
@@ -89,10 +93,26 @@ def _chosen(net: nn.Module, layers: Layers) -> list[nn.Module]:
         if name not in named:
             raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
     fitting = [m for name, m in named.items() if isinstance(m, types) or name in names]
-    chosen = [m for m in fitting if any(True for _ in m.parameters(recurse=False))]
+    chosen = [m for m in fitting if any(p.requires_grad for p in m.parameters(recurse=False))]
+    _note_parametrized(named, chosen)
     if not chosen:
         fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
         are = any(getattr(module, "_pyro_samples", None) for module in fitting)
-        why = "is no latent yet, of what" if are else "with a parameter"
+        why = "is no latent yet, of what" if are else "with a trainable parameter"
         raise ValueError(f"layers: nothing in {type(net).__name__} {why} fits {fits}")
     return chosen
+
+
+def _note_parametrized(named: dict[str, nn.Module], chosen: list[nn.Module]) -> None:
+    """Say which weights stay points because a parametrization makes them."""
+    left = [
+        f"{name}.{tensor}" for name, module in named.items()
+        if module in chosen and is_parametrized(module)
+        for tensor, made in cast(nn.ModuleDict, module.parametrizations).items()
+        if made not in chosen
+    ]
+    if left:
+        notice(
+            f"bayesianize: {', '.join(left)}, made by a parametrization, of parameters that stay "
+            "points; layers=torch.nn.Module takes those too"
+        )

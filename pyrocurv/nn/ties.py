@@ -18,6 +18,8 @@ def find_ties(
     ties = {}
     for path, module in net.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue  # stays as it is, in both
             full = f"{path}.{name}".lstrip(".")
             owner, attribute, other = owners.setdefault(id(parameter), (module, name, full))
             if owner is module and attribute == name:

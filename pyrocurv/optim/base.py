@@ -141,7 +141,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         fresh = unmet(self.layout, calls)
         if self.opaque_blocks:
             fresh += opaque(missed, places)
-        if fresh and missed:
+        if missed and (fresh or self._state.step == 0):
             notice(
                 f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
                 f"consumed by no supported op: {self.without}"

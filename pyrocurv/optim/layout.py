@@ -5,21 +5,18 @@ Layers of two parameter groups share no block, and a block keeps its place once 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from pyrocurv.blocks import Block, partition
 from pyrocurv.capture import Capture
 from pyrocurv.choice import LEFT_OUT, Choice, choose
 from pyrocurv.layers import Layer
 from pyrocurv.optim.places import Places
-from pyrocurv.rows import misread, mixed
+from pyrocurv.rows import misread, said_by, total
 from pyrocurv.uses import Call, apart
 
 
@@ -82,11 +79,8 @@ def grouped(calls: Iterable[Call], places: Places) -> list[Call]:
 def refuse_misread(layout: Layout, capture: Capture, output: Any, count: int) -> None:
     """Have layers missed that do not see the examples as rows, where a layer is new."""
     calls = capture.calls
-    if layout.names >= {name for call in calls for name in call.layer.tensors}:
+    if calls and layout.names >= {name for call in calls for name in call.layer.tensors}:
         return
-    heads = [
-        mixed(x) for x in tree_leaves(output)
-        if isinstance(x, Tensor) and x.requires_grad and x.shape[:1] == (count,)
-    ]
-    said = None if capture.coupled or not heads else functools.reduce(torch.add, heads)
+    capture.note_hidden(total(output))
+    said = None if capture.coupled else said_by(output, count)
     capture.missed |= misread(calls, count, said)

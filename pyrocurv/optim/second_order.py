@@ -115,7 +115,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         layout, carried = self.layout, self._aged(self.layout, places, 0.0)
         if self._is_due() and any(one.inputs for one in passes):
             layout, carried = self._estimated(carried, passes, places, 0.0)
-        if not layout.layers:
+        if not layout.layers and not passes:
             raise RuntimeError(
                 "step() before any forward pass of the network that had a gradient: call the "
                 "network itself, then backward()"

@@ -63,6 +63,11 @@ class KroneckerEigen(Structure):
         (o, s), (i, r) = self.output_basis.shape[-2:], self.input_basis.shape[-2:]
         return s < o and r < i and self.spectrum.dim() == 2
 
+    @property
+    def _is_full(self) -> bool:
+        """Whether no side is truncated."""
+        return all(b.shape[-2] == b.shape[-1] for b in (self.output_basis, self.input_basis))
+
     @cached_property
     def _inverse(self) -> _Parts:
         return self._parts(self.spectrum.reciprocal())
@@ -133,7 +138,7 @@ class KroneckerEigen(Structure):
         return Solution(dot, x, parts.number if self._is_thin else 0.0, left, right)
 
     def rsqrt(self, z: Tensor) -> Tensor:
-        if self.spectrum.shape != self.shape:
+        if not self._is_full:
             return self._product(z, self._inverse_root)
         scaled = z.unflatten(-1, self.shape) * self._inverse_root.core  # z is as good in this basis
         return (self.output_basis @ scaled @ self.input_basis.mT).reshape(z.shape)
