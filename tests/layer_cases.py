@@ -253,6 +253,7 @@ WOVEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "products": (Products, (3,)),
     "recurrent": (Recurrent, (3, 3)),
     "lstm": (lambda: Recurrent(nn.LSTM), (2, 3)),
+    "rnn": (lambda: Recurrent(nn.RNN), (2, 3)),
 }
 # name: (make the net, shape of one example, the tensors of layers that do not see the examples)
 MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
@@ -284,7 +285,7 @@ HALF = {  # nets in single precision, with as many layers
     "attention": (Attention, (3, 4), 3),
 }  # fmt: skip
 TOKENS = {"embedding": 5, "tied": 4}
-OPAQUE = {"recurrent", "lstm"}
+OPAQUE = {"recurrent", "lstm", "rnn"}
 
 
 def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:

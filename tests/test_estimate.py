@@ -197,6 +197,15 @@ def test_ekfac(model: str, likelihood: str, curvature: str) -> None:
 
 @every_case
 @both_curvatures
+def test_kfac_block(model: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(model, likelihood, curvature=curvature, structure="kfac-block")
+    net, x, y = case(model, likelihood)
+    assert_same(actual, oracles.kfac_dense(net, x, y, likelihood, curvature, cuts=(2, 2)))
+
+
+
+@every_case
+@both_curvatures
 def test_ekfac_is_no_farther_from_the_block_than_kfac(model, likelihood, curvature) -> None:
     true = true_blocks(model, likelihood, curvature)
     kfac, ekfac = (

@@ -39,6 +39,7 @@ from toys import (
     trained,
 )
 
+from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.guides import DiagonalGuide, KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, Regressor, bayesianize
@@ -193,9 +194,37 @@ def test_a_posterior_is_a_value(structure: str) -> None:
     assert torch.equal(kept.loc, loc) and torch.equal(kept.precision.dense(), dense)
 
 
-@each
+THIN = {f"rank {rank}": KFAC(rank=rank) for rank in (1, 2, 3)} | {"thin ekfac": EKFAC(rank=2)}
+
+
+def trained_with(structure: Any) -> StructuredGuide:
+    """As `trained` has it, by name; or of layers of three and four rows, truncated."""
+    if structure not in THIN:
+        return trained(structure)[0].guide
+    data, model = regression_data(), regressor()
+    guide = KFACGuide(model, structure=lambda *_: THIN[structure])
+    ngvi = NGVI(model, guide, lr=0.3, curvature=Curvature("ggn", every=1, batch=None))
+    for _ in range(4):
+        ngvi.step(*data)
+    return guide
+
+
+@pytest.mark.parametrize("structure", [*GUIDES, *THIN])
+def test_samples_have_the_moments_of_the_posterior(structure: str) -> None:
+    """In standard errors: those of a normal's mean, and of its covariances."""
+    guide, n = trained_with(structure), 20_000
+    draws = flat(guide.sample_posterior(n), guide.sites)
+    covariance = guide.posterior.precision.dense().detach().inverse()
+    variances = covariance.diag()
+    mean = (draws.mean(0) - guide.posterior.loc.detach()) / (variances / n).sqrt()
+    error = ((covariance.square() + torch.outer(variances, variances)) / n).sqrt()
+    assert mean.abs().max() < 5
+    assert ((draws.mT.cov() - covariance) / error).abs().max() < 5.5
+
+
+@pytest.mark.parametrize("structure", [*GUIDES, *THIN])
 def test_kl(structure: str) -> None:
-    guide = trained(structure)[0].guide
+    guide = trained_with(structure)
     scales = torch.cat([
         torch.full((math.prod(shape),), 0.8 if "weight" in name else 1.5)
         for name, shape in SITES.items()

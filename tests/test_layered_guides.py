@@ -15,9 +15,9 @@ import torch
 from layer_cases import HALF, HIDDEN, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from pyro.infer import Predictive
 from torch import Tensor, nn
-from toys import EXACT, GUIDES, NUM_DATA, mlp, regression_data, regressor
+from toys import EXACT, GUIDES, NUM_DATA, mlp, normal_prior, regression_data, regressor
 
-from pyrocurv.curvature import EKFAC, KFAC, Curvature
+from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.natural import noisy_curvature
@@ -505,3 +505,29 @@ def test_weights_out_of_sight_have_gradients_alone(name: str) -> None:
     assert not guide.fallback_sites
     for site in opaque:
         torch.testing.assert_close(guide.median()[site], start[site], check_dtype=False)
+
+
+@pytest.mark.parametrize("name", [n for n in {**LAYERED, **WOVEN} if n not in OPAQUE])
+@pytest.mark.parametrize("structure", [
+    "diag", "block", "kfac", "ekfac", "kfac-block", KFAC(sharing="reduce"), KFAC(rank=1),
+], ids=str)
+def test_the_first_posterior_is_that_of_the_curvature_estimated(name: str, structure: Any) -> None:
+    """N/B times the sum over the batch, plus the prior's precision; the same for all weights."""
+    if name == "embedding" and structure not in ("diag", "block"):
+        pytest.skip("padding that bayesianize keeps has no gradient in G, where a module's has")
+    net, x = layer_cases.make(name, 6)
+    y = torch.zeros_like(net(x))
+    matrix = estimate(net, x, y, likelihood="normal", curvature="ggn", structure=structure).dense()
+    order = {n: p.numel() for n, p in net.named_parameters()}
+    bayesianize(net, normal_prior(0.5, 0.5), layers=EVERY)
+    model = Regressor(net, 12, noise=1.0)
+    guide = KFACGuide(model, structure=lambda *_: structure)
+    spec = Curvature("ggn", batch=None, initial=0.0)
+    NGVI(model, guide, lr=1e-9, curvature=spec).step(x, y)
+    rows = torch.arange(len(matrix)).split(list(order.values()))
+    here = dict(zip(order, rows, strict=True))
+    index = torch.cat([here[site.removeprefix("net.")] for site in guide.sites])
+    wanted = 2 * matrix[index][:, index] + 4 * torch.eye(len(index)).double()
+    torch.testing.assert_close(
+        guide.posterior.precision.dense(), wanted, rtol=1e-6, atol=1e-6 * float(wanted.max())
+    )

@@ -121,13 +121,24 @@ def test_reduce(name: str, likelihood: str) -> None:
     assert_same(actual, oracles.kfac_dense(*args, sharing="reduce"))
 
 
+@each_layer
+@each_likelihood
+@each_curvature
+def test_ekfac(name: str, likelihood: str, curvature: str) -> None:
+    actual = estimated(name, likelihood, curvature=curvature, structure="ekfac")
+    expected = oracles.ekfac_dense(*case(name, likelihood), likelihood, curvature)
+    assert_same(actual, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", [name for name in LAYERED if "norm" not in name])
+@each_curvature
 @pytest.mark.parametrize("num_blocks", [2, 3, (2, 1), (1, 2), 100])
-def test_factors_in_blocks(name: str, num_blocks) -> None:
+def test_factors_in_blocks(name: str, curvature: str, num_blocks) -> None:
     """A pair is (A, G); as many blocks as rows, or more, leave the diagonal."""
-    actual = estimated(name, "normal", curvature="ggn", structure=KFAC(num_blocks=num_blocks))
+    actual = estimated(name, "normal", curvature=curvature, structure=KFAC(num_blocks=num_blocks))
     a, g = num_blocks if isinstance(num_blocks, tuple) else (num_blocks, num_blocks)
-    assert_same(actual, oracles.kfac_dense(*case(name, "normal"), "normal", cuts=(g, a)))
+    args = *case(name, "normal"), "normal", curvature
+    assert_same(actual, oracles.kfac_dense(*args, cuts=(g, a)))
 
 
 @each_net

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import layer_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_cases import LAYERED, OPAQUE, WOVEN
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -749,3 +751,24 @@ def test_weights_out_of_sight_are_adams_with_a_warning() -> None:
         train(net, optimizer, 1)
     train(net, optimizer, 2)
     assert optimizer.summary().count("adam") == 4
+
+
+@pytest.mark.parametrize("name", [n for n in {**LAYERED, **WOVEN} if n not in OPAQUE])
+@pytest.mark.parametrize("structure", ["full", "diag", "kfac", "ekfac", "kfac-block"])
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_a_step_of_every_layer_is_that_of_the_curvature_estimated(
+    name: str, structure: str, kind: str
+) -> None:
+    net, x = layer_cases.make(name, 6)
+    y = torch.randn_like(net(x))
+    matrix = estimate(net, x, y, likelihood="normal", curvature=kind, structure=structure)
+    optimizer = SecondOrderOptimizer(
+        net, 1.0, likelihood="normal", curvature=plain(kind), structure=structure, momentum=0,
+        damping=0.01, kl_clip=None,
+    )
+    (F.mse_loss(net(x), y) / 2).backward()
+    start = flat(net)
+    dense = matrix.psd().dense() / y.numel() + 0.01 * torch.eye(len(start), dtype=start.dtype)
+    wanted = torch.linalg.solve(dense, gradient(net))
+    optimizer.step()
+    torch.testing.assert_close(start - flat(net), wanted, rtol=1e-5, atol=1e-7)
