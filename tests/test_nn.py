@@ -171,6 +171,10 @@ def test_frozen_parameters_stay_as_they_are() -> None:
     left = ["0.weight", "0.bias", "1.bias", "3.bias"]
     assert [name for name, _ in net.named_parameters()] == left
     assert not any(p.requires_grad for p in net.parameters())
+    bayesianize(net, layers="1")  # asked for by name
+    assert [name for name, _ in net.named_parameters()] == ["0.weight", "0.bias", "3.bias"]
+    with pytest.raises(ValueError, match="one tensor, a tied weight: choose both"):
+        bayesianize(net, layers="0")
     with pytest.raises(ValueError, match="with a trainable parameter fits"):
         bayesianize(nn.Linear(3, 2).requires_grad_(False))
 

@@ -86,7 +86,8 @@ def estimate(
             with rows that reach several examples, is taken as what no supported op consumes; two
             backward passes find out. Where batch norm in training mode joins the examples, rows
             are only counted.
-        y: targets, of the likelihood's own shape: none is broadcast against the output.
+        y: targets, of the likelihood's own shape: none is broadcast against the output. "ggn" and
+            "fisher" do not look at them; classes must be all there, or none.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
             variance) or a callable from the output, whatever the network returns, to a
             `torch.distributions.Distribution` whose batch shape starts with the batch.
@@ -115,8 +116,8 @@ def estimate(
         that its later inputs move with its weights.
 
     Raises:
-        ValueError: unknown names; targets of another shape than the likelihood's, or that are no
-            classes; a likelihood whose first axis is not the batch; no example; a parameter that
+        ValueError: unknown names; targets of another shape than the likelihood's, or some that are
+            no classes; a likelihood whose first axis is not the batch; no example; a parameter that
             takes no part, or none at all; a likelihood without closed form under "ggn".
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
@@ -182,11 +183,13 @@ def _term(likelihood: Distribution, y: Tensor, output: Any) -> Observation:
             f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
         )
     base = likelihood.base_dist if isinstance(likelihood, Independent) else likelihood
-    if isinstance(base, Categorical) and not bool(base.support.check(y).all()):
-        raise ValueError(
-            f"targets from {int(y.min())} to {int(y.max())}, the classes are 0 to "
-            f"{base.param_shape[-1] - 1}: leave such examples out, or mask them in a Pyro model"
-        )
+    if isinstance(base, Categorical):
+        are = base.support.check(y)
+        if bool(are.any() & ~are.all()):
+            raise ValueError(
+                f"targets from {int(y.min())} to {int(y.max())}, the classes are 0 to "
+                f"{base.param_shape[-1] - 1}: leave such examples out, or mask them in a Pyro model"
+            )
     if isinstance(base, Bernoulli) and not y.is_floating_point():
         y = y.to(base.logits.dtype)
     return Observation(likelihood, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import cast
 
 from pyro.nn.module import to_pyro_module_
@@ -38,9 +38,9 @@ def bayesianize(
         layers: which modules, by type or by name as in `net.named_modules()`, one or several; by
             default `pyrocurv.nn.LAYERS`: linear layers, (transposed) convolutions, attention and
             recurrent layers. Norm layers and embeddings are left out unless asked for. What is left
-            out keeps point estimates, which the `summary()` of a guide lists too, and parameters
-            with `requires_grad=False` stay as they are; the padding of an embedding keeps its
-            output, whatever is sampled for its row.
+            out keeps point estimates, which the `summary()` of a guide lists too; parameters with
+            `requires_grad=False` stay as they are, but in modules asked for by name; the padding of
+            an embedding keeps its output, whatever is sampled for its row.
 
     Returns:
         `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
@@ -63,9 +63,8 @@ def bayesianize(
     chosen = _chosen(net, layers)
     ties = find_ties(net, chosen)
     planned = [
-        (module, name, make(module, name), parameter)
-        for module in chosen for name, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad and (module, name) not in ties
+        (module, name, make(module, name), getattr(module, name))
+        for module, names in chosen.items() for name in names if (module, name) not in ties
     ]
     for module, name, fn, parameter in planned:
         if fn.batch_shape + fn.event_shape != parameter.shape:
@@ -83,7 +82,8 @@ def bayesianize(
     return net
 
 
-def _chosen(net: nn.Module, layers: Layers) -> list[nn.Module]:
+def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
+    """{module: the names of its parameters that become latents}."""
     named = dict(net.named_modules())
     layers = (layers,) if isinstance(layers, (type, str)) else layers
     wanted = LAYERS if layers is None else tuple(layers)
@@ -92,8 +92,13 @@ def _chosen(net: nn.Module, layers: Layers) -> list[nn.Module]:
     for name in names:
         if name not in named:
             raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
-    fitting = [m for name, m in named.items() if isinstance(m, types) or name in names]
-    chosen = [m for m in fitting if any(p.requires_grad for p in m.parameters(recurse=False))]
+    fitting = {m: name in names for name, m in named.items()
+               if isinstance(m, types) or name in names}
+    found = {
+        module: [n for n, p in module.named_parameters(recurse=False) if p.requires_grad or asked]
+        for module, asked in fitting.items()
+    }
+    chosen = {module: theirs for module, theirs in found.items() if theirs}
     _note_parametrized(named, chosen)
     if not chosen:
         fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
@@ -103,7 +108,7 @@ def _chosen(net: nn.Module, layers: Layers) -> list[nn.Module]:
     return chosen
 
 
-def _note_parametrized(named: dict[str, nn.Module], chosen: list[nn.Module]) -> None:
+def _note_parametrized(named: Mapping[str, nn.Module], chosen: Container[nn.Module]) -> None:
     """Say which weights stay points because a parametrization makes them."""
     left = [
         f"{name}.{tensor}" for name, module in named.items()

@@ -5,32 +5,35 @@ The others borrow its value for the time of their forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 
 def find_ties(
-    net: nn.Module, chosen: list[nn.Module]
+    net: nn.Module, chosen: Mapping[nn.Module, Sequence[str]]
 ) -> dict[tuple[nn.Module, str], tuple[nn.Module, str]]:
-    """{(module, parameter): the first module and name that have the same tensor}."""
+    """{(module, parameter): the first module and name that have the same tensor}.
+
+    Of the parameters `chosen`. Raises ValueError where one of a pair alone is.
+    """
     owners: dict[int, tuple[nn.Module, str, str]] = {}
     ties = {}
     for path, module in net.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue  # stays as it is, in both
             full = f"{path}.{name}".lstrip(".")
             owner, attribute, other = owners.setdefault(id(parameter), (module, name, full))
             if owner is module and attribute == name:
                 continue
-            if (owner in chosen) != (module in chosen):
-                left = other if module in chosen else full
+            is_mine, is_theirs = name in chosen.get(module, ()), attribute in chosen.get(owner, ())
+            if is_mine != is_theirs:
+                left = other if is_mine else full
                 raise ValueError(
                     f"{other} and {full} are one tensor, a tied weight: choose both layers or "
                     f"none; layers=[*pyrocurv.nn.LAYERS, {left.rpartition('.')[0]!r}] has both"
                 )
-            if module in chosen:
+            if is_mine:
                 ties[module, name] = owner, attribute
     return ties
 
