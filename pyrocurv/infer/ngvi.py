@@ -53,7 +53,9 @@ class NGVI:
         model: a Pyro model. The number of data N is the full size of the plate around its observed
             site; a `poutine.scale` on top of it tempers the likelihood.
         guide: one of `pyrocurv.guides`, made for the model.
-        lr: of the mean. 0.02 suits batches of 128; smaller batches want a smaller one.
+        lr: of the mean. 0.02 suits batches of 128 and a thousand steps or more; smaller batches
+            want a smaller one, and a few hundred steps a larger (0.05), for a network learns little
+            in the first 1/lr of them.
         momentum: β of the gradient's running average.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which tends to under-fit
