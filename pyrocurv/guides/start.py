@@ -34,7 +34,8 @@ def init_to_prior_median(site: Site) -> Tensor:
         middle = fn.icdf(torch.tensor(0.5))
     except NotImplementedError:
         return init_to_median(site)
-    return middle.expand(fn.shape()) if bool(middle.isfinite().all()) else init_to_median(site)
+    finite = bool(middle.isfinite().all())
+    return middle.expand(fn.batch_shape) if finite else init_to_median(site)
 
 
 def start_of(plan: Plan, latents: Mapping[str, Site], untold: bool) -> dict[str, Tensor]:
