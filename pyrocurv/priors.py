@@ -134,6 +134,13 @@ def fan_in(module: nn.Module) -> int:
 def read_prior(block: Block, priors: Mapping[str, Distribution]) -> Prior:
     """The priors of a block's sites, packed; scalars where all weights share one."""
     normals = {name: as_normal(priors[name]) for name in block.tensors}
+    for name, normal in normals.items():
+        if normal is None:
+            raise ValueError(
+                f"latent {name!r} has a {type(priors[name]).__name__} prior, a normal is needed: "
+                "for a model without a network NGVI(model, guide, curvature='hessian', "
+                "num_particles=0) ends in the Laplace approximation"
+            )
     locs = {name: normal.loc.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
     scales = {name: normal.scale.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
     loc = _pack(block, locs)

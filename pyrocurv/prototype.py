@@ -39,6 +39,11 @@ class Prototype:
     missed: Mapping[str, str]
 
 
+def is_deterministic(site: Site) -> bool:
+    """Whether a site is a `pyro.deterministic`: observed to Pyro, but no data."""
+    return bool(site["infer"] and site["infer"].get("_deterministic"))
+
+
 class _Watch(Messenger):
     """Runs a model at `values`, as far as they go, and keeps what is observed."""
 
@@ -52,7 +57,7 @@ class _Watch(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not site_is_subsample(msg):
+        if msg["is_observed"] and not site_is_subsample(msg) and not is_deterministic(msg):
             self.observed.append((msg["fn"], msg["value"], bool(msg["cond_indep_stack"])))
 
 

@@ -711,3 +711,29 @@ def test_several_sites() -> None:
     torch.testing.assert_close(dense(laplace.guide), wanted)
     with pytest.raises(ValueError, match="obs0, obs1"):
         laplace.predict(x)
+
+
+def test_a_deterministic_site_is_no_likelihood() -> None:
+    x, y = regression_data()
+    net = mlp()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = net(x)
+        pyro.deterministic("first", mean[:, 0])
+        with pyro.plate("data", len(x) if y is None else NUM_DATA):
+            pyro.sample("obs", dist.Normal(mean, 0.3).to_event(1), obs=y)
+
+    predicted = Laplace(model, KFACGuide(model)).fit([(x, y)]).predict(x[:5])
+    assert predicted.mean.shape == (5, 2)
+
+
+def test_a_latent_that_has_no_normal_prior() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(x.new_ones(())))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, scale), obs=y[:, 0])
+
+    x, y = regression_data()
+    with pytest.raises(ValueError, match="'scale' has a HalfNormal prior.*num_particles=0"):
+        Laplace(model, FullGuide(model), curvature="hessian").fit([(x, y)])

@@ -32,6 +32,7 @@ from toys import (
     regressor,
 )
 
+import pyrocurv
 from pyrocurv.guides import EKFACGuide, KFACGuide, MixtureGuide
 from pyrocurv.infer import NGVI, train_mixture
 from pyrocurv.nn import Regressor, bayesianize
@@ -189,8 +190,9 @@ def test_on_disk(structure: str) -> None:
     file.seek(0)
     fresh = MixtureGuide([GUIDES[structure](model) for _ in range(3)])
     fresh.load_state_dict(torch.load(file, weights_only=True))
-    samples = Predictive(model, guide=fresh, num_samples=20)(inputs(4))  # without data
-    assert samples["obs"].shape == (20, 4, 2) and "sigma" in samples
+    for predictive in (pyrocurv.infer.Predictive, Predictive):  # without data, ours first
+        samples = predictive(model, guide=fresh, num_samples=20)(inputs(4))
+        assert samples["obs"].shape == (20, 4, 2) and "sigma" in samples
     for guide in fresh:
         guide(inputs(4))
     assert same(draws_of(fresh), draws_of(mixture))

@@ -2083,3 +2083,97 @@ def test_curvature_is_the_mean_over_the_samples(
         expected = mean.diagonal().diag() if structure == "diag" else mean
         torch.testing.assert_close(got, expected)
         assert held.count == step
+
+
+def test_an_interrupt_in_a_step_changes_nothing() -> None:
+    """The run goes on as one that was not interrupted, curvature and clocks too."""
+    data, stop = regression_data(), [False]
+
+    def observe(mean: Tensor, y: Tensor | None) -> None:
+        plain(mean, y)
+        if stop[0]:
+            raise KeyboardInterrupt
+
+    def run(interrupted: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = Line(observe)
+        ngvi = NGVI(model, KFACGuide(model), curvature=Curvature("fisher", every=2))
+        losses = [ngvi.step(*data) for _ in range(4)]
+        if interrupted:
+            stop[0] = True
+            with pytest.raises(KeyboardInterrupt):
+                ngvi.step(*data)
+            stop[0] = False
+        return losses + [ngvi.step(*data) for _ in range(4)]
+
+    assert run(True) == run(False)
+
+
+@pytest.mark.parametrize("mask", [False, torch.tensor([[True, False, True]])], ids=["all", "one"])
+def test_a_masked_prior_is_refused(mask: Any) -> None:
+    """A flat prior has no KL; one that nothing masks is what it was."""
+    x, y = regression_data()
+
+    def model(x: Tensor, y: Tensor, mask: Any) -> None:
+        with poutine.mask(mask=mask):
+            w = pyro.sample("w", dist.Normal(torch.zeros(1, 3).double(), 0.1).to_event(2))
+        with pyro.plate("data", NUM_DATA):
+            pyro.sample("obs", dist.Normal(nn.functional.linear(x, w)[:, 0], 0.3), obs=y[:, 0])
+
+    ngvi = NGVI(model, KFACGuide(model))
+    with pytest.raises(ValueError, match="prior of 'w' is masked"):
+        ngvi.step(x, y, mask)
+    assert math.isfinite(ngvi.step(x, y, True))
+
+
+@pytest.mark.parametrize("kind", ["fisher", "ggn", "empirical", "hessian"])
+def test_a_factor_is_no_likelihood_with_targets(kind: str) -> None:
+    """Its Hessian is what that of the density is; it cannot be sampled."""
+    def posterior(observe: Callable[[Tensor, Tensor], None]) -> Tensor:
+        model = Line(observe)
+        guide = KFACGuide(model)
+        spec = Curvature(kind, batch=None, initial=0.0)
+        NGVI(model, guide, curvature=spec, lr=1e-6).step(*regression_data())
+        return guide.posterior.precision.dense()
+
+    def factor(mean: Tensor, y: Tensor) -> None:
+        pyro.factor("obs", dist.Normal(mean, NOISE).to_event(1).log_prob(y))
+
+    if kind in ("fisher", "ggn"):
+        with pytest.raises(ValueError, match=f"'{kind}' is of a likelihood, and a factor is none"):
+            posterior(factor)
+        return
+    torch.manual_seed(0)
+    found = posterior(factor)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, posterior(plain))
+
+
+def test_a_factor_outside_of_the_plate_has_no_number_of_data() -> None:
+    net = mlp()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        pyro.factor("obs", dist.Normal(net(x), NOISE).log_prob(y).sum())
+
+    ngvi = NGVI(model, KFACGuide(model))
+    with pytest.raises(ValueError, match="a factor outside of any plate"):
+        ngvi.step(*regression_data())
+
+
+@pytest.mark.parametrize("structure", GUIDES)
+def test_data_that_were_left_out_are_missed_beside_a_deterministic(structure: str) -> None:
+    net = mlp()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        mean = pyro.deterministic("mean", net(x), event_dim=1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, NOISE).to_event(1), obs=y)
+
+    x, y = regression_data()
+    guide = GUIDES[structure](model)
+    with pytest.raises(ValueError, match="were the data left out"):
+        guide(x)
+    ngvi = NGVI(model, guide)
+    assert math.isfinite(ngvi.step(x, y))
+    with pytest.raises(ValueError, match="'obs' is neither observed"):
+        ngvi.step(x)

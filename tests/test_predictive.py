@@ -486,3 +486,26 @@ def test_call_gives_a_tuple() -> None:
     torch.manual_seed(0)
     listed = Predictive(plated, samples).call(torch.ones(4, 3))
     assert all(torch.equal(a, named[name]) for a, name in zip(listed, sorted(named), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*left to the fallback")
+def test_local_latents_are_those_of_the_data_at_hand() -> None:
+    """A mini-batch after a guide has seen all data, in the order of the mini-batch."""
+    def model(rows: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+        weight = pyro.sample("w", dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+        with pyro.plate("data", 20, subsample=rows):
+            local = pyro.sample("z", dist.Normal(torch.zeros(()), 500.0))
+            return pyro.sample("obs", dist.Normal(F.linear(x, weight)[:, 0] + local, 0.1), obs=y)
+
+    def plates(rows: Tensor, x: Tensor, y: Tensor | None = None) -> pyro.plate:
+        return pyro.plate("data", 20, subsample=rows)
+
+    guide = KFACGuide(model, create_plates=plates)
+    guide(torch.arange(20), torch.zeros(20, 3), torch.zeros(20))
+    with torch.no_grad():
+        guide.fallback.locs.z.copy_(torch.arange(20.0) * 10)
+        guide.fallback.scales.z.fill_(1e-3)
+    predict = Predictive(model, guide=guide, num_samples=50)
+    for rows in (torch.tensor([14, 3, 7]), torch.arange(20), torch.tensor([2])):
+        found = predict(rows, torch.zeros(len(rows), 3))["obs"].mean(0)
+        assert (found - 10.0 * rows).abs().max() < 0.2

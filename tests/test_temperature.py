@@ -132,3 +132,25 @@ def test_a_loss_says_its_temperature(temperature: float | str, used: float) -> N
     ngvi.step(x, y)
     loss = ngvi.evaluate_loss(x, y)
     assert loss.temperature == used and isinstance(loss, float)
+
+
+def test_a_model_without_a_plate_has_a_score() -> None:
+    x, y = regression_data()
+    net = mlp()
+
+    def bare(x: Tensor, y: Tensor) -> None:
+        pyro.sample("obs", dist.Normal(net(x), 0.3).to_event(1), obs=y)
+
+    def plated(x: Tensor, y: Tensor) -> None:
+        mean = net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 0.3).to_event(1), obs=y)
+
+    found = []
+    for model in (bare, plated):
+        torch.manual_seed(1)
+        guide = KFACGuide(model)
+        guide(x, y)
+        torch.manual_seed(1)
+        found.append(log_predictive_density(model, guide, [(x, y)], 3))
+    assert found[0] == pytest.approx(found[1])

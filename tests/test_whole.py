@@ -515,3 +515,67 @@ def test_without_a_network_every_hessian_is_of_the_whole_and_says_where_there_is
             before = guide.posterior.loc.clone()
             ngvi.step()
     assert torch.equal(guide.posterior.loc, before)
+
+
+@pytest.mark.parametrize("structure", [FullGuide, DiagonalGuide])
+def test_a_factor_may_be_all_there_is(structure: type[Any]) -> None:
+    """In a plate or not; the same as an observed site."""
+    x, y = torch.randn(20, 3), torch.randn(20)
+
+    def observed(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.5, 2.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * w).sum(-1), 0.7), obs=y)
+
+    def each(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.5, 2.0).expand([3]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.factor("obs", dist.Normal((x * w).sum(-1), 0.7).log_prob(y))
+
+    def all_at_once(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.5, 2.0).expand([3]).to_event(1))
+        pyro.factor("obs", dist.Normal((x * w).sum(-1), 0.7).log_prob(y).sum())
+
+    posteriors = []
+    for model in (observed, each, all_at_once):
+        guide = structure(model)
+        ngvi = NGVI(model, guide, curvature="hessian", average=False)
+        for _ in range(60):
+            ngvi.step(x, y)
+        posteriors.append((guide.posterior.loc.detach(), guide.posterior.precision.dense()))
+    for loc, precision in posteriors[1:]:
+        torch.testing.assert_close(loc, posteriors[0][0])
+        torch.testing.assert_close(precision, posteriors[0][1])
+
+
+def test_a_failed_attempt_at_all_samples_at_once_moves_no_buffer() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = Regressor(bayesianize(net), 12)
+    ngvi = NGVI(model, FullGuide(model), curvature="hessian", num_particles=4)
+    x, y = torch.randn(12, 3), torch.randn(12, 2)
+    for _ in range(5):
+        ngvi.step(x, y)
+    assert int(net[1].num_batches_tracked) == 5 * 4
+
+
+def test_an_interrupt_in_a_step_changes_nothing() -> None:
+    """The run goes on as one that was not interrupted."""
+    x, y, stop = torch.randn(12, 3), torch.randn(12), [False]
+
+    def model(x: Tensor, y: Tensor) -> None:
+        linear(x, y)
+        if stop[0]:
+            raise KeyboardInterrupt
+
+    def run(interrupted: bool) -> list[float]:
+        torch.manual_seed(0)
+        ngvi = NGVI(model, FullGuide(model), curvature="hessian")
+        losses = [ngvi.step(x, y) for _ in range(3)]
+        if interrupted:
+            stop[0] = True
+            with pytest.raises(KeyboardInterrupt):
+                ngvi.step(x, y)
+            stop[0] = False
+        return losses + [ngvi.step(x, y) for _ in range(3)]
+
+    assert run(True) == run(False)

@@ -124,8 +124,14 @@ def pullback(
 ) -> list[Tensor]:
     """Output gradients of the first `count` examples, one [K, *lead, count, S, O] for each call.
 
-    The graph is kept; nobody's `.grad` is touched.
+    The graph is kept; nobody's `.grad` is touched. Raises ValueError for a `pyro.factor`, which has
+    no value, where a likelihood is needed.
     """
+    if kind in ("ggn", "fisher") and not all(t.likelihood.event_shape.numel() for t in terms):
+        raise ValueError(
+            f"curvature={kind!r} is of a likelihood, and a factor is none: use 'hessian' or "
+            "'empirical'"
+        )
     scalars = (scalar for term in terms for scalar in VECTORS[kind](term, num_samples))
     return pull(scalars, calls, count)
 

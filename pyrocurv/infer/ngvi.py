@@ -192,7 +192,7 @@ class NGVI:
             with (self._stream(like.device), validation, torch.enable_grad(),
                   full_precision(like.device) as network):
                 runner = Runner(self.model, self.guide, network, args, kwargs)
-                step = self._propose(state, runner)
+                step = self._propose(state, runner, restore)
                 self.optimizer.step(self._commit(step))
                 self.guide.at_mode = self.num_particles == 0
         except BaseException as error:
@@ -220,7 +220,9 @@ class NGVI:
             )
         return State(0, tuple(Carried() for _ in guide.blocks))
 
-    def _propose(self, state: State | Whole, runner: Runner) -> layered.Step | whole.Step:
+    def _propose(
+        self, state: State | Whole, runner: Runner, restore: Callable[[], None]
+    ) -> layered.Step | whole.Step:
         if isinstance(state, State):
             return layered.propose(state, self._settings(), runner, self._known)
         numbers = self._whole_numbers()
@@ -231,6 +233,7 @@ class NGVI:
             if not at_once:
                 raise
             self._at_once = False  # not every model has a vectorized form; a true fault comes again
+            restore()
             return whole.propose(state, numbers, runner, False)
 
     def _settings(self) -> layered.Settings:

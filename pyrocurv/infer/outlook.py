@@ -21,7 +21,7 @@ from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.at_mean import calls_of, mean_weights, other_medians
 from pyrocurv.infer.linearised import innermost, output, predictive
 from pyrocurv.infer.run import evaluated
-from pyrocurv.prototype import modules, still_frozen
+from pyrocurv.prototype import is_deterministic, modules, still_frozen
 from pyrocurv.stream import Stream
 
 
@@ -60,7 +60,8 @@ class _Outlook(Messenger):
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] not in self.values and not site_is_subsample(msg):
+        beside = site_is_subsample(msg) or is_deterministic(msg)
+        if msg["name"] not in self.values and not beside:
             self.found[msg["name"]] = msg["fn"]
 
     def likelihood(self) -> tuple[Distribution, int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyrocurv.buffers import snapshot
+from pyrocurv.guides import MixtureGuide
 from pyrocurv.notice import notice
 from pyrocurv.prototype import modules, still_frozen
 from pyrocurv.repeated import RETURN, Repeated, Runs, join, shapes_of
@@ -132,9 +133,10 @@ class Predictive(pyro.infer.Predictive):
         try:
             return self._draw_aside(args, kwargs)
         except RuntimeError:  # of ours: it has not, nor was it loaded
-            if getattr(self.guide, "prototype_trace", True) is not None:
+            if not (new := [*_strangers(self.guide)]):
                 raise
-        self.guide(*args, **kwargs)
+        for guide in new:
+            guide(*args, **kwargs)
         return self._draw_aside(args, kwargs)
 
     def _draw_aside(self, args: Any, kwargs: Any) -> Mapping[str, Tensor]:
@@ -143,6 +145,8 @@ class Predictive(pyro.infer.Predictive):
 
     def _draw(self, n: int, args: Any, kwargs: Any) -> Mapping[str, Tensor]:
         if hasattr(self.guide, "sample_posterior"):
+            if getattr(self.guide, "create_plates", None) is not None:
+                self.guide._create_plates(*args, **kwargs)  # of local latents, for these data
             return self.guide.sample_posterior(n)
         guide = poutine.mask(self.guide, mask=False)  # autoguides need no densities then
         return self._of_guide(guide, {}, n, args, kwargs, lambda name: name != RETURN).values
@@ -167,6 +171,15 @@ class Predictive(pyro.infer.Predictive):
                 yield
         finally:
             restore()
+
+
+def _strangers(guide: Any) -> Iterator[Any]:
+    """The guides in it that have not met their model."""
+    if isinstance(guide, MixtureGuide):
+        for component in guide:
+            yield from _strangers(component)
+    elif getattr(guide, "prototype_trace", True) is None:
+        yield guide
 
 
 def _moves(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrocurv.curvature.pullback import Observation
+from pyrocurv.prototype import is_deterministic
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,18 @@ class Site:
         return (*self.fn.batch_shape, *self.value.shape, 1)[0]
 
     @property
+    def is_factor(self) -> bool:
+        """Whether it is a `pyro.factor`, whose value is nothing."""
+        return not self.fn.event_shape.numel()
+
+    @property
     def power(self) -> float:
         """Of a weight's prior: the scale, as the one number that it must be."""
+        if self.mask is not None and not bool(torch.as_tensor(self.mask).all()):
+            raise ValueError(
+                f"the prior of {self.name!r} is masked, a flat one has no KL: give it a wide "
+                "normal, or use FullGuide with curvature='hessian'"
+            )
         if isinstance(self.scale, Tensor) and self.scale.numel() > 1:
             raise ValueError(
                 f"site {self.name!r} has a scale of shape {tuple(self.scale.shape)}: the prior of "
@@ -106,7 +117,7 @@ class Replay(Messenger):
             )
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
+        if site_is_subsample(msg) or is_deterministic(msg):
             return
         sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
         in_plate = bool(sizes)

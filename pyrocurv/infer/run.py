@@ -51,6 +51,11 @@ class Run:
     @cached_property
     def main(self) -> Site:
         """Of the data, what says how many there are: in a plate if one is, the most numerous."""
+        if not self.data:
+            raise ValueError(
+                "the only likelihood is a factor outside of any plate, of how many data? Put it in "
+                "their plate, or use FullGuide with curvature='hessian'"
+            )
         return max(self.data, key=lambda site: (site.in_plate, site.num_data))
 
     @property
@@ -242,5 +247,5 @@ def _goes_back_to(leaves: Container[int], value: Tensor) -> bool:
 
 
 def _check(replay: Replay) -> None:
-    if not any(site.batch for site in replay.observed):
+    if not any(site.batch or site.is_factor for site in replay.observed):
         raise ValueError("the model has no observed site in this call: were the data left out?")

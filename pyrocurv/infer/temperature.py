@@ -86,8 +86,9 @@ def log_predictive_density(
 ) -> float:
     """log 1/S Σ_s p(y_n | w_s) on average over the data of a loader, in nats.
 
-    The data are the first axis of the likelihoods in plates, masked ones left out; a
-    `poutine.scale` does not count. Draws from torch's global generator; the model is in eval mode.
+    The data are the first axis of the likelihoods in plates, or of all where there is no plate,
+    masked ones left out; a `poutine.scale` does not count. Draws from torch's global generator; the
+    model is in eval mode.
 
     Raises ValueError for a Laplace approximation, whose samples mean nothing to the network, and
     for a loader without data.
@@ -128,7 +129,7 @@ def _log_prob(run: Run) -> Tensor:
     """Of each datum [B]."""
     return torch.stack([
         site.each.reshape(site.rows, -1).sum(-1) for site in run.replay.observed
-        if site.in_plate and site.rows == run.main.rows
+        if site.in_plate == run.main.in_plate and site.rows == run.main.rows
     ]).sum(0)
 
 
