@@ -44,6 +44,17 @@ def is_deterministic(site: Site) -> bool:
     return bool(site["infer"] and site["infer"].get("_deterministic"))
 
 
+def check_data(site: Site) -> None:
+    """Raise ValueError where an observed site in a plate has data that spread its distribution."""
+    shape, value = tuple(site["fn"].shape()), tuple(site["value"].shape)
+    if value == shape or not site["cond_indep_stack"]:
+        return
+    if torch.broadcast_shapes(value, shape) != shape:
+        raise ValueError(
+            f"site {site['name']!r}: data of shape {value} against a distribution of {shape}"
+        )
+
+
 class _Watch(Messenger):
     """Runs a model at `values`, as far as they go, and keeps what is observed."""
 
@@ -58,6 +69,7 @@ class _Watch(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["is_observed"] and not site_is_subsample(msg) and not is_deterministic(msg):
+            check_data(msg)
             self.observed.append((msg["fn"], msg["value"], bool(msg["cond_indep_stack"])))
 
 

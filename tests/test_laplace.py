@@ -737,3 +737,17 @@ def test_a_latent_that_has_no_normal_prior() -> None:
     x, y = regression_data()
     with pytest.raises(ValueError, match="'scale' has a HalfNormal prior.*num_particles=0"):
         Laplace(model, FullGuide(model), curvature="hessian").fit([(x, y)])
+
+
+@pytest.mark.parametrize("structure", ["block", "full", "kfac", "ekfac"])
+def test_curvature_of_many_scales_is_kept_in_single_precision(structure: str) -> None:
+    """One column in other units: the others' eigenvalues are 1e-5 of its own, and count."""
+    x, y = torch.randn(1000, 100), torch.randn(1000)
+    x[:, 0] *= 300
+    model = Regressor(bayesianize(nn.Linear(100, 1), 1.0), 1000, noise=1.0)
+    guide = GUIDES[structure](model)
+    Laplace(model, guide, curvature="ggn").fit([(x, y)])
+    rows = torch.cat([x, torch.ones(1000, 1)], 1).double()
+    exact = (rows.mT @ rows + torch.eye(101).double()).inverse().diag().sqrt()
+    found = torch.cat([guide.get_posterior(site).stddev.flatten() for site in guide.sites])
+    torch.testing.assert_close(found.double(), exact, rtol=0.03, atol=0)

@@ -2177,3 +2177,31 @@ def test_data_that_were_left_out_are_missed_beside_a_deterministic(structure: st
     assert math.isfinite(ngvi.step(x, y))
     with pytest.raises(ValueError, match="'obs' is neither observed"):
         ngvi.step(x)
+
+
+def test_a_state_has_its_temperature() -> None:
+    data, model = regression_data(), regressor()
+    ngvi = NGVI(model, KFACGuide(model), temperature=0.3, lr=0.05)
+    ngvi.step(*data)
+    other = NGVI(model, ngvi.guide)
+    other.load_state_dict(ngvi.state_dict())
+    assert other.temperature == 0.3 and other.optimizer.param_groups[0]["lr"] == 0.05
+    assert other.evaluate_loss(*data).temperature == 0.3
+
+
+@pytest.mark.parametrize("structure", ["kfac", "full"])
+def test_data_that_spread_their_distribution_are_named(structure: str) -> None:
+    net = mlp()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mean = net(x)[:, 0]
+        with pyro.plate("data", NUM_DATA):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+    x, y = regression_data()
+    ngvi = NGVI(model, GUIDES[structure](model))
+    with pytest.raises(ValueError, match=r"'obs': data of shape \(30, 1\) against .* \(30,\)"):
+        ngvi.step(x, y[:, :1])
+    ngvi.step(x, y[:, 0])
+    with pytest.raises(ValueError, match="'obs': data of shape"):
+        ngvi.step(x, y[:, :1])

@@ -475,3 +475,11 @@ def test_the_model_can_be_drawn() -> None:
     model = Classifier(bayesianize(nn.Linear(3, 4)), num_data=100)
     graph = pyro.render_model(model, (torch.randn(5, 3), torch.randint(4, (5,))))
     assert "net.weight" in graph.source and "obs" in graph.source
+
+
+def test_a_container_by_name_is_all_in_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)))
+    net.add_module("10", nn.Linear(4, 2))
+    bayesianize(net, layers="1")
+    left = [name for name, _ in net.named_parameters()]
+    assert left == ["0.weight", "0.bias", "10.weight", "10.bias"]

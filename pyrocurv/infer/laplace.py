@@ -138,7 +138,8 @@ class Laplace:
             your own code says, and `NGVI` would go on with that.
 
         The mean stays where it is, which is no longer quite the mode: train on and fit once more,
-        or tune within what the mean allows. Noise scales are never touched.
+        or tune within what the mean allows. Noise scales are never touched. A higher evidence may
+        predict worse, of classifiers above all: look at held-out data.
 
         Raises ValueError for another word, RuntimeError before `fit`.
         """

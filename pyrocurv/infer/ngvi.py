@@ -298,12 +298,15 @@ class NGVI:
             "stream": self._stream.state_dict(),
             "skipped": self.skipped,
             "average": self.average,
+            "temperature": self.temperature,
             "layout": self._loaded or layout(self._blocks),
             "state": None if self._state is None else self._state.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken, given guide and model as they were then.
+
+        Learning rate, momentum, damping, clip and temperature are those of the state.
 
         Raises ValueError when the state is of a guide with other blocks or structures, here or, if
         the guide has not seen its model yet, at the first step; and when `average` is another.
@@ -320,6 +323,7 @@ class NGVI:
         self._rest.load_state_dict(state["rest"])
         self._stream.load_state_dict(state["stream"])
         self.skipped, self._state = state["skipped"], held
+        self.temperature = state.get("temperature", self.temperature)
         self._loaded = None if held is None else state["layout"]
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrocurv.curvature.pullback import Observation
-from pyrocurv.prototype import is_deterministic
+from pyrocurv.prototype import check_data, is_deterministic
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,8 @@ class Replay(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) or is_deterministic(msg):
             return
+        if msg["is_observed"]:
+            check_data(msg)
         sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
         in_plate = bool(sizes)
         if not in_plate and msg["is_observed"]:

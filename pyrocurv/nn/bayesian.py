@@ -35,12 +35,13 @@ def bayesianize(
         prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
             1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
             Distribution of that shape.
-        layers: which modules, by type or by name as in `net.named_modules()`, one or several; by
-            default `pyrocurv.nn.LAYERS`: linear layers, (transposed) convolutions, attention and
-            recurrent layers. Norm layers and embeddings are left out unless asked for. What is left
-            out keeps point estimates, which the `summary()` of a guide lists too; parameters with
-            `requires_grad=False` stay as they are, but in modules asked for by name; the padding of
-            an embedding keeps its output, whatever is sampled for its row.
+        layers: which modules, by type or by name as in `net.named_modules()` (with all that is
+            inside), one or several; by default `pyrocurv.nn.LAYERS`: linear layers, (transposed)
+            convolutions, attention and recurrent layers. Norm layers and embeddings are left out
+            unless asked for. What is left out keeps point estimates, which the `summary()` of a
+            guide lists too; parameters with `requires_grad=False` stay as they are, but in modules
+            asked for by name; the padding of an embedding keeps its output, whatever is sampled for
+            its row.
 
     Returns:
         `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
@@ -92,11 +93,12 @@ def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
     for name in names:
         if name not in named:
             raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
-    fitting = {m: name in names for name, m in named.items()
-               if isinstance(m, types) or name in names}
+    asked = {name for name in named if any(f"{name}.".startswith(f"{want}.") for want in names)}
+    fitting = {m: name in asked for name, m in named.items()
+               if isinstance(m, types) or name in asked}
     found = {
-        module: [n for n, p in module.named_parameters(recurse=False) if p.requires_grad or asked]
-        for module, asked in fitting.items()
+        module: [n for n, p in module.named_parameters(recurse=False) if p.requires_grad or by_name]
+        for module, by_name in fitting.items()
     }
     chosen = {module: theirs for module, theirs in found.items() if theirs}
     _note_parametrized(named, chosen)

@@ -249,7 +249,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         kinds = {n: kind for layer, kind in self.layout.layers.items() if kind in LEFT_OUT
                  for n in layer.tensors}
         kinds |= {name: block.label for block in self.layout.blocks for name in block.tensors}
-        rows = [(name, p, kinds.get(name, "adam")) for name, (p, _) in self._places().items()]
+        rows = [
+            (name, p, kinds.get(name, "adam" if p.requires_grad else "frozen"))
+            for name, (p, _) in self._places().items()
+        ]
         here = sum(block.size for block in self.layout.blocks)
         return table(rows, here, "parameter", "a curvature")
 

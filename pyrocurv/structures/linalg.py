@@ -50,6 +50,7 @@ def eigh_blocks(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
     """`eigh` of `cut(matrix, num_blocks)`, block by block, at n³/p² the cost for p blocks.
 
     What eigenvalues of positive semi-definite matrices have below zero by rounding is set to zero.
+    Small ones above it stay: of a matrix of many scales they are as real as the others.
     """
     if num_blocks == 1:
         values, vectors = eigh(matrix)
@@ -64,7 +65,7 @@ def eigh_blocks(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
         vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
     size = values.abs().amax(-1, keepdim=True)
     rounding = values.shape[-1] * torch.finfo(values.dtype).eps * size
-    return torch.where(values.abs() <= rounding, 0.0, values), vectors
+    return torch.where((values < 0) & (values >= -rounding), 0.0, values), vectors
 
 
 def eigh_psd(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
