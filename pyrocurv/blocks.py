@@ -162,6 +162,7 @@ class Positions(Sequence[Tensor]):
         return self._found[number]
 
     @cached_property
+    @torch.inference_mode(False)
     def _found(self) -> tuple[Tensor, ...]:
         places: dict[str, Tensor] = {}
         start = 0
@@ -171,3 +172,7 @@ class Positions(Sequence[Tensor]):
             places[name] = along.reshape(tuple(shape))
             start += size
         return tuple(block.pack(places) for block in self.blocks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the tensors, which a load may put elsewhere."""
+        return tuple, (self._found,)

@@ -50,9 +50,13 @@ def misread(calls: Sequence[Call], count: int, said: Tensor | None) -> dict[str,
 def _half(count: int) -> Tensor:
     """Which of the examples are in one half: no shift of them all leaves the halves as they are.
 
-    The Thue-Morse sequence, the parity of the ones in the binary number.
+    The Thue-Morse sequence, the parity of the ones in the binary number; and an odd number of them,
+    which no pairing of all examples leaves as they are, a reversal say.
     """
-    return torch.tensor([bool(number.bit_count() % 2) for number in range(count)])
+    half = torch.tensor([bool(number.bit_count() % 2) for number in range(count)])
+    if count % 4 == 0:
+        half[0] = True
+    return half
 
 
 ENTRYWISE = ("Relu", "Tanh", "Sigmoid", "Gelu", "Silu", "Softplus", "LeakyRelu", "Elu")

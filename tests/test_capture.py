@@ -1,5 +1,6 @@
 """Layers and their packing; what the capture sees, and what it says of what it does not."""
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -503,3 +504,13 @@ def test_rows_that_the_graph_keeps_apart() -> None:
     }
     for name, output in joined.items():
         assert not apart(mixed(output)), name
+
+
+def test_positions_are_tensors_to_keep() -> None:
+    """Found in inference mode they may take part in gradients; pickled they name no device."""
+    index = Positions([Block((Layer("w", "b", (2, 3)),), "block")], {"b": (2,), "w": (2, 3)})
+    with torch.inference_mode():
+        (found,) = index
+    assert not found.is_inference()
+    (loaded,) = pickle.loads(pickle.dumps(index))
+    assert torch.equal(loaded, found)

@@ -498,7 +498,7 @@ class Scaled(PyroModule):
 
 
 @pytest.mark.parametrize(("prior", "median"), [
-    (dist.HalfCauchy(0.1), 0.1), (dist.LogNormal(3.0, 1.0), math.exp(3)),
+    (dist.HalfCauchy(0.1), 0.1), (dist.LogNormal(12.0, 1.0), math.exp(12)),
     (dist.HalfNormal(torch.full((2,), 0.2)).to_event(1), 0.2 * 0.6745),
 ], ids=["HalfCauchy", "LogNormal", "a vector"])
 def test_latents_of_the_fallback_start_at_their_medians(
@@ -509,6 +509,15 @@ def test_latents_of_the_fallback_start_at_their_medians(
     guide(*LINE)
     start = guide.median()["scale"]
     torch.testing.assert_close(start, torch.full_like(start, median), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("prior", [
+    dist.Gamma(0.001, 0.001), dist.InverseGamma(0.01, 0.01), dist.Weibull(1.0, 0.01),
+])
+def test_a_prior_that_is_vague_has_no_middle_to_start_at(prior: dist.Distribution) -> None:
+    guide = KFACGuide(Scaled(prior))
+    guide(*LINE)
+    assert guide.median()["scale"] == 1
 
 
 def test_a_median_that_has_no_closed_form() -> None:

@@ -509,18 +509,22 @@ def test_an_op_out_of_sight_has_a_gradient(name, curvature) -> None:
 class Views(nn.Module):
     """Two views of each datum, stacked, whose features are added."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, other) -> None:
         super().__init__()
-        self.layer, self.head, self.count = nn.Linear(3, 4), nn.Linear(4, 2), count
+        self.layer, self.head, self.other = nn.Linear(3, 4), nn.Linear(4, 2), other
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.layer(x).tanh()
-        return self.head(features + features.roll(self.count // 2, 0))
+        return self.head(features + self.other(features))
 
 
 @pytest.mark.parametrize("batch", [2, 4, 6, 8, 10, 12, 16])
-def test_examples_that_meet_far_apart(batch) -> None:
-    net, x = Views(batch).double(), torch.randn(batch, 3, dtype=torch.float64)
+@pytest.mark.parametrize("other", [
+    lambda x: x.roll(len(x) // 2, 0), lambda x: x.flip(0), lambda x: x.unflatten(0, (-1, 2)).flip(1)
+    .flatten(0, 1),
+], ids=["half round", "reversed", "in pairs"])
+def test_examples_that_meet_far_apart(batch, other) -> None:
+    net, x = Views(other).double(), torch.randn(batch, 3, dtype=torch.float64)
     with pytest.warns(UserWarning, match="layer.weight .rows that reach more"):
         found = estimate(
             net, x, torch.zeros(batch, 2), likelihood="normal", curvature="ggn", structure="full"

@@ -185,6 +185,9 @@ def test_weights_that_are_made_are_named() -> None:
         bayesianize(copy.deepcopy(net))
     assert len(caught) == 1
     bayesianize(net, layers=nn.Module)  # without a word
+    bare = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3, bias=False))
+    with pytest.warns(UserWarning, match="0.weight, made by"):
+        bayesianize(nn.Sequential(bare, nn.Linear(3, 2)))
     assert not list(net.parameters())
 
 

@@ -182,7 +182,9 @@ def _term(likelihood: Distribution, y: Tensor, output: Any) -> Observation:
         raise ValueError(
             f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
         )
-    base = likelihood.base_dist if isinstance(likelihood, Independent) else likelihood
+    base = likelihood
+    while isinstance(base, Independent):
+        base = base.base_dist
     if isinstance(base, Categorical):
         are = base.support.check(y)
         if bool(are.any() & ~are.all()):

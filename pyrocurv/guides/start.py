@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from pyro.infer.autoguide.initialization import (
     InitMessenger,
+    init_to_feasible,
     init_to_median,
     init_to_sample,
     init_to_uniform,
 )
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Independent, biject_to
 
 from pyrocurv.guides.plan import Plan
-from pyrocurv.prototype import Site
+from pyrocurv.prototype import Site, is_real
+
+FAR = 30.0  # of a real number that a constrained latent is the image of
 
 
 def init_to_network(site: Site) -> Tensor:
@@ -26,16 +29,21 @@ def init_to_network(site: Site) -> Tensor:
 
 
 def init_to_prior_median(site: Site) -> Tensor:
-    """Start at the prior's median: in closed form where that is known, else of a few samples."""
+    """Start at the prior's median: in closed form where that is known, else of a few samples.
+
+    Of a prior as vague as Gamma(.001, .001) it is nowhere, a number like 1e-35: there, as Pyro's
+    guides do, at the image of 0.
+    """
     fn = site["fn"]
     while isinstance(fn, Independent):
         fn = fn.base_dist
     try:
-        middle = fn.icdf(torch.tensor(0.5))
+        middle = fn.icdf(torch.tensor(0.5)).expand(fn.batch_shape)
     except NotImplementedError:
-        return init_to_median(site)
-    finite = bool(middle.isfinite().all())
-    return middle.expand(fn.batch_shape) if finite else init_to_median(site)
+        middle = init_to_median(site)
+    real = biject_to(site["fn"].support).inv(middle)
+    limit = torch.inf if is_real(site) else FAR
+    return middle if bool((real.abs() < limit).all()) else init_to_feasible(site)
 
 
 def start_of(plan: Plan, latents: Mapping[str, Site], untold: bool) -> dict[str, Tensor]:

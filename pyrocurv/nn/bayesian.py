@@ -101,7 +101,7 @@ def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
         for module, by_name in fitting.items()
     }
     chosen = {module: theirs for module, theirs in found.items() if theirs}
-    _note_parametrized(named, chosen)
+    _note_parametrized(named, fitting, chosen)
     if not chosen:
         fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
         are = any(getattr(module, "_pyro_samples", None) for module in fitting)
@@ -110,13 +110,15 @@ def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
     return chosen
 
 
-def _note_parametrized(named: Mapping[str, nn.Module], chosen: Container[nn.Module]) -> None:
+def _note_parametrized(
+    named: Mapping[str, nn.Module], fitting: Container[nn.Module], chosen: Container[nn.Module]
+) -> None:
     """Say which weights stay points because a parametrization makes them."""
     left = [
         f"{name}.{tensor}" for name, module in named.items()
-        if module in chosen and is_parametrized(module)
+        if module in fitting and is_parametrized(module)
         for tensor, made in cast(nn.ModuleDict, module.parametrizations).items()
-        if made not in chosen
+        if made not in chosen and any(p.requires_grad for p in made.parameters())
     ]
     if left:
         notice(
