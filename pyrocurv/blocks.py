@@ -148,7 +148,7 @@ def partition(layers: Sequence[Layer], structure: Spec | Callable[[Layer], Spec]
 class Positions(Sequence[Tensor]):
     """For each block, where its entries [P_b] stand in the flat vector of `order` {name: shape}.
 
-    Found when they are asked for: they take a tenth as long as the factors of a network.
+    Found when they are asked for, which whoever reads a matrix block by block never does.
     """
 
     blocks: Sequence[Block]

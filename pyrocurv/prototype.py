@@ -19,7 +19,7 @@ from pyrocurv.buffers import snapshot
 from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
 from pyrocurv.priors import as_normal
-from pyrocurv.rows import misread
+from pyrocurv.rows import ancestors, misread
 
 Site = Mapping[str, Any]
 
@@ -218,17 +218,9 @@ def _recomputed() -> Iterator[None]:
 
 def _refuse_checkpoints(total: Tensor, unseen: Collection[str]) -> None:
     """Raise ValueError where weights that nothing shows may be in a reentrant checkpoint."""
-    if not unseen:
-        return
-    seen, ahead = set(), [total.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith("CheckpointFunction"):
-            raise ValueError(f"{', '.join(sorted(unseen))}: {CHECKPOINT}")
-        ahead += [before for before, _ in node.next_functions]
+    names = (node.name() for node in ancestors(total)) if unseen else ()
+    if any(name.startswith("CheckpointFunction") for name in names):
+        raise ValueError(f"{', '.join(sorted(unseen))}: {CHECKPOINT}")
 
 
 def _rows(likelihood: Distribution, value: Tensor) -> int:

@@ -8,7 +8,7 @@ unless autograd's graph is made of nothing that joins rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,18 @@ def _is_leaf(node: Node) -> bool:
     return node.name().endswith("AccumulateGrad")
 
 
+def ancestors(value: Tensor) -> Iterator[Node]:
+    """The nodes of the graph that a value hangs on, each once."""
+    seen, ahead = set(), [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        ahead += [before for before, _ in node.next_functions]
+
+
 def mixed(output: Tensor) -> Tensor:
     """A number [B] that hangs on all outputs of an example; their plain sum may be constant."""
     rows = output.reshape(len(output), -1)
@@ -115,7 +127,7 @@ def said_by(output: Any, count: int) -> Tensor | None:
     return functools.reduce(torch.add, each) if each else None
 
 
-def total(output: Any) -> Tensor:
+def summed(output: Any) -> Tensor:
     """A number that hangs on all outputs."""
     heads = [x.sum() for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
     return functools.reduce(torch.add, heads) if heads else torch.zeros(())

@@ -22,7 +22,7 @@ from pyrocurv.curvature.reduce import gather
 from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.precision import full_precision
-from pyrocurv.rows import misread, said_by, total
+from pyrocurv.rows import misread, said_by, summed
 from pyrocurv.specs import EKFAC
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 from pyrocurv.uses import Call
@@ -147,7 +147,7 @@ def estimate(
         terms, count = [term], len(term.value)
         whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
         said = None if whole or capture.coupled else said_by(output, count)
-        capture.note_hidden(total(output))
+        capture.note_hidden(summed(output))
         capture.missed |= misread(capture.calls, count, said)
         layers, calls = _with_opaque(capture, named, count)
         chosen = choose(structure, "kfac", layers, dict(net.named_modules()))

@@ -54,8 +54,7 @@ class NGVI:
             site; a `poutine.scale` on top of it tempers the likelihood.
         guide: one of `pyrocurv.guides`, made for the model.
         lr: of the mean. 0.02 suits batches of 128 and a thousand steps or more; smaller batches
-            want a smaller one, and a few hundred steps a larger (0.05), for a network learns little
-            in the first 1/lr of them.
+            want a smaller one, shorter runs a larger one.
         momentum: β of the gradient's running average.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which tends to under-fit

@@ -21,6 +21,7 @@ from pyrocurv.infer.rest import Others
 from pyrocurv.precision import Autocast
 from pyrocurv.priors import Source, as_normal
 from pyrocurv.prototype import modules, named_modules, still_frozen
+from pyrocurv.rows import ancestors
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,16 +235,7 @@ def _goes_back_to(leaves: Container[int], value: Tensor) -> bool:
     Asked of the graph, as the parameters of a distribution may be anywhere: in a mixture's
     components, in a transform.
     """
-    seen, ahead = set(), [value.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if id(getattr(node, "variable", None)) in leaves:
-            return True
-        seen.add(node)
-        ahead += [before for before, _ in node.next_functions]
-    return False
+    return any(id(getattr(node, "variable", None)) in leaves for node in ancestors(value))
 
 
 def _check(replay: Replay) -> None:

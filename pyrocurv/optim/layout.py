@@ -16,7 +16,7 @@ from pyrocurv.capture import Capture
 from pyrocurv.choice import LEFT_OUT, Choice, choose
 from pyrocurv.layers import Layer
 from pyrocurv.optim.places import Places
-from pyrocurv.rows import misread, said_by, total
+from pyrocurv.rows import misread, said_by, summed
 from pyrocurv.uses import Call, apart
 
 
@@ -81,6 +81,6 @@ def refuse_misread(layout: Layout, capture: Capture, output: Any, count: int) ->
     calls = capture.calls
     if calls and layout.names >= {name for call in calls for name in call.layer.tensors}:
         return
-    capture.note_hidden(total(output))
+    capture.note_hidden(summed(output))
     said = None if capture.coupled else said_by(output, count)
     capture.missed |= misread(calls, count, said)

@@ -52,7 +52,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             "point" leaves layers to Adam, "frozen" as they are.
         momentum, damping: β, and what is added to the curvature.
         weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
-        kl_clip: trust region κ of a step, over all layers; None for no clipping.
+        kl_clip: trust region κ of a step, over all layers; None for no clipping. The momentum keeps
+            of a gradient no more than ten times its radius.
         fallback_lr: of Adam for what no supported op consumes, in proportion to a schedule on lr.
 
     Raises:
