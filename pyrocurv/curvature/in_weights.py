@@ -81,8 +81,9 @@ class InWeights:
     def matrix(self) -> Tensor:
         """H [P, P], with a word where torch's second derivatives are not those of one function."""
         found = self.times(identity(self.gradient, self.block.size))
-        rounding = 1e-4 * self.gradient.abs().max()
-        if bool((found - found.mT).abs().max() > 0.01 * found.abs().max() + rounding):
+        rounding = 1e-4 * self.gradient.norm()
+        # A wrong op shows .5 and more here; bfloat16 in three layers .007.
+        if bool((found - found.mT).norm() > 0.1 * found.norm() + rounding):
             notice(
                 f"the second derivatives that torch gives of {self.block.name} are not symmetric: "
                 "an op there has a wrong double backward, as weight norm has, and the Hessian is "
