@@ -666,6 +666,9 @@ def test_before_fit_and_wrong_words() -> None:
         laplace.log_marginal_likelihood()
     with pytest.raises(RuntimeError, match="call it once"):
         laplace.predict(inputs())
+    laplace.guide(*class_data())
+    with pytest.raises(RuntimeError, match="fit.loader. comes first"):
+        laplace.predict(inputs())
     with pytest.raises(ValueError, match="per='site'"):
         laplace.tune_prior("site")
     with pytest.raises(ValueError, match="curvature='kfac'"):

@@ -441,6 +441,14 @@ def test_a_structure_for_each_layer() -> None:
     assert not mixed[conv, norm].any() and not mixed[norm, head].any()
 
 
+def test_a_type_that_no_layer_has() -> None:
+    net, x, y = case("grouped", "normal")
+    kwargs = {"likelihood": "normal", "curvature": "ggn"}
+    with pytest.warns(UserWarning, match="no layer is of type LSTM; Conv2d, Linear exist"):
+        found = estimate(net, x, y, structure={nn.LSTM: "full"}, **kwargs).dense()
+    assert_same(found, estimate(net, x, y, **kwargs).dense())
+
+
 def test_names_go_before_types_and_a_rule_may_abstain() -> None:
     net, x, y = case("grouped", "normal")
     kwargs = {"likelihood": "normal", "curvature": "ggn"}

@@ -68,6 +68,22 @@ def test_the_best_of_what_was_tried() -> None:
     assert choice == 0.01 == max(choice.densities, key=lambda t: choice.densities[t])
 
 
+def test_held_out_data_are_needed_as_often_as_there_are_temperatures() -> None:
+    x, y = regression_data()
+    with pytest.raises(ValueError, match="an iterator is gone"):
+        choose_temperature(lambda t: pytest.fail("trained"), iter([(x, y)]))
+
+
+def test_what_is_trained_may_come_with_its_ngvi() -> None:
+    x, y = regression_data()
+    ngvi = NGVI(*linear_fit(x, y, 1.0))
+    seen = []
+    for trained in (ngvi, (ngvi.model, ngvi.guide)):
+        torch.manual_seed(0)
+        seen.append(choose_temperature(lambda t, it=trained: it, [(x, y)], [1.0], 8).densities)
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.filterwarnings("error")
 def test_the_best_in_the_middle_is_no_news() -> None:
     """Held-out data that are a little off: neither a point nor all there is predicts them best."""

@@ -172,9 +172,11 @@ class Laplace:
         Raises:
             ValueError: another likelihood (see `pyrocurv.infer.linearised.output`), several
                 observed sites, or none.
-            RuntimeError: the guide has not seen its model.
+            RuntimeError: the guide has not seen its model, or is neither fitted nor trained.
         """
         self.guide._ready_blocks()
+        if not self.guide.at_mode and self.guide.is_untouched:
+            raise RuntimeError("fit(loader) comes first: the guide has still its first width")
         return predict(self.model, self.guide, args, kwargs)
 
 

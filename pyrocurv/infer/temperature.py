@@ -8,7 +8,7 @@ more weights than data predict better below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pyrocurv import engine
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.numbers import check_positive
 from pyrocurv.infer.run import Run, arguments, evaluated, leaves, run_model
 from pyrocurv.notice import notice
 from pyrocurv.prototype import frozen_buffers
 
-Trained = tuple[Callable[..., Any], StructuredGuide]  # a model and its guide
+Trained = NGVI | tuple[Callable[..., Any], StructuredGuide]  # or a model and its guide
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
 
 
@@ -38,14 +39,17 @@ def choose_temperature(
     """The temperature whose posterior predicts held-out data best.
 
     Args:
-        fit: trains anew on the rest of the data at a temperature, and returns (model, guide).
-        held_out: batches of the model's arguments, data included, as often as there are
-            temperatures. Data that a test will be made on have no place here.
+        fit: trains anew on the rest of the data at a temperature, and returns the `NGVI` or
+            (model, guide).
+        held_out: batches of the model's arguments, data included, in a list or a DataLoader: they
+            are gone through once for each temperature. Data that a test will be made on have no
+            place here.
         temperatures: among which to choose.
         num_samples: of each posterior.
 
     Warns where the best is the lowest tried. Raises ValueError for no temperature or one that is
-    not positive, and where `log_predictive_density` does.
+    not positive, for held-out data that can be gone through only once, and where
+    `log_predictive_density` does.
 
     Example:
         >>> import torch, pyrocurv
@@ -59,7 +63,7 @@ def choose_temperature(
         ...     ngvi = NGVI(model, guide, lr=0.2, temperature=temperature)
         ...     for _ in range(5):
         ...         ngvi.step(x[:40], y[:40])
-        ...     return model, guide
+        ...     return ngvi
         >>> choice = choose_temperature(fit, [(x[40:], y[40:])])
         >>> choice in choice.densities
         True
@@ -68,8 +72,10 @@ def choose_temperature(
         raise ValueError("temperatures: at least one is needed")
     for temperature in temperatures:
         check_positive("temperature", temperature)
+    if isinstance(held_out, Iterator):
+        raise ValueError("held_out: an iterator is gone after one temperature; a list is needed")
     densities = {
-        temperature: log_predictive_density(*fit(temperature), held_out, num_samples)
+        temperature: _density(fit(temperature), held_out, num_samples)
         for temperature in temperatures
     }
     choice = Choice(max(densities, key=densities.__getitem__))
@@ -77,6 +83,11 @@ def choose_temperature(
     if len(densities) > 1 and choice == min(densities):
         notice(f"temperature {choice} is the lowest of those tried: a lower one may be better")
     return choice
+
+
+def _density(trained: Trained, held_out: Iterable[Any], num_samples: int) -> float:
+    pair = (trained.model, trained.guide) if isinstance(trained, NGVI) else trained
+    return log_predictive_density(*pair, held_out, num_samples)
 
 
 @torch.no_grad()
