@@ -39,7 +39,7 @@ from pyrocurv.uses import Call
 COPIED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
     "has_finite_support",
-    "_watch", "_stream", "_rest", "_state",
+    "_watch", "_stream", "_rest", "_state", "_told",
 )
 
 
@@ -60,6 +60,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if structure is None or isinstance(structure, str):
             choose(structure, "kfac", [Layer("any", None, (1, 1))], {}, LEFT_OUT)
         self._rest = Rest(fallback_lr)
+        self._told: set[str] = set()  # names that a warning said have no curvature
         super().__init__(net.parameters() if params is None else params, defaults)
         self._watch = Watch(net)
         self._stream = Stream()
@@ -141,11 +142,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         fresh = unmet(self.layout, calls)
         if self.opaque_blocks:
             fresh += opaque(missed, places)
-        if missed and (fresh or self._state.step == 0):
-            notice(
-                f"{type(self).__name__}: {', '.join(f'{n} ({w})' for n, w in missed.items())} "
-                f"consumed by no supported op: {self.without}"
-            )
+        self._tell({n: f"{n} ({why})" for n, why in missed.items()}, "consumed by no supported op")
         layout = self._extended(fresh, places)
         held = {layer for block in layout.blocks for layer in block.layers}
         return layout, [call for call in calls if call.layer in held]
@@ -190,6 +187,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
         raise NotImplementedError
 
+    def _tell(self, names: Mapping[str, str], what: str) -> None:
+        """Warn, once for each name, that it has no curvature."""
+        if news := [said for name, said in names.items() if name not in self._told]:
+            notice(f"{type(self).__name__}: {', '.join(news)} {what}: {self.without}")
+            self._told |= {*names}
+
     without = ""  # what a parameter that no supported op consumes gets instead
 
     # ---- the step -------------------------------------------------------------------------------
@@ -225,6 +228,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             carried = [moved.get(n, one) for n, one in enumerate(carried)]
         elif not all(bool(torch.isfinite(grads[name]).all()) for name in rest):
             raise FloatingPointError(f"step {self._state.step}: a gradient is not finite")
+        unmet = {name: name for name in rest if name not in layout.names}
+        self._tell(unmet, "had no part yet in a run that gave a curvature")
         self._rest.step(rest, places, 1 / samples)
         write(blocks, locs, places)
         self.layout, self._state = layout, State(self._state.step + 1, tuple(carried))
@@ -293,6 +298,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         like = next(iter(self._places().values()))[0]
         self._state = State(state_dict["step"], carried).to(like)
         self._rest.load_state_dict(state_dict["rest"])
+        self._told = {*state_dict["rest"]["names"]}
         self._stream.load_state_dict(state_dict["stream"])
         self.has_finite_support = state_dict["has_finite_support"]
         self._watch.take()
