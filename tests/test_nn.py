@@ -326,11 +326,14 @@ class Tokens(nn.Module):
         return self.head(self.tok(tokens).tanh())
 
 
-def test_the_remedy_for_a_tied_embedding() -> None:
+@pytest.mark.parametrize(("is_frozen", "layers"), [(False, None), (True, "head")])
+def test_the_remedy_for_a_tied_embedding(is_frozen: bool, layers: str | None) -> None:
     with pytest.raises(ValueError, match="tok.weight and head.weight are one") as caught:
-        bayesianize(Tokens())
+        bayesianize(Tokens().requires_grad_(not is_frozen), layers=layers)
     remedy = str(caught.value).partition("layers=")[2].partition(" has both")[0]
-    net = bayesianize(Tokens(), layers=eval(remedy, {"pyrocurv": pyrocurv}))
+    net = bayesianize(
+        Tokens().requires_grad_(not is_frozen), layers=eval(remedy, {"pyrocurv": pyrocurv})
+    )
     assert list(priors(net, torch.arange(5))) == ["tok.weight"]
 
 

@@ -28,10 +28,10 @@ def find_ties(
                 continue
             is_mine, is_theirs = name in chosen.get(module, ()), attribute in chosen.get(owner, ())
             if is_mine != is_theirs:
-                left = other if is_mine else full
+                first, second = (tensor.rpartition(".")[0] for tensor in (other, full))
                 raise ValueError(
                     f"{other} and {full} are one tensor, a tied weight: choose both layers or "
-                    f"none; layers=[*pyrocurv.nn.LAYERS, {left.rpartition('.')[0]!r}] has both"
+                    f"none; layers=[*pyrocurv.nn.LAYERS, {first!r}, {second!r}] has both"
                 )
             if is_mine:
                 ties[module, name] = owner, attribute
