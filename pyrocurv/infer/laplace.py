@@ -139,9 +139,9 @@ class Laplace:
 
         The mean stays where it is, which is no longer quite the mode: train on and fit once more,
         or tune within what the mean allows. Noise scales are never touched. A higher evidence may
-        predict worse, of classifiers above all: look at held-out data. The search asks for some
-        fifty evidences, each with a Cholesky factor of every dense block: with `FullGuide` it takes
-        long from a few thousand weights on, with Kronecker factors it does not.
+        predict worse, of classifiers above all: look at held-out data. The search takes a dozen
+        evidences or more, each with a Cholesky factor of every dense block: from a few thousand
+        weights on that is slow with `FullGuide`, and is not with Kronecker factors.
 
         Raises ValueError for another word, RuntimeError before `fit`.
         """
