@@ -45,7 +45,22 @@ def is_deterministic(site: Site) -> bool:
 
 
 def check_data(site: Site) -> None:
-    """Raise ValueError where an observed site in a plate has data that spread its distribution."""
+    """Raise ValueError where an observed site has axes that its plates have not.
+
+    Of the distribution, as Pyro's ELBOs do where validation is on, or of the data, which then
+    spread it. Without a plate all axes are data.
+    """
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    batch = tuple(site["fn"].batch_shape)
+    strange = any(
+        size != 1 and axis - len(batch) not in plates for axis, size in enumerate(batch)
+    )
+    if plates and strange:
+        raise ValueError(
+            f"site {site['name']!r}: a batch of shape {batch} in plates of sizes "
+            f"{tuple(plates.values())}: is an output [B, 1] to be squeezed? What belongs to one "
+            "datum wants .to_event(...), other data a plate of their own"
+        )
     shape, value = tuple(site["fn"].shape()), tuple(site["value"].shape)
     if value == shape or not site["cond_indep_stack"]:
         return

@@ -245,6 +245,18 @@ def test_a_loaded_guide_of_classes_predicts_without_data() -> None:
     assert Predictive(model, guide=fresh, num_samples=3)(inputs(7))["obs"].shape == (3, 7)
 
 
+@pytest.mark.parametrize("kind", ["point", "frozen"])
+def test_a_loaded_guide_of_classes_beside_points_predicts_without_data(kind: str) -> None:
+    """A discrete `obs` is none of the latents that the guide for points starts."""
+    model, data = classifier(), class_data()
+    guide = KFACGuide(model, structure={"net.0": kind})
+    guide(*data)
+    fresh = KFACGuide(model, structure={"net.0": kind})
+    fresh.load_state_dict(through_a_file(guide.state_dict()))
+    assert Predictive(model, guide=fresh, num_samples=3)(inputs(7))["obs"].shape == (3, 7)
+    assert same(medians(fresh), medians(guide))
+
+
 def test_a_loaded_guide_of_points_and_frozen_weights_predicts_without_data() -> None:
     choice = {"net.0": "frozen", "net.2": "point"}
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))

@@ -33,7 +33,7 @@ from toys import (
 from pyrocurv import engine
 from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.guides import KFACGuide, StructuredGuide
-from pyrocurv.infer import NGVI
+from pyrocurv.infer import NGVI, Laplace, log_predictive_density
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 NOISE = 0.3
@@ -2205,3 +2205,29 @@ def test_data_that_spread_their_distribution_are_named(structure: str) -> None:
     ngvi.step(x, y[:, 0])
     with pytest.raises(ValueError, match="'obs': data of shape"):
         ngvi.step(x, y[:, :1])
+
+
+@pytest.mark.parametrize("structure", ["kfac", "full"])
+def test_an_output_that_was_not_squeezed_is_named(structure: str) -> None:
+    """[B, 1] in a plate of B is a density of B x B, which Pyro's ELBOs refuse too."""
+    net = mlp(outputs=1)
+
+    def model(x: Tensor, y: Tensor, is_squeezed: bool) -> None:
+        mean = net(x).squeeze(-1) if is_squeezed else net(x)
+        with pyro.plate("data", NUM_DATA):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+    x, y = regression_data()
+    guide = GUIDES[structure](model)
+    ngvi = NGVI(model, guide)
+    told = r"'obs': a batch of shape \(30, 30\) in plates of sizes \(30,\)"
+    with pytest.raises(ValueError, match=told):
+        ngvi.step(x, y[:, 0], False)
+    ngvi.step(x, y[:, 0], True)
+    for call in (
+        lambda: ngvi.step(x, y[:, 0], False), lambda: ngvi.evaluate_loss(x, y[:, 0], False),
+        lambda: Laplace(model, guide).fit([(x, y[:, 0], False)]),
+        lambda: log_predictive_density(model, guide, [(x, y[:, 0], False)]),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()

@@ -570,6 +570,22 @@ def test_frozen_parameters_stay() -> None:
     assert torch.equal(before, net[0].weight)
 
 
+@pytest.mark.parametrize("structure", ["kfac", "diag", "full"])
+@pytest.mark.parametrize("names", [["0.weight"], ["0.weight", "0.bias"]])
+def test_what_is_frozen_later_stays_too(structure: str, names: list[str]) -> None:
+    """Also beside weights of its block that go on."""
+    net = small()
+    optimizer = SecondOrderOptimizer(net, structure=structure, weight_decay=0.1)
+    train(net, optimizer)
+    parameters = dict(net.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    train(net, optimizer)
+    for name, p in parameters.items():
+        assert torch.equal(before[name], p) == (name in names)
+
+
 class Coded(nn.Module):
     """A weight that works on a code of 16 rows, as many as there are examples."""
 
@@ -775,3 +791,49 @@ def test_a_step_of_every_layer_is_that_of_the_curvature_estimated(
     wanted = torch.linalg.solve(dense, gradient(net))
     optimizer.step()
     torch.testing.assert_close(start - flat(net), wanted, rtol=1e-5, atol=1e-7)
+
+
+MEANS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # of outputs [16, 4], by likelihood
+    "cross entropy": ("categorical", lambda f: F.cross_entropy(
+        f, torch.arange(16) % 4, torch.rand(4), label_smoothing=0.1)),
+    "one that ignores": ("categorical", lambda f: F.cross_entropy(
+        f, torch.arange(16) % 5 - 1, ignore_index=-1)),
+    "bits": ("bernoulli", lambda f: F.binary_cross_entropy_with_logits(f, (f > 0.2).to(f))),
+    "squares": ("normal", lambda f: F.mse_loss(f, torch.randn(16, 4)) / 2),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "normal"])
+def test_a_loss_that_is_not_of_the_likelihood_is_noticed(name: str, likelihood: str) -> None:
+    """Of cross entropies against the others; bits and squares look alike."""
+    wanted, loss = MEANS[name]
+    net, x = nn.Linear(5, 4), torch.randn(16, 5)
+    optimizer = SecondOrderOptimizer(net, likelihood=likelihood)
+    for autocast in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss(net(x)).backward()
+            optimizer.step()
+        is_wrong = (wanted == "categorical") != (likelihood == "categorical") and not autocast
+        said = [f"likelihood={likelihood!r}" in str(one.message) for one in caught]
+        assert said == is_wrong * [True]
+
+
+def test_classes_on_another_axis_are_noticed() -> None:
+    net, x, y = nn.Conv2d(3, 5, 1), torch.randn(4, 3, 6, 6), torch.randint(5, (4, 6, 6))
+    optimizer = SecondOrderOptimizer(net)
+    F.cross_entropy(net(x), y).backward()
+    with pytest.warns(UserWarning, match=r"over the last axis of the output \[B, 5, 6, 6\]"):
+        optimizer.step()
+
+
+def test_one_class_is_none() -> None:
+    net = nn.Linear(5, 1)
+    optimizer = SecondOrderOptimizer(net)
+    net(torch.randn(16, 5)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"an output \(16, 1\) has one class alone"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="has one class alone"):
+        estimate(net, torch.randn(16, 5), torch.zeros(16).long())

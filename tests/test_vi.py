@@ -230,6 +230,18 @@ def trained() -> tuple[nn.Module, VIOptimizer]:
     return net, optimizer
 
 
+@pytest.mark.parametrize("make", [vogn, ivon, noisy_kfac])
+def test_what_is_frozen_later_stays(make: Callable[..., VIOptimizer]) -> None:
+    net = small()
+    optimizer = make(net, N)
+    step(optimizer, net, *classes())
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone(), net[2].weight.clone()
+    for _ in range(3):
+        step(optimizer, net, *classes())
+    assert torch.equal(before[0], net[0].weight) and not torch.equal(before[1], net[2].weight)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 def test_the_mean_comes_back_whatever_is_raised(
     trained: tuple[nn.Module, VIOptimizer], error: type[BaseException]

@@ -35,8 +35,18 @@ def _independent(likelihood: Distribution) -> Distribution:
     return Independent(likelihood, max(len(likelihood.batch_shape) - 1, 0))
 
 
+def _categorical(logits: Tensor) -> Distribution:
+    """Of two classes or more: one alone is certain, whatever the network says."""
+    if logits.shape[-1:] == (1,):
+        raise ValueError(
+            f"likelihood='categorical': an output {tuple(logits.shape)} has one class alone; "
+            "'bernoulli' takes one logit for two, 'normal' a mean"
+        )
+    return _independent(Categorical(logits=logits))
+
+
 LIKELIHOODS: dict[str, Callable[[Tensor], Distribution]] = {
-    "categorical": lambda logits: _independent(Categorical(logits=logits)),
+    "categorical": _categorical,
     "bernoulli": lambda logits: _independent(Bernoulli(logits=logits)),
     "normal": lambda mean: _independent(Normal(mean, torch.ones_like(mean))),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -57,9 +57,18 @@ def start_of(plan: Plan, latents: Mapping[str, Site], untold: bool) -> dict[str,
 
 
 class Start(InitMessenger):
-    """Starts latents by a function of the site; what `init_to_value` does not name, is left."""
+    """Starts the latents `names` by a function of the site.
+
+    What `init_to_value` does not name, is left; so are data that are not observed in this call.
+    """
+
+    def __init__(self, init_fn: Callable[[Site], Tensor], names: Container[str]) -> None:
+        super().__init__(init_fn)
+        self.names = names
 
     def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.names:
+            return
         options = getattr(self.init_fn, "keywords", {})
         others = options.get("fallback") is init_to_uniform  # its default, nobody's choice
         if "values" not in options or not others or msg["name"] in options["values"]:

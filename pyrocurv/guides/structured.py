@@ -126,9 +126,9 @@ class StructuredGuide(LaidOutGuide):
             return
         model = self._base_model[0]
         if self._init_loc_fn is not init_to_network:
-            model = Start(self._init_loc_fn)(model)
+            model = Start(self._init_loc_fn, self.fallback_sites)(model)
         elif self._make_fallback is AutoNormal:
-            model = Start(init_to_prior_median)(model)
+            model = Start(init_to_prior_median, self.fallback_sites)(model)
         values = {name: found.latents[name]["value"] for name in plan.left_out}
         self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
         with torch.no_grad(), frozen_buffers(model), poutine.block():

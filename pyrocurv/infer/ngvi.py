@@ -208,8 +208,9 @@ class NGVI:
         guide = self.guide
         if guide.is_whole and self.curvature.kind != "hessian":
             raise ValueError(
-                f"curvature={self.curvature.kind!r} is of layers, this guide has all latents of a "
-                "model without a network: use 'hessian'"
+                f"curvature={self.curvature.kind!r} is of layers, this guide has all latents "
+                "together, as of a model without a network: use 'hessian', or a Gaussian for the "
+                f"layers alone, structure={{'*': {guide.structure!r}}}"
             )
         if (self._wants_whole or guide.is_whole) and guide.is_one_block:
             (family,) = guide.blocks

@@ -24,7 +24,7 @@ from pyrocurv.engine import Numbers
 from pyrocurv.layers import Layer
 from pyrocurv.notice import notice
 from pyrocurv.optim.layout import Layout, extended, grouped, opaque, refuse_misread, unmet
-from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, observation, single
+from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, check_loss, observation, single
 from pyrocurv.optim.passes import Pass, alike, total
 from pyrocurv.optim.places import Group, Params, Places, copied, placed, read, write
 from pyrocurv.optim.rest import Rest
@@ -125,8 +125,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             twice_differentiable() if twice else nullcontext(),
             self._watch.again(inputs, watched) as (output, capture),
         ):
-            asked = gradients and self.curvature.kind in DATA_KINDS
-            gradient = torch.cat(gradients)[: inputs.batch] if asked else None
+            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
+            if gradient is not None and not self.layout.blocks:
+                check_loss(self.likelihood, gradient)
+            if self.curvature.kind not in DATA_KINDS:
+                gradient = None
             term = observation(
                 self.likelihood, self._density, output, gradient, total(passes), inputs.batch
             )
@@ -231,7 +234,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         unmet = {name: name for name in rest if name not in layout.names}
         self._tell(unmet, "had no part yet in a run that gave a curvature")
         self._rest.step(rest, places, 1 / samples)
-        write(blocks, locs, places)
+        write(blocks, locs, places, grads)  # what has no gradient stays, as torch's optimizers do
         self.layout, self._state = layout, State(self._state.step + 1, tuple(carried))
         self._expect()
 

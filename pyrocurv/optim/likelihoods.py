@@ -19,6 +19,7 @@ from torch.distributions import Distribution, Independent
 
 from pyrocurv.curvature.estimate import Likelihood, as_likelihood
 from pyrocurv.curvature.pullback import Observation
+from pyrocurv.notice import notice
 
 DATA_KINDS = ("empirical", "hessian")
 
@@ -49,6 +50,29 @@ def targets(likelihood: Likelihood, output: Tensor, gradient: Tensor, size: int)
     if likelihood == "bernoulli":
         return torch.where(gradient == 0, output > 0, gradient < 0).to(output)
     return output - gradient * size
+
+
+def check_loss(likelihood: Likelihood, gradient: Tensor) -> None:
+    """Warn of a loss that cannot be the likelihood's, by its gradient in the output.
+
+    That of a cross entropy sums to 0 over the classes, weighted or smoothed as it may be; that of
+    the others does so by chance alone.
+    """
+    if not isinstance(likelihood, str) or gradient.dim() < 2 or gradient.shape[-1] < 2:
+        return
+    share = gradient.sum(-1).norm() / gradient.norm()
+    if likelihood == "categorical" and bool(share > 0.1):
+        notice(
+            "likelihood='categorical': the loss's gradient does not sum to 0 over the last axis of "
+            f"the output [B{''.join(f', {n}' for n in gradient.shape[1:])}], as that of a cross "
+            "entropy does over the classes: say likelihood='bernoulli', 'normal' or your own, or "
+            "have the classes last"
+        )
+    elif likelihood != "categorical" and bool(share < 1e-5):
+        notice(
+            f"likelihood={likelihood!r}: the loss's gradient sums to 0 over the last axis of the "
+            "output, as that of a cross entropy does: say likelihood='categorical'"
+        )
 
 
 def observation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,12 @@ def read(block: Block, places: Places) -> Tensor:
 
 
 @torch.no_grad()
-def write(blocks: Sequence[Block], packed: Sequence[Tensor], places: Places) -> None:
-    """Have the parameters be these, [P] each."""
+def write(
+    blocks: Sequence[Block], packed: Sequence[Tensor], places: Places,
+    names: Container[str] | None = None,
+) -> None:
+    """Have the parameters be these, [P] each; of some `names` alone, if they are given."""
     for block, values in zip(blocks, packed, strict=True):
         for name, value in block.parts(values).items():
-            places[name][0].copy_(value)
+            if names is None or name in names:
+                places[name][0].copy_(value)
