@@ -172,6 +172,8 @@ def test_marginals_median_and_quantiles(structure: str) -> None:
     torch.testing.assert_close(torch.cat([m.stddev.flatten() for m in marginals]), deviation)
     with pytest.raises(ValueError, match="no site 'obs' here: net.0.weight, "):
         guide.get_posterior("obs")
+    with pytest.raises(ValueError, match=r"numbers in \[0, 1\] are needed, got \[5, 95\]"):
+        guide.quantiles([5, 95])
 
 
 @each

@@ -2,14 +2,17 @@
 
 import copy
 import io
+import math
 import pickle
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import (
     SVI,
     Predictive,
@@ -34,7 +37,7 @@ from toys import (
 
 import pyrocurv
 from pyrocurv.guides import EKFACGuide, KFACGuide, MixtureGuide
-from pyrocurv.infer import NGVI, train_mixture
+from pyrocurv.infer import NGVI, choose_temperature, log_predictive_density, train_mixture
 from pyrocurv.nn import Regressor, bayesianize
 
 each = pytest.mark.parametrize("structure", GUIDES)
@@ -430,3 +433,36 @@ def test_the_remedy_that_the_refusal_names() -> None:
     assert not torch.equal(*scales)
     draws = mixture.sample_posterior(20)["net.1.weight"]
     assert all(any(torch.equal(draw, scale) for scale in scales) for draw in draws)
+
+
+def test_its_density_of_held_out_data() -> None:
+    """Components so narrow that they are points: the log of the mean of their densities."""
+    model, (x, y) = regressor(0.3), regression_data()
+    guides, densities = [], []
+    for _ in range(3):
+        start = {name: torch.randn(shape).double() for name, shape in SITES.items()}
+        guide = KFACGuide(
+            model, init_loc_fn=lambda site, at=start: at[site["name"]], init_scale=1e-9
+        )
+        guide(x, y)
+        mean = poutine.condition(model, guide.median())(x)
+        densities.append(dist.Normal(mean, 0.3).log_prob(y).sum(-1))
+        guides.append(guide)
+    wanted = (torch.stack(densities).logsumexp(0) - math.log(3)).mean()
+    mixture = MixtureGuide(guides)
+    found = log_predictive_density(model, mixture, [(x[:9], y[:9]), (x[9:], y[9:])], 6)
+    assert found == pytest.approx(float(wanted), rel=1e-5)
+    chosen = choose_temperature(lambda t: (model, mixture), [(x, y)], [0.5], 6)
+    assert chosen.densities[0.5] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_state_that_is_of_a_mixture_and_what_is_no_ngvi() -> None:
+    model, mixture = three()
+    with pytest.raises(ValueError, match="of no KFACGuide: it has components"):
+        KFACGuide(model).load_state_dict(mixture.state_dict())
+    with pytest.raises(TypeError, match="make: an NGVI.* got KFACGuide"):
+        train_mixture(lambda seed: mixture[0], [regression_data()], 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fit: an NGVI or .* got KFACGuide"):
+        choose_temperature(lambda t: mixture[0], [regression_data()])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="of no NGVI: it lacks layout, optimizer, state, and has"):
+        NGVI(model, mixture[0]).load_state_dict(mixture[0].state_dict())

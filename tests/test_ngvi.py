@@ -2231,3 +2231,22 @@ def test_an_output_that_was_not_squeezed_is_named(structure: str) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             call()
+
+
+def test_a_plate_as_large_as_the_batch_is_noticed_once() -> None:
+    """As soon as a batch of another size shows it."""
+    net = mlp()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        mean = net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    x, y = regression_data()
+    ngvi = NGVI(model, KFACGuide(model))
+    ngvi.step(x, y)
+    ngvi.evaluate_loss(x[:5], y[:5])  # held-out data may be as many as they are
+    with pytest.warns(UserWarning, match="had 30 data in all, and has 7 now") as caught:
+        for size in (30, 7, 30, 7, 5):
+            ngvi.step(x[:size], y[:size])
+    assert len(caught) == 1

@@ -489,3 +489,11 @@ def test_a_container_by_name_is_all_in_it() -> None:
     bayesianize(net, layers="1")
     left = [name for name, _ in net.named_parameters()]
     assert left == ["0.weight", "0.bias", "10.weight", "10.bias"]
+
+
+def test_what_is_no_layer_and_what_is_no_prior() -> None:
+    with pytest.raises(TypeError, match="layers: module types and names are needed, got 0"):
+        bayesianize(nn.Sequential(nn.Linear(3, 2)), layers=[0])  # type: ignore[list-item]
+    make: Any = lambda module, name: None  # noqa: E731
+    with pytest.raises(TypeError, match="prior of Linear.weight is no Distribution, but a None"):
+        bayesianize(nn.Linear(3, 2), prior=make)

@@ -475,6 +475,8 @@ def test_a_result_that_is_no_tensor() -> None:
         model, num_samples=4, return_sites=["_RETURN"], parallel=True
     )()["_RETURN"]
     assert torch.equal(2 * a, twice) and len(a) == 4
+    with pytest.raises(TypeError, match=r"return_sites='_RETURN': names in a list"):
+        Predictive(regressor(), {}, num_samples=2, return_sites="_RETURN")
     with pytest.raises(TypeError):
         Predictive(model, num_samples=4, return_sites=["_RETURN"])()
 

@@ -403,7 +403,9 @@ def test_an_automatic_temperature_is_by_the_likelihood(likelihood: Any, heat: fl
     optimizer = VIOptimizer(net, 1000, likelihood=likelihood, temperature="auto")
     for _ in range(2):
         with optimizer.sampled_params():
-            net(torch.randn(4, 5)).square().mean().backward()
+            out = net(torch.randn(4, 5))
+            loss = F.cross_entropy(out, torch.arange(4) % 3) if heat == 0.1 else out.square().mean()
+            loss.backward()
         optimizer.step()
     numbers = optimizer._numbers(optimizer.layout, optimizer._places())
     assert [n.temperature for n in numbers] == [heat, heat]

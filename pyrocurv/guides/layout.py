@@ -124,6 +124,10 @@ class LaidOutGuide(NamedGuide):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         layout = state_dict.get(prefix + "_extra_state")
+        if layout and "structure" not in layout:
+            raise ValueError(
+                f"the state is of no {type(self).__name__}: it has {', '.join(map(str, layout))}"
+            )
         if layout and layout["structure"] != self.structure:
             raise ValueError(
                 f"the state is of a guide with structure {layout['structure']!r}, this one is "

@@ -32,9 +32,9 @@ class MixtureGuide(nn.Module):
             they leave out must be the same in all of their models, as the mixture has no part of
             its own in it: parameters that are no latents, statistics of batch-norm layers.
 
-    In `Predictive` every call draws a component, at the site "_component", and then its sample, at
-    the sites of the model. A state is that of the components; a mixture of as many fresh guides is
-    loaded from it without data.
+    In `Predictive` every call draws a component and then, from that, a sample at the sites of the
+    model. A state is that of the components; a mixture of as many fresh guides is loaded from it
+    without data.
 
     Raises:
         TypeError: what is no guide of `pyrocurv.guides`; an ELBO of the mixture, or `NGVI` on it.

@@ -44,7 +44,9 @@ class Posterior:
         return self._values([family.loc.clone() for family in self.families])
 
     def quantiles(self, levels: float | Sequence[float]) -> dict[str, Tensor]:
-        """{site: [len(levels), *shape]}."""
+        """{site: [len(levels), *shape]}; ValueError for a level outside of [0, 1]."""
+        if not bool(((0 <= torch.as_tensor(levels)) & (torch.as_tensor(levels) <= 1)).all()):
+            raise ValueError(f"quantiles: numbers in [0, 1] are needed, got {levels}")
         found = {}
         for name in self.sites:
             marginal = self._marginal(name)

@@ -101,6 +101,7 @@ class Step:
     others: Others
     before: State
     average: bool
+    num_data: float
 
     @property
     def loss(self) -> float:
@@ -145,7 +146,8 @@ def propose(state: State, settings: Settings, runner: Runner, known: KnownPriors
         seen.state, locs, seen.gradients, seen.priors, seen.loss, seen.others.gradients,
         seen.numbers, settings.average,
     )
-    return Step(proposal, seen.others, state, settings.average)
+    num_data = seen.numbers[0].num_data
+    return Step(proposal, seen.others, state, settings.average, num_data)
 
 
 def check_samples(spec: Curvature, blocks: Sequence[Block], samples: int) -> None:

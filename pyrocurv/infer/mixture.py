@@ -45,6 +45,7 @@ def train_mixture(
         with it in `Predictive`.
 
     Raises:
+        TypeError: `make` gives no NGVI.
         ValueError: no seed, or one twice; an epoch without a batch; before any training, models
             that have parameters or statistics which are no latents (see `MixtureGuide`).
 
@@ -78,7 +79,9 @@ def train_mixture(
 def _train(
     made: Made, loader: Iterable[Any], epochs: int, bar: Any, seed: int, to_be_mixed: bool
 ) -> NGVI:
-    ngvi, schedule = (made, None) if isinstance(made, NGVI) else made
+    ngvi, schedule = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(ngvi, NGVI):
+        raise TypeError(f"make: an NGVI, or (NGVI, schedule), is needed, got {type(ngvi).__name__}")
     if to_be_mixed:
         _check_model(ngvi.model)
     for epoch in range(epochs):

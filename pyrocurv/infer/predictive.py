@@ -76,6 +76,8 @@ class Predictive(pyro.infer.Predictive):
         return_sites: Collection[str] | None = (),
         parallel: bool = False,
     ) -> None:
+        if isinstance(return_sites, str):
+            raise TypeError(f"return_sites={return_sites!r}: names in a list, [{return_sites!r}]")
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self._of_model, self._of_guide = Repeated(), Repeated()
         self._sizes: dict[Any, int] = {}  # numbers in a draw from the guide

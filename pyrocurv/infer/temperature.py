@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrocurv import engine
-from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.numbers import check_positive
 from pyrocurv.infer.run import Run, arguments, evaluated, leaves, run_model
 from pyrocurv.notice import notice
 from pyrocurv.prototype import frozen_buffers
 
-Trained = NGVI | tuple[Callable[..., Any], StructuredGuide]  # or a model and its guide
+Guide = StructuredGuide | MixtureGuide
+Trained = NGVI | tuple[Callable[..., Any], Guide]  # or a model and its guide
 TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
 
 
@@ -87,24 +89,26 @@ def choose_temperature(
 
 def _density(trained: Trained, held_out: Iterable[Any], num_samples: int) -> float:
     pair = (trained.model, trained.guide) if isinstance(trained, NGVI) else trained
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise TypeError(f"fit: an NGVI or (model, guide) is needed, got {type(pair).__name__}")
     return log_predictive_density(*pair, held_out, num_samples)
 
 
 @torch.no_grad()
 def log_predictive_density(
-    model: Callable[..., Any], guide: StructuredGuide, loader: Iterable[Any],
-    num_samples: int = 32,
+    model: Callable[..., Any], guide: Guide, loader: Iterable[Any], num_samples: int = 32
 ) -> float:
     """log 1/S Σ_s p(y_n | w_s) on average over the data of a loader, in nats.
 
     The data are the first axis of the likelihoods in plates, or of all where there is no plate,
-    masked ones left out; a `poutine.scale` does not count. Draws from torch's global generator; the
-    model is in eval mode.
+    masked ones left out; a `poutine.scale` does not count. Of a mixture the components take turns.
+    Draws from torch's global generator; the model is in eval mode.
 
     Raises ValueError for a Laplace approximation, whose samples mean nothing to the network, and
     for a loader without data.
     """
-    if guide.at_mode:
+    turns = [*islice(_turns(guide), num_samples)]
+    if any(one.at_mode for one in turns):
         raise ValueError(
             "the guide is at a mode: score pyrocurv.infer.Laplace(model, guide).predict(x), not "
             "samples"
@@ -113,7 +117,7 @@ def log_predictive_density(
     for batch in loader:
         args, kwargs = arguments(batch)
         with evaluated(model), frozen_buffers(model):
-            runs = [_run(model, guide, args, kwargs) for _ in range(num_samples)]
+            runs = [_run(model, one, args, kwargs) for one in turns]
         densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
         counted = _counted(runs[0])
         mean = torch.logsumexp(densities, 0) - math.log(num_samples)
@@ -122,6 +126,13 @@ def log_predictive_density(
     if not count:
         raise ValueError("the loader gave no data")
     return total / count
+
+
+def _turns(guide: Guide) -> Iterator[StructuredGuide]:
+    """The guide, or a mixture's components one after the other, without end."""
+    if not isinstance(guide, MixtureGuide):
+        return repeat(guide)
+    return chain.from_iterable(zip(*map(_turns, guide), strict=True))
 
 
 def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any) -> Run:

@@ -7,6 +7,7 @@ from typing import cast
 
 from pyro.nn.module import to_pyro_module_
 from torch import nn
+from torch.distributions import Distribution
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyrocurv.nn.padding import keep_padding
@@ -51,7 +52,8 @@ def bayesianize(
         ValueError: a prior out of range or of another shape; a layer name that does not exist; no
             layer that fits, or none that is no latent yet; a weight that a module asked for shares
             with one left out.
-        TypeError: a prior that is a distribution.
+        TypeError: a prior that is a distribution or gives none; a layer that is neither a type nor
+            a name.
 
     Example:
         >>> import torch
@@ -68,6 +70,11 @@ def bayesianize(
         for module, names in chosen.items() for name in names if (module, name) not in ties
     ]
     for module, name, fn, parameter in planned:
+        if not isinstance(fn, Distribution):
+            raise TypeError(
+                f"the prior of {type(module).__name__}.{name} is no Distribution, but a "
+                f"{type(fn).__name__}"
+            )
         if fn.batch_shape + fn.event_shape != parameter.shape:
             raise ValueError(
                 f"the prior of {type(module).__name__}.{name} has shape "
@@ -88,6 +95,9 @@ def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
     named = dict(net.named_modules())
     layers = (layers,) if isinstance(layers, (type, str)) else layers
     wanted = LAYERS if layers is None else tuple(layers)
+    for want in wanted:
+        if not isinstance(want, (type, str)):
+            raise TypeError(f"layers: module types and names are needed, got {want!r}")
     types = tuple(want for want in wanted if isinstance(want, type))
     names = [want for want in wanted if isinstance(want, str)]
     for name in names:

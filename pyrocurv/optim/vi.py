@@ -42,7 +42,9 @@ class VIOptimizer(CurvatureOptimizer):
         optimizer.step()
 
     Several such blocks before a step are several samples, of which the first gives the curvature;
-    of the samples of `step(closure)` it is the mean. The equations are those of
+    of the samples of `step(closure)` it is the mean. Their mean is taken here: do not divide the
+    losses of several blocks by their number. Inside of one block, parts of a batch accumulate as
+    anywhere else, each loss divided by how many there are. The equations are those of
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
