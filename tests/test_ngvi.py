@@ -2250,3 +2250,22 @@ def test_a_plate_as_large_as_the_batch_is_noticed_once() -> None:
         for size in (30, 7, 30, 7, 5):
             ngvi.step(x[:size], y[:size])
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bad_start_of_the_weights_does_not_spoil_the_noise_scale(seed: int) -> None:
+    """Its first gradients are a hundred times those that count."""
+    torch.manual_seed(seed)
+    x, net = torch.randn(100, 3), nn.Linear(3, 1)
+    y = x.sum(-1) + 0.5 * torch.randn(100)
+    nn.init.constant_(net.weight, 5.0)
+    model = Regressor(bayesianize(net, 100.0), 100)
+    ngvi = NGVI(model, KFACGuide(model), lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(ngvi.optimizer, 1500)
+    for _ in range(1500):
+        ngvi.step(x, y)
+        schedule.step()
+    residuals = y - (x @ torch.linalg.lstsq(x, y[:, None]).solution).squeeze(-1)
+    error = 1 / math.sqrt(2 * 96)  # of a log standard deviation, as 96 degrees of freedom tell it
+    found = ngvi.guide.median()["sigma"].log() - residuals.std().log()
+    assert abs(found) < 2 * error
