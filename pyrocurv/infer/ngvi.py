@@ -74,8 +74,8 @@ class NGVI:
             be that average; training goes on from the iterate.
         optim: trains all that is no natural-gradient latent, the model's parameters and the
             fallback guide: a callable from parameters to a `torch.optim.Optimizer`, or a
-            `PyroOptim`. By default Adam, with 0.002 for the model, with 0.01 and β₂ = 0.99 for the
-            guide. The learning rates of a torch optimizer follow the schedule on `.optimizer` in
+            `PyroOptim`. By default Adam with β₂ = 0.99, 0.002 for the model, 0.01 for the guide.
+            The learning rates of a torch optimizer follow the schedule on `.optimizer` in
             proportion.
         on_nonfinite: when a loss or a gradient is not finite, "raise" a FloatingPointError, or
             "skip" the step and count it in `.skipped`; posterior, momentum and random numbers stay

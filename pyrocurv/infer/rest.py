@@ -11,10 +11,9 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-# Of the default, Adam. Latents far from where they belong give gradients of which a long memory
-# for squares would rule their steps for thousands of steps more.
-MODEL: dict[str, Any] = {"lr": 2e-3}
-GUIDE: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99)}
+# Of the default, Adam. A noise scale's first gradients, with the weights far from where they
+# belong, are so large that a longer memory for squares would rule its steps for thousands of them.
+MODEL_LR, GUIDE_LR, BETAS = 2e-3, 1e-2, (0.9, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +63,11 @@ class Rest:
             if isinstance(self._make, PyroOptim):
                 self._make(moving.values())
                 return
-            for side, options in ((others.model, MODEL), (others.guide, GUIDE)):
+            for side, rate in ((others.model, MODEL_LR), (others.guide, GUIDE_LR)):
                 joining = {n: p for n, p in side.items() if id(p) in moving or n in others.own}
                 new = {n: p for n, p in joining.items() if self._known.get(n) is not p}
                 for names in self._alike(new):
-                    self._add({name: new[name] for name in names}, options)
+                    self._add({name: new[name] for name in names}, rate)
             self._torch_step(factor)
         finally:
             for (param, _), gradient in zip(pairs, before, strict=True):
@@ -96,8 +95,9 @@ class Rest:
                 mine.append(name)
         return [members for _, members in groups]
 
-    def _add(self, named: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
-        group = {"params": list(named.values()), **({} if self._make else options)}
+    def _add(self, named: Mapping[str, Tensor], rate: float) -> None:
+        options = {} if self._make else {"lr": rate, "betas": BETAS}
+        group = {"params": list(named.values()), **options}
         if self._optimizer is None:
             make = self._make
             self._optimizer = make(group["params"]) if make else torch.optim.Adam([group])
