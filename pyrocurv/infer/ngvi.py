@@ -39,8 +39,8 @@ from pyrocurv.infer.numbers import (
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Runner
 from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
+from pyrocurv.infer.sizes import Sizes
 from pyrocurv.infer.whole import Whole
-from pyrocurv.notice import notice
 from pyrocurv.precision import full_precision
 from pyrocurv.prototype import modules
 from pyrocurv.state import Carried, State
@@ -164,7 +164,7 @@ class NGVI:
         self._at_once = True  # whether samples of a whole model may go together
         self._known = KnownPriors(guide)
         self._loaded: Layout | None = None  # of a state that no step has gone on from yet
-        self._sizes: list[float] = []  # of the data in all, as steps had it: two at most
+        self._sizes = Sizes()
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class NGVI:
                 runner = Runner(self.model, self.guide, network, args, kwargs)
                 step = self._propose(state, runner, restore)
                 if isinstance(step, layered.Step):
-                    self._note_size(step.num_data)
+                    self._sizes.note(step.num_data)
                 self.optimizer.step(self._commit(step))
                 self.guide.at_mode = self.num_particles == 0
         except BaseException as error:
@@ -240,18 +240,6 @@ class NGVI:
             self._at_once = False  # not every model has a vectorized form; a true fault comes again
             restore()
             return whole.propose(state, numbers, runner, False)
-
-    def _note_size(self, num_data: float) -> None:
-        """Warn, once, where the data in all are as many as happen to be in the batch."""
-        if num_data in self._sizes or len(self._sizes) > 1:
-            return
-        if self._sizes:
-            notice(
-                f"the model had {self._sizes[0]:g} data in all, and has {num_data:g} now: the "
-                "posterior is that of so many. A plate says how many there are, of which a call "
-                'has a batch: pyro.plate("data", N, subsample=torch.arange(len(x)))'
-            )
-        self._sizes.append(num_data)
 
     def _settings(self) -> layered.Settings:
         return layered.Settings(
