@@ -257,6 +257,23 @@ def test_a_loaded_guide_of_classes_beside_points_predicts_without_data(kind: str
     assert same(medians(fresh), medians(guide))
 
 
+def test_a_loaded_guide_of_counts_predicts_without_data() -> None:
+    """Beside a latent that is no weight."""
+    net = bayesianize(nn.Linear(3, 1).double())
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        spread = pyro.sample("spread", dist.Gamma(2.0, 1.0))
+        logits = net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.NegativeBinomial(spread, logits=logits), obs=y)
+
+    x, guide, fresh = inputs(), KFACGuide(model), KFACGuide(model)
+    guide(x, torch.poisson(x[:, 0].exp()))
+    fresh.load_state_dict(through_a_file(guide.state_dict()))
+    assert Predictive(model, guide=fresh, num_samples=3)(inputs(7))["obs"].shape == (3, 7)
+    assert same(medians(fresh), medians(guide))
+
+
 def test_a_loaded_guide_of_points_and_frozen_weights_predicts_without_data() -> None:
     choice = {"net.0": "frozen", "net.2": "point"}
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))

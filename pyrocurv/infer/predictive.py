@@ -35,8 +35,7 @@ class Predictive(pyro.infer.Predictive):
     Args:
         model: a Pyro model.
         posterior_samples: {site: [S, ...]}, in place of a guide.
-        guide: any Pyro guide. One of `pyrocurv.guides` that was loaded needs no data first, unless
-            it has latents in a fallback guide.
+        guide: any Pyro guide. One of `pyrocurv.guides` that was loaded needs no data first.
         num_samples: S.
         return_sites: names of sites, with "_RETURN" for what the model returns. Empty: all sites,
             or, without a guide, those that are not in `posterior_samples`. None: all sites.
