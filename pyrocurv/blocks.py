@@ -79,6 +79,16 @@ class Block:
         parts = [layer.pack(values) for layer in self.layers]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def lerp(self, packed: Tensor, values: Mapping[str, Tensor], weight: float) -> Tensor:
+        """packed + weight · (values - packed) [P], for which the values need not be packed."""
+        if self._strides is None or not packed.is_contiguous():
+            return torch.lerp(packed, self.pack(values), weight)
+        result = torch.empty_like(packed)
+        old, new = self.parts(packed), self.parts(result)
+        for name in self.tensors:
+            torch.lerp(old[name], values[name], weight, out=new[name])
+        return result
+
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, contiguous."""
         return {name: part.contiguous() for name, part in self.views(packed).items()}

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pyrocurv.graph import consumers
 from pyrocurv.layers import OPS, Arguments, Layer, Op
 from pyrocurv.uses import Call, Known, Use, resolve
 
@@ -56,6 +57,7 @@ class Capture(TorchFunctionMode):
         self._shifted: set[int] = set()  # uses whose product had a bias added,
         self._reused: set[int] = set()  # and those whose product was used otherwise
         self._batch_second: int | None = None
+        self._made: dict[int, bool] = {}  # autograd's nodes of ops in sight; False: of a result
         for name, tensor in self.watched.items():
             self.watch(name, tensor)
 
@@ -72,6 +74,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside_attention(args, kwargs)
+        start = _next_node()
         output = func(*args, **kwargs)
         if not _has_gradient(output):  # nor does a shape, a size, a stride ...
             return output
@@ -80,6 +83,9 @@ class Capture(TorchFunctionMode):
         self._note_reuse(func, values)
         if known:
             self._meet(func, args, kwargs, output, known)
+            self._made.update(dict.fromkeys(range(start, _next_node()), True))
+            if isinstance(output, Tensor) and self._find(output) is None:
+                self._made[_number(get_gradient_edge(output).node)] = False
         if func is F.batch_norm:
             self.coupled |= OPS[func].read(*args, **kwargs).settings["coupled"]
         return output
@@ -215,17 +221,26 @@ class Capture(TorchFunctionMode):
         return {*self.missed, *(name for layer in self.layers() for name in layer.tensors)}
 
     def note_hidden(self, total: Tensor) -> None:
-        """Have those missed that no op was seen to consume, where a gradient of `total` says so.
+        """Have those missed that `total` hangs on by an op that was not seen, whatever else was.
 
-        As inside `torch.vmap`, and by an `autograd.Function`.
+        As inside `torch.vmap`, by an `autograd.Function`, or in a derivative that the model takes.
         """
-        seen = self.seen
-        left = {name: tensor for name, tensor in self.watched.items() if name not in seen}
-        if not left or not total.requires_grad:
-            return
-        found = torch.autograd.grad(total, [*left.values()], retain_graph=True, allow_unused=True)
-        pairs = zip(left, found, strict=True)
-        self.missed |= {name: "an op out of sight" for name, g in pairs if g is not None}
+        readers = consumers(total)
+        for name, tensor in self.watched.items():
+            ahead = [get_gradient_edge(tensor).node] if tensor.requires_grad else []
+            while ahead:
+                for node in readers.get(ahead.pop(), ()):
+                    inside = self._made.get(_number(node))
+                    if inside is None:
+                        self.missed.setdefault(name, "an op out of sight")
+                    elif inside:  # another may read that too
+                        ahead.append(node)
+        for use in self._uses:
+            product = use.product
+            if product is not None and any(
+                _number(node) not in self._made for node in readers.get(product.edge.node, ())
+            ):
+                self._reused.add(id(product))
 
     def resolve(self) -> tuple[list[Layer], list[Call]]:
         """The layers all of whose uses are supported, and their calls; see `uses.resolve`."""
@@ -257,6 +272,17 @@ def _flat(values: Any) -> Iterator[Any]:
             yield from _flat(value)
         else:
             yield value
+
+
+@torch.compiler.disable
+def _next_node() -> int:
+    """The number that the next node of this thread's graph will have."""
+    return torch.autograd._get_sequence_nr()
+
+
+def _number(node: Node) -> int:
+    """Which of its thread a node is."""
+    return node._sequence_nr()
 
 
 def _has_gradient(output: Any) -> bool:

@@ -18,7 +18,7 @@ from pyrocurv.blocks import Block
 from pyrocurv.curvature import Curvature, estimator
 from pyrocurv.curvature.estimator import ALONE, Part, Running
 from pyrocurv.curvature.pullback import Observation
-from pyrocurv.natural import calm, metric, noisy_curvature, push, slope, surplus, trust
+from pyrocurv.natural import calm, metric, noisy_curvature, slope, surplus, trust
 from pyrocurv.priors import BlockPrior, Prior, kl
 from pyrocurv.state import Carried, Noise, State
 from pyrocurv.structures import Diagonal, Solution, Structure
@@ -236,24 +236,25 @@ def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
 
 
 def propose(
-    state: State, locs: Sequence[Tensor], gradients: Sequence[Tensor],
+    state: State, blocks: Sequence[Block], locs: Sequence[Tensor], gradients: list[Weights],
     priors: Sequence[BlockPrior], loss: Tensor, others: Sequence[Tensor | None],
     numbers: Sequence[Numbers], average: bool,
 ) -> Proposal:
-    """The step from the gradients per datum, whose memory becomes the momentum's.
+    """The step from the gradients per datum, of which `gradients` lets go as they are used.
 
     `others` are gradients that must be finite too.
 
     Raises FloatingPointError when the loss or a gradient is not finite.
     """
-    blocks, directions = [], []
-    parts = zip(state.blocks, locs, apart(gradients), priors, numbers, strict=True)
-    for one, loc, gradient, prior, number in parts:
+    stepped, directions = [], []
+    for one, block, loc, prior, number in zip(
+        state.blocks, blocks, locs, priors, numbers, strict=True
+    ):
         bias = number.unbiased(state.step)
-        momentum = push(one.momentum, gradient, number.momentum)
+        momentum = push(block, one.momentum, gradients.pop(0), number.momentum)
         h = slope(momentum, loc, prior.packed, number.ratio, bias)
         directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]  # set at the first step
-        blocks.append(replace(one, momentum=momentum))
+        stepped.append(replace(one, momentum=momentum))
     value, *dots = _finite([loss, *(one.dot for one in directions)], others, state.step)
     power = sum(
         dot * (number.base_lr / number.unbiased(state.step)) ** 2
@@ -263,24 +264,21 @@ def propose(
         number.lr * trust(power, number.kl_clip) / number.unbiased(state.step)
         for number in numbers
     ]
-    for one, number in zip(blocks, numbers, strict=True):
+    for one, number in zip(stepped, numbers, strict=True):
         calm(one.momentum, power, number.kl_clip)  # type: ignore[arg-type]  # each has been pushed
     if average:
-        blocks = [
+        stepped = [
             _averaged(one, direction.add_to(loc.clone(), -rate), state.step)
-            for one, loc, direction, rate in zip(blocks, locs, directions, rates, strict=True)
+            for one, loc, direction, rate in zip(stepped, locs, directions, rates, strict=True)
         ]
-    return Proposal(value, rates, directions, State(state.step + 1, tuple(blocks)))
+    return Proposal(value, rates, directions, State(state.step + 1, tuple(stepped)))
 
 
-def apart(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers, each tensor in memory of its own: autograd may give one to two leaves."""
-    places = [gradient.untyped_storage().data_ptr() for gradient in gradients]
-    return [
-        gradient.clone(memory_format=torch.contiguous_format)
-        if places.index(place) < number or not gradient.is_contiguous() else gradient
-        for number, (gradient, place) in enumerate(zip(gradients, places, strict=True))
-    ]
+def push(block: Block, momentum: Tensor | None, gradient: Weights, beta: float) -> Tensor:
+    """The momentum m [P] with one more gradient in it; 0 was before the first."""
+    if momentum is None:
+        return (1 - beta) * block.pack(gradient)
+    return block.lerp(momentum, gradient, 1 - beta)
 
 
 def average_weight(step: int) -> float:

@@ -79,13 +79,6 @@ def automatic_temperature(num_data: float, size: int, is_finite: bool) -> float:
     return min(0.1, num_data / max(size, 1)) if is_finite else 0.3
 
 
-def push(momentum: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
-    """m [P], in the memory of the gradient."""
-    if momentum is None:
-        return gradient.mul_(1 - beta)
-    return torch.lerp(momentum, gradient, 1 - beta, out=gradient)
-
-
 def slope(momentum: Tensor, loc: Tensor, prior: Prior, ratio: float, bias: float) -> Tensor:
     """bias · h [P], with bias = 1-βᵗ, for the momentum m of the t-th step (from 1)."""
     return torch.addcmul(momentum, prior.deviation(loc), prior.precision, value=bias / ratio)

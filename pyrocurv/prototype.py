@@ -17,9 +17,10 @@ from torch.utils.checkpoint import CheckpointError
 
 from pyrocurv.buffers import snapshot
 from pyrocurv.capture import Capture
+from pyrocurv.graph import ancestors
 from pyrocurv.layers import Layer
 from pyrocurv.priors import as_normal
-from pyrocurv.rows import ancestors, misread
+from pyrocurv.rows import misread
 
 Site = Mapping[str, Any]
 
@@ -153,10 +154,14 @@ def inspect(
         ValueError: no observed site, no latent, or a discrete one.
     """
     watch = _Watch({})
-    with torch.no_grad(), frozen_buffers(model):
-        trace = poutine.block(poutine.trace(poutine.block(watch(model), hide)).get_trace)(
-            *args, **kwargs
-        )
+    run = poutine.block(poutine.trace(poutine.block(watch(model), hide)).get_trace)
+    with frozen_buffers(model):
+        try:
+            with torch.no_grad():
+                trace = run(*args, **kwargs)
+        except RuntimeError:  # of a model that takes derivatives; a true fault comes again
+            watch.observed.clear()
+            trace = run(*args, **kwargs)
     if known and not watch.observed:
         for name in trace.nodes.keys() - known - {"_INPUT", "_RETURN"}:
             trace.remove_node(name)

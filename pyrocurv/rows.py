@@ -8,7 +8,7 @@ unless autograd's graph is made of nothing that joins rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,18 +100,6 @@ def _is_leaf(node: Node) -> bool:
         ((before, _),) = node.next_functions
         return before is not None and _is_leaf(before)
     return node.name().endswith("AccumulateGrad")
-
-
-def ancestors(value: Tensor) -> Iterator[Node]:
-    """The nodes of the graph that a value hangs on, each once."""
-    seen, ahead = set(), [value.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        ahead += [before for before, _ in node.next_functions]
 
 
 def mixed(output: Tensor) -> Tensor:

@@ -185,6 +185,36 @@ class OwnOp(nn.Module):
         return self.head(Product.apply(x, self.weight).tanh())
 
 
+class OwnOpToo(OwnOp):
+    """The same weight in an op in sight as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((F.linear(x, self.weight) + Product.apply(x.sin(), self.weight)).tanh())
+
+
+class MappedToo(Mapped):
+    """The layer outside of `torch.vmap` as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch.vmap(lambda row: self.layer(row).tanh())(x.sin())
+        return self.head((inside + self.layer(x)).tanh().sum(1))
+
+
+class Derivative(nn.Module):
+    """The derivative of a network in its input, as a force is of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            place = x.detach().requires_grad_()
+            energy = self.head(self.layer(place).tanh()).sum()
+            (force,) = torch.autograd.grad(energy, place, create_graph=True)
+        return force[:, :2]
+
+
 def around(*layers: nn.Module, features: int) -> nn.Sequential:
     """With a smooth function behind each layer and a head on top."""
     parts = [part for layer in layers for part in (layer, nn.Tanh())]
@@ -269,6 +299,9 @@ MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = 
 HIDDEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "vmapped": (Mapped, (2, 3), {"layer.weight", "layer.bias"}),
     "own-op": (OwnOp, (3,), {"weight"}),
+    "own-op-too": (OwnOpToo, (3,), {"weight"}),
+    "mapped-too": (MappedToo, (2, 3), {"layer.weight", "layer.bias"}),
+    "derivative": (Derivative, (3,), {"layer.weight", "head.weight"}),
 }
 HALF = {  # nets in single precision, with as many layers
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,), 2),

@@ -37,3 +37,21 @@ def test_parts_are_views(name: str) -> None:
         part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         for part in block.parts(whole[3:-4]).values()
     )
+
+
+@pytest.mark.parametrize("form", ["rows", "columns"])
+@pytest.mark.parametrize("bias", [None, "b"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_unpacked_values_are_blended_in(form: str, bias: str | None, groups: int) -> None:
+    """As the packed ones are; gradients may share memory, or be no more than a view of a number."""
+    layer = Layer("w", bias, (4, 6, 2), form, groups)
+    block = Block((layer, Layer("v", None, (5,), "vector")), "diag")
+    packed, shared = torch.randn(block.size), torch.randn(4, 6, 2)
+    values = {
+        "w": shared, "b": torch.ones(()).expand(layer.bias_shape), "v": shared.flatten()[:5],
+    }
+    values = {name: values[name] for name in block.tensors}
+    before = {name: value.clone() for name, value in values.items()}
+    found = block.lerp(packed, values, 0.3)
+    torch.testing.assert_close(found, torch.lerp(packed, block.pack(values), 0.3))
+    assert all(torch.equal(values[name], before[name]) for name in before)

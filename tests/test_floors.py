@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"notice"},
-    {"structures", "layers", "specs", "precision", "buffers", "stream", "table"},
+    {"structures", "layers", "specs", "precision", "buffers", "stream", "table", "graph"},
     {"blocks", "uses"},
     {"capture", "choice", "priors", "rows"},
     {"distributions", "natural", "prototype", "repeated"},
@@ -24,7 +24,7 @@ FLOORS = [
 TORCH_ONLY = {
     "notice", "structures", "layers", "specs", "precision", "blocks", "uses", "capture", "choice",
     "priors", "rows", "curvature", "natural", "state", "engine", "buffers", "stream", "optim",
-    "table", "counts",
+    "table", "counts", "graph",
 }
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -754,3 +754,38 @@ def test_curvature_of_many_scales_is_kept_in_single_precision(structure: str) ->
     exact = (rows.mT @ rows + torch.eye(101).double()).inverse().diag().sqrt()
     found = torch.cat([guide.get_posterior(site).stddev.flatten() for site in guide.sites])
     torch.testing.assert_close(found.double(), exact, rtol=0.03, atol=0)
+
+
+def test_a_loaded_guide_with_other_latents_predicts_at_once() -> None:
+    x = torch.randn(30, 3)
+    y = x.sum(-1)
+
+    def parts() -> tuple[Regressor, KFACGuide]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        model = Regressor(bayesianize(net), 30)
+        return model, KFACGuide(model, structure={"net.0": "frozen"})
+
+    model, guide = parts()
+    expected = Laplace(model, guide).fit([(x, y)]).predict(x)
+    state = guide.state_dict()
+    model, guide = parts()
+    guide.load_state_dict(state)
+    found = Laplace(model, guide).predict(x)
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.stddev, expected.stddev)
+
+
+def test_predictions_far_inside_of_the_data_in_single_precision() -> None:
+    """Inputs that span the directions a truncated side keeps, and a precision of 10⁶ along them."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 8) @ torch.randn(8, 200)
+    variances = []
+    for dtype in (torch.float32, torch.float64):
+        pyro.clear_param_store()
+        net = bayesianize(nn.Linear(200, 1).to(dtype))
+        model = Regressor(net, 256, noise=0.01)
+        laplace = Laplace(model, KFACGuide(model)).fit([(x.to(dtype), x[:, 0].to(dtype))])
+        variances.append((laplace.predict(x[:50].to(dtype)).variance - 1e-4).double())
+    torch.testing.assert_close(*variances, rtol=0.01, atol=0.0)

@@ -373,6 +373,9 @@ def test_full_rank_thin_and_cut_agree_where_they_are_the_same() -> None:
 @pytest.mark.parametrize("guide", [KFACGuide, FullGuide, BlockGuide])
 def test_a_layer_left_out(left: str, guide) -> None:
     ngvi, data = chosen({"net.2": left}, guide)
+    ngvi.guide(*data)
+    trained = ngvi.model.net[2]._buffers["_weight_initial"]
+    assert torch.equal(ngvi.guide.median()["net.2.weight"], trained)
     for _ in range(STEPS):
         ngvi.step(*data)
     guide = ngvi.guide

@@ -2034,16 +2034,6 @@ def test_schedule_of_estimates() -> None:
             Curvature("fisher", every=wrong)
 
 
-def test_gradients_that_share_memory_are_told_apart() -> None:
-    shared, wide = torch.ones(4), torch.ones(()).expand(4)
-    first, second, third, part = engine.apart([shared, shared, wide, shared[1:]])
-    assert first is shared
-    for one in (second, third, part):
-        one.add_(1)
-    torch.testing.assert_close(shared, torch.ones(4))
-    torch.testing.assert_close(third, torch.full((4,), 2.0))
-
-
 # ---- several samples in a step ------------------------------------------------------------------
 
 

@@ -841,3 +841,51 @@ def test_one_class_is_none() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="has one class alone"):
         estimate(net, torch.randn(16, 5), torch.zeros(16).long())
+
+
+# ---- what counts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "empirical"])
+def test_passes_whose_gradients_were_cleared_do_not_count(curvature: str) -> None:
+    """As of a discriminator in its generator's turn."""
+    def run(turns: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        optimizer = SecondOrderOptimizer(net, curvature=curvature)
+        x, y, other = torch.randn(16, 3), torch.arange(16) % 3, 5 * torch.randn(64, 3)
+        for _ in range(3):
+            if turns:
+                net(other).square().sum().backward()
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        return [p.detach() for p in net.parameters()]
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac", "ekfac"])
+@pytest.mark.parametrize("pads", [0.0, 7.0])
+def test_entries_that_the_loss_ignores(curvature: str, structure: str, pads: float) -> None:
+    """Tokens that do not see each other: the step is that from those that count alone."""
+    def run(alone: bool) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+        x, y, keep = torch.randn(8, 6, 3), torch.randint(3, (8, 6)), torch.rand(8, 6) < 0.4
+        x = torch.where(keep[..., None], x, torch.full((), pads))
+        spec = Curvature(curvature, every=1, batch=None, initial=0.0)
+        optimizer = SecondOrderOptimizer(
+            net, 1.0, curvature=spec, structure=structure, kl_clip=None
+        )
+        if alone:
+            F.cross_entropy(net(x[keep]), y[keep]).backward()
+        else:
+            labels = torch.where(keep, y, -100)
+            F.cross_entropy(net(x).flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    torch.testing.assert_close(run(False), run(True))

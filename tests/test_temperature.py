@@ -1,5 +1,6 @@
 """Choosing a temperature: the score against its closed form, and what is chosen."""
 
+import importlib
 import math
 
 import oracles
@@ -170,3 +171,26 @@ def test_a_model_without_a_plate_has_a_score() -> None:
         torch.manual_seed(1)
         found.append(log_predictive_density(model, guide, [(x, y)], 3))
     assert found[0] == pytest.approx(found[1])
+
+
+def test_a_score_that_is_not_finite_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {1.0: float("nan"), 0.3: -0.2, 0.1: -0.4, 0.03: -float("inf")}
+    module = importlib.import_module("pyrocurv.infer.temperature")
+    monkeypatch.setattr(module, "_density", lambda temperature, *_: scores[temperature])
+    assert choose_temperature(lambda t: t, [], [*scores]) == 0.3
+    with pytest.raises(FloatingPointError, match="no temperature has a finite density"):
+        choose_temperature(lambda t: t, [], [1.0, 0.03])
+    with pytest.warns(UserWarning, match="0.3 is the highest of those tried"):
+        choose_temperature(lambda t: t, [], [0.3, 0.1])
+
+
+def test_one_posterior_has_one_score() -> None:
+    """Whatever temperature it is offered as: the draws are the same."""
+    x = torch.randn(40, 2)
+    model = Regressor(bayesianize(nn.Linear(2, 1)), 40, noise=NOISE)
+    ngvi = NGVI(model, KFACGuide(model))
+    ngvi.step(x, x.sum(-1))
+    choice = choose_temperature(lambda t: ngvi, [(x, x.sum(-1))], [1.0, 0.3, 0.1], 4)
+    assert len({*choice.densities.values()}) == 1
+    with pytest.raises(ValueError, match="num_samples=0: a whole number from 1"):
+        choose_temperature(lambda t: ngvi, [(x, x.sum(-1))], [1.0], 0)

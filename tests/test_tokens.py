@@ -65,3 +65,39 @@ def test_tokens_in_sequences_are_tokens(structure: str, batch: int | None) -> No
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     torch.testing.assert_close(one.precision.dense(), other.precision.dense())
     torch.testing.assert_close(one.loc, other.loc)
+
+
+class Padded(Tokens):
+    """The same with a mask [B, T]."""
+
+    def forward(self, x: Tensor, y: Tensor, keep: Tensor) -> None:
+        logits = self.net(x)
+        rows = torch.arange(len(x))
+        with pyro.plate("sequences", self.sequences, subsample=rows, dim=-2):
+            with pyro.plate("positions", x.shape[1], dim=-1), pyro.poutine.mask(mask=keep):
+                pyro.sample("next", dist.Categorical(logits=logits), obs=y)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("structure", GUIDES)
+def test_padding_has_no_part(structure: str, curvature: str) -> None:
+    """The posterior of a batch with padding is that of the tokens alone, whatever is in the pads.
+
+    N counts the pads of a mask: so that of the tokens alone is the same share of all.
+    """
+    x, y = data()
+    keep = torch.rand(SEQUENCES, LENGTH) < 0.5
+    x = torch.where(keep[..., None], x, torch.full((), 9.0, dtype=x.dtype))
+    posteriors = []
+    for model, arguments in [
+        (Padded(net(), SEQUENCES), (x, y, keep)),
+        (Classifier(net(), int(keep.sum())), (x[keep], y[keep])),
+    ]:
+        guide = GUIDES[structure](model)
+        spec = replace(EXACT, kind=curvature)
+        ngvi = NGVI(model, guide, curvature=spec, damping=0.0, kl_clip=None)
+        ngvi.step(*arguments)
+        posteriors.append(guide.posterior)
+    one, other = posteriors
+    torch.testing.assert_close(one.precision.dense(), other.precision.dense())
+    torch.testing.assert_close(one.loc, other.loc)

@@ -516,3 +516,67 @@ def test_gradients_that_are_not_finite_change_nothing(
         optimizer.step()
     assert torch.equal(flat(net), before) and torch.equal(optimizer.kl(), kl)
     step(optimizer, net, *classes())
+
+
+# ---- gradients that are cleared, or scaled ------------------------------------------------------
+
+
+def trained_for(make: Callable[..., VIOptimizer], one: Callable[..., None], steps: int) -> Tensor:
+    """The weights after some calls of `one` (optimizer, net, x, y), each with a step of its own."""
+    torch.manual_seed(2)
+    net = small()
+    optimizer, (x, y) = make(net, N), classes()
+    for _ in range(steps):
+        one(optimizer, net, x, y)
+    return flat(net)
+
+
+OFTEN: Any = {"beta2": 0.9}
+SENSED = {"ivon": lambda net, n: ivon(net, n, **OFTEN), "kfac": noisy_kfac}
+
+
+@pytest.mark.parametrize("name", SENSED)
+def test_clearing_gradients_inside_of_a_sample_is_as_good(name: str) -> None:
+    def inside(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        with optimizer.sampled_params():
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    assert torch.equal(trained_for(SENSED[name], inside, 5), trained_for(SENSED[name], step, 5))
+
+
+@pytest.mark.parametrize("name", SENSED)
+def test_a_sample_whose_gradients_were_cleared_does_not_count(name: str) -> None:
+    """As after a step that was skipped: the next one is not divided by two samples."""
+    def skipped(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        stream = optimizer._stream.state_dict()
+        with optimizer.sampled_params():
+            (1e6 * F.cross_entropy(net(-x), y)).backward()
+        optimizer.zero_grad()
+        optimizer._stream.load_state_dict(stream)  # its noise was drawn for it, no more
+        step(optimizer, net, x, y)
+
+    assert torch.equal(trained_for(SENSED[name], skipped, 5), trained_for(SENSED[name], step, 5))
+
+
+def test_a_curvature_of_gradients_wants_them_unscaled() -> None:
+    def scaled(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            scaler.scale(F.cross_entropy(net(x), y)).backward()
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    make = SENSED["ivon"]
+    torch.testing.assert_close(trained_for(make, scaled, 5), trained_for(make, step, 5))
+    net = small()
+    optimizer, (x, y), scaler = make(net, N), classes(), torch.amp.GradScaler("cpu")
+    with optimizer.sampled_params():
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+    before = flat(net)
+    with pytest.raises(RuntimeError, match="65536 times as large .* call scaler.unscale_"):
+        scaler.step(optimizer)
+    assert torch.equal(flat(net), before)

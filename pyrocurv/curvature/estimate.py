@@ -156,8 +156,12 @@ def estimate(
         term = _term(density(tree_map(_widened, output)), y, output)
         terms, count = [term], len(term.value)
         whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
-        said = None if whole or capture.coupled else said_by(output, count)
-        capture.note_hidden(summed(output))
+        each = said_by(output, count)
+        if callable(likelihood):  # which may arrange and reuse the output in its own way
+            log_prob = term.likelihood.log_prob(term.value)
+            each = log_prob.reshape(count, -1).sum(1) if log_prob.dim() else None
+        said = None if whole or capture.coupled else each
+        capture.note_hidden(summed(output) if each is None else each.sum())
         capture.missed |= misread(capture.calls, count, said)
         layers, calls = _with_opaque(capture, named, count)
         chosen = choose(structure, "kfac", layers, dict(net.named_modules()))

@@ -164,10 +164,19 @@ def what_is_seen(
     calls: Sequence[Call | Opaque], count: int, kept: Tensor | None,
 ) -> Iterable[Seen]:
     """What each block is estimated from."""
+    masked = masked_positions(terms, count)
     if spec.kind == "hessian":
-        return hessians(blocks, terms, calls, count, spec.num_samples, kept)
+        return hessians(blocks, terms, calls, count, spec.num_samples, kept, masked)
     gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
-    return (only(gather(block, calls, gradients, count), kept) for block in blocks)
+    return (only(gather(block, calls, gradients, count, masked), kept) for block in blocks)
+
+
+def masked_positions(terms: Sequence[Observation], count: int) -> Tensor | None:
+    """Which positions [count, S] the mask of the one likelihood drops; None where it has none."""
+    if len(terms) != 1 or terms[0].mask is None:
+        return None
+    mask, shape = torch.as_tensor(terms[0].mask), terms[0].likelihood.batch_shape
+    return ~mask.expand(shape)[:count].flatten(1) if len(shape) > 1 and mask.dim() > 1 else None
 
 
 def unmasked(terms: Sequence[Observation], count: int) -> Tensor | None:

@@ -108,9 +108,11 @@ def eigen(seen: Seen, basis: KroneckerEigen, units: Units | None = None) -> Kron
 
 def hessians(
     blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call | Opaque],
-    count: int, num_samples: int, kept: Tensor | None = None,
+    count: int, num_samples: int, kept: Tensor | None = None, masked: Tensor | None = None,
 ) -> list[BlockHessian]:
     """The Hessian of each block, from the first `count` examples; `kept` are those not masked.
+
+    `masked` [count, S] are positions that count for nothing; see `reduce.gather`.
 
     The graph of the forward pass is kept; nobody's `.grad` is touched.
     """
@@ -121,7 +123,7 @@ def hessians(
                 f"{layer.weight!r} took no part in this forward pass, or none with a gradient"
             )
     names = {name for block in blocks if _is_in_weights(block, calls) for name in block.tensors}
-    graph = _Graph.of(names, terms, calls, count, num_samples, kept)
+    graph = _Graph.of(names, terms, calls, count, num_samples, kept, masked)
     return [graph.block(block) for block in blocks]
 
 
@@ -144,12 +146,13 @@ class _Graph:
     count: int
     num_samples: int
     kept: Tensor | None
+    masked: Tensor | None
     widest: int
 
     @staticmethod
     def of(
         names: Container[str], terms: Sequence[Observation], calls: Sequence[Call | Opaque],
-        count: int, num_samples: int, kept: Tensor | None,
+        count: int, num_samples: int, kept: Tensor | None, masked: Tensor | None,
     ) -> _Graph:
         """One backward pass."""
         seen = [call for call in calls if isinstance(call, Call)]
@@ -167,7 +170,9 @@ class _Graph:
         }
         in_calls = {id(c): g for c, g in zip(seen, found[len(leaves):], strict=True)}
         widest = max(1 if g is None else g.numel() for g in found)
-        return _Graph(calls, leaves, in_leaves, in_calls, count, num_samples, kept, widest)
+        return _Graph(
+            calls, leaves, in_leaves, in_calls, count, num_samples, kept, masked, widest
+        )
 
     def _chunk(self, size: int) -> int:
         return max(1, NUMBERS // max(size, self.widest))
@@ -183,7 +188,7 @@ class _Graph:
         """In the outputs of some calls of one layer."""
         gradients = [self.in_calls[id(call)] for call in calls]
         return InOutputs.of(
-            calls, gradients, self.count, self.kept, self._chunk(1), self.num_samples
+            calls, gradients, self.count, self.kept, self._chunk(1), self.num_samples, self.masked
         )
 
     def uses(self, layer: Layer) -> list[Call]:
@@ -230,7 +235,8 @@ class _Graph:
             call.gradients(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
             for call in calls
         ]
-        return reduce.only(reduce.gather(block, calls, arranged, self.count), self.kept)
+        found = reduce.gather(block, calls, arranged, self.count, self.masked)
+        return reduce.only(found, self.kept)
 
 
 def _units(groups: Tensor, count: int) -> Kronecker:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrocurv.curvature import in_weights
+from pyrocurv.curvature import in_weights, reduce
 from pyrocurv.curvature.in_weights import (
     Units,
     averaged,
@@ -50,16 +50,18 @@ class InOutputs:
     kept: Tensor | None
     chunk: int  # vectors that go at once
     num_samples: int
+    masked: Tensor | None = None  # [B, S], see `reduce.gather`
 
     @staticmethod
     def of(
         calls: Sequence[Call], gradients: Sequence[Tensor | None], count: int, kept: Tensor | None,
-        chunk: int, num_samples: int,
+        chunk: int, num_samples: int, masked: Tensor | None = None,
     ) -> InOutputs:
         """From the gradients onto the outputs of some calls, joined along S."""
         inputs = _kept(torch.cat([call.rows(count) for call in calls], -2), kept)
         gradient = _arranged(calls, gradients, count, kept)
-        return InOutputs(tuple(calls), gradient, inputs, count, kept, chunk, num_samples)
+        masked = masked if masked is None or kept is None else masked[kept]
+        return InOutputs(tuple(calls), gradient, inputs, count, kept, chunk, num_samples, masked)
 
     @property
     def passes(self) -> int:
@@ -98,7 +100,8 @@ class InOutputs:
 
     def kronecker(self, sharing: str) -> Kronecker:
         """G ⊗ A. With sharing "reduce" G = sum_n sum_st H_n[s, t], and A is of the mean inputs."""
-        rows = self.inputs if sharing == "expand" else self.inputs.mean(-2, keepdim=True)
+        pair = reduce.Pair(self.inputs[None], self.gradient.detach()[None]).without(self.masked)
+        (rows,) = reduce.shared(pair, sharing).a
         rows, examples = rows.flatten(-3, -2), rows.shape[-3]
         return Kronecker(self.output(sharing), (rows.mT @ rows) / examples)
 

@@ -74,14 +74,23 @@ def _product(pair: Pair, precision: KroneckerEigen) -> Tensor:
     """Where J_m = g_m aᵀ: Σ_ij (u_iᵀ g_m)(u_iᵀ g_n)(v_jᵀ a)² / λ_ij, and no J is formed."""
     a, g = pair.a[0, :, 0], pair.g[:, :, 0].movedim(0, 1)  # [b, I], [b, M, O]
     u, v = precision.output_basis, precision.input_basis
-    inputs = (a @ v).square()
-    if v.shape[1] < v.shape[0]:
-        rest = a.square().sum(-1, keepdim=True) - inputs.sum(-1, keepdim=True)
-        inputs = torch.cat([inputs, rest.clamp(min=0)], -1)
+    inputs, size = _energies(a, v), u.shape[1]
     weights = inputs @ precision.spectrum.reciprocal().mT  # [b, s']
-    leading, size = g @ u, u.shape[1]
+    leading = g @ u
     covariance = (leading * weights[:, None, :size]) @ leading.mT
     if size < u.shape[0]:
-        rest = g @ g.mT - leading @ leading.mT
-        covariance = covariance + rest * weights[:, size:, None]
+        rest = g - leading @ u.mT
+        covariance = covariance + (rest @ rest.mT) * weights[:, size:, None]
     return covariance
+
+
+def _energies(a: Tensor, v: Tensor) -> Tensor:
+    """(aᵀv)² [b, r] for each column and, if truncated, the square of what is outside of them all.
+
+    That as a square itself: the difference of squares would have the rounding of the largest.
+    """
+    leading = a @ v
+    if v.shape[1] == v.shape[0]:
+        return leading.square()
+    rest = (a - leading @ v.mT).square().sum(-1, keepdim=True)
+    return torch.cat([leading.square(), rest], -1)

@@ -26,10 +26,14 @@ from pyrocurv.uses import Call
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Inputs a [1 or K, *lead, B, S, I] and output gradients g [1 or K, *lead, B, S, O]."""
+    """Inputs a [1 or K, *lead, B, S, I] and output gradients g [1 or K, *lead, B, S, O].
+
+    `kept` [B, S] are the positions that count as examples of the Kronecker factors; None: all.
+    """
 
     a: Tensor
     g: Tensor
+    kept: Tensor | None = None
 
     @property
     def vectors(self) -> int:
@@ -43,7 +47,18 @@ class Pair:
 
     def __getitem__(self, rows: Tensor | slice) -> Pair:
         """Some of the examples."""
-        return Pair(self.a[..., rows, :, :], self.g[..., rows, :, :])
+        kept = None if self.kept is None else self.kept[rows]
+        return Pair(self.a[..., rows, :, :], self.g[..., rows, :, :], kept)
+
+    def without(self, masked: Tensor | None) -> Pair:
+        """Without the positions `masked` [B, S] of a likelihood: padding, unless it has gradients.
+
+        Of as many positions elsewhere none is dropped.
+        """
+        if masked is None or self.g.shape[-3:-1] != masked.shape:
+            return self
+        silent = (self.g == 0).all(-1).flatten(0, -3).all(0)
+        return Pair(self.a, self.g, ~(masked & silent))
 
 
 Uses = Sequence[Pair]  # of one layer: one, or two where its matrix is also used transposed
@@ -51,16 +66,21 @@ Pairs = Sequence[Uses]  # of each layer of a block
 
 
 def gather(
-    block: Block, calls: Sequence[Call | Opaque], gradients: Sequence[Tensor], count: int
+    block: Block, calls: Sequence[Call | Opaque], gradients: Sequence[Tensor], count: int,
+    masked: Tensor | None = None,
 ) -> Pairs:
-    """What each layer of a block saw, zeros where that is nothing; calls are joined along S."""
+    """What each layer of a block saw, zeros where that is nothing; calls are joined along S.
+
+    `masked` [count, S] are positions of the likelihood that count for nothing.
+    """
     pairs: list[Uses] = []
     for layer in block.layers:
         mine = [i for i, call in enumerate(calls) if call.layer == layer]
         if not mine:
             pairs.append(nothing(layer, gradients[0], count))
             continue
-        pairs.append(_uses(layer, [calls[i] for i in mine], [gradients[i] for i in mine], count))
+        uses = _uses(layer, [calls[i] for i in mine], [gradients[i] for i in mine], count)
+        pairs.append([uses[0].without(masked)] if len(uses) == 1 else uses)
     return pairs
 
 
@@ -158,9 +178,16 @@ def kronecker(pairs: Pairs, sharing: str = "expand") -> Kronecker:
 
 def shared(pair: Pair, sharing: str) -> Pair:
     """Positions by themselves ("expand"), or inputs averaged and gradients summed ("reduce")."""
+    a, g = pair.a, pair.g
+    if pair.kept is None:
+        return pair if sharing == "expand" else Pair(
+            a.mean(-2, keepdim=True), g.sum(-2, keepdim=True)
+        )
+    kept = pair.kept.to(a).unsqueeze(-1)  # [B, S, 1]
     if sharing == "expand":
-        return pair
-    return Pair(pair.a.mean(-2, keepdim=True), pair.g.sum(-2, keepdim=True))
+        return Pair(a * (kept / kept.mean().sqrt()), g)  # A is a mean over S, of which some are 0
+    positions = kept.sum(-2, keepdim=True).clamp(min=1)
+    return Pair((a * kept).sum(-2, keepdim=True) / positions, g.sum(-2, keepdim=True))
 
 
 def _factors(pair: Pair) -> Kronecker:
@@ -196,12 +223,12 @@ def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:
 
 def _energies(rows: Tensor, basis: Tensor) -> Tensor:
     """(xᵀ b)² for rows [..., n], and the mean over the rest where the basis is truncated."""
-    leading = (rows @ basis).square()
+    leading = rows @ basis
     rest = basis.shape[-2] - basis.shape[-1]
     if rest == 0:
-        return leading
-    left = rows.square().sum(-1) - leading.sum(-1)
-    return torch.cat([leading, (left.clamp(min=0) / rest).unsqueeze(-1)], -1)
+        return leading.square()
+    left = (rows - leading @ basis.mT).square().sum(-1) / rest
+    return torch.cat([leading.square(), left.unsqueeze(-1)], -1)
 
 
 def _block_energies(jacobian: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -227,4 +254,4 @@ def in_units(pairs: Pairs, roots: tuple[Tensor, Tensor] | None) -> Pairs:
     if roots is None:
         return pairs
     p, r = (root[..., None, None, :] for root in roots)
-    return [[Pair(pair.a / r, pair.g / p) for pair in uses] for uses in pairs]
+    return [[Pair(pair.a / r, pair.g / p, pair.kept) for pair in uses] for uses in pairs]

@@ -126,9 +126,9 @@ class StructuredGuide(LaidOutGuide):
             return
         model = self._base_model[0]
         if self._init_loc_fn is not init_to_network:
-            model = Start(self._init_loc_fn, self.fallback_sites)(model)
+            model = Start(self._init_loc_fn, plan.left)(model)
         elif self._make_fallback is AutoNormal:
-            model = Start(init_to_prior_median, self.fallback_sites)(model)
+            model = Start(init_to_prior_median, plan.left)(model)
         values = {name: found.latents[name]["value"] for name in plan.left_out}
         self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
         with torch.no_grad(), frozen_buffers(model), poutine.block():
@@ -167,8 +167,12 @@ class StructuredGuide(LaidOutGuide):
         return result
 
     def may_be_whole_of(self, model: Callable[..., Any]) -> bool:
-        """Whether it is for all latents of a model: "full" always, "diag" without layers."""
+        """Whether it is for all latents of a model: "full" always, "diag" without layers.
+
+        Not where it has been laid out with a fallback guide already.
+        """
         may = self.may_be_whole and self._choice is None
+        may = may and not (self.fallback_sites or self._loaded_rest)
         return may and (self.structure == "full" or not has_network(model))
 
     def observe_priors(self, priors: Sequence[Prior]) -> None:

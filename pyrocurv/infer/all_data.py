@@ -10,17 +10,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from pyro import poutine
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.total import Batch, Total, accumulate
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.at_mean import calls_of, mean_weights, other_medians
+from pyrocurv.infer.at_mean import calls_of, introduce, mean_weights, other_medians
 from pyrocurv.infer.evidence import Fitted
 from pyrocurv.infer.run import Run, arguments, evaluated, run_model
 from pyrocurv.priors import BlockPrior
-from pyrocurv.stream import Stream
 
 
 def fit_all(
@@ -66,9 +64,7 @@ def _runs(
     """The model at the mean on each batch, with its ops watched."""
     for batch in loader:
         args, kwargs = arguments(batch)
-        if guide.prototype_trace is None:
-            with Stream(0)(torch.device("cpu")):
-                poutine.block(guide)(*args, **kwargs)
+        introduce(guide, args, kwargs)
         if not guide.blocks:
             raise ValueError(guide.emptiness)
         yield _run(model, guide, spec, args, kwargs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyrocurv import engine
@@ -12,7 +14,15 @@ from pyrocurv.capture import Capture
 from pyrocurv.curvature.pullback import Opaque
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.run import leaves
+from pyrocurv.stream import Stream
 from pyrocurv.uses import Call
+
+
+def introduce(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
+    """Have the guide meet its model, if it has not, at no cost of random numbers."""
+    if guide.prototype_trace is None:
+        with Stream(0)(torch.device("cpu")), poutine.block():
+            guide._setup_prototype(*args, **kwargs)
 
 
 def mean_weights(guide: StructuredGuide) -> dict[str, Tensor]:

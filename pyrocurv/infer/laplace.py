@@ -20,6 +20,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import NOISE, as_curvature
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.all_data import fit_all
+from pyrocurv.infer.at_mean import introduce
 from pyrocurv.infer.evidence import Fitted, best_factors, evidence, scaled
 from pyrocurv.infer.outlook import predict
 from pyrocurv.nn import rescale_prior
@@ -176,6 +177,8 @@ class Laplace:
                 observed sites, or none.
             RuntimeError: the guide has not seen its model, or is neither fitted nor trained.
         """
+        if self.guide.sites:  # also of a guide that was loaded
+            introduce(self.guide, args, kwargs)
         self.guide._ready_blocks()
         if not self.guide.at_mode and self.guide.is_untouched:
             raise RuntimeError("fit(loader) comes first: the guide has still its first width")

@@ -16,7 +16,7 @@ from pyrocurv import engine
 from pyrocurv.blocks import Block
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.estimator import Part
-from pyrocurv.engine import Numbers, Proposal
+from pyrocurv.engine import Numbers, Proposal, Weights
 from pyrocurv.families import Family
 from pyrocurv.infer.heat import Heat
 from pyrocurv.infer.known_priors import KnownPriors
@@ -48,7 +48,7 @@ class Seen:
     """What the runs of the model in a step gave."""
 
     loss: Tensor
-    gradients: Sequence[Tensor]
+    gradients: list[Weights]
     others: Others
     numbers: Sequence[Numbers]
     priors: Sequence[BlockPrior]
@@ -142,8 +142,9 @@ def propose(state: State, settings: Settings, runner: Runner, known: KnownPriors
         for family, one in zip(runner.guide.blocks, state.blocks, strict=True)
     ]
     seen = see(state, locs, settings, runner, known)
+    blocks = [family.block for family in runner.guide.blocks]
     proposal = engine.propose(
-        seen.state, locs, seen.gradients, seen.priors, seen.loss, seen.others.gradients,
+        seen.state, blocks, locs, seen.gradients, seen.priors, seen.loss, seen.others.gradients,
         seen.numbers, settings.average,
     )
     num_data = seen.numbers[0].num_data

@@ -11,6 +11,7 @@ from torch import nn
 
 from pyrocurv.guides import MixtureGuide
 from pyrocurv.infer.ngvi import NGVI
+from pyrocurv.infer.numbers import check_whole
 from pyrocurv.prototype import named_modules
 
 Made = NGVI | tuple[NGVI, Any]
@@ -64,8 +65,7 @@ def train_mixture(
     chosen = [*range(seeds)] if isinstance(seeds, int) else [*seeds]
     if not chosen or len({*chosen}) < len(chosen):
         raise ValueError(f"seeds={seeds!r}: one or more are needed, each once")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs={epochs!r}: a whole number from 1 is needed")
+    check_whole("epochs", epochs, 1)
     done = {} if finished is None else finished
     left = [seed for seed in chosen if seed not in done]
     with _bar(len(left) * epochs, loader, progress) as bar:

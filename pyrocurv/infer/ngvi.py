@@ -33,7 +33,7 @@ from pyrocurv.infer.numbers import (
     Loss,
     NaturalGradient,
     check_positive,
-    check_samples,
+    check_whole,
     chosen,
 )
 from pyrocurv.infer.rest import Rest
@@ -151,7 +151,9 @@ class NGVI:
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "num_particles": num_particles, "average": average,
         }, self._wants_whole)
-        self.num_particles: Any = check_samples(numbers.pop("num_particles"))
+        self.num_particles: Any = numbers.pop("num_particles")
+        if self.num_particles != AUTO:
+            check_whole("num_particles", self.num_particles, 0)
         self.average: bool = numbers.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0

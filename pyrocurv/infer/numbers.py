@@ -53,12 +53,10 @@ def chosen(numbers: dict[str, Any], is_whole: bool) -> dict[str, Any]:
     return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in numbers.items()}
 
 
-def check_samples(number: Any) -> int | str:
-    """Raises ValueError for what is neither "auto" nor a number of samples."""
-    whole = isinstance(number, int) and not isinstance(number, bool) and number >= 0
-    if not whole and number != AUTO:
-        raise ValueError(f"num_particles={number!r}: a whole number from 0 is needed")
-    return number
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError for what is no whole number from `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number from {least} is needed")
 
 
 class Loss(float):

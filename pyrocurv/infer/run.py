@@ -15,13 +15,13 @@ from torch.distributions import Distribution
 
 from pyrocurv.capture import Capture
 from pyrocurv.curvature.pullback import Observation
+from pyrocurv.graph import ancestors
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.infer.rest import Others
 from pyrocurv.precision import Autocast
 from pyrocurv.priors import Source, as_normal
 from pyrocurv.prototype import modules, named_modules, still_frozen
-from pyrocurv.rows import ancestors
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,7 @@ def observed(
 class Slopes:
     """Gradients of the energy per datum, and estimates of the curvature that are made of them."""
 
-    weights: Sequence[Tensor]  # packed
+    weights: list[Weights]  # of each block
     others: Sequence[Tensor | None]  # of the run's `params`
     curvature: Sequence[Tensor | None]  # of blocks that have no other estimate
 
@@ -85,7 +85,8 @@ class Slopes:
         """The sums over samples."""
         others = self.others or [None] * len(more.others)
         return Slopes(
-            [a + b for a, b in zip(self.weights, more.weights, strict=True)],
+            [{name: a[name] + b[name] for name in a}
+             for a, b in zip(self.weights, more.weights, strict=True)],
             [*map(_sum, others, more.others)], [*map(_sum, self.curvature, more.curvature)],
         )
 
@@ -102,15 +103,16 @@ def slopes(
     )
     pairs = zip(run.weights.items(), found, strict=False)
     weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
-    packed = [block.pack(weights) for block in blocks]
+    apart: list[Weights] = [{name: weights[name] for name in block.tensors} for block in blocks]
     curvature: list[Tensor | None] = [None] * len(blocks)
     if sample.noise is not None:
-        parts = zip(blocks, precisions, sample.noise, packed, strict=True)
+        parts = zip(blocks, precisions, sample.noise, apart, strict=True)
         curvature = [
-            precision.diag() * one.epsilon * g if engine.is_sensed(spec, block) else None
-            for block, precision, one, g in parts
+            precision.diag() * noise.epsilon * block.pack(g)
+            if engine.is_sensed(spec, block) else None
+            for block, precision, noise, g in parts
         ]
-    return Slopes(packed, found[len(weights):], curvature)
+    return Slopes(apart, found[len(weights):], curvature)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -18,10 +18,11 @@ from torch import Tensor
 from pyrocurv import engine
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.infer.ngvi import NGVI
-from pyrocurv.infer.numbers import check_positive
+from pyrocurv.infer.numbers import check_positive, check_whole
 from pyrocurv.infer.run import Run, arguments, evaluated, leaves, run_model
 from pyrocurv.notice import notice
 from pyrocurv.prototype import frozen_buffers
+from pyrocurv.stream import Stream
 
 Guide = StructuredGuide | MixtureGuide
 Trained = NGVI | tuple[Callable[..., Any], Guide]  # or a model and its guide
@@ -49,9 +50,11 @@ def choose_temperature(
         temperatures: among which to choose.
         num_samples: of each posterior.
 
-    Warns where the best is the lowest tried. Raises ValueError for no temperature or one that is
-    not positive, for held-out data that can be gone through only once, and where
-    `log_predictive_density` does.
+    The draws from each posterior come from the same random numbers, and scores nearer than the
+    standard error over the held-out data are a tie. Warns where the best is at an end of those
+    tried, below 1. Raises ValueError for no temperature or one that is not positive, for held-out
+    data that can be gone through only once, and where `log_predictive_density` does;
+    FloatingPointError where no score is finite (one that is not is never chosen).
 
     Example:
         >>> import torch, pyrocurv
@@ -76,22 +79,31 @@ def choose_temperature(
         check_positive("temperature", temperature)
     if isinstance(held_out, Iterator):
         raise ValueError("held_out: an iterator is gone after one temperature; a list is needed")
-    densities = {
-        temperature: _density(fit(temperature), held_out, num_samples)
-        for temperature in temperatures
-    }
-    choice = Choice(max(densities, key=densities.__getitem__))
+    check_whole("num_samples", num_samples, 1)
+    seed = Stream().seed  # the same draws from each posterior
+    densities = {t: _density(fit(t), held_out, num_samples, seed) for t in temperatures}
+    known = {t: density for t, density in densities.items() if math.isfinite(density)}
+    if not known:
+        raise FloatingPointError(f"no temperature has a finite density: {densities}")
+    choice = Choice(max(known, key=known.__getitem__))
     choice.densities = densities
-    if len(densities) > 1 and choice == min(densities):
-        notice(f"temperature {choice} is the lowest of those tried: a lower one may be better")
+    edges = {min(densities): "lowest", max(densities): "highest"}
+    if len(densities) > 1 and choice in edges and choice < 1:
+        notice(
+            f"temperature {choice} is the {edges[choice]} of those tried: one beyond it may be "
+            "better"
+        )
     return choice
 
 
-def _density(trained: Trained, held_out: Iterable[Any], num_samples: int) -> float:
+def _density(trained: Trained, held_out: Iterable[Any], num_samples: int, seed: int) -> float:
     pair = (trained.model, trained.guide) if isinstance(trained, NGVI) else trained
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"fit: an NGVI or (model, guide) is needed, got {type(pair).__name__}")
-    return log_predictive_density(*pair, held_out, num_samples)
+    model, guide = pair
+    like = next(iter(guide.parameters()), torch.zeros(()))
+    with Stream(seed)(like.device):
+        return log_predictive_density(model, guide, held_out, num_samples)
 
 
 @torch.no_grad()
@@ -104,9 +116,10 @@ def log_predictive_density(
     masked ones left out; a `poutine.scale` does not count. Of a mixture the components take turns.
     Draws from torch's global generator; the model is in eval mode.
 
-    Raises ValueError for a Laplace approximation, whose samples mean nothing to the network, and
-    for a loader without data.
+    Raises ValueError for a Laplace approximation, whose samples mean nothing to the network, for a
+    loader without data and for less than one sample.
     """
+    check_whole("num_samples", num_samples, 1)
     turns = [*islice(_turns(guide), num_samples)]
     if any(one.at_mode for one in turns):
         raise ValueError(

@@ -20,13 +20,13 @@ from pyrocurv.curvature.estimator import ALONE, Part
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.pullback import Observation
 from pyrocurv.curvature.spec import as_curvature
-from pyrocurv.engine import Numbers
+from pyrocurv.engine import Numbers, Weights
 from pyrocurv.layers import Layer
 from pyrocurv.notice import notice
 from pyrocurv.optim.layout import Layout, extended, grouped, opaque, refuse_misread, unmet
 from pyrocurv.optim.likelihoods import DATA_KINDS, check_likelihood, check_loss, observation, single
 from pyrocurv.optim.passes import Pass, alike, total
-from pyrocurv.optim.places import Group, Params, Places, copied, placed, read, write
+from pyrocurv.optim.places import Group, Params, Places, placed, read, write
 from pyrocurv.optim.rest import Rest
 from pyrocurv.optim.watching import Watch
 from pyrocurv.precision import full_precision
@@ -94,6 +94,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if clip is not None and not clip > 0:
             raise ValueError(f"kl_clip={clip!r}: a positive number or None is needed")
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch has it; passes whose gradients are cleared have no part in the next step."""
+        super().zero_grad(set_to_none)
+        self._watch.take()
+
     def _places(self) -> Places:
         return placed(self._watch.inner, self.param_groups)
 
@@ -128,10 +133,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
             if gradient is not None and not self.layout.blocks:
                 check_loss(self.likelihood, gradient)
-            if self.curvature.kind not in DATA_KINDS:
-                gradient = None
             term = observation(
-                self.likelihood, self._density, output, gradient, total(passes), inputs.batch
+                self.likelihood, self._density, output, gradient, total(passes), inputs.batch,
+                self.curvature.kind in DATA_KINDS,
             )
             self.has_finite_support = single(term.likelihood).has_enumerate_support
             refuse_misread(self.layout, capture, output, inputs.batch)
@@ -212,17 +216,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         blocks = [layout.blocks[n] for n in here]
         blocked = {name for block in layout.blocks for name in block.tensors}
         rest = [name for name in grads if name not in blocked and name not in layout.frozen]
-        locs, gradients = [], []
-        for block in blocks:
-            theirs = {
-                name: grads[name] if name in grads else torch.zeros_like(places[name][0])
-                for name in block.tensors
-            }
-            locs.append(read(block, places))
-            gradients.append(copied(block, theirs).div_(samples))
+        locs = [read(block, places) for block in blocks]
+        gradients: list[Weights] = [
+            {name: _mean(grads.get(name), samples, places[name][0]) for name in block.tensors}
+            for block in blocks
+        ]
         if blocks:
             proposal = engine.propose(
-                State(self._state.step, tuple(carried[n] for n in here)), locs, gradients,
+                State(self._state.step, tuple(carried[n] for n in here)), blocks, locs, gradients,
                 [priors[n] for n in here], locs[0].new_zeros(()), [grads[name] for name in rest],
                 [numbers[n] for n in here], False,
             )
@@ -313,3 +314,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._density = check_likelihood(self.likelihood, self.curvature.kind)
+
+
+def _mean(gradient: Tensor | None, samples: int, like: Tensor) -> Tensor:
+    """Over the samples that it is the sum of."""
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient if samples == 1 else gradient / samples

@@ -75,11 +75,23 @@ def check_loss(likelihood: Likelihood, gradient: Tensor) -> None:
         )
 
 
+def counted(output: Tensor, gradient: Tensor) -> Tensor | None:
+    """Which entries of a "categorical" the loss is of: not those of `ignore_index`; None: all.
+
+    Nothing comes back through such an entry. Through another nothing does only at a probability of
+    1, of no curvature either; that it counts there is what the probability tells.
+    """
+    mask = (gradient != 0).any(-1) | (output.softmax(-1).amax(-1) == 1)
+    return None if bool(mask.all()) else mask
+
+
 def observation(
     likelihood: Likelihood, density: Callable[[Any], Distribution], output: Any,
-    gradient: Tensor | None, total: int, rows: int,
+    gradient: Tensor | None, total: int, rows: int, with_targets: bool,
 ) -> Observation:
     """The term of one pass over `rows` examples; `gradient` is the loss's, a mean over `total`.
+
+    The data are read off it where the curvature wants them, `with_targets`.
 
     Raises ValueError for an output that the likelihood does not fit, FloatingPointError for one
     that is not finite.
@@ -105,8 +117,12 @@ def observation(
             f"inputs and an output {shape}: the batch is the first axis"
         )
     each = single(fitted).batch_shape.numel() // rows
-    if gradient is None:
-        value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
-    else:
+    value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
+    mask = None
+    if gradient is not None and likelihood == "categorical":
+        mask = counted(output.detach(), gradient)
+    if gradient is not None and with_targets:
         value = targets(likelihood, output.detach(), gradient, total * each)
-    return Observation(fitted, value, 1 / each)
+    if mask is None:
+        return Observation(fitted, value, 1 / each)
+    return Observation(single(fitted), value, rows / mask.sum().clamp(min=1), mask)

@@ -36,15 +36,10 @@ def first(block: Block, places: Places) -> tuple[nn.Parameter, Group]:
     return places[next(iter(block.tensors))]
 
 
-def copied(block: Block, values: Mapping[str, Tensor]) -> Tensor:
-    """Packed [P], in memory of its own."""
-    packed = block.pack({name: value.detach() for name, value in values.items()})
-    return packed.clone() if len(block.tensors) == 1 else packed
-
-
 def read(block: Block, places: Places) -> Tensor:
     """A copy [P] of what the parameters are."""
-    return copied(block, {name: places[name][0] for name in block.tensors})
+    packed = block.pack({name: places[name][0].detach() for name in block.tensors})
+    return packed.clone() if len(block.tensors) == 1 else packed
 
 
 @torch.no_grad()

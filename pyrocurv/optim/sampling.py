@@ -27,9 +27,12 @@ class Samples:
     layout: Layout
     carried: tuple[Carried, ...]
     estimates: tuple[Tensor | None, ...]  # sums of Λ ε ∘ g, for blocks that nothing else tells of
+    size: Tensor | None = None  # the norm of those blocks' gradients
 
-    def and_one(self, mirror: Sequence[Noise | None], found: Sequence[Tensor | None]) -> Samples:
-        """With one more, which the next one may mirror, and its Λ ε ∘ g."""
+    def and_one(
+        self, mirror: Sequence[Noise | None], found: Sequence[Tensor | None], size: Tensor | None
+    ) -> Samples:
+        """With one more, which the next one may mirror, its Λ ε ∘ g and the gradients' norm."""
         noises = [*mirror, *[None] * (len(self.carried) - len(mirror))]
         carried = [replace(one, noise=n) for one, n in zip(self.carried, noises, strict=True)]
         estimates = [
@@ -37,7 +40,8 @@ class Samples:
             for held, new in zip(self.estimates, found, strict=True)
         ]
         return replace(
-            self, count=self.count + 1, carried=tuple(carried), estimates=tuple(estimates)
+            self, count=self.count + 1, carried=tuple(carried), estimates=tuple(estimates),
+            size=size,
         )
 
     @property
@@ -91,6 +95,22 @@ def gradients(spec: Curvature, blocks: Sequence[Block], places: Places) -> dict[
     names = [n for block in blocks if engine.is_sensed(spec, block) for n in block.tensors]
     there = {name: places[name][0].grad for name in names}
     return {name: grad.clone() for name, grad in there.items() if grad is not None}
+
+
+def size(spec: Curvature, blocks: Sequence[Block], places: Places) -> Tensor | None:
+    """The norm of the gradients of such blocks, if there are any."""
+    found = [*gradients(spec, blocks, places).values()]
+    return torch.nn.utils.get_total_norm(found) if found else None
+
+
+def check_scale(before: Tensor | None, now: Tensor | None) -> None:
+    """Raise RuntimeError where gradients were unscaled after a curvature had been made of them."""
+    if before is not None and now is not None and bool(256 * now < before):
+        raise RuntimeError(
+            f"the gradients were {float(before / now):.0f} times as large when the sample was left "
+            "as they are at step(), so the curvature from them is too large: with a GradScaler, "
+            "call scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
+        )
 
 
 def noisy_estimates(

@@ -127,7 +127,8 @@ class VIOptimizer(CurvatureOptimizer):
         self._normals = Priors()
         self._samples: Samples | None = None
         self._num_parts = 1  # how many samples of a step give its curvature
-        self._is_sampling = False
+        self._is_sampling = self._is_closure = False
+        self._before: dict[str, Tensor] = {}  # gradients that were there before a sample
         self._means: tuple[Sequence[Block], Sequence[Tensor]] = ((), ())  # while they are away
         if self.curvature.kind == NOISE:
             self._start()
@@ -160,6 +161,13 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ---- samples --------------------------------------------------------------------------------
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch has it; samples whose gradients are cleared have no part in the next step."""
+        super().zero_grad(set_to_none)
+        self._before = {}
+        if not self._is_closure:  # which may clear them for each of its samples
+            self._samples = None
+
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
         """The parameters are a sample inside, and the mean again afterwards, whatever is raised.
@@ -174,15 +182,15 @@ class VIOptimizer(CurvatureOptimizer):
         self._is_sampling = True
         try:
             with sampling.at(self.layout.blocks, noise, places) as self._means:
-                before = sampling.gradients(self.curvature, self.layout.blocks, places)
+                self._before = sampling.gradients(self.curvature, self.layout.blocks, places)
                 yield
                 if passes := self._watch.take():
-                    self._samples = self._with(passes, noise, mirror, before, places)
+                    self._samples = self._with(passes, noise, mirror, places)
         except BaseException:
             self._stream.load_state_dict(stream)
             raise
         finally:
-            self._is_sampling, self._means = False, ((), ())
+            self._is_sampling, self._means, self._before = False, ((), ()), {}
 
     def _drawn(self, places: Places) -> tuple[list[Noise] | None, list[Noise | None]]:
         """A sample's noise, and what the next one mirrors; of the posterior at the last step."""
@@ -197,7 +205,7 @@ class VIOptimizer(CurvatureOptimizer):
     @torch.no_grad()
     def _with(
         self, passes: Sequence[Pass], noise: Sequence[Noise] | None,
-        mirror: Sequence[Noise | None], before: Mapping[str, Tensor], places: Places,
+        mirror: Sequence[Noise | None], places: Places,
     ) -> Samples:
         """One more sample, after its backward pass and with the parameters still at it."""
         old, blocks = self._samples, self.layout.blocks
@@ -211,8 +219,8 @@ class VIOptimizer(CurvatureOptimizer):
             )
             old = replace(old, layout=layout, carried=tuple(carried))
         return old.and_one(mirror, sampling.noisy_estimates(
-            self.curvature, blocks, self._state.blocks, noise, before, places
-        ))
+            self.curvature, blocks, self._state.blocks, noise, self._before, places
+        ), sampling.size(self.curvature, blocks, places))
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -232,6 +240,9 @@ class VIOptimizer(CurvatureOptimizer):
             )
         places, layout = self._places(), samples.layout
         with torch.no_grad():
+            sampling.check_scale(
+                samples.size, sampling.size(self.curvature, layout.blocks, places)
+            )
             carried = engine.sense(
                 self.curvature, self._state.step, samples.carried, samples.means,
                 samples.rows / self._size, self._priors(layout, places),
@@ -245,11 +256,11 @@ class VIOptimizer(CurvatureOptimizer):
             with self.sampled_params(), torch.enable_grad():
                 return closure()
 
-        self._samples, self._num_parts = None, self.num_samples
+        self._samples, self._num_parts, self._is_closure = None, self.num_samples, True
         try:
             return sampling.summed(run, self.num_samples, self.zero_grad, self._places())
         finally:
-            self._num_parts = 1
+            self._num_parts, self._is_closure = 1, False
 
     @property
     def _size(self) -> float:
@@ -326,4 +337,5 @@ class VIOptimizer(CurvatureOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._normals, self._samples, self._num_parts = Priors(), None, 1
-        self._is_sampling, self._means = False, ((), ())
+        self._is_sampling = self._is_closure = False
+        self._before, self._means = {}, ((), ())

@@ -23,21 +23,16 @@ S = TypeVar("S", bound="Structure")
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """M⁻¹x as rest·x + left @ right, never formed where it is only to be added to something."""
+    """M⁻¹x to be added to something: a vector [P], or two factors [O, k], [k, I] of a matrix."""
 
     dot: Tensor  # <x, M⁻¹x>
-    x: Tensor  # [P]
-    rest: float
-    left: Tensor | None = None  # [O, k]
-    right: Tensor | None = None  # [k, I]
+    parts: tuple[Tensor] | tuple[Tensor, Tensor]
 
     def add_to(self, y: Tensor, alpha: float) -> Tensor:
         """y [P] with alpha · M⁻¹x added to it in place."""
-        if self.rest:
-            y.add_(self.x, alpha=alpha * self.rest)
-        if self.left is not None:
-            matrix = y.view(len(self.left), -1)
-            matrix.addmm_(self.left, self.right, alpha=alpha)  # type: ignore[arg-type]  # left comes with right
+        if len(self.parts) == 1:
+            return y.add_(*self.parts, alpha=alpha)
+        y.view(len(self.parts[0]), -1).addmm_(*self.parts, alpha=alpha)
         return y
 
 
@@ -99,9 +94,9 @@ class Structure(ABC):
         """The nearest positive semi-definite matrix in the Frobenius norm."""
 
     def solution(self, x: Tensor) -> Solution:
-        """M⁻¹x, to be added to something, for x [P]."""
+        """M⁻¹x for x [P], whose memory may be used for it; without gradients."""
         solved = self.solve(x)
-        return Solution(torch.dot(x, solved), solved, 1.0)
+        return Solution(torch.dot(x, solved), (solved,))
 
     def rsqrt_(self, z: Tensor) -> Tensor:
         """`rsqrt` of z [P], whose memory may be used for it; without gradients."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrocurv.structures.base import Solution, Structure
 
+ROWS = 512  # of a matrix as wide as a side, at once
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
@@ -133,9 +134,10 @@ class KroneckerEigen(Structure):
         dot = torch.dot(p.view(-1), right[: len(p)].view(-1))
         if q is not None:
             dot = dot + (q * left[:, -q.shape[-1] :]).sum()
-        if self._is_thin:
-            dot = dot + parts.number * torch.dot(x, x)
-        return Solution(dot, x, parts.number if self._is_thin else 0.0, left, right)
+        if not self._is_thin:
+            return Solution(dot, (left, right))
+        dot = dot + parts.number * torch.dot(x, x)
+        return Solution(dot, (matrix.addmm_(left, right, beta=parts.number).view(-1),))
 
     def rsqrt(self, z: Tensor) -> Tensor:
         if not self._is_full:
@@ -168,7 +170,7 @@ class KroneckerEigen(Structure):
 
     def _diag(self, spectrum: Tensor) -> Tensor:
         output, input = (
-            torch.cat([b.square(), 1 - b.square().sum(-1, keepdim=True)], -1)
+            torch.cat([b.square(), _outside(b)], -1)
             for b in (self.output_basis, self.input_basis)
         )
         rows, columns = spectrum.shape[-2:]
@@ -220,6 +222,20 @@ class KroneckerEigen(Structure):
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ [..., n, m] of vectors [..., n] and [..., m]."""
     return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def _outside(basis: Tensor) -> Tensor:
+    """|e_i - V Vᵀ e_i|² [..., n, 1] of each unit vector, the share that no column has.
+
+    As a square itself: 1 - Σ_k V_ik² would have the rounding of 1, and may be negative.
+    """
+    parts = []
+    for start in range(0, basis.shape[-2], ROWS):
+        rows = basis[..., start : start + ROWS, :]
+        rest = -rows @ basis.mT
+        rest.diagonal(start, -2, -1).add_(1)
+        parts.append(rest.square().sum(-1, keepdim=True))
+    return torch.cat(parts, -2)
 
 
 def _counts(basis: Tensor) -> Tensor:
