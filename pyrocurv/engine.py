@@ -301,6 +301,6 @@ def _finite(
     values = torch.stack([*numbers, *sums]).tolist()
     if not all(map(math.isfinite, values)):
         known = math.isfinite(values[0])
-        what = "a gradient is not finite; the loss is" if known else "the loss is"
-        raise FloatingPointError(f"step {step}: {what} {values[0]}")
+        what = "a gradient is not finite" if known else f"the loss is {values[0]}"
+        raise FloatingPointError(f"step {step}: {what}")
     return values[: len(numbers)]

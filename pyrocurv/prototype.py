@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +11,8 @@ from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, _bound_partial
+from pyro.poutine.reparam_messenger import ReparamHandler
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
@@ -89,25 +92,82 @@ class _Watch(Messenger):
             self.observed.append((msg["fn"], msg["value"], bool(msg["cond_indep_stack"])))
 
 
-def _unwrapped(model: Any) -> tuple[Any, bool]:
+def unwrapped(model: Any) -> tuple[Any, bool]:
     """What is under the `poutine` handlers around a model, and whether one hides sites."""
     blocked = False
-    while not isinstance(model, nn.Module) and getattr(model, "args", None):
-        blocked = blocked or any(isinstance(part, poutine.block_messenger.BlockMessenger)
-                                 for part in (getattr(model.func, "__self__", None), *model.args))
-        model = model.args[-1]
+    while not isinstance(model, nn.Module):
+        if isinstance(model, ReparamHandler):
+            model = model.fn
+        elif isinstance(model, _bound_partial):
+            handler, model = model.args
+            blocked |= isinstance(handler, poutine.block_messenger.BlockMessenger)
+        elif isinstance(model, functools.partial) and isinstance(model.func, nn.Module):
+            model = model.func
+        else:
+            break
     return model, blocked
 
 
 def modules(model: Any) -> list[nn.Module]:
     """The modules of a model, whatever `poutine` handlers are around it."""
-    return list(named_modules(model).values())
+    return list({id(part): part for part in named_modules(model).values()}.values())
 
 
 def named_modules(model: Any) -> dict[str, nn.Module]:
-    """The same by name; a model that is no module has none."""
-    module, _ = _unwrapped(model)
-    return dict(module.named_modules()) if isinstance(module, nn.Module) else {}
+    """The same by name; those of a function are the ones that it holds on to."""
+    named: dict[str, nn.Module] = {}
+    for root in _roots(model):
+        for name, part in root.named_modules():
+            named.setdefault(name, part)
+    return named
+
+
+def _roots(model: Any) -> Iterator[nn.Module]:
+    """A model that is a module, or the modules that a function or a method of an object uses."""
+    ahead, seen = [unwrapped(model)[0]], set[int]()
+    while ahead:
+        part = ahead.pop(0)
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, nn.Module):
+            yield part
+        elif isinstance(part, functools.partial):
+            ahead += [part.func, *part.args, *part.keywords.values()]
+        elif isinstance(part, types.MethodType):
+            ahead += [part.__self__, part.__func__]
+        elif isinstance(part, types.FunctionType):
+            ahead += _held(part)
+        elif isinstance(part, (list, tuple, dict)):
+            several = part.values() if isinstance(part, dict) else part
+            ahead += [one for one in several if isinstance(one, nn.Module)]
+        elif callable(part) or len(seen) == 2:  # an object of one's own, which a method is of
+            ahead += [one for one in getattr(part, "__dict__", {}).values() if _may_hold(one)]
+
+
+def _held(function: types.FunctionType) -> list[Any]:
+    """What a function closes over, and the globals of its file that it names."""
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return [one for one in (*cells, *named, *(function.__defaults__ or ())) if _may_hold(one) and (
+        not isinstance(one, types.FunctionType) or one.__globals__ is function.__globals__
+    )]
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether there may be a module in it; of containers, in small ones."""
+    if isinstance(value, (list, tuple, dict)):
+        return len(value) < 100
+    return isinstance(
+        value, (nn.Module, functools.partial, types.MethodType, types.FunctionType)
+    )
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # the name is not bound yet
+        return False
 
 
 @contextmanager
@@ -166,7 +226,7 @@ def inspect(
         for name in trace.nodes.keys() - known - {"_INPUT", "_RETURN"}:
             trace.remove_node(name)
     latents = dict(trace.iter_stochastic_nodes())
-    if not watch.observed and not known and not partial and not _unwrapped(model)[1]:
+    if not watch.observed and not known and not partial and not unwrapped(model)[1]:
         raise ValueError(
             "the model has no observed site in this call, its latents are "
             f"{', '.join(latents) or 'none'}: were the data left out?"

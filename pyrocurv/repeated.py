@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 
 from pyrocurv.stream import Stream
 
@@ -61,7 +62,9 @@ class _Once(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         value = self.given.get(msg["name"])
-        if value is not None:
+        if value is not None and site_is_subsample(msg):
+            msg["value"], msg["done"] = value, True
+        elif value is not None:
             shape = _shape(msg["fn"])
             if value.dim() > len(shape) and value.numel() == shape.numel():
                 value = value.reshape(shape)  # axes of 1 for plates that the site is not in
@@ -195,11 +198,13 @@ def join(parts: list[Runs]) -> Runs:
 
 def shapes_of(program: Program, args: Any, kwargs: Any) -> Any:
     """What of a call decides how it is run."""
+    leaves, spec = tree_flatten((args, kwargs))
     kinds = [
-        (one.shape, one.dtype) if isinstance(one, Tensor) else type(one)
-        for one in (*args, *kwargs.values())
+        (one.shape, one.dtype) if isinstance(one, Tensor)
+        else one if isinstance(one, (int, str)) else type(one)
+        for one in leaves
     ]
-    return getattr(program, "training", None), (*kinds,), (*kwargs,)
+    return getattr(program, "training", None), (*kinds,), str(spec)
 
 
 def _device(values: Values, args: Any) -> torch.device:

@@ -5,6 +5,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -39,6 +40,7 @@ from toys import (
     trained,
 )
 
+import pyrocurv
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.guides import DiagonalGuide, KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI
@@ -603,7 +605,7 @@ def test_without_a_block_there_is_no_posterior_but_a_reason() -> None:
         guide.posterior  # noqa: B018
     with pytest.raises(RuntimeError, match="fallback"):
         guide.kl()
-    reason = "the fallback guide has, .* layer.weight, layer.bias: use pyro.infer.SVI"
+    reason = "the fallback guide has, .* layer.weight, layer.bias; .* FullGuide .*: use pyro.infer"
     with pytest.raises(ValueError, match=reason):
         NGVI(model, guide).step(*LINE)
     fresh = KFACGuide(model)
@@ -897,3 +899,82 @@ def test_classifier_guides_too() -> None:
     ngvi = NGVI(model, KFACGuide(model), lr=0.1, temperature=0.1)
     losses = [ngvi.step(*data) for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+# ---- a network inside of a function -------------------------------------------------------------
+
+
+class Service:
+    """An object that is no module, with a model as its method."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def model(self, x: Tensor, y: Tensor | None = None) -> None:
+        around(self.net, x, y)
+
+
+def around(net: nn.Module, x: Tensor, y: Tensor | None = None) -> None:
+    mean = net(x)
+    scale = pyro.sample("scale", dist.HalfNormal(mean.new_ones(())))
+    with pyro.plate("data", NUM_DATA, subsample=torch.arange(len(x))):
+        pyro.sample("obs", dist.Normal(mean, scale).to_event(1), obs=y)
+
+
+def closed_over(net: nn.Module) -> Callable[..., Any]:
+    nets = {"first": net}
+    return lambda x, y=None: around(nets["first"], x, y)
+
+
+FUNCTIONS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "closure": closed_over,
+    "method": lambda net: Service(net).model,
+    "partial": lambda net: partial(around, net),
+    "handled": lambda net: poutine.scale(closed_over(net), 1.0),
+    "reparametrised": lambda net: poutine.reparam(closed_over(net), config={}),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("structure", ["diag", "kfac", "full"])
+def test_a_network_inside_of_a_function_is_seen(name: str, structure: str) -> None:
+    """It starts at its own weights, its buffers are kept, structures go by its names."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    weight, count = net[0].weight.detach().clone(), net[1].num_batches_tracked
+    model = FUNCTIONS[name](bayesianize(net, layers=nn.Linear))
+    guide, (x, y) = GUIDES[structure](model), regression_data()
+    guide(x, y)
+    assert torch.equal(guide.median()["0.weight"], weight)
+    ngvi = NGVI(model, guide, on_nonfinite="skip")
+    ngvi.evaluate_loss(x, y)
+    assert int(count) == 0
+    ngvi.step(x, y)
+    assert int(count) == 1
+    mean = net[1].running_mean.clone()
+    assert math.isnan(ngvi.step(x * torch.nan, y))
+    assert torch.equal(net[1].running_mean, mean)
+    with pytest.warns(UserWarning, match="train.. mode"):
+        pyrocurv.infer.Predictive(model, guide=guide, num_samples=3)(x)
+    assert int(count) == 1
+    other = KFACGuide(model, structure={"0": "block"})
+    other(x, y)
+    assert [family.block.kind for family in other.blocks] == ["block", "kfac"]
+
+
+@pytest.mark.usefixtures("double")
+def test_weights_start_at_the_scale_that_their_prior_starts_at() -> None:
+    """Not at a draw of its heavy tail."""
+    def model(x: Tensor, y: Tensor) -> None:
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+        weight = pyro.sample("weight", dist.Normal(0.0, tau).expand([200, 3]).to_event(2))
+        with pyro.plate("data", len(x)):
+            mean = torch.nn.functional.linear(x, weight)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+    x = torch.randn(10, 3)
+    for _ in range(5):
+        pyro.clear_param_store()
+        guide = KFACGuide(model)
+        guide(x, torch.randn(10, 200))
+        assert float(guide.median()["tau"]) == pytest.approx(1.0, rel=1e-3)
+        assert 0.8 < float(guide.median()["weight"].std()) < 1.2

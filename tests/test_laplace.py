@@ -789,3 +789,81 @@ def test_predictions_far_inside_of_the_data_in_single_precision() -> None:
         laplace = Laplace(model, KFACGuide(model)).fit([(x.to(dtype), x[:, 0].to(dtype))])
         variances.append((laplace.predict(x[:50].to(dtype)).variance - 1e-4).double())
     torch.testing.assert_close(*variances, rtol=0.01, atol=0.0)
+
+
+# ---- densities of several examples --------------------------------------------------------------
+
+
+class Joined(PyroModule):
+    """A linear model with a density of all its outputs."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = bayesianize(nn.Linear(3, 1).double(), prior=1.0), kind
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+        mean = self.net(x).squeeze(-1)
+        if self.kind == "correlated":
+            pyro.sample("obs", dist.MultivariateNormal(mean, self.covariance(len(x))), obs=y)
+            return
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+        if self.kind == "factor":
+            pyro.factor("penalty", -2 * mean.square().sum())
+        else:
+            pyro.sample("total", dist.Normal(mean.sum(), 2.0), obs=x.new_zeros(()))
+
+    @staticmethod
+    def covariance(size: int) -> Tensor:
+        return torch.eye(size).double() + 0.5
+
+    def precision(self, x: Tensor) -> Tensor:
+        design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        one = torch.eye(len(x)).double()
+        inside = {
+            "correlated": self.covariance(len(x)).inverse(), "factor": 5 * one,
+            "total": one + torch.ones_like(one) / 4,
+        }[self.kind]
+        return design.mT @ inside @ design + torch.eye(4).double()
+
+
+@pytest.mark.parametrize("kind", ["correlated", "factor", "total"])
+def test_a_density_of_all_examples(kind: str) -> None:
+    """Its Hessian is exact; the kinds that take examples one by one say so."""
+    model, x = Joined(kind), torch.randn(12, 3).double()
+    guide = FullGuide(model)
+    Laplace(model, guide, curvature="hessian").fit([(x, x[:, 0])])
+    torch.testing.assert_close(guide.posterior.precision.dense(), model.precision(x))
+    for name in ("ggn", "fisher", "empirical"):
+        pyro.clear_param_store()
+        with pytest.raises(ValueError, match="one density for all examples, .* use 'hessian'"):
+            Laplace(model, FullGuide(model), curvature=name).fit([(x, x[:, 0])])
+
+
+def test_predictions_of_correlated_outputs() -> None:
+    noise = torch.tensor([[0.5, 0.2], [0.2, 0.4]]).double()
+
+    class Two(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = bayesianize(nn.Linear(3, 2).double())
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            mean = self.net(x)
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.MultivariateNormal(mean, noise), obs=y)
+
+    model, x = Two(), torch.randn(12, 3).double()
+    guide = FullGuide(model)
+    found = Laplace(model, guide).fit([(x, x[:, :2])]).predict(x)
+    two = torch.eye(2).double()
+    rows = torch.stack([torch.cat([torch.kron(two, row), two], 1) for row in x])
+    covariance = rows @ guide.posterior.precision.dense().inverse() @ rows.mT + noise
+    assert isinstance(found, dist.MultivariateNormal)
+    torch.testing.assert_close(found.covariance_matrix, covariance)
+
+
+def test_a_batch_is_no_loader() -> None:
+    model, (x, y) = regressor(), regression_data()
+    with pytest.raises(ValueError, match="batches in a list or a DataLoader"):
+        Laplace(model, KFACGuide(model)).fit((x, y))

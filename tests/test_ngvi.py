@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import oracles
@@ -2276,3 +2277,56 @@ def test_a_bad_start_of_the_weights_does_not_spoil_the_noise_scale(
     latent = "sigma" in ngvi.guide.fallback_sites
     found = ngvi.guide.median()["sigma"] if latent else model.sigma.detach()
     assert abs(found.log() - residuals.std().log()) < 2 * error
+
+
+# ---- what is forgotten --------------------------------------------------------------------------
+
+
+def test_a_state_without_that_of_its_guide_is_noticed() -> None:
+    def parts() -> tuple[NGVI, Any]:
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        model = regressor()
+        return NGVI(model, KFACGuide(model), lr=0.1), regression_data()
+
+    ngvi, data = parts()
+    for _ in range(20):
+        ngvi.step(*data)
+    state, weights = ngvi.state_dict(), ngvi.guide.state_dict()
+    ngvi, data = parts()
+    ngvi.load_state_dict(state)
+    with pytest.warns(UserWarning, match="load the guide's own state too"):
+        ngvi.step(*data)
+    ngvi, data = parts()
+    ngvi.guide.load_state_dict(weights)
+    ngvi.load_state_dict(state)
+    ngvi.step(*data)
+
+
+def test_a_store_that_is_loaded_on_the_way(tmp_path: Path) -> None:
+    """The model's parameter is another tensor then; its optimizer goes on with it."""
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = bayesianize(nn.Linear(3, 1))
+            self.noise = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            mean = self.net(x).squeeze(-1)
+            with pyro.plate("data", 30):
+                pyro.sample("obs", dist.Normal(mean, self.noise), obs=y)
+
+    model, x = Model(), torch.randn(30, 3)
+    ngvi = NGVI(model, KFACGuide(model))
+    for _ in range(3):
+        ngvi.step(x, x[:, 0])
+    pyro.get_param_store().save(tmp_path / "store")
+    ngvi.step(x, x[:, 0])
+    pyro.get_param_store().load(tmp_path / "store")
+    before = model.noise.item()
+    for _ in range(3):
+        ngvi.step(x, x[:, 0])
+    assert model.noise.item() != before
+    copied = copy.deepcopy((model, ngvi))
+    copied[1].step(x, x[:, 0])
+    assert len(ngvi.state_dict()["rest"]["torch"]) == 1

@@ -309,7 +309,7 @@ def test_a_trained_model_is_copied() -> None:
 
 def test_twice_is_an_error_or_nothing() -> None:
     net = bayesianize(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="nothing in .* is no latent yet, of what fits Linear, "):
+    with pytest.raises(ValueError, match="all that fits Linear, .* has been bayesianized already"):
         bayesianize(net)
 
 

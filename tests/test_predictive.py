@@ -452,7 +452,7 @@ def test_a_loaded_guide_needs_no_data() -> None:
 
 def test_a_guide_that_has_not_met_its_model() -> None:
     model, (x, y) = classifier(), class_data()
-    with pytest.raises(ValueError, match="were the data left out"):
+    with pytest.raises(ValueError, match="has not seen its model, .* train it first"):
         Predictive(model, guide=KFACGuide(model), num_samples=3)(x)
     samples = Predictive(model, guide=KFACGuide(model), num_samples=3)(x, y)
     assert torch.equal(samples["obs"], y.expand(3, -1))
@@ -511,3 +511,43 @@ def test_local_latents_are_those_of_the_data_at_hand() -> None:
     for rows in (torch.tensor([14, 3, 7]), torch.arange(20), torch.tensor([2])):
         found = predict(rows, torch.zeros(len(rows), 3))["obs"].mean(0)
         assert (found - 10.0 * rows).abs().max() < 0.2
+
+
+def test_a_guide_of_another_model_is_refused() -> None:
+    def parts(outputs: int) -> tuple[Classifier, KFACGuide]:
+        pyro.clear_param_store()
+        model = Classifier(bayesianize(nn.Linear(3, outputs)), 10)
+        return model, KFACGuide(model)
+
+    model, guide = parts(3)
+    x = torch.randn(10, 3)
+    guide(x, torch.randint(3, (10,)))
+    state = guide.state_dict()
+    model, guide = parts(4)
+    guide.load_state_dict(state)
+    with pytest.raises(ValueError, match="has shape .4, 3. in the model, the guide draws .3, 3."):
+        Predictive(model, guide=guide, num_samples=3, return_sites=["_RETURN"])(x)
+
+
+def test_chunks_follow_what_is_inside_of_arguments() -> None:
+    """A dict of tensors, or a number that sets a size: a chunk is of the runs that fit."""
+    def model(data: dict[str, Tensor], size: int) -> Tensor:
+        scale = pyro.sample("scale", dist.Normal(0.0, 1.0))
+        return scale * data["x"].expand(size, -1)
+
+    runs = repeated.Repeated()
+    for rows, size in ((1, 4), (1, 100_000), (3, 3)):
+        values = {"scale": torch.randn(8)}
+        runs(model, values, 8, ({"x": torch.ones(rows, 50)}, size), {})
+    assert len({*runs.chunks.values()}) > 1 and len(runs.chunks) == 3
+
+
+def test_samples_may_have_the_rows_of_a_plate() -> None:
+    def model() -> Tensor:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=3) as rows:
+            return pyro.sample("obs", dist.Normal(mean + rows.float(), 0.01))
+
+    given = {"mean": torch.zeros(5), "data": torch.tensor([[1, 4, 2]] * 5)}
+    found = Predictive(model, given)()["obs"]
+    torch.testing.assert_close(found, torch.tensor([[1.0, 4.0, 2.0]] * 5), atol=0.1, rtol=0)

@@ -22,6 +22,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 from torch.distributions import (
+    Binomial,
     Cauchy,
     Distribution,
     Exponential,
@@ -125,6 +126,13 @@ def _(likelihood: NegativeBinomial) -> Iterator[Tensor]:
     """In the logits r p, for r failures."""
     count = _fixed(likelihood, "total_count")
     yield (count * likelihood.probs.detach()).sqrt() * likelihood.logits
+
+
+@root.register
+def _(likelihood: Binomial) -> Iterator[Tensor]:
+    """In the logits n p (1 - p), for n trials."""
+    trials, p = _fixed(likelihood, "total_count"), likelihood.probs.detach()
+    yield (trials * p * (1 - p)).sqrt() * likelihood.logits
 
 
 @root.register

@@ -77,9 +77,13 @@ class LaidOutGuide(NamedGuide):
             'structure= leaves out, as "point" or "frozen"': [*self._left_out],
             "the fallback guide has, as no supported op consumes them as weights": left,
         }
+        remedy = "" if self._left_out else (
+            "; for a model without a network FullGuide or DiagonalGuide under "
+            "NGVI(curvature='hessian') has all of them"
+        )
         return "no latent has a Gaussian here: " + "; ".join(
             f"{reason} {', '.join(names)}" for reason, names in reasons.items() if names
-        )
+        ) + remedy
 
     def image(self, real: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
         """The latents at values of `.sites`, and the log volume that their transforms have."""

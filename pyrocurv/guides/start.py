@@ -23,9 +23,19 @@ FAR = 30.0  # of a real number that a constrained latent is the image of
 
 
 def init_to_network(site: Site) -> Tensor:
-    """Start at the weight that `bayesianize` replaced (its prior's `initial`), or at a sample."""
+    """Start at the weight that `bayesianize` replaced (its prior's `initial`), or at a sample.
+
+    Scales and single numbers start at their medians: the weights' priors may hang on them, and a
+    draw of a heavy tail would be theirs for good.
+    """
     initial = getattr(site["fn"], "initial", None)
-    return init_to_sample(site) if initial is None else initial.detach()
+    if initial is not None:
+        return initial.detach()
+    fn = site["fn"]
+    is_weight = is_real(site) and (fn.batch_shape + fn.event_shape).numel() > 1
+    if is_weight or fn.support.is_discrete:
+        return init_to_sample(site)
+    return init_to_prior_median(site)
 
 
 def init_to_prior_median(site: Site) -> Tensor:
@@ -46,13 +56,24 @@ def init_to_prior_median(site: Site) -> Tensor:
     return middle if bool((real.abs() < limit).all()) else init_to_feasible(site)
 
 
+def near_median(site: Site) -> Tensor:
+    """A tenth of the way from the prior's median to where `init_to_network` put the site.
+
+    At the medians themselves the hidden units of a network are all the same, and would stay so.
+    """
+    middle = init_to_prior_median(site)
+    if getattr(site["fn"], "initial", None) is not None:
+        return site["value"]
+    return middle + 0.1 * (site["value"] - middle).clamp(-1, 1) if is_real(site) else middle
+
+
 def start_of(plan: Plan, latents: Mapping[str, Site], untold: bool) -> dict[str, Tensor]:
-    """The real tensors that a plan's blocks start at; `untold`, a whole model's are at medians."""
+    """The real tensors that the blocks start at; `untold`, a whole model's are near medians."""
     names = {name for block in plan.blocks for name in block.tensors}
     sites = {name: site for name, site in latents.items() if name in names}
     if not plan.latents:
         return {name: site["value"].detach() for name, site in sites.items()}
-    values = {n: init_to_prior_median(s) if untold else s["value"] for n, s in sites.items()}
+    values = {n: near_median(s) if untold else s["value"] for n, s in sites.items()}
     return {name: plan.latents[name].transform.inv(v.detach()) for name, v in values.items()}
 
 

@@ -38,7 +38,7 @@ class StructuredGuide(LaidOutGuide):
         model: a Pyro model with an observed site; the weights are latents with normal priors.
         init_loc_fn: where the mean starts, site -> value; by default the network's own weights
             (see `pyrocurv.nn.bayesianize`), or a sample from the prior, and for all other latents
-            the prior's median.
+            the prior's median; without a network near the medians.
         init_scale: standard deviation of each weight before any training. `NGVI` takes its first
             step at the mean and sets the scale from the curvature there.
         structure: for some layers another one than this guide's, {module type, or name with * and

@@ -42,7 +42,8 @@ class Latent:
 
     transform: Transform
     shape: tuple[int, ...]  # of the real tensor
-    event_dim: int
+    batch_dim: int  # how many axes of that are plates'
+    event_dim: int  # of the latent
     plates: tuple[str, ...]
     is_real: bool  # whether it is its own image
 
@@ -63,8 +64,14 @@ class Latent:
                 "maps real numbers to; reparametrise it, as ProjectedNormalReparam does a sphere"
             ) from error
         shape = tuple(transform.inv(site["value"]).shape)
-        names = tuple(frame.name for frame in frames)
-        return Latent(transform, shape, site["fn"].event_dim, names, is_real(site))
+        names, fn = tuple(frame.name for frame in frames), site["fn"]
+        return Latent(transform, shape, len(fn.batch_shape), fn.event_dim, names, is_real(site))
+
+    def in_plates(self, real: Tensor) -> Tensor:
+        """[*particles, *shape] with the particles' plates, further out, beside the latent's own."""
+        own, event = self.shape[: self.batch_dim], self.shape[self.batch_dim :]
+        lead = real.shape[: real.dim() - len(self.shape)]
+        return real.reshape(torch.broadcast_shapes(lead, own) + event) if lead else real
 
     def log_volume(self, real: Tensor, value: Tensor) -> Tensor:
         """ln |det dvalue/dreal|, of the batch shape of the site."""
@@ -73,6 +80,7 @@ class Latent:
 
     def sample(self, name: str, real: Tensor, plates: Mapping[str, Any]) -> Tensor:
         """The site at the image of `real`, with the density that the transform gives it."""
+        real = self.in_plates(real)
         value = self.transform(real)
         delta = dist.Delta(
             value, log_density=-self.log_volume(real, value), event_dim=self.event_dim

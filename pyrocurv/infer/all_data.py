@@ -83,6 +83,7 @@ def _plus(
     totals: Sequence[Total], guide: StructuredGuide, spec: Curvature, run: Run
 ) -> list[Total]:
     """With the data of one run."""
+    run.check_apart(spec.kind)
     rows = run.main.rows
     calls = calls_of(guide, run.capture, run.weights, rows)
     with torch.enable_grad():

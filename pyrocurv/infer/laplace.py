@@ -90,6 +90,8 @@ class Laplace:
                 raises at its first call.
             FloatingPointError: a likelihood or a curvature that is not finite.
         """
+        if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
+            raise ValueError("loader: batches in a list or a DataLoader are needed, [(x, y)]")
         fitted, log_likelihood = fit_all(self.model, self.guide, self.curvature, loader)
         self._write(fitted)
         self._log_likelihood = log_likelihood

@@ -24,7 +24,14 @@ import torch
 from pyro import distributions as dist
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+)
 
 
 def innermost(likelihood: Distribution) -> tuple[Distribution, int]:
@@ -43,13 +50,18 @@ def output(likelihood: Distribution) -> Tensor:
     Raises ValueError for a likelihood that has none here.
     """
     raise ValueError(
-        "predict() knows the normal, Bernoulli and categorical likelihood, got "
+        "predict() knows the (multivariate) normal, Bernoulli and categorical likelihood, got "
         f"{type(likelihood).__name__}"
     )
 
 
 @output.register
 def _(likelihood: Normal) -> Tensor:
+    return likelihood.loc
+
+
+@output.register
+def _(likelihood: MultivariateNormal) -> Tensor:
     return likelihood.loc
 
 
@@ -83,6 +95,14 @@ def _(likelihood: Normal, event: int, covariance: Tensor) -> Distribution:
     if event == 1 and loc.dim() == 2:
         return dist.MultivariateNormal(loc, covariance + noise.diag_embed())
     return dist.Normal(loc, (_variance(loc, covariance) + noise).sqrt()).to_event(event)
+
+
+@predictive.register
+def _(likelihood: MultivariateNormal, event: int, covariance: Tensor) -> Distribution:
+    loc, noise = likelihood.loc.detach(), likelihood.covariance_matrix.detach()
+    if loc.dim() != 2:
+        raise ValueError(f"predict() takes one MultivariateNormal a datum, got {tuple(loc.shape)}")
+    return dist.MultivariateNormal(loc, covariance + noise)
 
 
 @predictive.register

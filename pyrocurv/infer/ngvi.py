@@ -38,7 +38,15 @@ from pyrocurv.infer.numbers import (
 )
 from pyrocurv.infer.rest import Rest
 from pyrocurv.infer.run import Runner
-from pyrocurv.infer.saved import Layout, check_average, check_layout, layout
+from pyrocurv.infer.saved import (
+    Layout,
+    Place,
+    check_average,
+    check_layout,
+    check_place,
+    layout,
+    place,
+)
 from pyrocurv.infer.sizes import Sizes
 from pyrocurv.infer.whole import Whole
 from pyrocurv.precision import full_precision
@@ -165,7 +173,8 @@ class NGVI:
         self._state: State | Whole | None = None
         self._at_once = True  # whether samples of a whole model may go together
         self._known = KnownPriors(guide)
-        self._loaded: Layout | None = None  # of a state that no step has gone on from yet
+        self._loaded: Layout | None = None  # of a state that no step has gone on from yet,
+        self._loaded_place: Place | None = None  # and where its guide was
         self._sizes = Sizes()
 
     # ---- a step ---------------------------------------------------------------------------------
@@ -188,6 +197,7 @@ class NGVI:
             layered.check_samples(self.curvature, self._blocks, self.num_particles)
         if self._loaded is not None:
             check_layout(self._loaded, layout(self._blocks))
+            check_place(self._loaded_place, place(self.guide.blocks))
             self._loaded = None
         like = self.guide.blocks[0].raw_loc
         state, restore = state.to(like), snapshot(modules(self.model))
@@ -307,6 +317,7 @@ class NGVI:
             "average": self.average,
             "temperature": self.temperature,
             "layout": self._loaded or layout(self._blocks),
+            "place": self._loaded_place if self._loaded else place(self.guide.blocks),
             "state": None if self._state is None else self._state.state(),
         }
 
@@ -335,8 +346,9 @@ class NGVI:
         self._rest.load_state_dict(state["rest"])
         self._stream.load_state_dict(state["stream"])
         self.skipped, self._state = state["skipped"], held
-        self.temperature = state.get("temperature", self.temperature)
+        self.temperature = state["temperature"]
         self._loaded = None if held is None else state["layout"]
+        self._loaded_place = state["place"]
 
     @property
     def _blocks(self) -> list[Block]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyrocurv.buffers import snapshot
-from pyrocurv.guides import MixtureGuide
+from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.notice import notice
 from pyrocurv.prototype import modules, still_frozen
 from pyrocurv.repeated import RETURN, Repeated, Runs, join, shapes_of
@@ -91,9 +91,23 @@ class Predictive(pyro.infer.Predictive):
         with self._undisturbed(), pyro.validation_enabled(False):
             for values, n in self._draws(args, kwargs):
                 parts.append(self._of_model(self.model, values, n, args, kwargs, self._wants))
+                self._check_shapes(values, parts[-1])
                 if self._wants(RETURN) and parts[0].sites[RETURN].shape is None:
                     return super().forward(*args, **kwargs)  # no tensor: Pyro knows what to do
         return self._shaped(join(parts))
+
+    def _check_shapes(self, values: Mapping[str, Tensor], runs: Runs) -> None:
+        """Raises ValueError where a guide of ours draws for another model: a wrong state, say."""
+        if not isinstance(self.guide, (StructuredGuide, MixtureGuide)):
+            return
+        for name, value in values.items():
+            site = runs.sites.get(name)
+            if site is not None and site.shape is not None:
+                if value[0].numel() != site.shape.numel():
+                    raise ValueError(
+                        f"site {name!r} has shape {tuple(site.shape)} in the model, the guide "
+                        f"draws {tuple(value.shape[1:])}: is its state of another model?"
+                    )
 
     def _wants(self, name: str) -> bool:
         if self.return_sites:
@@ -137,7 +151,13 @@ class Predictive(pyro.infer.Predictive):
             if not (new := [*_strangers(self.guide)]):
                 raise
         for guide in new:
-            guide(*args, **kwargs)
+            try:
+                guide(*args, **kwargs)
+            except ValueError as error:
+                raise ValueError(
+                    "the guide has not seen its model, and these arguments do not show it: train "
+                    f"it first, or call it once with the data, guide(x, y) ({error})"
+                ) from error
         return self._draw_aside(args, kwargs)
 
     def _draw_aside(self, args: Any, kwargs: Any) -> Mapping[str, Tensor]:

@@ -125,6 +125,8 @@ class Replay(Messenger):
         in_plate = bool(sizes)
         if not in_plate and msg["is_observed"]:
             rows = len(msg["value"]) if msg["value"].dim() else 1
+            if not msg["fn"].event_shape.numel():  # a factor, whose value is nothing
+                rows = (*msg["fn"].batch_shape, 1)[0]
             sizes = [(rows, rows)]
         site = Site(
             msg["name"], msg["fn"], msg["value"], msg["scale"], msg["mask"],

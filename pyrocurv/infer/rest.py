@@ -65,13 +65,27 @@ class Rest:
                 return
             for side, rate in ((others.model, MODEL_LR), (others.guide, GUIDE_LR)):
                 joining = {n: p for n, p in side.items() if id(p) in moving or n in others.own}
-                new = {n: p for n, p in joining.items() if self._known.get(n) is not p}
+                self._replace(joining)
+                new = {n: p for n, p in joining.items() if n not in self._known}
                 for names in self._alike(new):
                     self._add({name: new[name] for name in names}, rate)
             self._torch_step(factor)
         finally:
             for (param, _), gradient in zip(pairs, before, strict=True):
                 param.grad = gradient
+
+    def _replace(self, named: Mapping[str, Tensor]) -> None:
+        """Have a parameter take the place of the one of its name, as after a store is loaded."""
+        for name, param in named.items():
+            old = self._known.get(name, param)
+            if old is param or self._optimizer is None:
+                continue
+            self._known[name] = param
+            for group in self._optimizer.param_groups:
+                group["params"] = [param if one is old else one for one in group["params"]]
+            if old in self._optimizer.state:
+                self._optimizer.state[param] = self._optimizer.state.pop(old)
+            self._made_of = []
 
     def _torch_step(self, factor: float) -> None:
         assert self._optimizer is not None

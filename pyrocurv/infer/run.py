@@ -21,7 +21,7 @@ from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.infer.rest import Others
 from pyrocurv.precision import Autocast
 from pyrocurv.priors import Source, as_normal
-from pyrocurv.prototype import modules, named_modules, still_frozen
+from pyrocurv.prototype import modules, still_frozen, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +52,24 @@ class Run:
     @cached_property
     def main(self) -> Site:
         """Of the data, what says how many there are: in a plate if one is, the most numerous."""
-        if not self.data:
+        data = [site for site in self.data if site.in_plate or not site.is_factor]
+        if not data:
             raise ValueError(
                 "the only likelihood is a factor outside of any plate, of how many data? Put it in "
                 "their plate, or use FullGuide with curvature='hessian'"
             )
-        return max(self.data, key=lambda site: (site.in_plate, site.num_data))
+        return max(data, key=lambda site: (site.in_plate, site.num_data))
+
+    def check_apart(self, kind: str) -> None:
+        """Raises ValueError where one density is of several examples, whose parts `kind` takes."""
+        for site in self.data if kind != "hessian" else ():
+            joins = not _innermost(site.fn).batch_shape and max(site.rows, self.main.rows) > 1
+            if joins:
+                raise ValueError(
+                    f"site {site.name!r} has one density for all examples, which "
+                    f"curvature={kind!r} takes one by one: use 'hessian', or give the likelihood "
+                    "an axis of examples"
+                )
 
     @property
     def num_data(self) -> int:
@@ -67,7 +79,8 @@ class Run:
     @property
     def has_finite_support(self) -> bool:
         """Whether all likelihoods are over finitely many values."""
-        return all(_innermost(site.fn).has_enumerate_support for site in self.data)
+        data = [site for site in self.data if site.in_plate or not site.is_factor]
+        return all(_innermost(site.fn).has_enumerate_support for site in data)
 
     @property
     def batch(self) -> int:
@@ -162,15 +175,11 @@ def run_model(
         fallback = poutine.trace(_sample_rest).get_trace(guide, *args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
-    parts = named_modules(model)
-    own = {
-        f"{path}.{name}": p for path, module in parts.items()
-        for name, p in module._parameters.items() if p is not None and p.requires_grad
-    }
-    with still_frozen(parts.values()), Replay(values) as replay:
+    with still_frozen(modules(model)), Replay(values) as replay:
         with capture or nullcontext():
             model(*args, **kwargs)
     _check(replay)
+    own = _own_params(model)  # as they are now: the store may have put others in their place
     others = {n: p for n, p in replay.params.items() if p.requires_grad}
     params = _once({**own, **others})
     theirs = _params(guide, fallback)
@@ -206,6 +215,16 @@ def _sample_rest(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:
     """The fallback latents, and which data the plates draw, for the model to follow."""
     guide._create_plates(*args, **kwargs)
     guide.fallback(*args, **kwargs)
+
+
+def _own_params(model: Callable[..., Any]) -> dict[str, Tensor]:
+    """The trainable parameters of a model that is a module; of a function they are the store's."""
+    module, _ = unwrapped(model)
+    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    return {
+        f"{path}.{name}": p for path, part in parts
+        for name, p in part._parameters.items() if p is not None and p.requires_grad
+    }
 
 
 def _once(params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,6 +67,7 @@ def observed(
         raise FloatingPointError(f"step {step}: the loss is {sample.energy.item()}")
     run = sample.run
     assert run.capture is not None
+    run.check_apart(spec.kind)
     return engine.observe(
         spec, step, blocks, carried, run.observations, run.capture.calls, run.main.rows,
         sample.share, sample.priors, numbers, part,

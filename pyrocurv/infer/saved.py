@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
 from pyrocurv.blocks import Block
+from pyrocurv.families import Family
+from pyrocurv.notice import notice
 
+Place = Sequence[float]
 Layout = Sequence[Mapping[str, Any]]  # `Block.state()` of each block
 
 
@@ -24,6 +28,22 @@ def check_layout(saved: Layout, here: Layout) -> None:
                 f"the state is of another guide: it has {_named(then)} where this one has "
                 f"{_named(now)}"
             )
+
+
+def place(families: Iterable[Family]) -> Place:
+    """Where a guide's means are, in short: the sum of each block."""
+    return [float(family.raw_loc.detach().double().sum()) for family in families]
+
+
+def check_place(saved: Place | None, here: Place) -> None:
+    """Warn where the guide is not where the state left it: its own state may not be loaded."""
+    if saved and not all(
+        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(saved, here, strict=True)
+    ):
+        notice(
+            "the guide is not where it was when this state of NGVI was taken: load the guide's "
+            "own state too, guide.load_state_dict(...)"
+        )
 
 
 def check_average(saved: bool, here: bool) -> None:

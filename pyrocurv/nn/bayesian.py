@@ -35,7 +35,9 @@ def bayesianize(
         net: any network. Its present weights are where `pyrocurv.guides` start.
         prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
             1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
-            Distribution of that shape.
+            Distribution of that shape. The callable runs once, here: a latent in it is a constant.
+            For a scale that is a latent itself make the weights `pyro.nn.PyroSample`s of your own,
+            `layer.weight = PyroSample(lambda layer: Normal(0, model.tau).expand(...))`.
         layers: which modules, by type or by name as in `net.named_modules()` (with all that is
             inside), one or several; by default `pyrocurv.nn.LAYERS`: linear layers, (transposed)
             convolutions, attention and recurrent layers. Norm layers and embeddings are left out
@@ -115,8 +117,11 @@ def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
     if not chosen:
         fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
         are = any(getattr(module, "_pyro_samples", None) for module in fitting)
-        why = "is no latent yet, of what" if are else "with a trainable parameter"
-        raise ValueError(f"layers: nothing in {type(net).__name__} {why} fits {fits}")
+        if are:
+            raise ValueError(f"layers: all that fits {fits} has been bayesianized already")
+        raise ValueError(
+            f"layers: nothing in {type(net).__name__} with a trainable parameter fits {fits}"
+        )
     return chosen
 
 

@@ -211,6 +211,8 @@ class VIOptimizer(CurvatureOptimizer):
         old, blocks = self._samples, self.layout.blocks
         if old is None:
             rows = total(passes)
+            if rows > self._size:
+                raise ValueError(f"num_data={self.num_data}, but there are {rows} in one batch")
             carried = self._aged(self.layout, places, rows / self._size)
             old = Samples(0, rows, self.layout, tuple(carried), (None,) * len(blocks))
         if old.count < self._num_parts and self._is_due() and any(one.inputs for one in passes):
