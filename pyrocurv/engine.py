@@ -151,7 +151,10 @@ def faded(
     spec: Curvature, step: int, carried: Sequence[Carried], share: float,
     priors: Sequence[BlockPrior], numbers: Sequence[Numbers],
 ) -> list[Carried]:
-    """With the initial curvature of `step`; a prior of new units waits for the next estimate."""
+    """Metrics with the initial curvature as faint as it is at `step`.
+
+    A block whose prior has new units keeps its metric until its next estimate.
+    """
     faint = fading(spec, step, share)
     return [
         replace(one, metric=metric(

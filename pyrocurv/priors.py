@@ -55,7 +55,7 @@ class Prior:
         return self._log_sum if self.precision.dim() else self._log_sum * size
 
     def to(self, power: Tensor) -> Prior:
-        """Of no power, to this one."""
+        """This prior, of power 1, raised to `power`."""
         if power.dim() == 0 and bool(power == 1):
             return self
         return Prior(self.loc, self.precision * power, self.centred, power)

@@ -77,7 +77,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Part:
-    """One of the samples of the weights that a step takes the mean curvature of."""
+    """Sample number `index` of the `of` samples whose curvatures a step averages."""
 
     index: int = 0
     of: int = 1
@@ -88,7 +88,7 @@ class Part:
         return self.index == self.of - 1
 
     def count(self, running: Running | None) -> int:
-        """The number of the step's estimate."""
+        """The number of the estimate that is being formed, from 1."""
         known = 0 if running is None else running.count
         return known + (self.index == 0) if known else 1
 
@@ -154,7 +154,7 @@ def has_part(spec: Curvature, block: Block, calls: Sequence[Call]) -> bool:
 
 
 def nothing(block: Block, like: Tensor, units: tuple[Tensor, Tensor] | None) -> Running:
-    """No curvature, for a block that has had no part in any run: it counts for nothing."""
+    """Zero curvature with count 0, for a block that has had no part in any run."""
     pairs = [reduce.nothing(layer, like, 1) for layer in block.layers]
     return replace(update(None, block, pairs, 1, 0.0, True, units), count=0)
 

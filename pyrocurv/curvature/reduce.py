@@ -98,7 +98,7 @@ def _uses(
 
 
 def nothing(layer: Layer, like: Tensor, count: int) -> Uses:
-    """Of a layer that so many examples did not use."""
+    """Zero inputs and gradients, for a layer that was not called."""
     a, g = (
         like.new_zeros(1, *layer.lead, count, 1, size) for size in (layer.columns, layer.rows)
     )
@@ -106,7 +106,7 @@ def nothing(layer: Layer, like: Tensor, count: int) -> Uses:
 
 
 def only(pairs: Pairs, rows: Tensor | None) -> Pairs:
-    """Of these examples; None: of all."""
+    """The pairs of some `rows` of the examples; None: of all."""
     return pairs if rows is None else [[pair[rows] for pair in uses] for uses in pairs]
 
 

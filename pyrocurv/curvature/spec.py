@@ -22,8 +22,8 @@ class Curvature:
             "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood in
             closed form, for those of finite support and most families on the line), "fisher" (the
             same by sampled targets, for any that can be sampled) or "empirical" (gradients at the
-            data; a cheap relative, not an estimate of the other two). Diagonal
-            posteriors also know "noise": the Hessian's diagonal from the gradients at the very
+            data, summed over an example's positions but not over several likelihoods; a cheap
+            relative, not an estimate of the other two). Diagonal posteriors also know "noise": the Hessian's diagonal from the gradients at the very
             samples that training draws (Price's theorem), at every step and at no cost.
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
             300, 20 up to 600, then 100; or "auto": each block by itself, from 20 steps at first

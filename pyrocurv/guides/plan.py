@@ -59,7 +59,7 @@ class Plan:
         return short and not any(map(is_local, found.latents.values()))
 
     def complaint(self, found: Prototype) -> str:
-        """Which weights have not the Gaussian one may expect, and why, or one too large; or ""."""
+        """A warning of weights without the Gaussian one may expect, or of large blocks; or ""."""
         wide = [block for block in self.blocks if block.kind in ("full", "block")
                 and block.size > WIDE]
         notes = [

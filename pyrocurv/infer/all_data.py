@@ -82,7 +82,7 @@ def _run(
 def _plus(
     totals: Sequence[Total], guide: StructuredGuide, spec: Curvature, run: Run
 ) -> list[Total]:
-    """With the data of one run."""
+    """The totals with the data of one more run."""
     run.check_apart(spec.kind)
     rows = run.main.rows
     calls = calls_of(guide, run.capture, run.weights, rows)

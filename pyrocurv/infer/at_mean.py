@@ -32,7 +32,7 @@ def mean_weights(guide: StructuredGuide) -> dict[str, Tensor]:
 
 
 def other_medians(guide: StructuredGuide, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Of the latents that have no Gaussian."""
+    """The medians {site: value} of the fallback guide's latents."""
     return guide.fallback.median(*args, **kwargs) if guide.fallback_sites else {}
 
 

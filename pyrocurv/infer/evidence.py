@@ -56,7 +56,7 @@ class Fitted:
         return replace(self, prior=replace(prior, packed=packed, units=units))
 
     def to(self, dtype: torch.dtype) -> Fitted:
-        """In another precision of numbers."""
+        """The same in another dtype."""
         prior, units, packed = self.prior, self.prior.units, self.prior.packed
         power = None if packed.power is None else packed.power.to(dtype)
         packed = Prior(packed.loc.to(dtype), packed.precision.to(dtype), packed.centred, power)

@@ -13,7 +13,7 @@ from pyrocurv.natural import automatic_temperature
 
 @dataclass(frozen=True)
 class Heat:
-    """T as it was given, "auto" included, for the weights in these blocks."""
+    """A temperature as it was given, "auto" included; calling it with a run gives the number."""
 
     given: float | str
     blocks: Sequence[Block]

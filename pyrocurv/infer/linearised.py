@@ -9,7 +9,7 @@ For w ~ N(M, Λ⁻¹) the outputs f(x, w) ≈ f(x, M) + J (w - M) are normal wit
 
 with V_kl = S_kk + S_ll - 2 S_kl the variance of f_k - f_l: the probit for each pair of classes,
 which for two of them is the bernoulli's. It does not ask for the logits' common shift, as a probit
-for each logit by itself would.
+for each logit by itself would; it is the nearer of the two to the integral for few classes.
 
 MacKay 1992, "The evidence framework applied to classification networks"; Daxberger et al. 2021,
 arXiv:2106.14806; the pairs: Lu, Ie & Sha 2020, arXiv:2006.07584.

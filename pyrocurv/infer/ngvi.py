@@ -66,8 +66,8 @@ class NGVI:
             want a smaller one, shorter runs a larger one.
         momentum: β of the gradient's running average.
         curvature: a kind or a `Curvature`.
-        temperature: T multiplies the KL term alone. 1 is the ELBO, which tends to under-fit
-            networks that have few data. "auto" is a rule of thumb, chosen after a handful of
+        temperature: T multiplies the KL term alone. 1 is the ELBO, which under-fits networks
+            that have few data, and may leave one with many weights for each datum at chance. "auto" is a rule of thumb, chosen after a handful of
             measured cases: min(0.1, N/P) for likelihoods of finite support, with P the number of
             weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.

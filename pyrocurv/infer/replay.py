@@ -48,7 +48,7 @@ class Site:
 
     @property
     def power(self) -> float:
-        """Of a weight's prior: the scale, as the one number that it must be."""
+        """The scale of a weight's prior; ValueError where it is masked or no single number."""
         if self.mask is not None and not bool(torch.as_tensor(self.mask).all()):
             raise ValueError(
                 f"the prior of {self.name!r} is masked, a flat one has no KL: give it a wide "

@@ -51,7 +51,7 @@ class Run:
 
     @cached_property
     def main(self) -> Site:
-        """Of the data, what says how many there are: in a plate if one is, the most numerous."""
+        """The observed site that says what N is: the most numerous, one in a plate if any is."""
         data = [site for site in self.data if site.in_plate or not site.is_factor]
         if not data:
             raise ValueError(

@@ -62,7 +62,7 @@ def observed(
     spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[Carried],
     sample: Sample, numbers: Sequence[Numbers], part: Part,
 ) -> list[Carried]:
-    """With one more estimate of the curvature, from a run that was watched."""
+    """The carried states with the curvature of this run, which was watched, averaged in."""
     if not bool(torch.isfinite(sample.energy)):
         raise FloatingPointError(f"step {step}: the loss is {sample.energy.item()}")
     run = sample.run

@@ -44,7 +44,7 @@ COPIED = (
 
 
 class CurvatureOptimizer(torch.optim.Optimizer):
-    """Watches a network and keeps the curvature of its layers; what a step makes of it is open."""
+    """Watches a network and keeps the curvature of its layers; subclasses say what a step is."""
 
     opaque_blocks = False  # whether what no supported op consumes has a block too
 
@@ -77,7 +77,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     # ---- parameters -----------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
-        """As torch has it; the parameters are some of the network's."""
+        """As torch has it. Raises ValueError for parameters that are none of the network's."""
         self._check(param_group)
         super().add_param_group(param_group)
 
@@ -162,7 +162,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self, carried: Sequence[Carried], passes: Sequence[Pass],
         places: Places, share: float, part: Part = ALONE,
     ) -> tuple[Layout, list[Carried]]:
-        """With one more estimate of what is due and took part; from a `part` of the samples."""
+        """The carried states with one more estimate of the blocks that are due and took part."""
         with self._seen(passes, places) as (terms, layout, calls, rows):
             met = {call.layer for call in calls}
             every = [*carried, *(Carried() for _ in layout.blocks[len(carried):])]

@@ -42,7 +42,7 @@ def extended(
     layout: Layout, fresh: Sequence[Layer], structure: Choice, modules: Mapping[str, nn.Module],
     places: Places,
 ) -> Layout:
-    """With more layers."""
+    """The layout with blocks for the layers that are `fresh`."""
     if not fresh:
         return layout
     chosen = choose(structure, "kfac", [*layout.layers, *fresh], modules, LEFT_OUT)

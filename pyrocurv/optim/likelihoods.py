@@ -36,7 +36,7 @@ def check_likelihood(likelihood: Likelihood, kind: str) -> Callable[[Any], Distr
 
 
 def single(likelihood: Distribution) -> Distribution:
-    """Of single entries, under `Independent`."""
+    """The distribution of single entries, inside of `Independent`."""
     while isinstance(likelihood, Independent):
         likelihood = likelihood.base_dist
     return likelihood

@@ -46,6 +46,10 @@ def ivon(
 
         ĥ = ĝ (θ - m) / σ²,   σ² = 1 / (λ (h + δ)),   m ← m - lr (ḡ + δ m) / (h + δ)
         h ← β₂ h + (1-β₂) ĥ + ½ (1-β₂)² (h - ĥ)² / (h + δ)
+
+    The learning rate is that of these equations: the authors' package multiplies it by
+    hess_init + δ unless told `rescale_lr=False`. With a `GradScaler` call
+    `scaler.unscale_(optimizer)` inside of `sampled_params()`.
     """
     curvature = Curvature("noise", every=1, decay=beta2, initial=hess_init)
     options = {"antithetic": False, "damping": 0.0, "kl_clip": None, **options}

@@ -1,4 +1,4 @@
-"""The samples of a step: a network at one of them, what each leaves behind, and all together."""
+"""Samples of the weights in a step: set them, collect what their gradients tell, average it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Samples:
 
     @property
     def means(self) -> list[Tensor | None]:
-        """Of the estimates; None for a block that is new too."""
+        """The mean estimate of each block; None where there is none, as for a new block."""
         means = [None if sum is None else sum / self.count for sum in self.estimates]
         return [*means, *[None] * (len(self.layout.blocks) - len(means))]
 
