@@ -80,20 +80,20 @@ def draw(
     precisions: Sequence[Structure | None], used: Sequence[Noise | None], like: Tensor,
     antithetic: bool,
 ) -> tuple[list[Noise] | None, list[Noise | None]]:
-    """A sample's deviation from the mean, and what to mirror next.
+    """A sample's deviation from the mean, and what to mirror next; a list has one for each block.
 
     None for the deviation as long as there is no precision: the first step is at the mean.
     """
     nothing: list[Noise | None] = [None] * len(used)
-    if used[0] is not None:
-        return [noise.mirrored() for noise in used], nothing  # type: ignore[union-attr]  # all blocks draw together
-    if precisions[0] is None:
-        return None, nothing
+    known = [precision for precision in precisions if precision is not None]
+    mirrored = [noise.mirrored() for noise in used if noise is not None]
+    if mirrored or not known:  # of all blocks, or of none
+        return mirrored or None, nothing
     fresh = []
-    for precision in precisions:
-        z = torch.randn(precision.size, dtype=like.dtype, device=like.device)  # type: ignore[union-attr]  # the same
+    for precision in known:
+        z = torch.randn(precision.size, dtype=like.dtype, device=like.device)
         square = torch.dot(z, z)
-        fresh.append(Noise(precision.rsqrt_(z), square))  # type: ignore[union-attr]  # the same
+        fresh.append(Noise(precision.rsqrt_(z), square))
     return fresh, [*fresh] if antithetic else nothing
 
 
@@ -158,8 +158,8 @@ def faded(
     faint = fading(spec, step, share)
     return [
         replace(one, metric=metric(
-            one.running.semidefinite(spec.kind), faint, prior, number.ratio, number.damping  # type: ignore[union-attr]  # known since the first estimate
-        )) if one.running.is_in(prior.units) else one  # type: ignore[union-attr]  # the same
+            one.seen.semidefinite(spec.kind), faint, prior, number.ratio, number.damping
+        )) if one.seen.is_in(prior.units) else one
         for one, prior, number in zip(carried, priors, numbers, strict=True)
     ]
 
@@ -256,7 +256,7 @@ def propose(
         bias = number.unbiased(state.step)
         momentum = push(block, one.momentum, gradients.pop(0), number.momentum)
         h = slope(momentum, loc, prior.packed, number.ratio, bias)
-        directions.append(one.metric.preconditioner.solution(h))  # type: ignore[union-attr]  # set at the first step
+        directions.append(one.known.preconditioner.solution(h))
         stepped.append(replace(one, momentum=momentum))
     value, *dots = _finite([loss, *(one.dot for one in directions)], others, state.step)
     power = sum(
@@ -290,7 +290,7 @@ def average_weight(step: int) -> float:
 
 
 def _averaged(one: Carried, loc: Tensor, step: int) -> Carried:
-    precision = one.metric.precision  # type: ignore[union-attr]  # the same
+    precision = one.known.precision
     if one.average is not None:
         precision = one.average.lerp(precision, average_weight(step))
     return replace(one, iterate=loc, average=precision)

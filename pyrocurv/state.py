@@ -54,6 +54,18 @@ class Carried:
     average: Structure | None = None  # the averaged precision
     clock: Clock | None = None  # of `every="auto"`
 
+    @property
+    def known(self) -> Metric:
+        """The metric, which every block has from the first step on."""
+        assert self.metric is not None
+        return self.metric
+
+    @property
+    def seen(self) -> Running:
+        """The running curvature, which every block has from the first step on."""
+        assert self.running is not None
+        return self.running
+
     def state(self) -> dict[str, Any]:
         """Plain values and tensors."""
         running, metric, noise = self.running, self.metric, self.noise

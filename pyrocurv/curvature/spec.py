@@ -23,8 +23,9 @@ class Curvature:
             closed form, for those of finite support and most families on the line), "fisher" (the
             same by sampled targets, for any that can be sampled) or "empirical" (gradients at the
             data, summed over an example's positions but not over several likelihoods; a cheap
-            relative, not an estimate of the other two). Diagonal posteriors also know "noise": the Hessian's diagonal from the gradients at the very
-            samples that training draws (Price's theorem), at every step and at no cost.
+            relative, not an estimate of the other two). Diagonal posteriors also know "noise": the
+            Hessian's diagonal from the gradients at the very samples that training draws (Price's
+            theorem), at every step and at no cost.
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
             300, 20 up to 600, then 100; or "auto": each block by itself, from 20 steps at first
             down to 5 while its layers' inputs or gradients move, up to 500 while they do not.

@@ -117,7 +117,7 @@ class Step:
         """What puts it into the guide; all that may fail is done before."""
         parts = [*zip(families, self.before.blocks, self.state.blocks, strict=True)]
         encoded = [
-            family.encode(new.average or new.metric.precision)  # type: ignore[union-attr]  # set at the first step
+            family.encode(new.average or new.known.precision)
             if self.average or new.metric is not old.metric else None
             for family, old, new in parts
         ]

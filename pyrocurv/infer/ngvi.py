@@ -67,9 +67,9 @@ class NGVI:
         momentum: β of the gradient's running average.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which under-fits networks
-            that have few data, and may leave one with many weights for each datum at chance. "auto" is a rule of thumb, chosen after a handful of
-            measured cases: min(0.1, N/P) for likelihoods of finite support, with P the number of
-            weights here, and 0.3 for others.
+            that have few data, and may leave one with many weights for each datum at chance. "auto"
+            is a rule of thumb, chosen after a handful of measured cases: min(0.1, N/P) for
+            likelihoods of finite support, with P the number of weights here, and 0.3 for others.
         damping: added to the curvature in the mean's step, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping. The momentum keeps of a gradient no
             more than ten times its radius, so that an outlier does not rule the steps to come.

@@ -121,7 +121,7 @@ def noisy_estimates(
     if noise is None:
         return [None] * len(blocks)
     return [
-        one.metric.precision.diag() * e.epsilon * _grown(block, before, places)  # type: ignore[union-attr]  # there is noise
+        one.known.precision.diag() * e.epsilon * _grown(block, before, places)
         if engine.is_sensed(spec, block) else None
         for block, one, e in zip(blocks, carried, noise, strict=True)
     ]

@@ -301,7 +301,7 @@ class VIOptimizer(CurvatureOptimizer):
         places, blocks = self._places(), self.layout.blocks
         parts = zip(blocks, self._state.blocks, self._priors(self.layout, places), strict=True)
         terms = [
-            kl(read(block, places), one.metric.precision, prior.packed)  # type: ignore[union-attr]  # set at the first step
+            kl(read(block, places), one.known.precision, prior.packed)
             for block, one, prior in parts
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
@@ -314,7 +314,7 @@ class VIOptimizer(CurvatureOptimizer):
         the network tells training from use. Before the first step it is the network itself.
         """
         places, outputs = self._places(), []
-        precisions = [one.metric.precision for one in self._state.blocks]  # type: ignore[union-attr]  # the same
+        precisions = [one.known.precision for one in self._state.blocks]
         used: list[Noise | None] = [None] * len(precisions)
         with self.use_mean():
             for _ in range(num_samples or self.num_samples):
