@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -587,7 +588,9 @@ def test_an_observed_penalty_beside_the_data(shape: tuple[int, ...], before: boo
             if not before:
                 penalty()
 
-    ngvi = exactly(Penalised(plain), "block")
+    with pytest.raises(ValueError, match="'penalty' has one density for all examples"):
+        exactly(Penalised(plain), "block").step(x, y)
+    ngvi = exactly(Penalised(plain), "block", curvature=replace(EXACT, kind="hessian"))
     ngvi.step(x, y)
     mean, covariance, _ = truth(x, y, "unequal")
     posterior = ngvi.guide.posterior

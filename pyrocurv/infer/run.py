@@ -62,9 +62,13 @@ class Run:
 
     def check_apart(self, kind: str) -> None:
         """Raises ValueError where one density is of several examples, whose parts `kind` takes."""
-        for site in self.data if kind != "hessian" else ():
-            joins = not _innermost(site.fn).batch_shape and max(site.rows, self.main.rows) > 1
-            if joins:
+        if kind == "hessian":
+            return
+        main = self.main
+        for site in self.data:
+            beside = main.in_plate and not site.in_plate and site.rows != main.rows
+            joint = not _innermost(site.fn).batch_shape and max(site.rows, main.rows) > 1
+            if beside or joint:
                 raise ValueError(
                     f"site {site.name!r} has one density for all examples, which "
                     f"curvature={kind!r} takes one by one: use 'hessian', or give the likelihood "
