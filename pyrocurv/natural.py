@@ -107,8 +107,7 @@ def surplus(
     priors: Sequence[Prior],
 ) -> Tensor:
     """log q(w) - log p(w) over all blocks: distances Σ δ (w - M₀)², squares εᵀΛε of w = M + ε."""
-    narrower = torch.stack([precision.logdet() for precision in precisions])
     pairs = zip(priors, precisions, strict=True)
-    wider = torch.stack([prior.logdet(precision.size) for prior, precision in pairs])
-    terms = narrower - wider + torch.stack([*distances]) - torch.stack([*squares])
-    return terms.sum() / 2
+    narrower = [precision.logdet() for precision in precisions]
+    wider = [prior.logdet(precision.size) for prior, precision in pairs]
+    return (torch.stack([*narrower, *distances]).sum() - torch.stack([*wider, *squares]).sum()) / 2

@@ -110,6 +110,9 @@ def unwrapped(model: Any) -> tuple[Any, bool]:
 
 def modules(model: Any) -> list[nn.Module]:
     """The modules of a model, whatever `poutine` handlers are around it."""
+    module, _ = unwrapped(model)
+    if isinstance(module, nn.Module):
+        return list(module.modules())
     return list({id(part): part for part in named_modules(model).values()}.values())
 
 
