@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
-from pyro.poutine.messenger import Messenger, _bound_partial
-from pyro.poutine.reparam_messenger import ReparamHandler
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints
 from torch.utils.checkpoint import CheckpointError
 
-from pyrocurv.buffers import snapshot
 from pyrocurv.capture import Capture
 from pyrocurv.graph import ancestors
 from pyrocurv.layers import Layer
+from pyrocurv.modules import frozen_buffers, unwrapped
 from pyrocurv.priors import as_normal
 from pyrocurv.rows import misread
 
@@ -90,114 +87,6 @@ class _Watch(Messenger):
         if msg["is_observed"] and not site_is_subsample(msg) and not is_deterministic(msg):
             check_data(msg)
             self.observed.append((msg["fn"], msg["value"], bool(msg["cond_indep_stack"])))
-
-
-def unwrapped(model: Any) -> tuple[Any, bool]:
-    """What is under the `poutine` handlers around a model, and whether one hides sites."""
-    blocked = False
-    while not isinstance(model, nn.Module):
-        if isinstance(model, ReparamHandler):
-            model = model.fn
-        elif isinstance(model, _bound_partial):
-            handler, model = model.args
-            blocked |= isinstance(handler, poutine.block_messenger.BlockMessenger)
-        elif isinstance(model, functools.partial) and isinstance(model.func, nn.Module):
-            model = model.func
-        else:
-            break
-    return model, blocked
-
-
-def modules(model: Any) -> list[nn.Module]:
-    """The modules of a model, whatever `poutine` handlers are around it."""
-    module, _ = unwrapped(model)
-    if isinstance(module, nn.Module):
-        return list(module.modules())
-    return list({id(part): part for part in named_modules(model).values()}.values())
-
-
-def named_modules(model: Any) -> dict[str, nn.Module]:
-    """The same by name; those of a function are the ones that it holds on to."""
-    named: dict[str, nn.Module] = {}
-    for root in _roots(model):
-        for name, part in root.named_modules():
-            named.setdefault(name, part)
-    return named
-
-
-def _roots(model: Any) -> Iterator[nn.Module]:
-    """A model that is a module, or the modules that a function or a method of an object uses."""
-    ahead, seen = [unwrapped(model)[0]], set[int]()
-    while ahead:
-        part = ahead.pop(0)
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        if isinstance(part, nn.Module):
-            yield part
-        elif isinstance(part, functools.partial):
-            ahead += [part.func, *part.args, *part.keywords.values()]
-        elif isinstance(part, types.MethodType):
-            ahead += [part.__self__, part.__func__]
-        elif isinstance(part, types.FunctionType):
-            ahead += _held(part)
-        elif isinstance(part, (list, tuple, dict)):
-            several = part.values() if isinstance(part, dict) else part
-            ahead += [one for one in several if isinstance(one, nn.Module)]
-        elif callable(part) or len(seen) == 2:  # an object of one's own, which a method is of
-            ahead += [one for one in getattr(part, "__dict__", {}).values() if _may_hold(one)]
-
-
-def _held(function: types.FunctionType) -> list[Any]:
-    """What a function closes over, and the globals of its file that it names."""
-    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
-    named = [function.__globals__.get(name) for name in function.__code__.co_names]
-    return [one for one in (*cells, *named, *(function.__defaults__ or ())) if _may_hold(one) and (
-        not isinstance(one, types.FunctionType) or one.__globals__ is function.__globals__
-    )]
-
-
-def _may_hold(value: Any) -> bool:
-    """Whether there may be a module in it; of containers, in small ones."""
-    if isinstance(value, (list, tuple, dict)):
-        return len(value) < 100
-    return isinstance(
-        value, (nn.Module, functools.partial, types.MethodType, types.FunctionType)
-    )
-
-
-def _is_full(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # the name is not bound yet
-        return False
-
-
-@contextmanager
-def frozen_buffers(model: Any) -> Iterator[None]:
-    """Leave the model's persistent buffers as they were, and frozen parameters frozen."""
-    parts = modules(model)
-    restore = snapshot(parts)
-    try:
-        with still_frozen(parts):
-            yield
-    finally:
-        restore()
-
-
-@contextmanager
-def still_frozen(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
-    """Gives the modules' trainable parameters, and keeps the others from being made trainable.
-
-    Pyro's parameter store does that to whatever it meets (`requires_grad_(True)` in place).
-    """
-    found = [p for part in modules for p in part._parameters.values() if p is not None]
-    frozen = [p for p in found if not p.requires_grad]
-    try:
-        yield [p for p in found if p.requires_grad]
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def inspect(

@@ -12,7 +12,7 @@ FLOORS = [
     {"notice"},
     {"structures", "layers", "specs", "precision", "buffers", "stream", "table", "graph"},
     {"blocks", "uses"},
-    {"capture", "choice", "priors", "rows"},
+    {"capture", "choice", "modules", "priors", "rows"},
     {"distributions", "natural", "prototype", "repeated"},
     {"families"},
     {"curvature", "guides", "nn", "plots"},  # one floor: none of them knows another

@@ -18,7 +18,8 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.prototype import Site, named_modules
+from pyrocurv.modules import named_modules
+from pyrocurv.prototype import Site
 
 _instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
 

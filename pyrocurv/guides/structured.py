@@ -25,9 +25,10 @@ from pyrocurv.guides.plan import Plan, check_layout
 from pyrocurv.guides.start import Start, init_to_network, init_to_prior_median, start_of
 from pyrocurv.guides.summary import summary
 from pyrocurv.guides.unconstrained import has_network
+from pyrocurv.modules import frozen_buffers, named_modules
 from pyrocurv.notice import notice
 from pyrocurv.priors import Prior, read_prior
-from pyrocurv.prototype import Prototype, Site, frozen_buffers, inspect, named_modules
+from pyrocurv.prototype import Prototype, Site, inspect
 from pyrocurv.repeated import Repeated
 
 

@@ -17,7 +17,8 @@ from torch.distributions.utils import _sum_rightmost
 
 from pyrocurv.blocks import Block
 from pyrocurv.layers import Layer
-from pyrocurv.prototype import Site, is_real, modules
+from pyrocurv.modules import modules
+from pyrocurv.prototype import Site, is_real
 
 NETWORKS = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention,

@@ -9,7 +9,7 @@ from pyrocurv.infer import layered, whole
 from pyrocurv.infer.known_priors import KnownPriors
 from pyrocurv.infer.numbers import Loss
 from pyrocurv.infer.run import Runner, leaves
-from pyrocurv.prototype import frozen_buffers
+from pyrocurv.modules import frozen_buffers
 from pyrocurv.state import Noise
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from pyrocurv.guides import MixtureGuide
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.numbers import check_whole
-from pyrocurv.prototype import named_modules
+from pyrocurv.modules import named_modules
 
 Made = NGVI | tuple[NGVI, Any]
 

@@ -49,8 +49,8 @@ from pyrocurv.infer.saved import (
 )
 from pyrocurv.infer.sizes import Sizes
 from pyrocurv.infer.whole import Whole
+from pyrocurv.modules import modules
 from pyrocurv.precision import full_precision
-from pyrocurv.prototype import modules
 from pyrocurv.state import Carried, State
 from pyrocurv.stream import Stream
 

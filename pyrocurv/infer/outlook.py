@@ -21,7 +21,8 @@ from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.at_mean import calls_of, mean_weights, other_medians
 from pyrocurv.infer.linearised import innermost, output, predictive
 from pyrocurv.infer.run import evaluated
-from pyrocurv.prototype import is_deterministic, modules, still_frozen
+from pyrocurv.modules import modules, still_frozen
+from pyrocurv.prototype import is_deterministic
 from pyrocurv.stream import Stream
 
 

@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pyrocurv.buffers import snapshot
 from pyrocurv.guides import MixtureGuide, StructuredGuide
+from pyrocurv.modules import modules, still_frozen
 from pyrocurv.notice import notice
-from pyrocurv.prototype import modules, still_frozen
 from pyrocurv.repeated import RETURN, Repeated, Runs, join, shapes_of
 from pyrocurv.stream import Stream
 

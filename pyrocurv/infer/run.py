@@ -19,9 +19,9 @@ from pyrocurv.graph import ancestors
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.infer.rest import Others
+from pyrocurv.modules import modules, still_frozen, unwrapped
 from pyrocurv.precision import Autocast
 from pyrocurv.priors import Source, as_normal
-from pyrocurv.prototype import modules, still_frozen, unwrapped
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.numbers import check_positive, check_whole
 from pyrocurv.infer.run import Run, arguments, evaluated, leaves, run_model
+from pyrocurv.modules import frozen_buffers
 from pyrocurv.notice import notice
-from pyrocurv.prototype import frozen_buffers
 from pyrocurv.stream import Stream
 
 Guide = StructuredGuide | MixtureGuide

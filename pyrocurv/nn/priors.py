@@ -12,8 +12,8 @@ from pyro.nn import PyroSample
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyrocurv.modules import named_modules
 from pyrocurv.priors import NORMS, as_normal, compact, fan_in
-from pyrocurv.prototype import named_modules
 
 Prior = float | str | Callable[[nn.Module, str], Distribution]
 
