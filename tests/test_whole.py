@@ -635,3 +635,16 @@ def test_a_guide_that_met_its_model_before() -> None:
     ngvi = NGVI(model, guide, curvature="hessian")
     assert math.isfinite(ngvi.step(x, x[:, 0]))
     assert guide.fallback_sites == ("sigma",) and ngvi.num_particles == 1
+
+
+def test_the_marginal_of_a_real_latent_is_a_normal() -> None:
+    def model(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        scale = pyro.sample("scale", dist.Gamma(2.0, 2.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(mean.sum(), scale), obs=y)
+
+    guide = FullGuide(model)
+    NGVI(model, guide, curvature="hessian").step(torch.tensor([1.0, 2.0, 4.0]))
+    assert guide.get_posterior("mean").stddev.shape == (2,)
+    assert bool((guide.get_posterior("scale").sample((20,)) > 0).all())

@@ -58,7 +58,7 @@ class Posterior:
     def marginal(self, site: str) -> dist.TorchDistribution:
         """Independent normals [*shape], or their image. Raises ValueError for an unknown site."""
         marginal = self._marginal(site)
-        if self.latents:
+        if self.latents and not self.latents[site].is_real:
             return dist.TransformedDistribution(marginal, [self.latents[site].transform])
         return marginal.to_event(marginal.loc.dim())
 
