@@ -62,14 +62,22 @@ def _roots(model: Any) -> Iterator[nn.Module]:
         elif isinstance(part, functools.partial):
             ahead += [part.func, *part.args, *part.keywords.values()]
         elif isinstance(part, types.MethodType):
-            ahead += [part.__self__, part.__func__]
+            owner = part.__self__
+            ahead += [part.__func__, owner] if isinstance(owner, nn.Module) else [
+                part.__func__, *_attributes(owner)
+            ]
         elif isinstance(part, types.FunctionType):
             ahead += _held(part)
         elif isinstance(part, (list, tuple, dict)):
             several = part.values() if isinstance(part, dict) else part
             ahead += [one for one in several if isinstance(one, nn.Module)]
-        elif callable(part) or len(seen) == 2:  # an object of one's own, which a method is of
-            ahead += [one for one in getattr(part, "__dict__", {}).values() if _may_hold(one)]
+        elif callable(part):
+            ahead += _attributes(part)
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object of a class of one's own holds."""
+    return [one for one in getattr(value, "__dict__", {}).values() if _may_hold(one)]
 
 
 def _held(function: types.FunctionType) -> list[Any]:

@@ -26,6 +26,7 @@ from pyrocurv.curvature.reduce import (
     only,
 )
 from pyrocurv.structures import KroneckerEigen, Rescaled, Structure
+from pyrocurv.structures.kronecker_eigen import energies
 from pyrocurv.uses import Call
 
 NUMBERS = 2**23  # of a Jacobian that is formed at once
@@ -74,7 +75,7 @@ def _product(pair: Pair, precision: KroneckerEigen) -> Tensor:
     """Where J_m = g_m aᵀ: Σ_ij (u_iᵀ g_m)(u_iᵀ g_n)(v_jᵀ a)² / λ_ij, and no J is formed."""
     a, g = pair.a[0, :, 0], pair.g[:, :, 0].movedim(0, 1)  # [b, I], [b, M, O]
     u, v = precision.output_basis, precision.input_basis
-    inputs, size = _energies(a, v), u.shape[1]
+    inputs, size = energies(a, v), u.shape[1]
     weights = inputs @ precision.spectrum.reciprocal().mT  # [b, s']
     leading = g @ u
     covariance = (leading * weights[:, None, :size]) @ leading.mT
@@ -82,15 +83,3 @@ def _product(pair: Pair, precision: KroneckerEigen) -> Tensor:
         rest = g - leading @ u.mT
         covariance = covariance + (rest @ rest.mT) * weights[:, size:, None]
     return covariance
-
-
-def _energies(a: Tensor, v: Tensor) -> Tensor:
-    """(aᵀv)² [b, r] for each column and, if truncated, the square of what is outside of them all.
-
-    That as a square itself: the difference of squares would have the rounding of the largest.
-    """
-    leading = a @ v
-    if v.shape[1] == v.shape[0]:
-        return leading.square()
-    rest = (a - leading @ v.mT).square().sum(-1, keepdim=True)
-    return torch.cat([leading.square(), rest], -1)

@@ -21,6 +21,7 @@ from pyrocurv.blocks import Block
 from pyrocurv.curvature.pullback import Opaque
 from pyrocurv.layers import Layer
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
+from pyrocurv.structures.kronecker_eigen import energies, multiplicities
 from pyrocurv.uses import Call
 
 
@@ -223,12 +224,7 @@ def kronecker_eigen(pairs: Pairs, basis: KroneckerEigen) -> KroneckerEigen:
 
 def _energies(rows: Tensor, basis: Tensor) -> Tensor:
     """(xᵀ b)² for rows [..., n], and the mean over the rest where the basis is truncated."""
-    leading = rows @ basis
-    rest = basis.shape[-2] - basis.shape[-1]
-    if rest == 0:
-        return leading.square()
-    left = (rows - leading @ basis.mT).square().sum(-1) / rest
-    return torch.cat([leading.square(), left.unsqueeze(-1)], -1)
+    return energies(rows, basis) / multiplicities(basis)
 
 
 def _block_energies(jacobian: Tensor, u: Tensor, v: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class _NoBar:
 def _bar(rounds: int, loader: Any, progress: bool) -> Iterator[Any]:
     """A bar over `rounds` of the loader."""
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm  # type: ignore[import-untyped]  # optional, and without stubs
     except ImportError:
         progress = False
     if not progress:

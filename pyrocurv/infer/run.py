@@ -19,7 +19,7 @@ from pyrocurv.graph import ancestors
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.replay import Replay, Site
 from pyrocurv.infer.rest import Others
-from pyrocurv.modules import modules, still_frozen, unwrapped
+from pyrocurv.modules import modules, named_modules, still_frozen, unwrapped
 from pyrocurv.precision import Autocast
 from pyrocurv.priors import Source, as_normal
 
@@ -179,11 +179,12 @@ def run_model(
         fallback = poutine.trace(_sample_rest).get_trace(guide, *args, **kwargs)
         values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
     capture = Capture(dict(weights)) if watch else None
-    with still_frozen(modules(model)), Replay(values) as replay:
+    parts = named_modules(model)
+    with still_frozen(parts.values()), Replay(values) as replay:
         with capture or nullcontext():
             model(*args, **kwargs)
     _check(replay)
-    own = _own_params(model)  # as they are now: the store may have put others in their place
+    own = _own_params(model, parts)  # as they are now: the store may have put others in their place
     others = {n: p for n, p in replay.params.items() if p.requires_grad}
     params = _once({**own, **others})
     theirs = _params(guide, fallback)
@@ -221,12 +222,14 @@ def _sample_rest(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:
     guide.fallback(*args, **kwargs)
 
 
-def _own_params(model: Callable[..., Any]) -> dict[str, Tensor]:
+def _own_params(
+    model: Callable[..., Any], parts: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
     """The trainable parameters of a model that is a module; of a function they are the store's."""
-    module, _ = unwrapped(model)
-    parts = module.named_modules() if isinstance(module, nn.Module) else ()
+    if not isinstance(unwrapped(model)[0], nn.Module):
+        return {}
     return {
-        f"{path}.{name}": p for path, part in parts
+        f"{path}.{name}": p for path, part in parts.items()
         for name, p in part._parameters.items() if p is not None and p.requires_grad
     }
 

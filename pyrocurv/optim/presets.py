@@ -1,4 +1,11 @@
-"""Optimizers of the literature, each a curvature, a structure and an update of `VIOptimizer`."""
+"""Optimizers of the literature, each a curvature, a structure and an update of `VIOptimizer`.
+
+All take its further arguments as `options`, and raise what it raises.
+
+    >>> import torch
+    >>> from pyrocurv.optim import vogn
+    >>> optimizer = vogn(torch.nn.Linear(4, 3), num_data=100, temperature=0.1)
+"""
 
 from __future__ import annotations
 

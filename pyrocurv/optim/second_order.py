@@ -43,7 +43,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             own lr, momentum, damping, kl_clip and weight_decay; layers of two groups share no
             block.
         likelihood: whose negative logarithm is the loss, a mean over all entries as PyTorch takes
-            it: "categorical" (`F.cross_entropy` of logits, classes last), "bernoulli"
+            it: "categorical" (`F.cross_entropy` of logits, classes last; entries of its
+            `ignore_index` count for nothing), "bernoulli"
             (`F.binary_cross_entropy_with_logits`), "normal" (`F.mse_loss / 2`), or a callable from
             the output to a `Distribution` whose batch shape starts with the batch.
         curvature: a kind or a `Curvature`. "empirical" and "hessian" read the targets off the

@@ -15,6 +15,7 @@ from pyrocurv.structures.base import Solution, Structure
 
 ROWS = 512  # of a matrix as wide as a side, at once
 
+
 @dataclass(frozen=True, eq=False)
 class _Parts:
     """Eigenvalues [s', r'] as what is left of them in turn: of the rest, rows, columns and core."""
@@ -155,7 +156,7 @@ class KroneckerEigen(Structure):
     @cached_property
     def _multiplicity(self) -> Tensor:
         """How many eigenvalues each entry of the spectrum stands for."""
-        counts = outer(_counts(self.output_basis), _counts(self.input_basis))
+        counts = outer(multiplicities(self.output_basis), multiplicities(self.input_basis))
         return counts.expand_as(self.spectrum)
 
     @cached_property
@@ -169,12 +170,8 @@ class KroneckerEigen(Structure):
         return (self._multiplicity * self.spectrum).sum()
 
     def _diag(self, spectrum: Tensor) -> Tensor:
-        output, input = (
-            torch.cat([b.square(), _outside(b)], -1)
-            for b in (self.output_basis, self.input_basis)
-        )
-        rows, columns = spectrum.shape[-2:]
-        return (output[..., :rows] @ spectrum @ input[..., :columns].mT).flatten()
+        output, input = (_shares(basis) for basis in (self.output_basis, self.input_basis))
+        return (output @ spectrum @ input.mT).flatten()
 
     def diag(self) -> Tensor:
         return self._diag(self.spectrum)
@@ -224,21 +221,33 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
-def _outside(basis: Tensor) -> Tensor:
-    """|e_i - V Vᵀ e_i|² [..., n, 1] of each unit vector, the share that no column has.
+def energies(rows: Tensor, basis: Tensor) -> Tensor:
+    """(xᵀv)² for each column and, if truncated, the square of what is outside of them all.
 
-    As a square itself: 1 - Σ_k V_ik² would have the rounding of 1, and may be negative.
+    For x [..., n] and V [n, r] it is [..., r] or [..., r + 1]. The last is taken as a square
+    itself: a difference of squares would have the rounding of the largest, and may be negative.
     """
+    leading = rows @ basis
+    if basis.shape[-1] == basis.shape[-2]:
+        return leading.square()
+    rest = (rows - leading @ basis.mT).square().sum(-1, keepdim=True)
+    return torch.cat([leading.square(), rest], -1)
+
+
+def _shares(basis: Tensor) -> Tensor:
+    """The `energies` of all unit vectors, some at a time."""
+    size = basis.shape[-2]
+    if basis.shape[-1] == size:
+        return basis.square()
     parts = []
-    for start in range(0, basis.shape[-2], ROWS):
-        rows = basis[..., start : start + ROWS, :]
-        rest = -rows @ basis.mT
-        rest.diagonal(start, -2, -1).add_(1)
-        parts.append(rest.square().sum(-1, keepdim=True))
+    for start in range(0, size, ROWS):
+        rows = basis.new_zeros(min(ROWS, size - start), size)
+        rows.diagonal(start).fill_(1)
+        parts.append(energies(rows, basis))
     return torch.cat(parts, -2)
 
 
-def _counts(basis: Tensor) -> Tensor:
+def multiplicities(basis: Tensor) -> Tensor:
     """Dimensions of the eigenspaces: one for each column and, if truncated, what is left."""
     rows, columns = basis.shape[-2:]
     counts = basis.new_ones(columns + (columns < rows))
@@ -255,5 +264,5 @@ def _overlap(old: Tensor, new: Tensor) -> Tensor:
     rest = new.shape[-2] - new.shape[-1]
     if rest == 0:
         return shares
-    left = (_counts(old) - shares.sum(-1)) / rest
+    left = (multiplicities(old) - shares.sum(-1)) / rest
     return torch.cat([shares, left.unsqueeze(-1)], -1)
