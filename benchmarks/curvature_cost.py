@@ -36,8 +36,8 @@ from pyrocurv.curvature import Curvature, estimate
 from step_cost import keep_memory
 
 Factors = list[tuple[Tensor, Tensor]]  # (G, A) of each layer; A without the bias where apart
-Run = Callable[[], Any]  # computes the factors, and gives what `read` reads
-Made = tuple[Run, Callable[[Any], Factors]]
+ModelRun = Callable[[], Any]  # computes the factors, and gives what `read` reads
+Made = tuple[ModelRun, Callable[[Any], Factors]]
 
 BATCH = 128
 

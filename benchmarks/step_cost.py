@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
-from pyrocurv import engine
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.infer.run import Run, Runner
+from pyrocurv.infer.model_run import BatchModel, ModelRun
 from pyrocurv.optim import SecondOrderOptimizer
+from pyrocurv.posterior import step as engine
 
 try:
     from ivon import IVON
@@ -192,8 +192,8 @@ def parts(step: Step, data: Sequence[Batch]) -> dict[str, float]:
     watch = Stopwatch()
     with (
         watch.watch("sample", engine, "draw"),
-        watch.watch("forward + backward", Runner, "__call__"),
-        watch.watch("forward + backward", Run, "energy"),
+        watch.watch("forward + backward", BatchModel, "__call__"),
+        watch.watch("forward + backward", ModelRun, "energy"),
         watch.watch("forward + backward", torch.autograd, "grad"),
         watch.watch("curvature", engine, "observe"),
     ):

@@ -30,10 +30,10 @@ from tqdm import tqdm
 import pyrocurv
 from fashion_mnist import BATCH, SAMPLES, TEMPERATURE, Labelled, batches, images, probabilities
 from nets import lenet
-from pyrocurv import engine
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI
+from pyrocurv.posterior import step as engine
 
 TRAIN = 55_000
 INTERVALS: tuple[int | str, ...] = (20, "schedule", "auto")
@@ -50,7 +50,7 @@ class Spent:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        estimate = engine.observe
+        estimate = engine.update_curvature
 
         def timed(*args: object) -> object:
             start = time.process_time()

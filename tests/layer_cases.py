@@ -112,7 +112,7 @@ class FromCode(nn.Module):
         return self.head(F.linear(x, weight).tanh())
 
 
-class Positions(nn.Module):
+class BlockIndices(nn.Module):
     """A learned table of positions, through a linear map of its own."""
 
     def __init__(self) -> None:
@@ -290,7 +290,7 @@ MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = 
     "code": (lambda: FromCode(), (3,), {"maker.weight", "maker.bias"}),
     "code-row": (lambda: FromCode(1), (3,), {"maker.weight", "maker.bias"}),
     "code-rows": (lambda: FromCode(4), (3,), {"maker.weight", "maker.bias"}),
-    "positions": (Positions, (4, 3), {"table.weight", "place.weight", "place.bias"}),
+    "positions": (BlockIndices, (4, 3), {"table.weight", "place.weight", "place.bias"}),
     "sequence": (SequenceFirst, (4, 3), {"layer.weight", "layer.bias"}),
     "sequence-start": (lambda: SequenceFirst(0), (4, 3), {"layer.weight", "layer.bias"}),
     "sequence-end": (lambda: SequenceFirst(-1), (4, 3), {"layer.weight", "layer.bias"}),

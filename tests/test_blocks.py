@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pyrocurv.blocks import Block
 from pyrocurv.layers import Layer
+from pyrocurv.layers.block import Block
 
 BLOCKS = {
     "linear": [Layer("w", "b", (4, 3))],

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrocurv.blocks import Block, Positions, partition
-from pyrocurv.capture import Capture
 from pyrocurv.layers import Layer
-from pyrocurv.rows import apart, mixed
-from pyrocurv.uses import Call
+from pyrocurv.layers.batch_axis import is_row_independent, random_projection
+from pyrocurv.layers.block import Block, BlockIndices, make_blocks
+from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.capture import Capture
 
 Weights = dict[str, Tensor]
 
@@ -29,7 +29,7 @@ def linear_weights() -> Weights:
     return {"w": leaf(4, 3), "b": leaf(4)}
 
 
-def watched(weights: Weights, forward: Callable[[Weights], object]) -> Capture:
+def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Capture:
     with Capture(dict(weights)) as capture:
         forward(weights)
     return capture
@@ -92,15 +92,15 @@ def test_without_gradients_there_is_no_use() -> None:
     weights = linear_weights()
     with torch.no_grad(), Capture(dict(weights)) as capture:
         F.linear(tensor(5, 3), weights["w"], weights["b"])
-    assert not capture.layers() and not capture.missed
+    assert not capture.layers() and not capture.unsupported
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_bias_that_outputs_share_is_missed(shape: tuple[int, ...]) -> None:
     bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     weights = {"w": leaf(3, 4), "b": bias}
-    capture = watched(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
-    assert capture.layers() == [] and set(capture.missed.values()) == {
+    capture = tracked(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
+    assert capture.layers() == [] and set(capture.unsupported.values()) == {
         "a bias that is shared by outputs"
     }
 
@@ -137,27 +137,27 @@ def test_unpacked_weights_are_contiguous() -> None:
 def test_positions_of_blocks_in_a_flat_vector() -> None:
     layers = Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))
     order = {"v": (2, 2), "b": (2,), "w": (2, 3)}
-    one, two = Positions([Block((layer,), "block") for layer in layers], order)
+    one, two = BlockIndices([Block((layer,), "block") for layer in layers], order)
     assert one.tolist() == [6, 7, 8, 4, 9, 10, 11, 5] and two.tolist() == [0, 1, 2, 3]
-    (joint,) = Positions([Block(layers, "full")], order)
+    (joint,) = BlockIndices([Block(layers, "full")], order)
     assert joint.tolist() == one.tolist() + two.tolist()
 
 
 def test_partitions() -> None:
     layers = [Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))]
     for structure in ("block", "kfac", "ekfac"):
-        assert [block.layers for block in partition(layers, structure)] == [
+        assert [block.layers for block in make_blocks(layers, structure)] == [
             (layers[0],), (layers[1],)
         ]
     for structure in ("full", "diag"):
-        (full,) = partition(layers, structure)
+        (full,) = make_blocks(layers, structure)
         assert full.layers == tuple(layers) and full.size == 12
     values = {"w": tensor(2, 3), "b": tensor(2), "v": tensor(2, 2)}
     again = full.unpack(full.pack(values))
     assert all(torch.equal(again[name], value) for name, value in values.items())
-    assert partition([], "full") == []
+    assert make_blocks([], "full") == []
     with pytest.raises(ValueError, match="'kfack': choose one of full, block, diag"):
-        partition(layers, "kfack")
+        make_blocks(layers, "kfack")
 
 
 # ---- what is seen -------------------------------------------------------------------------------
@@ -169,25 +169,25 @@ def test_a_reused_layer_has_two_calls_and_is_one_layer() -> None:
     def forward(weights: Weights) -> None:
         F.linear(F.linear(x, weights["w"], weights["b"]).tanh(), weights["w"], weights["b"])
 
-    capture = watched(weights, forward)
+    capture = tracked(weights, forward)
     assert len(capture.calls) == 2
-    assert capture.layers() == [Layer("w", "b", (3, 3))] and not capture.missed
+    assert capture.layers() == [Layer("w", "b", (3, 3))] and not capture.unsupported
 
 
 def test_modules_keywords_and_functions_look_alike() -> None:
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)).double(), tensor(5, 3)
-    capture = watched(dict(net.named_parameters()), lambda _: net(x))
+    capture = tracked(dict(net.named_parameters()), lambda _: net(x))
     first, last = Layer("0.weight", "0.bias", (4, 3)), Layer("1.weight", None, (2, 4))
     assert capture.layers() == [first, last]
     weights = linear_weights()
-    capture = watched(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
+    capture = tracked(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
     assert capture.layers() == [Layer("w", "b", (4, 3))]
 
 
 def test_unwatched_weights_are_not_recorded() -> None:
     weights, x = linear_weights(), tensor(5, 3)
-    capture = watched(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
-    assert not capture.calls and not capture.missed
+    capture = tracked(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
+    assert not capture.calls and not capture.unsupported
 
 
 def test_watch_adds_a_tensor() -> None:
@@ -211,8 +211,8 @@ def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], obje
         look(weights["w"])
         F.linear(x, weights["w"], weights["b"])
 
-    capture = watched(weights, forward)
-    assert capture.layers() == [Layer("w", "b", (4, 3))], capture.missed
+    capture = tracked(weights, forward)
+    assert capture.layers() == [Layer("w", "b", (4, 3))], capture.unsupported
 
 
 @pytest.mark.parametrize("aside", [
@@ -229,16 +229,16 @@ def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], obj
         with torch.no_grad():
             aside(weights)
 
-    capture = watched(linear_weights(), forward)
-    assert capture.layers() == LINEAR and len(capture.calls) == 1 and not capture.missed
+    capture = tracked(linear_weights(), forward)
+    assert capture.layers() == LINEAR and len(capture.calls) == 1 and not capture.unsupported
 
 
 def test_a_detached_use_is_none_with_gradients_on() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"]) * weights["w"].detach().norm()
 
-    capture = watched(linear_weights(), forward)
-    assert capture.layers() == LINEAR and not capture.missed
+    capture = tracked(linear_weights(), forward)
+    assert capture.layers() == LINEAR and not capture.unsupported
 
 
 def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
@@ -247,7 +247,7 @@ def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
         assert product.shape == (5, 4) and product.detach().mean() is not None
         product + weights["b"]
 
-    assert watched(linear_weights(), forward).layers() == LINEAR
+    assert tracked(linear_weights(), forward).layers() == LINEAR
 
 
 # ---- what is missed, and why --------------------------------------------------------------------
@@ -270,24 +270,26 @@ OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
 @pytest.mark.parametrize("use", OTHER_USES)
 def test_other_uses_are_missed(use: str) -> None:
     forward, reason = OTHER_USES[use]
-    capture = watched(linear_weights(), forward)
+    capture = tracked(linear_weights(), forward)
     assert not any(layer.weight == "w" for layer in capture.layers())
-    assert reason in capture.missed["w"]
+    assert reason in capture.unsupported["w"]
 
 
 def test_a_bias_stands_alone_where_its_weight_cannot() -> None:
     """Its weight has another use, or is not watched: the bias is a layer of one input."""
-    capture = watched(linear_weights(), OTHER_USES["penalty"][0])
-    assert capture.layers() == [Layer("b", None, (4,), "vector")] and set(capture.missed) == {"w"}
-    capture = watched({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
-    assert capture.layers() == [Layer("b", None, (4,), "vector")] and not capture.missed
+    capture = tracked(linear_weights(), OTHER_USES["penalty"][0])
+    assert capture.layers() == [
+        Layer("b", None, (4,), "vector")
+    ] and set(capture.unsupported) == {"w"}
+    capture = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
+    assert capture.layers() == [Layer("b", None, (4,), "vector")] and not capture.unsupported
 
 
 def test_a_convolution_without_a_batch_is_refused() -> None:
     weights, reason = {"w": leaf(4, 2, 3, 3), "b": leaf(4)}, "2d convolution of an input without"
-    capture = watched(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
+    capture = tracked(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
     assert capture.layers() == []
-    assert all(reason in capture.missed[name] for name in ("w", "b"))
+    assert all(reason in capture.unsupported[name] for name in ("w", "b"))
 
 
 def alone(*names: str) -> list[Layer]:
@@ -303,8 +305,8 @@ def test_a_weight_with_two_biases_is_parted_from_them() -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"], weights["c"])
 
-    capture = watched(weights, forward)
-    assert capture.layers() == alone("w", "b", "c") and not capture.missed
+    capture = tracked(weights, forward)
+    assert capture.layers() == alone("w", "b", "c") and not capture.unsupported
     assert len(capture.calls) == 4
 
 
@@ -313,8 +315,8 @@ def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"])
 
-    capture = watched(linear_weights(), forward)
-    assert capture.layers() == alone("w", "b") and not capture.missed
+    capture = tracked(linear_weights(), forward)
+    assert capture.layers() == alone("w", "b") and not capture.unsupported
 
 
 def test_one_bias_in_two_layers_is_parted_from_both() -> None:
@@ -324,8 +326,8 @@ def test_one_bias_in_two_layers_is_parted_from_both() -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["v"], weights["b"])
 
-    capture = watched(weights, forward)
-    assert capture.layers() == alone("w", "b", "v") and not capture.missed
+    capture = tracked(weights, forward)
+    assert capture.layers() == alone("w", "b", "v") and not capture.unsupported
 
 
 def test_a_weight_of_two_makes_is_missed() -> None:
@@ -333,8 +335,8 @@ def test_a_weight_of_two_makes_is_missed() -> None:
         F.linear(X, weights["w"])
         F.conv1d(X[:, :, None], weights["w"][..., None])
 
-    capture = watched({"w": leaf(4, 3)}, forward)
-    assert capture.layers() == [] and "w" in capture.missed
+    capture = tracked({"w": leaf(4, 3)}, forward)
+    assert capture.layers() == [] and "w" in capture.unsupported
 
 
 # ---- products and sums without a module ---------------------------------------------------------
@@ -359,14 +361,14 @@ def test_products_are_linear_layers(form: str) -> None:
     weights = linear_weights()
     with Capture(dict(weights)) as capture:
         output = AS_LINEAR[form](weights)
-    layers, (call,) = capture.resolve()
-    assert layers == LINEAR and not capture.missed
+    layers, (call,) = capture.build_layers()
+    assert layers == LINEAR and not capture.unsupported
     expected = F.linear(X, weights["w"], weights["b"])
     torch.testing.assert_close(output, expected)
     assert_gradient(call, output, weights)
 
 
-def assert_gradient(call: Call, output: Tensor, weights: Weights) -> None:
+def assert_gradient(call: LayerCall, output: Tensor, weights: Weights) -> None:
     """W's gradient is sum_ns g a^T of the rows."""
     gradient, *expected = torch.autograd.grad(
         output.sin().sum(), [call.edge, *weights.values()], retain_graph=True
@@ -382,7 +384,7 @@ def test_columns() -> None:
     for forward in (lambda w: X @ w["v"] + w["b"], lambda w: F.linear(X, w["v"].T, w["b"])):
         with Capture(dict(weights)) as capture:
             output = forward(weights)
-        layers, (call,) = capture.resolve()
+        layers, (call,) = capture.build_layers()
         assert layers == TURNED
         assert_gradient(call, output, weights)
 
@@ -401,7 +403,7 @@ def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
 
     with Capture(dict(weights)) as capture:
         total = forward(weights)
-    layers, calls = capture.resolve()
+    layers, calls = capture.build_layers()
     assert layers[:2] == alone("w", "b")
     found = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, found, strict=True):
@@ -416,7 +418,7 @@ def test_a_scale_and_a_shift_for_each_unit() -> None:
     for forward in (lambda w: X * w["w"] + w["b"], lambda w: w["w"] * X + w["b"]):
         with Capture(dict(weights)) as capture:
             output = forward(weights)
-        layers, (call,) = capture.resolve()
+        layers, (call,) = capture.build_layers()
         assert layers == [Layer("w", "b", (3,), "units")]
         assert_gradient(call, output, weights)
 
@@ -426,7 +428,7 @@ def test_attention_shows_its_linear_maps() -> None:
     named = dict(attention.named_parameters())
     with Capture(dict(named)) as capture:
         output, _ = attention(x, x, x)
-    layers, calls = capture.resolve()
+    layers, calls = capture.build_layers()
     assert layers == [
         Layer("in_proj_weight", "in_proj_bias", (12, 4)),
         Layer("out_proj.weight", "out_proj.bias", (4, 4)),
@@ -451,7 +453,7 @@ def test_nothing_is_recorded_outside() -> None:
     with capture:
         pass
     F.linear(X, weights["w"])
-    assert not capture.calls and not capture.missed
+    assert not capture.calls and not capture.unsupported
 
 
 def test_an_exception_leaves_no_mode_behind() -> None:
@@ -492,9 +494,9 @@ def test_rows_that_the_graph_keeps_apart() -> None:
     """Of plain chains; what may join rows, or turns them into columns, is left to gradients."""
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     hidden = x.tanh()
-    assert apart(mixed(nn.functional.linear(hidden, w)))
-    assert apart(mixed((hidden @ w.mT).relu() + (x.sigmoid() @ w.mT)))
-    assert apart(mixed(hidden.view(4, 3, 1).view(4, 3)))
+    assert is_row_independent(random_projection(nn.functional.linear(hidden, w)))
+    assert is_row_independent(random_projection((hidden @ w.mT).relu() + (x.sigmoid() @ w.mT)))
+    assert is_row_independent(random_projection(hidden.view(4, 3, 1).view(4, 3)))
     square, column = hidden @ w.mT, (x @ w[0]).tanh()
     joined = {
         "broadcast": square + column, "transposed": square.mT, "second": w.tanh() @ hidden.mT,
@@ -503,12 +505,12 @@ def test_rows_that_the_graph_keeps_apart() -> None:
         hidden.cumsum(0),
     }
     for name, output in joined.items():
-        assert not apart(mixed(output)), name
+        assert not is_row_independent(random_projection(output)), name
 
 
 def test_positions_are_tensors_to_keep() -> None:
     """Found in inference mode they may take part in gradients; pickled they name no device."""
-    index = Positions([Block((Layer("w", "b", (2, 3)),), "block")], {"b": (2,), "w": (2, 3)})
+    index = BlockIndices([Block((Layer("w", "b", (2, 3)),), "block")], {"b": (2,), "w": (2, 3)})
     with torch.inference_mode():
         (found,) = index
     assert not found.is_inference()

@@ -18,10 +18,11 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from toys import GUIDES, NUM_DATA, class_data, classifier, regression_data, regressor
 
-from pyrocurv.curvature import Curvature, clock, estimator
-from pyrocurv.curvature.clock import LONGEST, SHORTEST, START, Clock
-from pyrocurv.curvature.reduce import Pair
+from pyrocurv.curvature import Curvature, running_average
+from pyrocurv.curvature import update_interval as clock
+from pyrocurv.curvature.layer_statistics import LayerStatistics
 from pyrocurv.curvature.spec import KINDS
+from pyrocurv.curvature.update_interval import LONGEST, SHORTEST, START, UpdateInterval
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, bayesianize
@@ -36,7 +37,7 @@ each_width = pytest.mark.parametrize("width", [65, 300])
 # ---- streams ------------------------------------------------------------------------------------
 
 
-class Stream:
+class RandomStream:
     """Inputs of variances 1, 1/2, 1/3, ... in a random basis, output gradients of variance 1."""
 
     def __init__(self, seed: int, width: int = 65) -> None:
@@ -47,21 +48,23 @@ class Stream:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.rng, dtype=torch.float64)
 
-    def pair(self, size: float = 1.0, slope: float = 1.0, basis: int = 0) -> Pair:
+    def pair(self, size: float = 1.0, slope: float = 1.0, basis: int = 0) -> LayerStatistics:
         a = size * self.scale * self.normal(ROWS, len(self.scale)) @ self.bases[basis]
-        return Pair(a[None, :, None], slope * self.normal(1, ROWS, 1, 10))
+        return LayerStatistics(a[None, :, None], slope * self.normal(1, ROWS, 1, 10))
 
 
-def tick(now: Clock, step: int, *pairs: Pair) -> Clock:
+def tick(now: UpdateInterval, step: int, *pairs: LayerStatistics) -> UpdateInterval:
     """Of a block whose layers have one use each."""
     return clock.tick(now, step, [[pair] for pair in pairs])
 
 
 def intervals(
-    pair: Callable[[int], list[Pair]], steps: int = STEPS, start: Clock | None = None
+    pair: Callable[
+        [int], list[LayerStatistics]
+    ], steps: int = STEPS, start: UpdateInterval | None = None
 ) -> list[tuple[int, int]]:
     """The steps of a block's estimates, and the interval after each."""
-    now, found = start or Clock(), []
+    now, found = start or UpdateInterval(), []
     for step in range(steps):
         if step >= now.due:
             now = tick(now, step, *pair(step))
@@ -73,13 +76,13 @@ def intervals(
 @each_width
 def test_at_rest_the_interval_grows_to_the_longest(width: int, seed: int) -> None:
     """With fewer than a tenth of the 450 estimates of an interval of 20."""
-    stream = Stream(seed, width)
+    stream = RandomStream(seed, width)
     found = intervals(lambda step: [stream.pair()])
     assert next(step for step, interval in found if interval == LONGEST) < 2_000
     assert found[-1][1] == LONGEST and len(found) < STEPS / 20 / 10
 
 
-JUMPS: dict[str, Callable[[Stream], Pair]] = {
+JUMPS: dict[str, Callable[[RandomStream], LayerStatistics]] = {
     "inputs x 3": lambda stream: stream.pair(size=3),  # A times 9
     "inputs / 3": lambda stream: stream.pair(size=1 / 3),
     "gradients x 3": lambda stream: stream.pair(slope=3),
@@ -91,7 +94,7 @@ JUMPS: dict[str, Callable[[Stream], Pair]] = {
 @each_seed
 @pytest.mark.parametrize("jump", JUMPS)
 def test_a_jump_is_noticed_at_the_next_estimate(jump: str, seed: int) -> None:
-    stream = Stream(seed)
+    stream = RandomStream(seed)
     found = intervals(lambda step: [JUMPS[jump](stream) if step > CHANGE else stream.pair()])
     before = max(step for step, _ in found if step <= CHANGE)
     assert dict(found)[before] == LONGEST
@@ -102,7 +105,7 @@ def test_a_jump_is_noticed_at_the_next_estimate(jump: str, seed: int) -> None:
 @each_seed
 def test_a_pure_rotation_is_noticed_in_a_projection(seed: int) -> None:
     """Of 300 inputs to 64 directions."""
-    stream = Stream(seed, 300)
+    stream = RandomStream(seed, 300)
     found = intervals(lambda step: [stream.pair(basis=int(step > CHANGE))])
     after = min(step for step, _ in found if step > CHANGE)
     assert dict(found)[after] == SHORTEST
@@ -112,7 +115,7 @@ def test_a_pure_rotation_is_noticed_in_a_projection(seed: int) -> None:
 @pytest.mark.parametrize("what", ["size", "slope"])
 def test_a_slow_drift_keeps_the_interval_short(what: str, seed: int) -> None:
     """A factor of e in A or in tr G every 300 steps up to CHANGE, then rest."""
-    stream = Stream(seed)
+    stream = RandomStream(seed)
     found = intervals(lambda step: [stream.pair(**{what: math.exp(min(step, CHANGE) / 600)})])
     drifting = [(step, interval) for step, interval in found if step <= CHANGE]
     assert max(interval for step, interval in drifting if step > 500) < LONGEST / 2
@@ -124,12 +127,12 @@ def test_few_large_examples_are_no_jump() -> None:
     """Rows of log-normal size: fewer than a sixth of the estimates of an interval of 20."""
     counts = []
     for seed in range(5):
-        stream = Stream(seed)
+        stream = RandomStream(seed)
 
-        def pair(step: int, stream: Stream = stream) -> list[Pair]:
+        def pair(step: int, stream: RandomStream = stream) -> list[LayerStatistics]:
             one = stream.pair()
             size, slope = (stream.normal(1, ROWS, 1, 1).exp() for _ in range(2))
-            return [Pair(one.a * size**0.7, one.g * slope)]
+            return [LayerStatistics(one.a * size**0.7, one.g * slope)]
 
         counts.append(len(intervals(pair)))
     assert sum(counts) / 5 < STEPS / 20 / 6
@@ -137,7 +140,7 @@ def test_few_large_examples_are_no_jump() -> None:
 
 @each_seed
 def test_a_block_goes_by_the_layer_that_moves_most(seed: int) -> None:
-    still, moving = Stream(seed), Stream(seed + 10)
+    still, moving = RandomStream(seed), RandomStream(seed + 10)
     found = intervals(
         lambda step: [still.pair(), moving.pair(basis=int(step > CHANGE)), still.pair()]
     )
@@ -151,7 +154,7 @@ def test_a_block_goes_by_the_layer_that_moves_most(seed: int) -> None:
 def test_the_averages_are_those_of_the_rows() -> None:
     """Against plain sums: A, ln tr G of the halves, their variances; then weight 1/2."""
     torch.manual_seed(3)
-    pairs = [Pair(torch.randn(1, 7, 4, 3).double(), torch.randn(2, 7, 4, 5).double())
+    pairs = [LayerStatistics(torch.randn(1, 7, 4, 3).double(), torch.randn(2, 7, 4, 5).double())
              for _ in range(2)]
     values = []
     for pair in pairs:
@@ -160,7 +163,7 @@ def test_the_averages_are_those_of_the_rows() -> None:
         A = [sum(a[n].T @ a[n] for n in rows) / 3 for rows in halves]
         t = [torch.log(sum(g[:, n].square().sum() for n in rows) / 3) for rows in halves]
         values.append([((p + q) / 2, (p - q).square().sum() / 4) for p, q in (A, t)])
-    first = tick(Clock(), 0, pairs[0])
+    first = tick(UpdateInterval(), 0, pairs[0])
     second = tick(first, 20, pairs[1])
     for i, average in enumerate(first.averages):
         torch.testing.assert_close(average.mean, values[0][i][0])
@@ -172,58 +175,62 @@ def test_the_averages_are_those_of_the_rows() -> None:
 
 def test_movement_is_zero_on_average_at_rest() -> None:
     """The noise is taken out without bias: over 2,000 clocks at their fifth estimate."""
-    stream = Stream(0, 10)
+    stream = RandomStream(0, 10)
     found = []
     for _ in range(2_000):
-        now = Clock()
+        now = UpdateInterval()
         for step in range(0, 100, 20):
             before = now
             now = tick(now, step, stream.pair())
         pairs = zip(before.averages, now.averages, strict=True)
-        found.append([(new.movement - (1 - clock.NEWS) * old.movement) / clock.NEWS
+        found.append([(new.drift - (1 - clock.NEWS) * old.drift) / clock.NEWS
                       for old, new in pairs])
     rho = torch.tensor(found)
     assert (rho.mean(0).abs() < 4 * rho.std(0) / math.sqrt(len(rho))).all()
 
 
-@pytest.mark.parametrize(("movement", "expected"), [(1.0, 40), (0.45, 80), (0.1, 160)])
-def test_the_interval_follows_the_movement(movement: float, expected: int) -> None:
+@pytest.mark.parametrize(("drift", "expected"), [(1.0, 40), (0.45, 80), (0.1, 160)])
+def test_the_interval_follows_the_movement(drift: float, expected: int) -> None:
     """Down where the running mean of ρ is above 0.4, up where it is below 0.2."""
-    stream, now = Stream(0), Clock()
+    stream, now = RandomStream(0), UpdateInterval()
     for step in range(0, 400, 20):
         now = tick(now, step, stream.pair())
     first, *rest = now.averages
-    averages = (clock.replace(first, movement=movement), *rest)
-    now = clock.replace(now, interval=80, calm=5, averages=averages)
+    averages = (clock.replace(first, drift=drift), *rest)
+    now = clock.replace(now, interval=80, estimates_since_change=5, averages=averages)
     assert tick(now, 400, stream.pair()).interval == expected
-    assert tick(clock.replace(now, calm=0), 400, stream.pair()).interval == 80
+    assert tick(clock.replace(now, estimates_since_change=0), 400, stream.pair()).interval == 80
 
 
 def test_movement_is_the_same_there_and_back() -> None:
-    stream = Stream(0)
+    stream = RandomStream(0)
     one, other = stream.pair(), stream.pair(size=3, slope=0.3)
     there, back = (
-        tick(tick(Clock(), 0, first), 20, second) for first, second in [(one, other), (other, one)]
+        tick(
+            tick(UpdateInterval(), 0, first), 20, second
+        ) for first, second in [(one, other), (other, one)]
     )
     for a, b in zip(there.averages, back.averages, strict=True):
-        assert a.movement == pytest.approx(b.movement)
+        assert a.drift == pytest.approx(b.drift)
 
 
 def test_the_clock_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     clock._directions.cache_clear()
-    one = tick(Clock(), 0, Stream(0, 300).pair())
+    one = tick(UpdateInterval(), 0, RandomStream(0, 300).pair())
     assert torch.equal(torch.get_rng_state(), before)
     assert one.averages[0].mean.shape == (64, 64)
     clock._directions.cache_clear()  # another process
-    other = tick(Clock(), 0, Stream(0, 300).pair())
+    other = tick(UpdateInterval(), 0, RandomStream(0, 300).pair())
     assert torch.equal(one.averages[0].mean, other.averages[0].mean)
 
 
 def test_leading_axes_are_positions() -> None:
     a, g = torch.randn(1, 2, 8, 5, 3).double(), torch.randn(4, 2, 8, 5, 6).double()
-    grouped = tick(Clock(), 0, Pair(a, g))
-    flat = tick(Clock(), 0, Pair(*(torch.cat([*part.unbind(1)], 2) for part in (a, g))))
+    grouped = tick(UpdateInterval(), 0, LayerStatistics(a, g))
+    flat = tick(
+        UpdateInterval(), 0, LayerStatistics(*(torch.cat([*part.unbind(1)], 2) for part in (a, g)))
+    )
     for one, other in zip(grouped.averages, flat.averages, strict=True):
         torch.testing.assert_close(one.mean, other.mean)
         assert one.variance == pytest.approx(other.variance)
@@ -231,7 +238,7 @@ def test_leading_axes_are_positions() -> None:
 
 def test_a_single_row_leaves_the_interval_as_it_is() -> None:
     found = intervals(
-        lambda step: [Pair(torch.randn(1, 1, 1, 3) * step, torch.randn(1, 1, 1, 2))], 100
+        lambda step: [LayerStatistics(torch.randn(1, 1, 1, 3) * step, torch.randn(1, 1, 1, 2))], 100
     )
     assert found == [(step, START) for step in range(0, 100, 20)]
 
@@ -239,13 +246,15 @@ def test_a_single_row_leaves_the_interval_as_it_is() -> None:
 @pytest.mark.parametrize("rows", [2, 3, 5])
 def test_few_rows_and_odd_ones(rows: int) -> None:
     found = intervals(
-        lambda step: [Pair(torch.randn(1, rows, 1, 3), torch.randn(1, rows, 1, 2))], 500
+        lambda step: [LayerStatistics(torch.randn(1, rows, 1, 3), torch.randn(1, rows, 1, 2))], 500
     )
     assert all(SHORTEST <= interval <= LONGEST for _, interval in found)
 
 
 def test_gradients_that_are_all_zero_stand_still() -> None:
-    found = intervals(lambda step: [Pair(torch.zeros(1, 8, 1, 3), torch.zeros(1, 8, 1, 2))], 2_000)
+    found = intervals(
+        lambda step: [LayerStatistics(torch.zeros(1, 8, 1, 3), torch.zeros(1, 8, 1, 2))], 2_000
+    )
     assert found[-1][1] == LONGEST
 
 
@@ -260,9 +269,13 @@ def test_turns_at_regular_steps_are_those_of_a_fixed_interval() -> None:
         fixed = Curvature("ggn", every=every, eigen_every=eigen_every)
         auto = Curvature("ggn", every="auto", eigen_every=eigen_every)
         for step in range(every, 1_500, every):
-            assert auto.turns(step, Clock(last=step - every)) == fixed.turns(step)
+            assert auto.is_basis_due(
+                step, UpdateInterval(last=step - every)
+            ) == fixed.is_basis_due(step)
     auto = Curvature("ggn", every="auto", eigen_every=200)
-    assert auto.turns(640, Clock(last=320)) and not auto.turns(740, Clock(last=640))
+    assert auto.is_basis_due(
+        640, UpdateInterval(last=320)
+    ) and not auto.is_basis_due(740, UpdateInterval(last=640))
 
 
 # ---- in NGVI ------------------------------------------------------------------------------------
@@ -276,13 +289,13 @@ def data_of(model: Any) -> tuple[Tensor, Tensor]:
 def estimates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
     """The layers of each block whenever its curvature is estimated."""
     seen: list[tuple[str, ...]] = []
-    update = estimator.update
+    update = running_average.update
 
     def spy(old: Any, block: Any, *rest: Any) -> Any:
         seen.append(tuple(layer.weight for layer in block.layers))
         return update(old, block, *rest)
 
-    monkeypatch.setattr(estimator, "update", spy)
+    monkeypatch.setattr(running_average, "update", spy)
     yield seen
 
 
@@ -341,7 +354,7 @@ class Sides(PyroModule):
             sample("obs", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
 
-def sides(step: int, moves: bool = True) -> tuple[Tensor, Tensor]:
+def truncated_factors(step: int, moves: bool = True) -> tuple[Tensor, Tensor]:
     x = torch.randn(NUM_DATA, 6).double()
     x[:, 3:] *= 5 if moves and step > 100 else 1
     return x, torch.randn(NUM_DATA, 2).double()
@@ -353,16 +366,16 @@ def test_each_block_has_its_own_clock(
 ) -> None:
     model = Sides()
     ngvi = NGVI(model, GUIDES[structure](model), lr=1e-3, curvature=Curvature("ggn", every="auto"))
-    pulled, pullback = [], estimator.pullback
+    pulled, pullback = [], running_average.pullback
 
     def spy(kind: Any, terms: Any, calls: Any, *rest: Any) -> Any:
         pulled.append(tuple(call.layer.weight for call in calls))
         return pullback(kind, terms, calls, *rest)
 
-    monkeypatch.setattr(estimator, "pullback", spy)
+    monkeypatch.setattr(running_average, "pullback", spy)
     for step in range(200):
         before = ngvi._state
-        ngvi.step(*sides(step))
+        ngvi.step(*truncated_factors(step))
         for old, new in zip(before.blocks if before else (), ngvi._state.blocks, strict=False):
             assert (new.running is old.running) == (new.clock is old.clock)
             assert (new.clock is old.clock) == (step < old.clock.due)
@@ -384,7 +397,7 @@ def test_the_initial_curvature_fades_in_blocks_that_are_not_due(
     alone = 0
     for step in range(300):
         before = ngvi._state
-        ngvi.step(*sides(step, moves))
+        ngvi.step(*truncated_factors(step, moves))
         left, right = ngvi._state.blocks
         if before and right.running is before.blocks[1].running and step % START:
             continue
@@ -452,7 +465,7 @@ def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
     for step in range(160):
         model.scale += 0.01
         before = ngvi._state
-        ngvi.step(*sides(step))
+        ngvi.step(*truncated_factors(step))
         left = ngvi._state.blocks[0]
         if before is not None and left.running is before.blocks[0].running:
             assert left.metric is before.blocks[0].metric
@@ -488,7 +501,7 @@ def test_a_clock_that_never_moves_is_a_fixed_interval(
 @pytest.mark.parametrize("structure", GUIDES)
 def test_a_run_is_resumed_bit_for_bit(structure: str, steps: int) -> None:
     torch.manual_seed(7)
-    batches = [sides(step) for step in range(180)]
+    batches = [truncated_factors(step) for step in range(180)]
 
     def start(seed: int) -> tuple[Any, NGVI]:
         torch.manual_seed(seed)
@@ -518,17 +531,17 @@ def test_an_estimate_that_is_left_out_is_not_counted(monkeypatch: pytest.MonkeyP
     ngvi = NGVI(model, GUIDES["kfac"](model), curvature=Curvature("ggn", every="auto"))
     data = regression_data()
     ngvi.step(*data)
-    gather = estimator.gather
+    collect = running_average.collect
     monkeypatch.setattr(
-        estimator, "gather",
-        lambda *args: [[Pair(pair.a * math.nan, pair.g) for pair in uses]
-                       for uses in gather(*args)],
+        running_average, "gather",
+        lambda *args: [[LayerStatistics(pair.a * math.nan, pair.g) for pair in uses]
+                       for uses in collect(*args)],
     )
     with pytest.warns(UserWarning, match="a curvature estimate is not finite"):
         for _ in range(25):
             ngvi.step(*data)
     assert set(ngvi.update_counts().values()) == {(1, START)}
-    monkeypatch.setattr(estimator, "gather", gather)
+    monkeypatch.setattr(running_average, "gather", collect)
     for _ in range(20):
         ngvi.step(*data)
     assert set(ngvi.update_counts().values()) == {(2, START)}

@@ -8,19 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from pyrocurv.blocks import Block
-from pyrocurv.distributions import StructuredNormal
+from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.layers import Layer
-from pyrocurv.natural import surplus
-from pyrocurv.priors import BlockPrior, Prior, Source, as_normal, compact, kl, read_prior, units
-from pyrocurv.structures import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    KroneckerEigen,
-    Rescaled,
-    Structure,
-)
+from pyrocurv.layers.block import Block
+from pyrocurv.posterior.natural_gradient import sampled_kl
+from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, PriorSite, kl, read_prior, units
+from pyrocurv.runtime.distributions import as_normal, compact
+from pyrocurv.structures import BlockDiagonal, Dense, Diagonal, KroneckerEigen, Rescaled, Structure
 
 OUTPUTS, INPUTS = 3, 4  # bias included
 
@@ -127,7 +121,7 @@ def normal(loc: float | Tensor, scale: float | Tensor, *shape: int) -> dist.Dist
     return dist.Normal(loc, scale).to_event(len(shape))
 
 
-def layer_prior(weight_scale: float | Tensor, bias_scale: float | Tensor) -> Prior:
+def layer_prior(weight_scale: float | Tensor, bias_scale: float | Tensor) -> GaussianPrior:
     weight = normal(0.0, weight_scale, OUTPUTS, INPUTS - 1)
     return read_prior(layer_block(), {"weight": weight, "bias": normal(0.0, bias_scale, OUTPUTS)})
 
@@ -193,14 +187,14 @@ def test_a_prior_that_is_no_product_is_said_to_be_approximated() -> None:
 
 
 def test_a_block_prior_holds_while_its_distributions_do() -> None:
-    weight, bias = Source(normal(0.0, 0.5, 3, 3)), Source(normal(0.0, 2.0, 3))
+    weight, bias = PriorSite(normal(0.0, 0.5, 3, 3)), PriorSite(normal(0.0, 2.0, 3))
     fixed = {"weight": weight, "bias": bias}
     prior = BlockPrior.read(layer_block(), fixed)
     assert prior.still_holds(dict(fixed))
-    assert not prior.still_holds({"weight": weight, "bias": Source(normal(0.0, 2.0, 3))})
-    assert not prior.still_holds({"weight": weight, "bias": Source(bias.fn, 0.5)})
+    assert not prior.still_holds({"weight": weight, "bias": PriorSite(normal(0.0, 2.0, 3))})
+    assert not prior.still_holds({"weight": weight, "bias": PriorSite(bias.fn, 0.5)})
     scale = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    trained = Source(dist.Normal(torch.zeros(3).double(), scale).to_event(1))
+    trained = PriorSite(dist.Normal(torch.zeros(3).double(), scale).to_event(1))
     prior = BlockPrior.read(layer_block(), {**fixed, "bias": trained})
     assert not prior.still_holds({**fixed, "bias": trained})
 
@@ -210,7 +204,7 @@ def test_a_block_prior_holds_while_its_distributions_do() -> None:
 def test_a_prior_to_a_power(powers: tuple[float, float], scales: tuple[float, float]) -> None:
     """log q - s log p, at a sample of q and in the mean."""
     fns = {"weight": normal(0.3, scales[0], 3, 3), "bias": normal(0.3, scales[1], 3)}
-    sources = {name: Source(fn, s) for (name, fn), s in zip(fns.items(), powers, strict=True)}
+    sources = {name: PriorSite(fn, s) for (name, fn), s in zip(fns.items(), powers, strict=True)}
     block = layer_block("block")
     prior = BlockPrior.read(block, sources).packed
     plain = read_prior(block, fns)
@@ -224,7 +218,7 @@ def test_a_prior_to_a_power(powers: tuple[float, float], scales: tuple[float, fl
     )
     deviation = w - q.loc
     square = deviation @ (q.precision @ deviation)
-    found = surplus([prior.distance(w)], [square], [q.precision], [prior])
+    found = sampled_kl([prior.distance(w)], [square], [q.precision], [prior])
     torch.testing.assert_close(found, expected)
     delta = prior.base.precision.expand(12)
     s = block.pack({n: torch.full(fns[n].event_shape, sources[n].power).double() for n in fns})
@@ -238,7 +232,7 @@ def test_a_prior_to_a_power(powers: tuple[float, float], scales: tuple[float, fl
 ])
 def test_only_kronecker_blocks_have_units(structure: str, taken_apart: bool) -> None:
     fns = {"weight": normal(0.0, 0.5, 3, 3), "bias": normal(0.0, 2.0, 3)}
-    prior = BlockPrior.read(layer_block(structure), {n: Source(fn) for n, fn in fns.items()})
+    prior = BlockPrior.read(layer_block(structure), {n: PriorSite(fn) for n, fn in fns.items()})
     assert (prior.units is not None) == taken_apart
 
 

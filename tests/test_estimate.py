@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, Poisson
 
-from pyrocurv.capture import Capture
 from pyrocurv.curvature import Curvature, estimate
-from pyrocurv.curvature.pullback import Observation, pullback
+from pyrocurv.curvature.likelihood import LikelihoodTerm
+from pyrocurv.curvature.output_gradients import pullback
+from pyrocurv.layers.capture import Capture
 
 # an even kernel with padding="same" is the case of uneven padding, and torch warns of a slow path
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -404,7 +405,7 @@ def test_each_example_has_the_weight_it_is_given(kind: str) -> None:
     for share in (weight, 1.0):
         with Capture(dict(net.named_parameters())) as capture:
             output = net(x)
-        term = Observation(Independent(Normal(output, 1.0), 1), y, share)
+        term = LikelihoodTerm(Independent(Normal(output, 1.0), 1), y, share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pulled.append(pullback(kind, [term], capture.calls, BATCH, 1))

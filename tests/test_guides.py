@@ -472,7 +472,7 @@ def test_weights_that_a_checkpoint_would_draw_anew_are_refused(reentrant: bool) 
 
 
 def test_a_dense_matrix_that_is_wide_has_a_word_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyrocurv.guides.plan.WIDE", 15)
+    monkeypatch.setattr("pyrocurv.guides.partition.WIDE", 15)
     for structure, size in (("full", 26), ("block", 16)):
         with pytest.warns(UserWarning, match=f"net.0 .*has a dense matrix of {size} x {size}"):
             GUIDES[structure](regressor())(*regression_data())

@@ -42,13 +42,19 @@ from toys import (
 )
 
 import pyrocurv
-from pyrocurv.blocks import Block
-from pyrocurv.capture import Capture
-from pyrocurv.curvature import Curvature, estimate, estimator, hessian, in_outputs, in_weights
-from pyrocurv.curvature.estimate import as_likelihood
-from pyrocurv.curvature.pullback import Observation
+from pyrocurv.curvature import (
+    Curvature,
+    estimate,
+    hessian,
+    hessian_outputs,
+    hessian_weights,
+    running_average,
+)
+from pyrocurv.curvature.likelihood import LikelihoodTerm, as_likelihood
 from pyrocurv.infer import NGVI
-from pyrocurv.specs import EKFAC, KFAC, as_structure
+from pyrocurv.layers.block import Block
+from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.structure_spec import EKFAC, KFAC, parse_structure
 from pyrocurv.structures import Kronecker, KroneckerEigen
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -241,7 +247,7 @@ NUM_SAMPLES = 400
 
 def probed(monkeypatch: pytest.MonkeyPatch, *args: Any, draws: int = 1, **options: Any) -> Tensor:
     """Estimates by random signs alone, [draws, P, P]."""
-    monkeypatch.setattr(in_weights, "PASSES", 0)
+    monkeypatch.setattr(hessian_weights, "PASSES", 0)
     return torch.stack([found(*args, **options) for _ in range(draws)])
 
 
@@ -287,7 +293,7 @@ def test_eigenvalues_by_signs_in_the_outputs(monkeypatch, model: str, likelihood
 def test_groups_by_signs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Of K-FAC: groups, and the exact blocks of the units of a norm layer."""
     expected = of_layers(name, "normal", "kfac")
-    monkeypatch.setattr(in_weights, "PASSES", 0)
+    monkeypatch.setattr(hessian_weights, "PASSES", 0)
     draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
     assert_unbiased_draws(draws, expected)
 
@@ -297,7 +303,7 @@ def test_eigenvalues_by_signs_in_the_weights(monkeypatch: pytest.MonkeyPatch, na
     """Of layers whose outputs do not say all."""
     expected = of_layers(name, "normal", "ekfac")
     exact_factors(monkeypatch)
-    monkeypatch.setattr(in_weights, "PASSES", 0)
+    monkeypatch.setattr(hessian_weights, "PASSES", 0)
     draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
     assert_unbiased_draws(draws, expected)
 
@@ -311,12 +317,14 @@ def assert_unbiased_draws(draws: Tensor, expected: Tensor) -> None:
 
 def exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """For eigenvalues in the true basis, which is not known from signs."""
-    for owner, name in ((in_outputs.InOutputs, "kronecker"), (in_weights.InWeights, "groups")):
+    for owner, name in (
+        (hessian_outputs.OutputHessian, "kronecker"), (hessian_weights.WeightHessian, "groups")
+    ):
         function = getattr(owner, name)
 
         def exactly(*args: Any, function: Callable[..., Any] = function) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr(in_weights, "PASSES", 10**6)
+                patch.setattr(hessian_weights, "PASSES", 10**6)
                 return function(*args)
 
         monkeypatch.setattr(owner, name, exactly)
@@ -329,11 +337,11 @@ def test_the_diagonal_of_a_larger_layer_goes_through_its_outputs(
 ) -> None:
     """Exactly, in fewer passes than it has weights."""
     smallest = min(oracles.block_sizes(make_net(model)))
-    monkeypatch.setattr(in_weights, "PASSES", smallest - 1)
+    monkeypatch.setattr(hessian_weights, "PASSES", smallest - 1)
     taken = []
-    through = in_outputs.InOutputs.diagonal
+    through = hessian_outputs.OutputHessian.diagonal
     monkeypatch.setattr(
-        in_outputs.InOutputs, "diagonal", lambda self: taken.append(self) or through(self)
+        hessian_outputs.OutputHessian, "diagonal", lambda self: taken.append(self) or through(self)
     )
     assert_same(found(model, likelihood, "diag"), true(model, likelihood, "diag"))
     assert taken
@@ -463,13 +471,13 @@ def test_single_precision(structure: str) -> None:
 
 
 def blocks_of(
-    net: nn.Module, x: Tensor, structure: str, *terms: Callable[[Tensor], Observation],
+    net: nn.Module, x: Tensor, structure: str, *terms: Callable[[Tensor], LikelihoodTerm],
     count: int, kept: Tensor | None = None,
-) -> list[hessian.BlockHessian]:
+) -> list[hessian.HessianStatistics]:
     """The Hessians of each layer in one structure, from terms of the output."""
     with Capture(dict(net.named_parameters())) as capture:
         output = net(x)
-    blocks = [Block((layer,), as_structure(structure)) for layer in capture.layers()]
+    blocks = [Block((layer,), parse_structure(structure)) for layer in capture.layers()]
     seen = [term(output) for term in terms]
     return hessian.hessians(blocks, seen, capture.calls, count, 1, kept)
 
@@ -482,12 +490,12 @@ def test_weights_masks_and_the_first_examples(structure: str) -> None:
     density = as_likelihood("categorical")
     seen = blocks_of(
         net, x, structure,
-        lambda f: Observation(density(f), y, weight.double(), mask),
-        lambda f: Observation(density(f), 2 - y, 0.3), count=3,
+        lambda f: LikelihoodTerm(density(f), y, weight.double(), mask),
+        lambda f: LikelihoodTerm(density(f), 2 - y, 0.3), count=3,
     )
     order = [oracles.parameter_order(*size, bias=True) for size in ((4, 4), (3, 5))]
     found = torch.block_diag(*[
-        one.plain.dense()[rows][:, rows] for one, rows in zip(seen, order, strict=True)
+        one.assemble.dense()[rows][:, rows] for one, rows in zip(seen, order, strict=True)
     ])
     if structure == "block":
         parts = [
@@ -518,14 +526,14 @@ def test_examples_that_are_not_kept_are_in_neither_factor() -> None:
     density, kept = as_likelihood("categorical"), torch.tensor([0, 2, 3])
     mask = torch.tensor([True, False, True, True])
     masked = blocks_of(
-        net, x, "ekfac", lambda f: Observation(density(f), y, 1.0, mask), count=4, kept=kept
+        net, x, "ekfac", lambda f: LikelihoodTerm(density(f), y, 1.0, mask), count=4, kept=kept
     )
     alone = blocks_of(
-        net, x[kept], "ekfac", lambda f: Observation(density(f), y[kept]), count=3
+        net, x[kept], "ekfac", lambda f: LikelihoodTerm(density(f), y[kept]), count=3
     )
     for one, other in zip(masked, alone, strict=True):
-        assert_same(one.plain.dense(), other.plain.dense())
-        basis = other.plain.eigen()
+        assert_same(one.assemble.dense(), other.assemble.dense())
+        basis = other.assemble.eigen()
         assert_same(one.eigen(basis).spectrum, other.eigen(basis).spectrum)
         for (pair,), (same,) in zip(one.pairs, other.pairs, strict=True):
             assert_same(pair.a, same.a)
@@ -538,10 +546,10 @@ def test_examples_that_are_not_kept_are_in_neither_factor() -> None:
 def test_a_truncated_basis_has_the_means_over_its_eigenspaces(model, ranks, in_units) -> None:
     net, x, y = case(model, "categorical")
     density = as_likelihood("categorical")
-    seen = blocks_of(net, x, "ekfac", lambda f: Observation(density(f), y), count=len(x))
+    seen = blocks_of(net, x, "ekfac", lambda f: LikelihoodTerm(density(f), y), count=len(x))
     hessians = oracles.layer_output_hessians(net, x, y, "categorical").values()
     for one, (per_example,) in zip(seen, hessians, strict=True):
-        factors: Kronecker = one.plain
+        factors: Kronecker = one.assemble
         rows, columns = factors.shape
         p = torch.arange(1.0, rows + 1).double() if in_units else torch.ones(rows).double()
         r = torch.arange(1.0, columns + 1).double() if in_units else torch.ones(columns).double()
@@ -610,10 +618,10 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
     for model in ("tanh", "deep-linear"):  # a second estimate with another H, of the same shape
         net, x, y = case("tanh", "normal")
         net = net if model == "tanh" else nn.Sequential(net[0], nn.Sigmoid(), net[2])
-        term = lambda f, y=y: Observation(likelihood(f), y)  # noqa: E731
+        term = lambda f, y=y: LikelihoodTerm(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
-        running = estimator.update(running, seen.block, seen, len(x), 0.9, True)
-        parts.append(seen.plain.dense() / len(x))
+        running = running_average.update(running, seen.block, seen, len(x), 0.9, True)
+        parts.append(seen.assemble.dense() / len(x))
     assert running is not None
     for part in parts:
         assert torch.linalg.eigvalsh(part)[0] < -1e-3
@@ -632,22 +640,23 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
     """Of the first estimate the leading part is that of G ⊗ A, which is not formed."""
     net, x, y = case("conv-stride", "normal")
     density = as_likelihood("normal")
-    term = lambda f: Observation(density(f), y)  # noqa: E731
+    term = lambda f: LikelihoodTerm(density(f), y)  # noqa: E731
     for one in blocks_of(net, x, "kfac", term, count=len(x)):
         seen = replace(one, block=Block(one.block.layers, spec))
         units = tuple(torch.arange(1.0, 1.0 + n).double() for n in one.block.layers[0].matrix_shape)
         units = units if in_units else tuple(map(torch.ones_like, units))
-        factors = one.plain.rescaled(*units)
+        factors = one.assemble.rescaled(*units)
         with monkeypatch.context() as patch:
-            patch.setattr(in_outputs.InOutputs, "kronecker", None)
-            running = estimator.update(None, seen.block, seen, len(x), 0.9, True, units)
+            patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
+            running = running_average.update(None, seen.block, seen, len(x), 0.9, True, units)
         expected = factors.eigen((2, 2)).psd()
         if isinstance(spec, EKFAC):
             expected = one.eigen(expected, units)
         assert_same(running.curvature.dense(), expected.dense() / len(x), rtol=1e-8)
         assert running.factors is None
-        late = estimator.Part(2, 4)  # the first sample of several that the layer has a part in
-        again = estimator.update(None, seen.block, seen, len(x), 0.9, True, units, late)
+        # the first sample of several that the layer has a part in
+        late = running_average.Particle(2, 4)
+        again = running_average.update(None, seen.block, seen, len(x), 0.9, True, units, late)
         assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)
 
 

@@ -26,7 +26,7 @@ from torch.distributions import (
 )
 
 from pyrocurv.curvature import estimate
-from pyrocurv.curvature.information import root
+from pyrocurv.curvature.fisher_information import root
 
 RTOL = 1e-4  # of the sums: Laplace's score jumps between two of their points
 F = torch.tensor([0.4, -0.3], dtype=torch.float64)

@@ -34,8 +34,8 @@ from toys import (
 from pyrocurv.curvature import KFAC
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI, Laplace
-from pyrocurv.infer.evidence import Fitted, evidence
-from pyrocurv.infer.linearised import predictive
+from pyrocurv.infer.linearized_predictive import predictive
+from pyrocurv.infer.marginal_likelihood import LaplaceBlock, evidence
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 NOISE = 0.3
@@ -237,7 +237,7 @@ def test_masked_and_tempered_data() -> None:
 # ---- tuning -------------------------------------------------------------------------------------
 
 
-def terms(laplace: Laplace) -> list[Fitted]:
+def terms(laplace: Laplace) -> list[LaplaceBlock]:
     return laplace._fitted
 
 
@@ -390,7 +390,7 @@ def test_no_jacobian_is_formed_at_one_position(rank: int | None, priors: str) ->
 def test_a_jacobian_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     laplace, x, _ = fitted_linear("kfac", "unequal")
     whole = laplace.predict(x).covariance_matrix
-    monkeypatch.setattr("pyrocurv.curvature.propagate.NUMBERS", 1)
+    monkeypatch.setattr("pyrocurv.curvature.output_covariance.NUMBERS", 1)
     with torch.no_grad():
         found = laplace.predict(x).covariance_matrix
     torch.testing.assert_close(found, whole)
@@ -600,7 +600,7 @@ def test_no_particles_is_the_mode() -> None:
     ngvi = NGVI(model, guide, lr=0.3, momentum=0.0, curvature=replace(EXACT, decay=0.0),
                 num_particles=0, damping=0.3, kl_clip=None)
     losses = [ngvi.step(x, y) for _ in range(1000)]
-    assert guide.at_mode and losses[-1] < losses[0]
+    assert guide.is_laplace and losses[-1] < losses[0]
     again = ngvi.evaluate_loss(x, y)
     assert again == ngvi.evaluate_loss(x, y)  # nothing is drawn
     net = as_plain(guide, 2)
@@ -637,7 +637,7 @@ def test_data_too_few_or_too_many() -> None:
             Laplace(model, guide).fit(parts)
     with pytest.raises(ValueError, match="no batch"):
         Laplace(model, guide).fit([])
-    assert torch.equal(dense(guide), before) and not guide.at_mode
+    assert torch.equal(dense(guide), before) and not guide.is_laplace
 
 
 def test_ekfac_wants_two_passes() -> None:
@@ -656,7 +656,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     x[3] = math.nan
     with pytest.raises((FloatingPointError, ValueError)):
         Laplace(model, guide).fit([(x, y)])
-    assert torch.equal(dense(guide), before) and not guide.at_mode
+    assert torch.equal(dense(guide), before) and not guide.is_laplace
 
 
 def test_before_fit_and_wrong_words() -> None:

@@ -20,9 +20,9 @@ from toys import EXACT, GUIDES, NUM_DATA, mlp, normal_prior, regression_data, re
 from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.natural import noisy_curvature
 from pyrocurv.nn import Classifier, Regressor, bayesianize
-from pyrocurv.priors import Prior
+from pyrocurv.posterior.natural_gradient import price_hessian_update
+from pyrocurv.posterior.prior import GaussianPrior
 from pyrocurv.structures import Diagonal
 
 EVERY = [
@@ -200,7 +200,9 @@ def test_layers_that_do_not_see_the_examples_have_gradients_alone(name: str, bat
     with pytest.warns(UserWarning, match="batch .*from gradients") as caught:
         ngvi.step(x, y)
     assert len(caught) == 1
-    opaque = {n for family in guide.blocks for n in family.block.tensors if family.block.is_opaque}
+    opaque = {
+        n for family in guide.blocks for n in family.block.tensors if family.block.is_untraced
+    }
     assert opaque == misread
     for other in (4, 5, 2, 3):
         rows = torch.arange(other) % batch
@@ -269,9 +271,11 @@ def test_weight_noise_finds_the_diagonal_of_the_hessian() -> None:
     precision = Diagonal(torch.rand(5).double() + 1)
     epsilon = precision.rsqrt(torch.randn(40_000, 5).double())
     products = epsilon * (epsilon @ H)  # g = H ε around a mean of no gradient
-    prior, still = Prior(torch.tensor(0.0), torch.tensor(1e12)), Diagonal(torch.zeros(5).double())
+    prior, still = GaussianPrior(
+        torch.tensor(0.0), torch.tensor(1e12)
+    ), Diagonal(torch.zeros(5).double())
     estimates = torch.stack([  # at rate 1, beside a prior so strong that the correction vanishes
-        noisy_curvature(still, precision.diag() * product, 1.0, prior, 1.0).diag()
+        price_hessian_update(still, precision.diag() * product, 1.0, prior, 1.0).diag()
         for product in products
     ])
     error = estimates.std(0) / len(estimates) ** 0.5
@@ -279,10 +283,10 @@ def test_weight_noise_finds_the_diagonal_of_the_hessian() -> None:
 
 
 def test_the_correction_keeps_the_precision_positive() -> None:
-    prior, ratio = Prior(torch.tensor(0.0), torch.tensor(0.1)), 10.0
+    prior, ratio = GaussianPrior(torch.tensor(0.0), torch.tensor(0.1)), 10.0
     curvature = Diagonal(torch.full((200,), 0.3))
     for _ in range(500):
-        curvature = noisy_curvature(curvature, torch.randn(200) * 30, 0.3, prior, ratio)
+        curvature = price_hessian_update(curvature, torch.randn(200) * 30, 0.3, prior, ratio)
         assert (curvature.diag() + prior.precision / ratio > 0).all()
 
 
@@ -503,7 +507,9 @@ def test_weights_out_of_sight_have_gradients_alone(name: str) -> None:
     start = {f"net.{n}": p.detach().clone() for n, p in net.named_parameters()}
     with pytest.warns(UserWarning, match="an op out of sight.*from gradients"):
         guide(x, y)
-    opaque = {n for family in guide.blocks for n in family.block.tensors if family.block.is_opaque}
+    opaque = {
+        n for family in guide.blocks for n in family.block.tensors if family.block.is_untraced
+    }
     assert opaque == {f"net.{tensor}" for tensor in HIDDEN[name][2]}
     assert not guide.fallback_sites
     for site in opaque:

@@ -314,7 +314,7 @@ def test_a_tied_weight_has_the_product_nearest_to_the_sum_of_its_uses(likelihood
     (ours,) = [b for b, i in zip(tied.blocks, tied.index, strict=True) if i.min() == 0]
     assert embed.shape == ours.shape == (3, 4)  # the embedding is the first use: all are turned
     turned = Kronecker(head.input[:3, :3], head.output)
-    assert_same(ours.dense(), embed.nearest_sum(turned).dense())
+    assert_same(ours.dense(), embed.nearest_kronecker_sum(turned).dense())
 
 
 @each_net

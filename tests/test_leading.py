@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyrocurv.blocks import Block
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
-from pyrocurv.curvature.estimator import Running, update
-from pyrocurv.curvature.leading import ROWS, Leading, mean_squares
-from pyrocurv.curvature.reduce import Pair
+from pyrocurv.curvature.layer_statistics import LayerStatistics
+from pyrocurv.curvature.running_average import RunningCurvature, update
+from pyrocurv.curvature.truncated_factor import ROWS, TruncatedFactor, mean_squares
 from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.layers import Layer
+from pyrocurv.layers.block import Block
 from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.structures import KroneckerEigen
+from pyrocurv.structures.serialization import from_state, to_state
 
 OUTPUTS, INPUTS = 9, 12
 DECAY = 0.7
@@ -40,14 +41,15 @@ def estimates(count: int, rows: int, positions: int = 1, vectors: int = 1) -> li
 
 
 def step(
-    running: Running | None, structure: str, pairs: Any, rows: int, decay: float, refresh: bool,
+    running: RunningCurvature | None, structure: str, pairs: Any, rows: int, decay: float,
+    refresh: bool,
     units: Any = None, rank: int | str = "auto",
-) -> Running:
+) -> RunningCurvature:
     """`update` of one layer."""
     ((a, g),) = pairs
     layer = Layer("w", None, (g.shape[-1], a.shape[-1]))
     block = Block((layer,), {"kfac": KFAC, "ekfac": EKFAC}[structure](rank=rank))
-    return update(running, block, [[Pair(a[None], g)]], rows, decay, refresh, units)
+    return update(running, block, [[LayerStatistics(a[None], g)]], rows, decay, refresh, units)
 
 
 def weights(count: int) -> list[float]:
@@ -64,7 +66,7 @@ def exact(stream: list[Any]) -> tuple[Tensor, Tensor]:
     return G, A
 
 
-def run(structure: str, stream: list[Any], rank: int, units: Any = None) -> Running:
+def run(structure: str, stream: list[Any], rank: int, units: Any = None) -> RunningCurvature:
     running = None
     for pairs in stream:
         rows = pairs[0][0].shape[0]
@@ -98,7 +100,7 @@ def test_exact_while_the_rows_are_fewer_than_the_rank(
         G, A = G / torch.outer(units[0], units[0]), A / torch.outer(units[1], units[1])
     running = run("kfac", stream, 6, units)
     same(running.curvature.dense(), torch.kron(G, A))
-    for side in running.sides:
+    for side in running.truncated_factors:
         assert side.basis.shape[1] == 6
         orthonormal(side.basis)
 
@@ -107,7 +109,7 @@ def test_a_side_that_fits_the_rank_is_exact_for_ever() -> None:
     """Then the other alone is truncated."""
     stream = estimates(12, 5)
     G, A = exact(stream)
-    output, input = run("kfac", stream, OUTPUTS).sides
+    output, input = run("kfac", stream, OUTPUTS).truncated_factors
     assert input.basis.shape == (INPUTS, OUTPUTS)
     same(output.basis @ torch.diag(output.spectrum) @ output.basis.mT, G)
     same(input.diagonal, A.diag())
@@ -120,7 +122,7 @@ def test_what_holds_for_any_rows(positions: int) -> None:
     G, A = exact(stream)
     running = run("kfac", stream, 4)
     same(running.curvature.trace(), G.trace() * A.trace())
-    for side, factor in zip(running.sides, (G, A), strict=True):
+    for side, factor in zip(running.truncated_factors, (G, A), strict=True):
         orthonormal(side.basis)
         same(side.diagonal, factor.diag())
         same(side.spectrum[:4].sum() + side.spectrum[4] * (len(factor) - 4), factor.trace())
@@ -142,7 +144,7 @@ def test_slowly_decaying_spectrum() -> None:
     average, side = torch.zeros(size, size).double(), None
     for weight in (max(0.05, 1 / n) for n in range(1, 101)):
         x = torch.randn(rows, 1, size).double() * scales
-        side = (side or Leading.nothing(x, rank)).average(x, 1 / rows, weight)
+        side = (side or TruncatedFactor.zeros(x, rank)).average(x, 1 / rows, weight)
         average.lerp_(x.squeeze(1).mT @ x.squeeze(1) / rows, weight)
 
     def energy(basis: Tensor) -> float:
@@ -160,7 +162,7 @@ def test_sampled_positions_are_right_on_average() -> None:
     expected = torch.einsum("nsi,nsj->ij", x, x)
     draws = []
     for _ in range(400):
-        side = Leading.nothing(x, 3).average(x, 1.0, 1.0)  # of full rank: the estimate itself
+        side = TruncatedFactor.zeros(x, 3).average(x, 1.0, 1.0)  # of full rank: the estimate itself
         draws.append(side.basis @ torch.diag(side.values) @ side.basis.mT)
     found = torch.stack(draws)
     error = found.std(0) / len(draws) ** 0.5
@@ -207,7 +209,9 @@ def test_the_eigenvalues_of_ekfac_are_averaged_in_the_turning_basis() -> None:
     same(running.curvature.trace(), expected)
     assert isinstance(running.curvature, KroneckerEigen)
     for side, basis in zip(
-        running.sides, (running.curvature.output_basis, running.curvature.input_basis), strict=True
+        running.truncated_factors, (
+            running.curvature.output_basis, running.curvature.input_basis
+        ), strict=True
     ):
         assert side.basis is basis
 
@@ -225,7 +229,7 @@ def test_other_units_between_two_estimates(structure: str) -> None:
         running = step(before, structure, stream[1], 2, DECAY, False, new, 6)
         expected = run("kfac", stream, 6, new)
         assert running.units is new
-        for side, other in zip(running.sides, expected.sides, strict=True):
+        for side, other in zip(running.truncated_factors, expected.truncated_factors, strict=True):
             same(side.basis.mul(side.values) @ side.basis.mT,
                  other.basis.mul(other.values) @ other.basis.mT)
             same(side.diagonal, other.diagonal)
@@ -263,11 +267,11 @@ def test_no_square_matrix_of_a_wide_side_and_no_whole_weight_is_formed(structure
 def test_an_estimate_changes_nothing_of_the_last(structure: str) -> None:
     stream = estimates(2, 4)
     before = run(structure, stream[:1], 3)
-    kept = [t.clone() for side in before.sides for t in side.state().values()]
+    kept = [t.clone() for side in before.truncated_factors for t in vars(side).values()]
     dense = before.curvature.dense()
     after = step(before, structure, stream[1], 4, DECAY, False, None, 3)
     assert after is not before and after.count == 2
-    now = [t for side in before.sides for t in side.state().values()]
+    now = [t for side in before.truncated_factors for t in vars(side).values()]
     assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
     assert torch.equal(before.curvature.dense(), dense)
 
@@ -290,7 +294,7 @@ def test_rows_of_nothing(structure: str) -> None:
     pairs = [(a.double(), g.double())]
     running = step(None, structure, pairs, 3, DECAY, False, None, 4)
     assert not running.curvature.dense().any()
-    for side in running.sides:
+    for side in running.truncated_factors:
         orthonormal(side.basis)
 
 
@@ -298,9 +302,9 @@ def test_rows_of_nothing(structure: str) -> None:
 def test_a_checkpoint_of_the_sides(structure: str) -> None:
     stream, file = estimates(3, 4), io.BytesIO()
     running = run(structure, stream[:2], 3)
-    torch.save(running.state(), file)
+    torch.save(to_state(running), file)
     file.seek(0)
-    again = Running.from_state(torch.load(file, weights_only=True))
+    again = from_state(torch.load(file, weights_only=True))
     ours, theirs = (step(one, structure, stream[2], 4, DECAY, False, None, 3)
                     for one in (running, again))
     assert torch.equal(ours.curvature.dense(), theirs.curvature.dense())
@@ -341,6 +345,6 @@ def test_masked_examples_are_no_rows(structure: str) -> None:
     thin, whole = (
         step(None, structure, pairs, 8, DECAY, False, None, rank) for rank in (8, OUTPUTS + INPUTS)
     )
-    assert thin.sides is not None and whole.sides is None
+    assert thin.truncated_factors is not None and whole.truncated_factors is None
     same(thin.curvature.trace(), whole.curvature.trace())
     same(thin.curvature.dense(), whole.curvature.dense())

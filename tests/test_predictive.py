@@ -27,8 +27,8 @@ from toys import (
     trained,
 )
 
-from pyrocurv import repeated
 from pyrocurv.guides import DiagonalGuide, KFACGuide
+from pyrocurv.handlers import vectorized
 from pyrocurv.infer import Predictive, predictive
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
@@ -278,7 +278,7 @@ def exact(model: Callable[..., Any], samples: dict[str, Tensor], *args: Any) -> 
 
 @pytest.mark.parametrize("largest", [1, 6_000, 1 << 24], ids=["one by one", "chunks", "at once"])
 def test_what_the_model_returns(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated, "LARGEST", largest)
+    monkeypatch.setattr(vectorized, "LARGEST", largest)
     model, x = classifier(), inputs()
     guide = DiagonalGuide(model, init_scale=1.0)
     guide(x, x.argmax(1))
@@ -535,7 +535,7 @@ def test_chunks_follow_what_is_inside_of_arguments() -> None:
         scale = pyro.sample("scale", dist.Normal(0.0, 1.0))
         return scale * data["x"].expand(size, -1)
 
-    runs = repeated.Repeated()
+    runs = vectorized.VectorizedRunner()
     for rows, size in ((1, 4), (1, 100_000), (3, 3)):
         values = {"scale": torch.randn(8)}
         runs(model, values, 8, ({"x": torch.ones(rows, 50)}, size), {})

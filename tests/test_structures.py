@@ -478,7 +478,7 @@ def test_groups_in_their_eigenbases() -> None:
         thin, other = a.eigen(ranks), b.eigen(ranks)
         found = (
             thin, a.lerp(b, 0.3), a.rescaled(p, r), thin.lerp(other, 0.3),
-            thin.rotated(other.output_basis, other.input_basis), a.nearest_sum(b),
+            thin.rotated(other.output_basis, other.input_basis), a.nearest_kronecker_sum(b),
         )
         for group in range(3):
             one, two = Kronecker(a.output[group], a.input[group]), Kronecker(*(
@@ -487,7 +487,9 @@ def test_groups_in_their_eigenbases() -> None:
             expected = (
                 alone, one.lerp(two, 0.3), one.rescaled(p[group], r[group]),
                 alone.lerp(another, 0.3),
-                alone.rotated(another.output_basis, another.input_basis), one.nearest_sum(two),
+                alone.rotated(
+                    another.output_basis, another.input_basis
+                ), one.nearest_kronecker_sum(two),
             )
             rows = slice(20 * group, 20 * (group + 1))
             for whole, part in zip(found, expected, strict=True):
@@ -586,7 +588,7 @@ def test_nearest_kronecker_to_a_sum(scales: tuple[float, float], dtype: torch.dt
         total = written_out(a) + written_out(b)
         u, s, v = torch.linalg.svd(rearranged(total, 3, 4))
         best = s[0] * torch.outer(u[:, 0], v[0])
-        found = a.map(lambda t: t.to(dtype)).nearest_sum(b.map(lambda t: t.to(dtype)))
+        found = a.map(lambda t: t.to(dtype)).nearest_kronecker_sum(b.map(lambda t: t.to(dtype)))
         assert found.output.dtype == dtype
         error = rearranged(found.dense().double(), 3, 4) - best
         # the leading direction is lost in rounding as its gap closes
@@ -600,19 +602,19 @@ def test_nearest_kronecker_to_a_sum(scales: tuple[float, float], dtype: torch.dt
 def test_nearest_kronecker_to_a_sum_that_is_one() -> None:
     a = kronecker(FLOAT64)
     for b in (Kronecker(a.output, spd(2, FLOAT64)), Kronecker(spd(3, FLOAT64), a.input)):
-        same(a.nearest_sum(b).dense(), written_out(a) + written_out(b))
-        same(b.nearest_sum(a).dense(), written_out(a) + written_out(b))
+        same(a.nearest_kronecker_sum(b).dense(), written_out(a) + written_out(b))
+        same(b.nearest_kronecker_sum(a).dense(), written_out(a) + written_out(b))
     nothing = a.map(torch.zeros_like)
-    same(a.nearest_sum(nothing).dense(), written_out(a))
-    same(nothing.nearest_sum(a).dense(), written_out(a))
-    assert torch.equal(nothing.nearest_sum(nothing).dense(), nothing.dense())
+    same(a.nearest_kronecker_sum(nothing).dense(), written_out(a))
+    same(nothing.nearest_kronecker_sum(a).dense(), written_out(a))
+    assert torch.equal(nothing.nearest_kronecker_sum(nothing).dense(), nothing.dense())
 
 
 def test_nearest_kronecker_to_a_sum_of_equal_and_orthogonal_products() -> None:
     """Then one is as near as the other: any best approximation of rank 1 will do."""
     first, second = (torch.diag(torch.eye(2, dtype=FLOAT64)[i]) for i in range(2))
     a, b = Kronecker(first, first), Kronecker(second, second)
-    error = a.nearest_sum(b).dense() - written_out(a) - written_out(b)
+    error = a.nearest_kronecker_sum(b).dense() - written_out(a) - written_out(b)
     same(error.norm(), torch.ones((), dtype=FLOAT64))
 
 

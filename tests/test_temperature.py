@@ -175,7 +175,7 @@ def test_a_model_without_a_plate_has_a_score() -> None:
 
 def test_a_score_that_is_not_finite_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {1.0: float("nan"), 0.3: -0.2, 0.1: -0.4, 0.03: -float("inf")}
-    module = importlib.import_module("pyrocurv.infer.temperature")
+    module = importlib.import_module("pyrocurv.infer.temperature_selection")
     monkeypatch.setattr(module, "_density", lambda temperature, *_: scores[temperature])
     assert choose_temperature(lambda t: t, [], [*scores]) == 0.3
     with pytest.raises(FloatingPointError, match="no temperature has a finite density"):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.infer.whole import Whole, blended
 from pyrocurv.nn import Regressor, bayesianize
+from pyrocurv.posterior.joint_update import Whole, blended
 from pyrocurv.structures import Dense, Diagonal
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -1,7 +1,9 @@
 """Curvature of the negative log likelihood: its vectors, structure and time."""
 
+
+
 from pyrocurv.curvature.estimate import estimate
 from pyrocurv.curvature.spec import Curvature
-from pyrocurv.specs import EKFAC, KFAC
+from pyrocurv.layers.structure_spec import EKFAC, KFAC
 
 __all__ = ["EKFAC", "KFAC", "Curvature", "estimate"]

@@ -3,77 +3,45 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 from torch.utils._pytree import tree_map
 
-from pyrocurv.blocks import Block, Positions, partition
-from pyrocurv.capture import Capture
-from pyrocurv.choice import Choice, choose
 from pyrocurv.curvature import hessian
-from pyrocurv.curvature.hessian import Seen, hessians, twice_differentiable
-from pyrocurv.curvature.pullback import Observation, Opaque, pullback
-from pyrocurv.curvature.reduce import gather
+from pyrocurv.curvature.hessian import BlockStatistics, hessians, twice_differentiable
+from pyrocurv.curvature.layer_statistics import collect
+from pyrocurv.curvature.likelihood import (
+    Likelihood,
+    _term,
+    _widened,
+    as_likelihood,
+)
+from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
 from pyrocurv.layers import Layer
-from pyrocurv.precision import full_precision
-from pyrocurv.rows import misread, said_by, summed
-from pyrocurv.specs import EKFAC
+from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
+from pyrocurv.layers.block import Block, BlockIndices, make_blocks
+from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.structure_selection import StructureChoice, select_structures
+from pyrocurv.layers.structure_spec import EKFAC
+from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
-from pyrocurv.uses import Call
-
-Likelihood = str | Callable[[Tensor], Distribution]
 
 
-def _independent(likelihood: Distribution) -> Distribution:
-    """All axes but the first belong to one example."""
-    return Independent(likelihood, max(len(likelihood.batch_shape) - 1, 0))
-
-
-def _categorical(logits: Tensor) -> Distribution:
-    """Of two classes or more: one alone is certain, whatever the network says."""
-    if logits.shape[-1:] == (1,):
-        raise ValueError(
-            f"likelihood='categorical': an output {tuple(logits.shape)} has one class alone; "
-            "'bernoulli' takes one logit for two, 'normal' a mean"
-        )
-    return _independent(Categorical(logits=logits))
-
-
-LIKELIHOODS: dict[str, Callable[[Tensor], Distribution]] = {
-    "categorical": _categorical,
-    "bernoulli": lambda logits: _independent(Bernoulli(logits=logits)),
-    "normal": lambda mean: _independent(Normal(mean, torch.ones_like(mean))),
-}
-
-
-def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
-    """A name from the table, or a callable that gives a `Distribution` for an output."""
-    if callable(likelihood):
-        return lambda output: _independent(likelihood(output))
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood={likelihood!r}: choose one of {', '.join(LIKELIHOODS)}, "
-            "or give a callable output -> Distribution"
-        )
-    return LIKELIHOODS[likelihood]
-
-
-def _reduce(block: Block, seen: Seen) -> Structure:
-    spec, plain = block.structure, hessian.plain(block, seen)
+def _reduce(block: Block, seen: BlockStatistics) -> Structure:
+    spec, assemble = block.structure, hessian.assemble(block, seen)
     if isinstance(spec, str):
-        return plain
+        return assemble
     ranks = None if spec.rank == "auto" else block.ranks
     if isinstance(spec, EKFAC):
-        return hessian.eigen(seen, plain.eigen(ranks))
+        return hessian.eigen(seen, assemble.eigen(ranks))
     if ranks is not None:
-        return plain.eigen(ranks, spec.cuts)
-    factors = zip((plain.output, plain.input), spec.cuts, strict=True)
+        return assemble.eigen(ranks, spec.cuts)
+    factors = zip((assemble.output, assemble.input), spec.cuts, strict=True)
     return Kronecker(*(cut(factor, blocks) for factor, blocks in factors))
 
 
@@ -84,7 +52,7 @@ def estimate(
     *,
     likelihood: Likelihood = "categorical",
     curvature: str | Curvature = "fisher",
-    structure: Choice = "kfac",
+    structure: StructureChoice = "kfac",
 ) -> Structure:
     """The curvature of -sum_n log p(y_n | net(x_n)) in the weights, as a structured matrix.
 
@@ -152,83 +120,50 @@ def estimate(
     with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
         output = net(x)
     device = next(iter(named.values())).device
-    with torch.enable_grad(), full_precision(device):
+    with torch.enable_grad(), disable_autocast(device):
         term = _term(density(tree_map(_widened, output)), y, output)
         terms, count = [term], len(term.value)
         whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
-        each = said_by(output, count)
+        each = per_example_scalar(output, count)
         if callable(likelihood):  # which may arrange and reuse the output in its own way
             log_prob = term.likelihood.log_prob(term.value)
             each = log_prob.reshape(count, -1).sum(1) if log_prob.dim() else None
-        said = None if whole or capture.coupled else each
-        capture.note_hidden(summed(output) if each is None else each.sum())
-        capture.missed |= misread(capture.calls, count, said)
+        said = None if whole or capture.has_batch_coupling else each
+        capture.mark_untracked(total_output(output) if each is None else each.sum())
+        capture.unsupported |= find_wrong_batch_axis(capture.calls, count, said)
         layers, calls = _with_opaque(capture, named, count)
-        chosen = choose(structure, "kfac", layers, dict(net.named_modules()))
-        blocks = partition(layers, chosen.__getitem__)
-        seen: Iterable[Seen]
+        chosen = select_structures(structure, "kfac", layers, dict(net.named_modules()))
+        blocks = make_blocks(layers, chosen.__getitem__)
+        seen: Iterable[BlockStatistics]
         if curvature.kind == "hessian":
             seen = hessians(blocks, terms, calls, count, curvature.num_samples)
         else:
             gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
-            seen = (gather(block, calls, gradients, count) for block in blocks)
+            seen = (collect(block, calls, gradients, count) for block in blocks)
         found = tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True))
     order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    return BlockDiagonal(found, Positions(blocks, order, device))
-
-
-def _widened(output: Any) -> Any:
-    """In single precision at least: the densities of half of it are too coarse."""
-    if not isinstance(output, Tensor):
-        return output
-    return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-def _term(likelihood: Distribution, y: Tensor, output: Any) -> Observation:
-    shape = likelihood.batch_shape + likelihood.event_shape
-    count = len(output) if isinstance(output, Tensor) and output.dim() else y.shape[:1].numel()
-    if y.shape != shape:
-        raise ValueError(
-            f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has "
-            f"{tuple(shape)}"
-        )
-    if shape[:1] != (count,):
-        raise ValueError(
-            f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
-        )
-    base = likelihood
-    while isinstance(base, Independent):
-        base = base.base_dist
-    if isinstance(base, Categorical):
-        are = base.support.check(y)
-        if bool(are.any() & ~are.all()):
-            raise ValueError(
-                f"targets from {int(y.min())} to {int(y.max())}, the classes are 0 to "
-                f"{base.param_shape[-1] - 1}: leave such examples out, or mask them in a Pyro model"
-            )
-    if isinstance(base, Bernoulli) and not y.is_floating_point():
-        y = y.to(base.logits.dtype)
-    return Observation(likelihood, y)
+    return BlockDiagonal(found, BlockIndices(blocks, order, device))
 
 
 def _with_opaque(
     capture: Capture, named: dict[str, nn.Parameter], batch: int
-) -> tuple[list[Layer], list[Call | Opaque]]:
+) -> tuple[list[Layer], list[LayerCall | UntracedWeight]]:
     """The layers and calls of a forward pass, with those that no supported op consumes."""
-    layers, calls = capture.resolve()
+    layers, calls = capture.build_layers()
     found = {name for layer in layers for name in layer.tensors}
     left = [name for name in named if name not in found]
-    if unused := [name for name in left if name not in capture.missed]:
+    if unused := [name for name in left if name not in capture.unsupported]:
         raise ValueError(
             f"{', '.join(unused)} took no part in the forward pass, or none with a gradient: set "
             "requires_grad=False to leave it out"
         )
     if left:
         warnings.warn(
-            f"no supported op consumes {', '.join(f'{n} ({capture.missed[n]})' for n in left)}: "
+            "no supported op consumes "
+            f"{', '.join(f'{name} ({capture.unsupported[name]})' for name in left)}: "
             "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
             stacklevel=3,
         )
     more = [Layer(name, None, tuple(named[name].shape), "opaque") for name in left]
-    opaque = [Opaque(layer, named[layer.weight], batch) for layer in more]
+    opaque = [UntracedWeight(layer, named[layer.weight], batch) for layer in more]
     return [*layers, *more], [*calls, *opaque]

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyrocurv.blocks import Block
-from pyrocurv.curvature import in_weights, reduce
-from pyrocurv.curvature.in_outputs import InOutputs
-from pyrocurv.curvature.in_weights import InWeights, Units
-from pyrocurv.curvature.pullback import Observation, Opaque
-from pyrocurv.curvature.reduce import Pairs
+from pyrocurv.curvature import hessian_weights, layer_statistics
+from pyrocurv.curvature.hessian_outputs import OutputHessian
+from pyrocurv.curvature.hessian_weights import Units, WeightHessian
+from pyrocurv.curvature.layer_statistics import Pairs
+from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.layers import Layer
+from pyrocurv.layers.block import Block
+from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
-from pyrocurv.uses import Call
 
 NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, should not exceed
 
@@ -40,12 +40,12 @@ def twice_differentiable() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def energy(terms: Sequence[Observation], count: int) -> Tensor:
+def energy(terms: Sequence[LikelihoodTerm], count: int) -> Tensor:
     """-log p of the first `count` examples, weights and masks applied."""
     return -torch.stack([_log_prob(term, count) for term in terms]).sum()
 
 
-def _log_prob(term: Observation, count: int) -> Tensor:
+def _log_prob(term: LikelihoodTerm, count: int) -> Tensor:
     log_prob = term.likelihood.log_prob(term.value)
     if term.mask is not None:
         mask = torch.as_tensor(term.mask, device=log_prob.device)
@@ -55,17 +55,17 @@ def _log_prob(term: Observation, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class BlockHessian:
+class HessianStatistics:
     """What the graph of a gradient says of one block, a SUM over the examples."""
 
     block: Block
-    _graph: _Graph
+    _graph: _GradientGraph
     _make: Callable[[], Dense | Diagonal | Kronecker]
-    _source: InWeights | InOutputs | None = None  # of the eigenvalues in a basis
-    outputs: InOutputs | None = None  # of a Kronecker block that is used one way
+    _source: WeightHessian | OutputHessian | None = None  # of the eigenvalues in a basis
+    outputs: OutputHessian | None = None  # of a Kronecker block that is used one way
 
     @functools.cached_property
-    def plain(self) -> Any:
+    def assemble(self) -> Any:
         """In the block's structure, before any eigenbasis: Dense, Diagonal or Kronecker."""
         return self._make()
 
@@ -86,30 +86,36 @@ class BlockHessian:
         return self._graph.pairs(self.block)
 
 
-Seen = Pairs | BlockHessian
+BlockStatistics = Pairs | HessianStatistics
 
 
-def plain(block: Block, seen: Seen) -> Any:
+def assemble(block: Block, seen: BlockStatistics) -> Any:
     """In the block's structure, before any eigenbasis: a `Kronecker` for the Kronecker ones."""
-    return seen.plain if isinstance(seen, BlockHessian) else reduce.plain(block, seen)
+    return seen.assemble if isinstance(
+        seen, HessianStatistics
+    ) else layer_statistics.assemble(block, seen)
 
 
-def pairs(seen: Seen) -> Pairs:
+def pairs(seen: BlockStatistics) -> Pairs:
     """The inputs of the block's layers and the gradients in their outputs."""
-    return seen.pairs if isinstance(seen, BlockHessian) else seen
+    return seen.pairs if isinstance(seen, HessianStatistics) else seen
 
 
-def eigen(seen: Seen, basis: KroneckerEigen, units: Units | None = None) -> KroneckerEigen:
+def eigen(
+    seen: BlockStatistics, basis: KroneckerEigen, units: Units | None = None
+) -> KroneckerEigen:
     """The mean of a layer's curvature over the eigenspaces of a basis, in the units of a prior."""
-    if isinstance(seen, BlockHessian):
+    if isinstance(seen, HessianStatistics):
         return seen.eigen(basis, units)
-    return reduce.kronecker_eigen(reduce.in_units(seen, units), basis)
+    return layer_statistics.kronecker_eigen(layer_statistics.whiten(seen, units), basis)
 
 
 def hessians(
-    blocks: Sequence[Block], terms: Sequence[Observation], calls: Sequence[Call | Opaque],
+    blocks: Sequence[Block], terms: Sequence[LikelihoodTerm], calls: Sequence[
+        LayerCall | UntracedWeight
+    ],
     count: int, num_samples: int, kept: Tensor | None = None, masked: Tensor | None = None,
-) -> list[BlockHessian]:
+) -> list[HessianStatistics]:
     """The Hessian of each block, from the first `count` examples; `kept` are those not masked.
 
     `masked` [count, S] are positions that count for nothing; see `reduce.gather`.
@@ -123,23 +129,23 @@ def hessians(
                 f"{layer.weight!r} took no part in this forward pass, or none with a gradient"
             )
     names = {name for block in blocks if _is_in_weights(block, calls) for name in block.tensors}
-    graph = _Graph.of(names, terms, calls, count, num_samples, kept, masked)
+    graph = _GradientGraph.of(names, terms, calls, count, num_samples, kept, masked)
     return [graph.block(block) for block in blocks]
 
 
-def _is_in_weights(block: Block, calls: Sequence[Call | Opaque]) -> bool:
+def _is_in_weights(block: Block, calls: Sequence[LayerCall | UntracedWeight]) -> bool:
     """Whether something of a block may be read from the rows of its weights."""
-    (first, *more) = (call.flipped for call in calls if call.layer == block.layers[0])
+    (first, *more) = (call.transposed for call in calls if call.layer == block.layers[0])
     return (
         isinstance(block.structure, str) or first or bool(more) or block.layers[0].form == "units"
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Graph:
+class _GradientGraph:
     """The gradient with its graph, in weights that it is wanted in and in all outputs."""
 
-    calls: Sequence[Call | Opaque]
+    calls: Sequence[LayerCall | UntracedWeight]
     leaves: dict[str, Tensor]
     in_leaves: dict[str, Tensor]  # by name
     in_calls: dict[int, Tensor | None]  # by the call's id
@@ -151,11 +157,13 @@ class _Graph:
 
     @staticmethod
     def of(
-        names: Container[str], terms: Sequence[Observation], calls: Sequence[Call | Opaque],
+        names: Container[str], terms: Sequence[LikelihoodTerm], calls: Sequence[
+            LayerCall | UntracedWeight
+        ],
         count: int, num_samples: int, kept: Tensor | None, masked: Tensor | None,
-    ) -> _Graph:
+    ) -> _GradientGraph:
         """One backward pass."""
-        seen = [call for call in calls if isinstance(call, Call)]
+        seen = [call for call in calls if isinstance(call, LayerCall)]
         edges = [call.edge for call in seen]
         leaves = {
             name: leaf for call in calls for name, leaf in call.leaves.items() if name in names
@@ -170,61 +178,65 @@ class _Graph:
         }
         in_calls = {id(c): g for c, g in zip(seen, found[len(leaves):], strict=True)}
         widest = max(1 if g is None else g.numel() for g in found)
-        return _Graph(
+        return _GradientGraph(
             calls, leaves, in_leaves, in_calls, count, num_samples, kept, masked, widest
         )
 
     def _chunk(self, size: int) -> int:
         return max(1, NUMBERS // max(size, self.widest))
 
-    def weights(self, block: Block) -> InWeights:
+    def weights(self, block: Block) -> WeightHessian:
         """In the weights of a block."""
-        return InWeights(
+        return WeightHessian(
             block, block.pack(self.in_leaves), tuple(self.leaves[name] for name in block.tensors),
             self._chunk(block.size), self.num_samples,
         )
 
-    def outputs(self, calls: Sequence[Call]) -> InOutputs:
+    def outputs(self, calls: Sequence[LayerCall]) -> OutputHessian:
         """In the outputs of some calls of one layer."""
         gradients = [self.in_calls[id(call)] for call in calls]
-        return InOutputs.of(
+        return OutputHessian.of(
             calls, gradients, self.count, self.kept, self._chunk(1), self.num_samples, self.masked
         )
 
-    def uses(self, layer: Layer) -> list[Call]:
+    def uses(self, layer: Layer) -> list[LayerCall]:
         """The calls of a layer that is no opaque one."""
-        return [c for c in self.calls if isinstance(c, Call) and c.layer == layer]
+        return [c for c in self.calls if isinstance(c, LayerCall) and c.layer == layer]
 
-    def block(self, block: Block) -> BlockHessian:
+    def block(self, block: Block) -> HessianStatistics:
         """In the block's structure."""
         sharing = getattr(block.structure, "sharing", None)
         if block.structure == "diag":
             parts = [self._diagonal(layer) for layer in block.layers]
-            return BlockHessian(block, self, lambda: Diagonal(torch.cat([p() for p in parts])))
+            return HessianStatistics(block, self, lambda: Diagonal(torch.cat([p() for p in parts])))
         if sharing is None:
             weights = self.weights(block)
-            return BlockHessian(block, self, lambda: Dense(weights.matrix()))
+            return HessianStatistics(block, self, lambda: Dense(weights.matrix()))
         (layer,) = block.layers
         if layer.form == "units":
             weights = self.weights(block)
-            return BlockHessian(block, self, lambda: _units(weights.groups(), self.count), weights)
+            return HessianStatistics(
+                block, self, lambda: _units(weights.groups(), self.count), weights
+            )
         mine = self.uses(layer)
-        straight, flipped = ([c for c in mine if c.flipped == f] for f in (False, True))
-        if flipped:
+        straight, transposed = ([c for c in mine if c.transposed == f] for f in (False, True))
+        if transposed:
             uses = [(self.outputs(straight), False)] if straight else []
-            uses.append((self.outputs(flipped), True))
-            return BlockHessian(block, self, lambda: _both_ways(uses, sharing), self.weights(block))
+            uses.append((self.outputs(transposed), True))
+            return HessianStatistics(
+                block, self, lambda: _both_ways(uses, sharing), self.weights(block)
+            )
         outputs = self.outputs(mine)
-        often = len(mine) > 1 and block.size <= in_weights.PASSES
+        often = len(mine) > 1 and block.size <= hessian_weights.PASSES
         source = self.weights(block) if often else outputs
-        return BlockHessian(block, self, lambda: outputs.kronecker(sharing), source, outputs)
+        return HessianStatistics(block, self, lambda: outputs.kronecker(sharing), source, outputs)
 
     def _diagonal(self, layer: Layer) -> Callable[[], Tensor]:
         weights, mine = self.weights(Block((layer,), "diag")), self.uses(layer)
-        once = len(mine) == 1 and not mine[0].flipped and layer.form != "units"
+        once = len(mine) == 1 and not mine[0].transposed and layer.form != "units"
         if once and not weights.is_exact:
             outputs = self.outputs(mine)
-            if outputs.passes <= in_weights.PASSES:
+            if outputs.passes <= hessian_weights.PASSES:
                 return outputs.diagonal
         return weights.diagonal
 
@@ -235,8 +247,8 @@ class _Graph:
             call.gradients(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
             for call in calls
         ]
-        found = reduce.gather(block, calls, arranged, self.count, self.masked)
-        return reduce.only(found, self.kept)
+        found = layer_statistics.collect(block, calls, arranged, self.count, self.masked)
+        return layer_statistics.select_examples(found, self.kept)
 
 
 def _units(groups: Tensor, count: int) -> Kronecker:
@@ -244,10 +256,10 @@ def _units(groups: Tensor, count: int) -> Kronecker:
     return Kronecker(groups.new_ones(len(groups), 1, 1) * count, groups / count)
 
 
-def _both_ways(uses: Sequence[tuple[InOutputs, bool]], sharing: str) -> Kronecker:
+def _both_ways(uses: Sequence[tuple[OutputHessian, bool]], sharing: str) -> Kronecker:
     """Of a matrix that is used transposed (True): the nearest product to the sum over its uses."""
     factors = []
-    for outputs, flipped in uses:
+    for outputs, transposed in uses:
         one = outputs.kronecker(sharing)
-        factors.append(Kronecker(one.input, one.output) if flipped else one)
-    return functools.reduce(Kronecker.nearest_sum, factors)
+        factors.append(Kronecker(one.input, one.output) if transposed else one)
+    return functools.reduce(Kronecker.nearest_kronecker_sum, factors)

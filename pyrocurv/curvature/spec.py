@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyrocurv.curvature.clock import START, Clock
+from pyrocurv.curvature.update_interval import START, UpdateInterval
 
 KINDS = ("hessian", "ggn", "fisher", "empirical")
 NOISE = "noise"
@@ -79,7 +79,7 @@ class Curvature:
         if not self.initial >= 0:
             raise ValueError(f"Curvature(initial={self.initial!r}): a number from 0 is needed")
 
-    def interval(self, step: int, clock: Clock | None = None) -> int:
+    def interval(self, step: int, clock: UpdateInterval | None = None) -> int:
         """Steps from one estimate to the next around `step`, for the block of that clock."""
         if self.every == "auto":
             return START if clock is None else clock.interval
@@ -87,17 +87,17 @@ class Curvature:
             return self.every
         return next((every for end, every in SCHEDULE if step < end), LATE)
 
-    def is_due(self, step: int, clock: Clock | None = None) -> bool:
+    def is_due(self, step: int, clock: UpdateInterval | None = None) -> bool:
         """Whether `step` takes an estimate."""
         if self.every == "auto":
             return clock is None or step >= clock.due
         return step % self.interval(step) == 0
 
-    def fades(self, step: int) -> bool:
+    def decays_at(self, step: int) -> bool:
         """Whether the initial curvature fades at `step` in blocks that take no estimate then."""
         return self.every == "auto" and step % START == 0
 
-    def turns(self, step: int, clock: Clock | None = None) -> bool:
+    def is_basis_due(self, step: int, clock: UpdateInterval | None = None) -> bool:
         """Whether the estimate at `step` is the first since a multiple of `eigen_every`."""
         if self.every == "auto":
             return clock is None or step // self.eigen_every > clock.last // self.eigen_every

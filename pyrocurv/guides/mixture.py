@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyrocurv.modules import named_modules
+from pyrocurv.handlers.modules import named_modules
 
 TRAINED = "a MixtureGuide is for prediction: train its guides, each by itself, and then mix them"
 CHOICE = "_component"

@@ -6,7 +6,7 @@ weights, and lays out a Gaussian for each block of them. What is left goes to a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -14,25 +14,31 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal
-from torch import Tensor
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
 
-from pyrocurv.choice import Choice
-from pyrocurv.distributions import StructuredNormal
-from pyrocurv.guides.layout import LaidOutGuide
-from pyrocurv.guides.leftout import rest_of
-from pyrocurv.guides.particles import check_particles
-from pyrocurv.guides.plan import Plan, check_layout
-from pyrocurv.guides.start import Start, init_to_network, init_to_prior_median, start_of
-from pyrocurv.guides.summary import summary
+from pyrocurv.guides.auxiliary import make_auxiliary_guide
+from pyrocurv.guides.blockwise import BlockwiseGuide
+from pyrocurv.guides.initialization import (
+    InitSelected,
+    init_to_network,
+    init_to_prior_median,
+    initial_values,
+)
+from pyrocurv.guides.partition import LatentPartition, check_layout
+from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import has_network
-from pyrocurv.modules import frozen_buffers, named_modules
-from pyrocurv.notice import notice
-from pyrocurv.priors import Prior, read_prior
-from pyrocurv.prototype import Prototype, Site, inspect
-from pyrocurv.repeated import Repeated
+from pyrocurv.handlers.modules import frozen_buffers, named_modules
+from pyrocurv.handlers.prototype import Prototype, TraceSite, trace_prototype
+from pyrocurv.handlers.vectorized import VectorizedRunner
+from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.posterior.prior import GaussianPrior, read_prior
+from pyrocurv.posterior.summary import summary
+from pyrocurv.runtime.user_warnings import warn_user
 
 
-class StructuredGuide(LaidOutGuide):
+class StructuredGuide(BlockwiseGuide):
     """A Gaussian posterior over network weights, block by block in one structure.
 
     Args:
@@ -60,15 +66,15 @@ class StructuredGuide(LaidOutGuide):
     """
 
     may_be_whole: ClassVar[bool] = False  # over all latents of a model without a network
-    left_behind = (*LaidOutGuide.left_behind, "_choice")
+    unpickled_attributes = (*BlockwiseGuide.unpickled_attributes, "_choice")
 
     def __init__(
         self,
         model: Callable[..., Any],
         *,
-        init_loc_fn: Callable[[Site], Tensor] = init_to_network,
+        init_loc_fn: Callable[[TraceSite], Tensor] = init_to_network,
         init_scale: float = 0.01,
-        structure: Choice = None,
+        structure: StructureChoice = None,
         fallback: Callable[[Any], AutoGuide] = AutoNormal,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -76,8 +82,8 @@ class StructuredGuide(LaidOutGuide):
             raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
         super().__init__(model, init_loc_fn, init_scale, create_plates)
         self._choice, self._make_fallback = structure, fallback
-        self._fallback_draws = Repeated()
-        self._priors: list[Prior] = []
+        self._fallback_draws = VectorizedRunner()
+        self._priors: list[GaussianPrior] = []
         self._said_so = False
 
     # ---- the first call -------------------------------------------------------------------------
@@ -90,13 +96,13 @@ class StructuredGuide(LaidOutGuide):
             )
         model, known = self._base_model[0], {*self.sites, *self._loaded_rest}
         partial = self.master is not None
-        found = inspect(self.model, self._prototype_hide_fn, partial, args, kwargs, known)
+        found = trace_prototype(self.model, self._prototype_hide_fn, partial, args, kwargs, known)
         plan = self._plan(found)
         if self.sites:
             check_layout([family.block for family in self.blocks], plan.blocks)
         else:
-            untold = self._init_loc_fn is init_to_network and not has_network(model)
-            self._build(plan.blocks, start_of(plan, found.latents, untold))
+            uses_default_init = self._init_loc_fn is init_to_network and not has_network(model)
+            self._build(plan.blocks, initial_values(plan, found.latents, uses_default_init))
         priors = {name: found.latents[name]["fn"] for name in self.sites}
         self._event_dims = {name: prior.event_dim for name, prior in priors.items()}
         self._latents, self.is_whole = dict(plan.latents), bool(plan.latents)
@@ -106,32 +112,36 @@ class StructuredGuide(LaidOutGuide):
             frame.name: frame
             for site in found.latents.values() for frame in site["cond_indep_stack"]
         }
-        if complaint := plan.complaint(found):
-            notice(f"{type(self).__name__}: {complaint}")
+        if warning := plan.warning(found):
+            warn_user(f"{type(self).__name__}: {warning}")
         self._set_fallback(found, plan, args, kwargs)
         self.prototype_trace = found.trace
         if self.master is not None:
             self.master()._check_prototype(found.trace)
 
-    def _plan(self, found: Prototype) -> Plan:
+    def _plan(self, found: Prototype) -> LatentPartition:
         """Layer by layer, or one block over all latents of a model without a network."""
         model = self._base_model[0]
-        plan = Plan.of(found, self._choice, self.structure, named_modules(model))
+        plan = LatentPartition.of(found, self._choice, self.structure, named_modules(model))
         may = self.may_be_whole and self._choice is None and not self.sites
         better = may and not has_network(model) and plan.is_better_whole(found)
-        return Plan.whole(found, self.structure) if self.is_whole or better else plan
+        return LatentPartition.whole(found, self.structure) if self.is_whole or better else plan
 
-    def _set_fallback(self, found: Prototype, plan: Plan, args: Any, kwargs: Any) -> None:
-        self.fallback_sites, self._left_out = (*plan.left_out, *plan.left), plan.left_out
+    def _set_fallback(
+        self, found: Prototype, plan: LatentPartition, args: Any, kwargs: Any
+    ) -> None:
+        self.fallback_sites, self._excluded = (*plan.excluded, *plan.left), plan.excluded
         if not self.fallback_sites:
             return
         model = self._base_model[0]
         if self._init_loc_fn is not init_to_network:
-            model = Start(self._init_loc_fn, plan.left)(model)
+            model = InitSelected(self._init_loc_fn, plan.left)(model)
         elif self._make_fallback is AutoNormal:
-            model = Start(init_to_prior_median, plan.left)(model)
-        values = {name: found.latents[name]["value"] for name in plan.left_out}
-        self.fallback = rest_of(model, values, plan.left_out, plan.left, self._make_fallback)
+            model = InitSelected(init_to_prior_median, plan.left)(model)
+        values = {name: found.latents[name]["value"] for name in plan.excluded}
+        self.fallback = make_auxiliary_guide(
+            model, values, plan.excluded, plan.left, self._make_fallback
+        )
         with torch.no_grad(), frozen_buffers(model), poutine.block():
             self._create_plates(*args, **kwargs)
             self.fallback(*args, **kwargs)
@@ -176,15 +186,15 @@ class StructuredGuide(LaidOutGuide):
         may = may and not (self.fallback_sites or self._loaded_rest)
         return may and (self.structure == "full" or not has_network(model))
 
-    def observe_priors(self, priors: Sequence[Prior]) -> None:
+    def observe_priors(self, priors: Sequence[GaussianPrior]) -> None:
         """Remember the priors of the blocks' weights, for `kl`."""
         self._priors = list(priors)
 
     def _warn_of_samples(self) -> None:
         """Once, where the precision is the curvature at a mode."""
-        if self.at_mode and not self._said_so:
+        if self.is_laplace and not self._said_so:
             self._said_so = True
-            notice(
+            warn_user(
                 "sampling a Laplace approximation: its width is that of the network linearised at "
                 "the mode, and predictions of the network itself at samples of it are wrong by "
                 "far; pyrocurv.infer.Laplace(model, guide).predict(x) is what it is for"
@@ -255,6 +265,27 @@ class StructuredGuide(LaidOutGuide):
         self._ready()
         model = self._base_model[0] if self._base_model else None  # pickles leave it behind
         return summary(
-            self.median(), [family.block for family in self.blocks], self._left_out,
+            self.median(), [family.block for family in self.blocks], self._excluded,
             self._make_fallback.__name__, named_modules(model),
         )
+
+PLATE = "num_particles_vectorized"  # the one that Pyro's ELBOs put around model and guide
+
+
+def check_particles(sites: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where an ELBO vectorises over weights that torch's own modules consume."""
+    if not any(isinstance(frame, IndepMessenger) and frame.name == PLATE for frame in _PYRO_STACK):
+        return
+    for site in sites:
+        owner = modules.get(site.rpartition(".")[0])
+        if owner is not None and _is_of_torch(owner):
+            raise ValueError(
+                f"vectorize_particles=True: {site!r} is a weight of a torch.nn module, which takes "
+                "one weight at a time; leave it out, num_particles alone does the same in a loop"
+            )
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether its forward pass is torch's, of a layer with weights."""
+    source = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
+    return source is not nn.Module and source.__module__.startswith("torch.nn.modules")

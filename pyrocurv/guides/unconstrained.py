@@ -15,10 +15,10 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 from torch.distributions.utils import _sum_rightmost
 
-from pyrocurv.blocks import Block
+from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.prototype import TraceSite, is_real
 from pyrocurv.layers import Layer
-from pyrocurv.modules import modules
-from pyrocurv.prototype import Site, is_real
+from pyrocurv.layers.block import Block
 
 NETWORKS = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention,
@@ -31,14 +31,14 @@ def has_network(model: Callable[..., Any]) -> bool:
     return any(isinstance(module, NETWORKS) for module in modules(model))
 
 
-def is_local(site: Site) -> bool:
+def is_local(site: TraceSite) -> bool:
     """Whether a latent is in a plate of which the model takes a part."""
     frames = site["cond_indep_stack"]
     return any(frame.full_size not in (None, frame.size) for frame in frames)
 
 
 @dataclass(frozen=True)
-class Latent:
+class UnconstrainedLatent:
     """A latent as the image of a real tensor."""
 
     transform: Transform
@@ -49,7 +49,7 @@ class Latent:
     is_real: bool  # whether it is its own image
 
     @staticmethod
-    def of(site: Site) -> Latent:
+    def of(site: TraceSite) -> UnconstrainedLatent:
         """From a site of a trace; ValueError where a plate around it is subsampled."""
         frames = site["cond_indep_stack"]
         if is_local(site):
@@ -66,7 +66,9 @@ class Latent:
             ) from error
         shape = tuple(transform.inv(site["value"]).shape)
         names, fn = tuple(frame.name for frame in frames), site["fn"]
-        return Latent(transform, shape, len(fn.batch_shape), fn.event_dim, names, is_real(site))
+        return UnconstrainedLatent(
+            transform, shape, len(fn.batch_shape), fn.event_dim, names, is_real(site)
+        )
 
     def in_plates(self, real: Tensor) -> Tensor:
         """[*particles, *shape] with the particles' plates, further out, beside the latent's own."""
@@ -90,8 +92,8 @@ class Latent:
             return pyro.sample(name, delta)
 
 
-def images(
-    latents: Mapping[str, Latent], real: Mapping[str, Tensor]
+def constrain(
+    latents: Mapping[str, UnconstrainedLatent], real: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The values of latents at real tensors, and the log volume of all transforms there."""
     values = {name: latents[name].transform(one) for name, one in real.items()}
@@ -107,7 +109,7 @@ def _inside(plates: list[Any]) -> Iterator[None]:
         yield
 
 
-def whole(latents: Mapping[str, Latent], structure: str) -> Block:
+def whole(latents: Mapping[str, UnconstrainedLatent], structure: str) -> Block:
     """One block over all latents."""
     layers = tuple(Layer(name, None, one.shape, "opaque") for name, one in latents.items())
     return Block(layers, structure)

@@ -1,10 +1,12 @@
 """Inference: natural-gradient training of a structured posterior, Laplace, and prediction."""
 
+
+
 from pyrocurv.infer.laplace import Laplace
-from pyrocurv.infer.mixture import train_mixture
+from pyrocurv.infer.mixture_training import train_mixture
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.predictive import Predictive
-from pyrocurv.infer.temperature import choose_temperature, log_predictive_density
+from pyrocurv.infer.temperature_selection import choose_temperature, log_predictive_density
 
 __all__ = [
     "NGVI", "Laplace", "Predictive", "choose_temperature", "log_predictive_density",

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyrocurv.blocks import Block
-from pyrocurv.infer.numbers import AUTO
-from pyrocurv.infer.run import Run
-from pyrocurv.natural import automatic_temperature
+from pyrocurv.infer.model_run import ModelRun
+from pyrocurv.layers.block import Block
+from pyrocurv.posterior.hyperparameters import AUTO, automatic_temperature
 
 
 @dataclass(frozen=True)
-class Heat:
+class TemperatureRule:
     """A temperature as it was given, "auto" included; calling it with a run gives the number."""
 
     given: float | str
@@ -23,7 +22,7 @@ class Heat:
         """Whether T depends on what a run's data are, which only a graph can say."""
         return self.given == AUTO
 
-    def __call__(self, run: Run) -> float:
+    def __call__(self, run: ModelRun) -> float:
         """T."""
         if isinstance(self.given, float | int):
             return self.given

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.run import Run
-from pyrocurv.priors import BlockPrior, Source
+from pyrocurv.infer.model_run import ModelRun
+from pyrocurv.posterior.prior import BlockPrior, PriorSite
 
 
 class KnownPriors:
@@ -16,24 +16,24 @@ class KnownPriors:
         self._guide = guide
         self._held: list[BlockPrior] = []
 
-    def read(self, run: Run) -> list[BlockPrior]:
+    def read(self, run: ModelRun) -> list[BlockPrior]:
         """The priors of all blocks in this run; those that it has no part for stay as they were."""
         blocks = [family.block for family in self._guide.blocks]
         held: Sequence[BlockPrior | None] = self._held or [None] * len(blocks)
-        now, known = run.sources, self._sources()
-        sources = [{n: now.get(n, known[n]) for n in block.tensors} for block in blocks]
+        now, known = run.prior_sites, self._sources()
+        prior_sites = [{n: now.get(n, known[n]) for n in block.tensors} for block in blocks]
         priors = [
             old if old and old.still_holds(its) else BlockPrior.read(block, its)
-            for block, its, old in zip(blocks, sources, held, strict=True)
+            for block, its, old in zip(blocks, prior_sites, held, strict=True)
         ]
         if any(new is not old for new, old in zip(priors, held, strict=True)):
             self._held = priors
             self._guide.observe_priors([prior.packed.base for prior in priors])
         return priors
 
-    def _sources(self) -> dict[str, Source]:
+    def _sources(self) -> dict[str, PriorSite]:
         """As they were in the run before, or at the guide's first call."""
         if self._held:
-            return {n: source for prior in self._held for n, source in prior.sources.items()}
+            return {n: source for prior in self._held for n, source in prior.prior_sites.items()}
         nodes = self._guide.prototype_trace.nodes
-        return {n: Source(nodes[n]["fn"], float(nodes[n]["scale"])) for n in self._guide.sites}
+        return {n: PriorSite(nodes[n]["fn"], float(nodes[n]["scale"])) for n in self._guide.sites}

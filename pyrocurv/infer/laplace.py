@@ -19,10 +19,15 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import NOISE, as_curvature
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.infer.all_data import fit_all
-from pyrocurv.infer.at_mean import introduce
-from pyrocurv.infer.evidence import Fitted, best_factors, evidence, scaled
-from pyrocurv.infer.outlook import predict
+from pyrocurv.infer.laplace_fit import sum_curvature
+from pyrocurv.infer.linearized_predictive import predict
+from pyrocurv.infer.marginal_likelihood import (
+    LaplaceBlock,
+    log_evidence,
+    maximize_evidence,
+    with_prior_scales,
+)
+from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 
 
@@ -73,7 +78,7 @@ class Laplace:
         self.curvature = as_curvature(curvature)
         if self.curvature.kind == NOISE:
             raise ValueError("curvature='noise' comes from training's samples: choose another")
-        self._fitted: list[Fitted] = []
+        self._fitted: list[LaplaceBlock] = []
         self._log_likelihood = 0.0
 
     # ---- the posterior --------------------------------------------------------------------------
@@ -92,25 +97,25 @@ class Laplace:
         """
         if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
             raise ValueError("loader: batches in a list or a DataLoader are needed, [(x, y)]")
-        fitted, log_likelihood = fit_all(self.model, self.guide, self.curvature, loader)
+        fitted, log_likelihood = sum_curvature(self.model, self.guide, self.curvature, loader)
         self._write(fitted)
         self._log_likelihood = log_likelihood
         return self
 
     @torch.no_grad()
-    def _write(self, fitted: Sequence[Fitted]) -> None:
+    def _write(self, fitted: Sequence[LaplaceBlock]) -> None:
         """Into the guide; all that may fail is done first."""
         families = self.guide.blocks
         encoded = [f.encode(one.precision) for f, one in zip(families, fitted, strict=True)]
         for family, one, precision in zip(families, fitted, encoded, strict=True):
             family.write(one.loc, precision)
         self.guide.observe_priors([one.prior.packed.base for one in fitted])
-        self.guide.at_mode = True
+        self.guide.is_laplace = True
         self._fitted = list(fitted)
 
     # ---- the evidence ---------------------------------------------------------------------------
 
-    def _ready(self) -> list[Fitted]:
+    def _ready(self) -> list[LaplaceBlock]:
         if not self._fitted:
             raise RuntimeError("fit(loader) comes first")
         return [one.to(torch.float64) for one in self._fitted]
@@ -124,7 +129,7 @@ class Laplace:
         """
         fitted = self._ready()
         nothing = fitted[0].loc.new_zeros(1)
-        return self._log_likelihood + float(evidence(fitted, nothing))
+        return self._log_likelihood + float(log_evidence(fitted, nothing))
 
     @torch.no_grad()
     def tune_prior(self, per: str = "layer") -> dict[str, Tensor]:
@@ -151,8 +156,8 @@ class Laplace:
         if per not in ("layer", "model"):
             raise ValueError(f"per={per!r}: choose 'layer' or 'model'")
         self._ready()
-        factors = best_factors(self._fitted, per == "layer").to(self._fitted[0].loc)
-        self._write(scaled(self._fitted, factors))
+        factors = maximize_evidence(self._fitted, per == "layer").to(self._fitted[0].loc)
+        self._write(with_prior_scales(self._fitted, factors))
         found: dict[str, Tensor] = {}
         layers = [layer for one in self._fitted for layer in one.block.layers]
         for layer, factor in zip(layers, factors.expand(len(layers)), strict=True):
@@ -180,9 +185,9 @@ class Laplace:
             RuntimeError: the guide has not seen its model, or is neither fitted nor trained.
         """
         if self.guide.sites:  # also of a guide that was loaded
-            introduce(self.guide, args, kwargs)
+            setup_guide(self.guide, args, kwargs)
         self.guide._ready_blocks()
-        if not self.guide.at_mode and self.guide.is_untouched:
+        if not self.guide.is_laplace and self.guide.has_initial_scale:
             raise RuntimeError("fit(loader) comes first: the guide has still its first width")
         return predict(self.model, self.guide, args, kwargs)
 

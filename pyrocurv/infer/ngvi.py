@@ -17,28 +17,21 @@ import torch
 from pyro import poutine
 from pyro.optim import PyroOptim
 
-from pyrocurv.blocks import Block
-from pyrocurv.buffers import snapshot
-from pyrocurv.counts import Updates, counts
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.guides.mixture import TRAINED
-from pyrocurv.infer import layered, whole
+from pyrocurv.handlers.modules import modules
+from pyrocurv.infer import joint_step as whole
+from pyrocurv.infer import layerwise_step as layered
+from pyrocurv.infer.defaults import Loss, NaturalGradient, chosen
 from pyrocurv.infer.elbo import negative_elbo
-from pyrocurv.infer.heat import Heat
+from pyrocurv.infer.heat import TemperatureRule
 from pyrocurv.infer.known_priors import KnownPriors
-from pyrocurv.infer.numbers import (
-    AUTO,
-    Loss,
-    NaturalGradient,
-    check_positive,
-    check_whole,
-    chosen,
-)
-from pyrocurv.infer.rest import Rest
-from pyrocurv.infer.run import Runner
-from pyrocurv.infer.saved import (
+from pyrocurv.infer.model_run import BatchModel
+from pyrocurv.infer.rest import AuxiliaryOptimizer
+from pyrocurv.infer.resume_checks import (
+    DatasetSizeCheck,
     Layout,
     Place,
     check_average,
@@ -47,12 +40,16 @@ from pyrocurv.infer.saved import (
     layout,
     place,
 )
-from pyrocurv.infer.sizes import Sizes
-from pyrocurv.infer.whole import Whole
-from pyrocurv.modules import modules
-from pyrocurv.precision import full_precision
-from pyrocurv.state import Carried, State
-from pyrocurv.stream import Stream
+from pyrocurv.layers.block import Block
+from pyrocurv.posterior.hyperparameters import AUTO
+from pyrocurv.posterior.joint_update import Whole
+from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.validation import check_integer, check_positive
+from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
 
 class NGVI:
@@ -154,28 +151,30 @@ class NGVI:
         check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
-        self._wants_whole = whole.suits(self.curvature, model) and guide.may_be_whole_of(model)
+        self._wants_whole = whole.uses_joint_update(
+            self.curvature, model
+        ) and guide.may_be_whole_of(model)
         numbers = chosen({
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "num_particles": num_particles, "average": average,
         }, self._wants_whole)
         self.num_particles: Any = numbers.pop("num_particles")
         if self.num_particles != AUTO:
-            check_whole("num_particles", self.num_particles, 0)
+            check_integer("num_particles", self.num_particles, 0)
         self.average: bool = numbers.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
         self.optimizer = NaturalGradient(**numbers)
         if self._wants_whole:
             guide.is_whole = guide.is_whole or not guide.sites
-        self._rest = Rest(optim)
-        self._stream = Stream()
-        self._state: State | Whole | None = None
+        self._rest = AuxiliaryOptimizer(optim)
+        self._stream = RandomStream()
+        self._state: Posterior | Whole | None = None
         self._at_once = True  # whether samples of a whole model may go together
         self._known = KnownPriors(guide)
         self._loaded: Layout | None = None  # of a state that no step has gone on from yet,
         self._loaded_place: Place | None = None  # and where its guide was
-        self._sizes = Sizes()
+        self._sizes = DatasetSizeCheck()
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -188,29 +187,29 @@ class NGVI:
         """
         first = self._state is None
         if self.guide.prototype_trace is None:
-            with Stream(self._stream.seed)(torch.device("cpu")):  # no part of the run
+            with RandomStream(self._stream.seed)(torch.device("cpu")):  # no part of the run
                 poutine.block(self.guide)(*args, **kwargs)
         if not self.guide.blocks:
-            raise ValueError(f"{self.guide.emptiness}: use pyro.infer.SVI")
+            raise ValueError(f"{self.guide.no_gaussian_reason}: use pyro.infer.SVI")
         state = self._state or self._first()
-        if isinstance(state, State):
+        if isinstance(state, Posterior):
             layered.check_samples(self.curvature, self._blocks, self.num_particles)
         if self._loaded is not None:
             check_layout(self._loaded, layout(self._blocks))
             check_place(self._loaded_place, place(self.guide.blocks))
             self._loaded = None
         like = self.guide.blocks[0].raw_loc
-        state, restore = state.to(like), snapshot(modules(self.model))
+        state, restore = state.to(like), save_buffers(modules(self.model))
         try:
             validation = nullcontext() if first else pyro.validation_enabled(False)
             with (self._stream(like.device), validation, torch.enable_grad(),
-                  full_precision(like.device) as network):
-                runner = Runner(self.model, self.guide, network, args, kwargs)
+                  disable_autocast(like.device) as network):
+                runner = BatchModel(self.model, self.guide, network, args, kwargs)
                 step = self._propose(state, runner, restore)
                 if isinstance(step, layered.Step):
                     self._sizes.note(step.num_data)
                 self.optimizer.step(self._commit(step))
-                self.guide.at_mode = self.num_particles == 0
+                self.guide.is_laplace = self.num_particles == 0
         except BaseException as error:
             restore()
             if not isinstance(error, FloatingPointError) or self.on_nonfinite == "raise":
@@ -220,7 +219,7 @@ class NGVI:
         self._state = step.state
         return step.loss
 
-    def _first(self) -> State | Whole:
+    def _first(self) -> Posterior | Whole:
         """The state before the first step."""
         guide = self.guide
         if guide.is_whole and self.curvature.kind != "hessian":
@@ -232,15 +231,15 @@ class NGVI:
         if (self._wants_whole or guide.is_whole) and guide.is_one_block:
             (family,) = guide.blocks
             return whole.start(
-                family.raw_loc.detach().clone(), family.precision(), guide.is_untouched,
+                family.raw_loc.detach().clone(), family.precision(), guide.has_initial_scale,
                 family.block.kind,
             )
-        return State(0, tuple(Carried() for _ in guide.blocks))
+        return Posterior(0, tuple(BlockState() for _ in guide.blocks))
 
     def _propose(
-        self, state: State | Whole, runner: Runner, restore: Callable[[], None]
+        self, state: Posterior | Whole, runner: BatchModel, restore: Callable[[], None]
     ) -> layered.Step | whole.Step:
-        if isinstance(state, State):
+        if isinstance(state, Posterior):
             return layered.propose(state, self._settings(), runner, self._known)
         numbers = self._whole_numbers()
         at_once = self._at_once and self._state is not None  # the first step validates
@@ -255,15 +254,17 @@ class NGVI:
 
     def _settings(self) -> layered.Settings:
         return layered.Settings(
-            self.curvature, self.optimizer.param_groups[0], Heat(self.temperature, self._blocks),
+            self.curvature, self.optimizer.param_groups[0], TemperatureRule(
+                self.temperature, self._blocks
+            ),
             self.num_particles, self.antithetic, self.average,
         )
 
     def _whole_numbers(self) -> whole.Numbers:
         return whole.Numbers.of(
             self.optimizer.param_groups[0], self.curvature.decay, self.num_particles,
-            Heat(self.temperature, self._blocks), self.antithetic, self.average,
-            self.guide.has_scales,
+            TemperatureRule(self.temperature, self._blocks), self.antithetic, self.average,
+            self.guide.has_constrained,
         )
 
     def _commit(self, step: layered.Step | whole.Step) -> Callable[[], None]:
@@ -292,24 +293,25 @@ class NGVI:
             poutine.block(self.guide)(*args, **kwargs)
         is_whole = isinstance(self._state or self._first(), Whole)
         numbers = self._whole_numbers() if is_whole else self._settings()
-        with full_precision(self.guide.blocks[0].raw_loc.device) as network:
-            runner = Runner(self.model, self.guide, network, args, kwargs)
+        with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:
+            runner = BatchModel(self.model, self.guide, network, args, kwargs)
             return negative_elbo(runner, numbers, self._known)
 
-    def update_counts(self) -> dict[str, Updates]:
+    def update_counts(self) -> dict[str, UpdateCount]:
         """How often each block's curvature was estimated, and its present interval in steps.
 
         A block goes by its layer's module, "net.0", or its weight where that is no module's; one of
         several layers by the first and the last, "net.0 ... net.4". Weights that no supported op
         consumes have an estimate from every step. Empty before the first step.
         """
-        if not isinstance(self._state, State):
+        if not isinstance(self._state, Posterior):
             return {}
-        return counts(self.curvature, self._blocks, self._state)
+        return update_counts(self.curvature, self._blocks, self._state)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the parameters of guide and model, which have states of their own."""
         return {
+            "version": FORMAT_VERSION,
             "optimizer": self.optimizer.state_dict(),
             "rest": self._rest.state_dict(),
             "stream": self._stream.state_dict(),
@@ -318,7 +320,7 @@ class NGVI:
             "temperature": self.temperature,
             "layout": self._loaded or layout(self._blocks),
             "place": self._loaded_place if self._loaded else place(self.guide.blocks),
-            "state": None if self._state is None else self._state.state(),
+            "state": to_state(self._state),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -334,10 +336,10 @@ class NGVI:
                 f"the state is of no NGVI: it lacks {', '.join(sorted(missing))}, and has "
                 f"{', '.join(list(state)[:5])}"
             )
-        held: State | Whole | None = None
+        check_version(state, "NGVI")
+        held: Posterior | Whole | None = None
         if state["state"] is not None:
-            kind = State if "blocks" in state["state"] else Whole
-            held = kind.from_state(state["state"])
+            held = from_state(state["state"])
         if held is not None:
             check_average(state["average"], self.average)
             if self.guide.blocks:

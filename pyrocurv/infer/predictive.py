@@ -19,12 +19,12 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyrocurv.buffers import snapshot
 from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.modules import modules, still_frozen
-from pyrocurv.notice import notice
-from pyrocurv.repeated import RETURN, Repeated, Runs, join, shapes_of
-from pyrocurv.stream import Stream
+from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.vectorized import RETURN, RunResults, VectorizedRunner, call_signature, join
+from pyrocurv.runtime.module_state import save_buffers, still_frozen
+from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.user_warnings import warn_user
 
 NUMBERS = 1 << 22  # latents drawn together, in all samples: as few megabytes as are fast
 
@@ -78,7 +78,7 @@ class Predictive(pyro.infer.Predictive):
         if isinstance(return_sites, str):
             raise TypeError(f"return_sites={return_sites!r}: names in a list, [{return_sites!r}]")
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
-        self._of_model, self._of_guide = Repeated(), Repeated()
+        self._of_model, self._of_guide = VectorizedRunner(), VectorizedRunner()
         self._sizes: dict[Any, int] = {}  # numbers in a draw from the guide
         self._warned = False
 
@@ -88,15 +88,15 @@ class Predictive(pyro.infer.Predictive):
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers around this want to see each run
             return super().forward(*args, **kwargs)
         parts = []
-        with self._undisturbed(), pyro.validation_enabled(False):
+        with self._preserve_module_state(), pyro.validation_enabled(False):
             for values, n in self._draws(args, kwargs):
-                parts.append(self._of_model(self.model, values, n, args, kwargs, self._wants))
+                parts.append(self._of_model(self.model, values, n, args, kwargs, self._is_returned))
                 self._check_shapes(values, parts[-1])
-                if self._wants(RETURN) and parts[0].sites[RETURN].shape is None:
+                if self._is_returned(RETURN) and parts[0].sites[RETURN].shape is None:
                     return super().forward(*args, **kwargs)  # no tensor: Pyro knows what to do
         return self._shaped(join(parts))
 
-    def _check_shapes(self, values: Mapping[str, Tensor], runs: Runs) -> None:
+    def _check_shapes(self, values: Mapping[str, Tensor], runs: RunResults) -> None:
         """Raises ValueError where a guide of ours draws for another model: a wrong state, say."""
         if not isinstance(self.guide, (StructuredGuide, MixtureGuide)):
             return
@@ -109,20 +109,20 @@ class Predictive(pyro.infer.Predictive):
                         f"draws {tuple(value.shape[1:])}: is its state of another model?"
                     )
 
-    def _wants(self, name: str) -> bool:
+    def _is_returned(self, name: str) -> bool:
         if self.return_sites:
             return name in self.return_sites
         everything = self.return_sites is None or self.guide is not None
         return name != RETURN and (everything or name not in self.posterior_samples)
 
-    def _shaped(self, runs: Runs) -> dict[str, Tensor]:
+    def _shaped(self, runs: RunResults) -> dict[str, Tensor]:
         """[S, 1 for each plate that the site is not in, *shape], observed sites last, in memory."""
         names = sorted(runs.values, key=lambda name: (name == RETURN, runs.sites[name].is_observed))
         result = {}
         for name in names:
             value, site = runs.values[name], runs.sites[name]
             assert site.shape is not None
-            ones = [1] * (0 if name == RETURN else runs.nesting - site.batch_dim)
+            ones = [1] * (0 if name == RETURN else runs.max_plate_nesting - site.batch_dim)
             value = value.reshape(len(value), *ones, *site.shape)
             mine = value.is_contiguous() and name not in self.posterior_samples
             result[name] = value if mine else value.clone(memory_format=torch.contiguous_format)
@@ -135,7 +135,7 @@ class Predictive(pyro.infer.Predictive):
         if self.guide is None:
             yield self.posterior_samples, self.num_samples
             return
-        key = shapes_of(self.guide, args, kwargs)
+        key = call_signature(self.guide, args, kwargs)
         if key not in self._sizes:
             self._sizes[key] = sum(v.numel() for v in self._first_draw(args, kwargs).values())
         size = max(1, NUMBERS // max(1, self._sizes[key]))
@@ -148,7 +148,7 @@ class Predictive(pyro.infer.Predictive):
         try:
             return self._draw_aside(args, kwargs)
         except RuntimeError:  # of ours: it has not, nor was it loaded
-            if not (new := [*_strangers(self.guide)]):
+            if not (new := [*_uninitialized_guides(self.guide)]):
                 raise
         for guide in new:
             try:
@@ -161,7 +161,7 @@ class Predictive(pyro.infer.Predictive):
         return self._draw_aside(args, kwargs)
 
     def _draw_aside(self, args: Any, kwargs: Any) -> Mapping[str, Tensor]:
-        with Stream(0)(torch.device("cpu")):
+        with RandomStream(0)(torch.device("cpu")):
             return self._draw(1, args, kwargs)
 
     def _draw(self, n: int, args: Any, kwargs: Any) -> Mapping[str, Tensor]:
@@ -175,18 +175,18 @@ class Predictive(pyro.infer.Predictive):
     # ---- what stays as it was -------------------------------------------------------------------
 
     @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
+    def _preserve_module_state(self) -> Iterator[None]:
         """Keep the buffers, and frozen parameters frozen."""
         parts = modules(self.model)
-        moving = [part for part in parts if _moves(part)]
+        moving = [part for part in parts if _updates_statistics(part)]
         if moving and not self._warned:
             self._warned = True
             kind = type(moving[0]).__name__.removeprefix("Pyro")
-            notice(
+            warn_user(
                 f"the model is in train() mode: {kind} takes the statistics of the batch. Call "
                 "model.eval() before predicting"
             )
-        restore = snapshot(moving)
+        restore = save_buffers(moving)
         try:
             with still_frozen(parts):
                 yield
@@ -194,14 +194,14 @@ class Predictive(pyro.infer.Predictive):
             restore()
 
 
-def _strangers(guide: Any) -> Iterator[Any]:
+def _uninitialized_guides(guide: Any) -> Iterator[Any]:
     """The guides in it that have not met their model."""
     if isinstance(guide, MixtureGuide):
         for component in guide:
-            yield from _strangers(component)
+            yield from _uninitialized_guides(component)
     elif getattr(guide, "prototype_trace", True) is None:
         yield guide
 
 
-def _moves(module: nn.Module) -> bool:
+def _updates_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.training and module.track_running_stats

@@ -17,7 +17,7 @@ MODEL_LR, GUIDE_LR, BETAS = 2e-3, 1e-2, (0.9, 0.99)
 
 
 @dataclass(frozen=True, eq=False)
-class Others:
+class AuxiliaryParameters:
     """Parameters of the model and of the fallback guide, and the gradients of all in this order."""
 
     model: Mapping[str, Tensor]
@@ -26,7 +26,7 @@ class Others:
     gradients: Sequence[Tensor | None]
 
 
-class Rest:
+class AuxiliaryOptimizer:
     """Steps parameters as they are met, without touching anybody's `.grad`.
 
     `optim` is a callable from parameters (or groups of them) to a `torch.optim.Optimizer`, a
@@ -46,7 +46,7 @@ class Rest:
         self._made_of: list[tuple[torch.device, torch.dtype]] = []  # the known, at the last step
         self._waiting: dict[str, dict[str, Any]] = {}  # loaded, for parameters not met yet
 
-    def step(self, others: Others, factor: float) -> None:
+    def step(self, others: AuxiliaryParameters, factor: float) -> None:
         """One step at `factor` times the parameters' rates.
 
         A parameter joins when it first has a gradient; those in `own` are there from the start.

@@ -5,8 +5,10 @@ I inputs of a layer, bias included   O outputs   K output vectors pulled back   
 Γ groups, each with a matrix of its own; most layers have no such axis
 """
 
-from pyrocurv.layers.layer import Layer
-from pyrocurv.layers.op import Arguments, Op
-from pyrocurv.layers.table import OPS
 
-__all__ = ["OPS", "Arguments", "Layer", "Op"]
+
+from pyrocurv.layers.layer import Layer
+from pyrocurv.layers.op import OpArguments, OpSpec
+from pyrocurv.layers.registry import OPS
+
+__all__ = ["OPS", "Layer", "OpArguments", "OpSpec"]

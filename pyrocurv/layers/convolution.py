@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyrocurv.layers.op import Arguments, Op
+from pyrocurv.layers.op import OpArguments, OpSpec
 
 Size = int | tuple[int, ...]
 
@@ -33,7 +33,7 @@ def _read(
     padding: str | Size = 0,
     dilation: Size = 1,
     groups: int = 1,
-) -> Arguments:
+) -> OpArguments:
     kernel = tuple(weight.shape[2:])
     dilations = _spread(dilation, len(kernel))
     settings = dict(
@@ -43,7 +43,7 @@ def _read(
         pads=_pads(padding, kernel, dilations),
         groups=groups,
     )
-    return Arguments(input, weight, bias, settings)
+    return OpArguments(input, weight, bias, settings)
 
 
 def _pads(
@@ -57,7 +57,7 @@ def _pads(
     return [side for size in reversed(sides) for side in (size, size)]
 
 
-def _refuse(call: Arguments) -> str:
+def _refuse(call: OpArguments) -> str:
     axes = len(call.settings["kernel"])
     batch = call.input.dim() == axes + 2
     return "" if batch else f"a {axes}d convolution of an input without a batch axis"
@@ -100,7 +100,7 @@ def _read_transposed(
     output_padding: Size = 0,
     groups: int = 1,
     dilation: Size = 1,
-) -> Arguments:
+) -> OpArguments:
     kernel = tuple(weight.shape[2:])
     names = dict(stride=stride, dilation=dilation, padding=padding, more=output_padding)
     sides = {name: _spread(size, len(kernel)) for name, size in names.items()}
@@ -115,15 +115,15 @@ def _read_transposed(
         groups=groups,
         spread=sides["stride"],
     )
-    return Arguments(input, weight, bias, settings)
+    return OpArguments(input, weight, bias, settings)
 
 
 def _transposed_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
     rows = _rows(_spread_out(input[:count], settings["spread"]), settings, bias, count)
     inputs, kernel = rows.shape[-1] - bias, settings["kernel"]
     apart = rows[..., :inputs].unflatten(-1, (-1, *kernel))
-    turned = apart.flip([*range(-len(kernel), 0)]).flatten(-1 - len(kernel))
-    return torch.cat([turned, rows[..., inputs:]], -1)
+    transposed = apart.flip([*range(-len(kernel), 0)]).flatten(-1 - len(kernel))
+    return torch.cat([transposed, rows[..., inputs:]], -1)
 
 
 def _spread_out(input: Tensor, steps: tuple[int, ...]) -> Tensor:
@@ -137,15 +137,15 @@ def _spread_out(input: Tensor, steps: tuple[int, ...]) -> Tensor:
     return wide
 
 
-def _convolution(name: str) -> Op:
-    return Op(name, _read, _refuse, _rows, _gradients)
+def _convolution(name: str) -> OpSpec:
+    return OpSpec(name, _read, _refuse, _rows, _gradients)
 
 
-def _transposed(name: str) -> Op:
-    return Op(name, _read_transposed, _refuse, _transposed_rows, _gradients, "columns")
+def _transposed(name: str) -> OpSpec:
+    return OpSpec(name, _read_transposed, _refuse, _transposed_rows, _gradients, "columns")
 
 
-CONVOLUTIONS: dict[Any, Op] = {
+CONVOLUTIONS: dict[Any, OpSpec] = {
     F.conv1d: _convolution("conv1d"),
     F.conv2d: _convolution("conv2d"),
     F.conv3d: _convolution("conv3d"),

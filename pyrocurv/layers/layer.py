@@ -10,7 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyrocurv.structures.serialization import serializable
 
+
+@serializable
 @dataclass(frozen=True)
 class Layer:
     """Names of sample sites or parameters, and how the weight [*shape] is seen as W.

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyrocurv.layers.op import Arguments, Op, last_axis, with_ones
+from pyrocurv.layers.op import OpArguments, OpSpec, last_axis, with_ones
 
 MAX_VOCABULARY = 8192  # of an embedding: its inputs are as many columns
 
 
-def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
-    return Arguments(input, weight, bias)
+def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> OpArguments:
+    return OpArguments(input, weight, bias)
 
 
 def _read_product(
     input: Tensor, other: Tensor | None = None, mat2: Tensor | None = None
-) -> Arguments:
-    return Arguments(input, other if mat2 is None else mat2)
+) -> OpArguments:
+    return OpArguments(input, other if mat2 is None else mat2)
 
 
 def _read_addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Arguments:
-    return Arguments(mat1, mat2, input, {"factors": (beta, alpha)})
+) -> OpArguments:
+    return OpArguments(mat1, mat2, input, {"factors": (beta, alpha)})
 
 
-def _refuse(call: Arguments) -> str:
+def _refuse(call: OpArguments) -> str:
     if call.input.dim() < 2:
         return "a linear op on an input without a batch axis"
     if call.weight is not None and call.weight.dim() != 2:
@@ -53,9 +53,9 @@ def _gradients(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
     return last_axis(gradient)
 
 
-LINEAR = Op("linear", _read_linear, _refuse, _rows, _gradients, last=True)
-PRODUCT = Op("matmul", _read_product, _refuse, _rows, _gradients, "columns", last=True)
-ADDMM = Op("addmm", _read_addmm, _refuse, _rows, _gradients, "columns")
+LINEAR = OpSpec("linear", _read_linear, _refuse, _rows, _gradients, last=True)
+PRODUCT = OpSpec("matmul", _read_product, _refuse, _rows, _gradients, "columns", last=True)
+ADDMM = OpSpec("addmm", _read_addmm, _refuse, _rows, _gradients, "columns")
 
 
 def _read_embedding(
@@ -66,16 +66,16 @@ def _read_embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Arguments:
+) -> OpArguments:
     if padding_idx is not None:
         padding_idx %= len(weight)
     unusual = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
     settings = {"size": len(weight), "padding": padding_idx, "dtype": weight.dtype}
     used = [name for name, value in unusual.items() if value]
-    return Arguments(input, weight, None, {**settings, "unusual": used})
+    return OpArguments(input, weight, None, {**settings, "unusual": used})
 
 
-def _refuse_embedding(call: Arguments) -> str:
+def _refuse_embedding(call: OpArguments) -> str:
     if call.settings["unusual"]:
         return f"embedding with {', '.join(call.settings['unusual'])}"
     if call.settings["size"] > MAX_VOCABULARY:
@@ -91,9 +91,9 @@ def _one_hot(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int)
     return with_ones(rows, bias)
 
 
-EMBEDDING = Op("embedding", _read_embedding, _refuse_embedding, _one_hot, _gradients, "columns")
+EMBEDDING = OpSpec("embedding", _read_embedding, _refuse_embedding, _one_hot, _gradients, "columns")
 
-PRODUCTS: dict[Any, Op] = {
+PRODUCTS: dict[Any, OpSpec] = {
     F.linear: LINEAR,
     torch.matmul: PRODUCT,
     torch.mm: PRODUCT,

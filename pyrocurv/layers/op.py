@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Arguments:
+class OpArguments:
     """One call of an op, taken apart. `settings` are what `rows` needs besides the input."""
 
     input: Tensor
@@ -21,7 +21,7 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Op:
+class OpSpec:
     """How to read the calls of one function.
 
     `read` takes the call's arguments apart; `refusal` says why a call is not supported, or "".
@@ -31,8 +31,8 @@ class Op:
     """
 
     name: str
-    read: Callable[..., Arguments]
-    refusal: Callable[[Arguments], str]
+    read: Callable[..., OpArguments]
+    refusal: Callable[[OpArguments], str]
     rows: Callable[[Tensor, Mapping[str, Any], bool, int], Tensor]
     gradients: Callable[[Tensor, Mapping[str, Any]], Tensor]
     form: str = "rows"
@@ -50,6 +50,6 @@ def last_axis(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def no_refusal(call: Arguments) -> str:
+def no_refusal(call: OpArguments) -> str:
     """Every call is supported."""
     return ""

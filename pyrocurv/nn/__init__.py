@@ -1,7 +1,9 @@
 """Networks as Pyro models: weights become sample sites, with ready likelihoods around them."""
 
-from pyrocurv.nn.bayesian import LAYERS, RECURRENT, bayesianize
+
+
+from pyrocurv.nn.bayesianize import LAYERS, RECURRENT, bayesianize
 from pyrocurv.nn.models import Classifier, Regressor
-from pyrocurv.nn.priors import rescale_prior
+from pyrocurv.nn.weight_priors import rescale_prior
 
 __all__ = ["LAYERS", "RECURRENT", "Classifier", "Regressor", "bayesianize", "rescale_prior"]

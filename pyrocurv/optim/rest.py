@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from pyrocurv.optim.places import Places
+from pyrocurv.optim.parameter_blocks import NamedParameters
 
 
-class Rest:
+class AuxiliaryOptimizer:
     """Steps parameters by name, each with moments of its own."""
 
     def __init__(self, lr: float) -> None:
@@ -21,7 +21,7 @@ class Rest:
         self._adam: torch.optim.Adam | None = None
         self._waiting: dict[str, Any] | None = None  # a state whose parameters are not at hand yet
 
-    def step(self, names: Sequence[str], places: Places, scale: float = 1.0) -> None:
+    def step(self, names: Sequence[str], places: NamedParameters, scale: float = 1.0) -> None:
         """One step on these, from their `.grad` times `scale`, in proportion to the schedule."""
         self._join([*self._names, *names] if self._adam is None else names, places)
         if self._adam is None:
@@ -41,7 +41,7 @@ class Rest:
             for name, grad in before.items():
                 places[name][0].grad = grad
 
-    def _join(self, names: Sequence[str], places: Places) -> None:
+    def _join(self, names: Sequence[str], places: NamedParameters) -> None:
         for name in names:
             if self._adam is not None and name in self._names:
                 continue

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrocurv import engine
-from pyrocurv.blocks import Block
 from pyrocurv.curvature import Curvature
-from pyrocurv.optim.layout import Layout
-from pyrocurv.optim.places import Places, read, write
-from pyrocurv.state import Carried, Noise
+from pyrocurv.layers.block import Block
+from pyrocurv.optim.parameter_blocks import (
+    NamedParameters,
+    ParameterBlocks,
+    read_block,
+    write_blocks,
+)
+from pyrocurv.posterior.sampling import Perturbation
+from pyrocurv.posterior.state import BlockState
+from pyrocurv.posterior.step import uses_sample_gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +29,15 @@ class Samples:
 
     count: int
     rows: int  # of the first one
-    layout: Layout
-    carried: tuple[Carried, ...]
+    layout: ParameterBlocks
+    carried: tuple[BlockState, ...]
     estimates: tuple[Tensor | None, ...]  # sums of Λ ε ∘ g, for blocks that nothing else tells of
     size: Tensor | None = None  # the norm of those blocks' gradients
 
-    def and_one(
-        self, mirror: Sequence[Noise | None], found: Sequence[Tensor | None], size: Tensor | None
+    def add(
+        self, mirror: Sequence[
+            Perturbation | None
+        ], found: Sequence[Tensor | None], size: Tensor | None
     ) -> Samples:
         """With one more, which the next one may mirror, its Λ ε ∘ g and the gradients' norm."""
         noises = [*mirror, *[None] * (len(self.carried) - len(mirror))]
@@ -51,7 +58,7 @@ class Samples:
         return [*means, *[None] * (len(self.layout.blocks) - len(means))]
 
 
-def mirrored(samples: Samples | None, carried: Sequence[Carried]) -> list[Noise | None]:
+def mirrored(samples: Samples | None, carried: Sequence[BlockState]) -> list[Perturbation | None]:
     """What the next sample is the mirror image of: all its blocks are, or none."""
     last = samples.carried[: len(carried)] if samples else carried
     used = [one.noise for one in last]
@@ -62,26 +69,26 @@ def mirrored(samples: Samples | None, carried: Sequence[Carried]) -> list[Noise 
 
 
 @contextmanager
-def kept(blocks: Sequence[Block], places: Places) -> Iterator[list[Tensor]]:
+def restoring(blocks: Sequence[Block], places: NamedParameters) -> Iterator[list[Tensor]]:
     """Copies of what the blocks are, which they are again afterwards, bit for bit."""
-    before = [read(block, places) for block in blocks]
+    before = [read_block(block, places) for block in blocks]
     try:
         yield before
     finally:
-        write(blocks, before, places)
+        write_blocks(blocks, before, places)
         torch.clear_autocast_cache()
 
 
 @contextmanager
-def at(
-    blocks: Sequence[Block], noise: Sequence[Noise] | None, places: Places
+def at_sample(
+    blocks: Sequence[Block], noise: Sequence[Perturbation] | None, places: NamedParameters
 ) -> Iterator[tuple[Sequence[Block], list[Tensor]]]:
     """With a sample in the parameters; the blocks that moved for it, and their means."""
     moved = blocks if noise else ()
-    with kept(moved, places) as means:
+    with restoring(moved, places) as means:
         with torch.no_grad():
             for block, loc, one in zip(moved, means, noise or (), strict=True):
-                for name, value in one.around(block, loc).items():
+                for name, value in one.perturbed_weights(block, loc).items():
                     places[name][0].copy_(value)
         torch.clear_autocast_cache()
         yield moved, means
@@ -90,20 +97,22 @@ def at(
 # ---- what it tells ------------------------------------------------------------------------------
 
 
-def gradients(spec: Curvature, blocks: Sequence[Block], places: Places) -> dict[str, Tensor]:
+def gradients(
+    spec: Curvature, blocks: Sequence[Block], places: NamedParameters
+) -> dict[str, Tensor]:
     """Copies of those there are, of blocks whose curvature comes from them."""
-    names = [n for block in blocks if engine.is_sensed(spec, block) for n in block.tensors]
+    names = [n for block in blocks if uses_sample_gradients(spec, block) for n in block.tensors]
     there = {name: places[name][0].grad for name in names}
     return {name: grad.clone() for name, grad in there.items() if grad is not None}
 
 
-def size(spec: Curvature, blocks: Sequence[Block], places: Places) -> Tensor | None:
+def size(spec: Curvature, blocks: Sequence[Block], places: NamedParameters) -> Tensor | None:
     """The norm of the gradients of such blocks, if there are any."""
     found = [*gradients(spec, blocks, places).values()]
     return torch.nn.utils.get_total_norm(found) if found else None
 
 
-def check_scale(before: Tensor | None, now: Tensor | None) -> None:
+def check_grad_scale(before: Tensor | None, now: Tensor | None) -> None:
     """Raise RuntimeError where gradients were unscaled after a curvature had been made of them."""
     if before is not None and now is not None and bool(256 * now < before):
         raise RuntimeError(
@@ -113,21 +122,21 @@ def check_scale(before: Tensor | None, now: Tensor | None) -> None:
         )
 
 
-def noisy_estimates(
-    spec: Curvature, blocks: Sequence[Block], carried: Sequence[Carried],
-    noise: Sequence[Noise] | None, before: Mapping[str, Tensor], places: Places,
+def price_estimates(
+    spec: Curvature, blocks: Sequence[Block], carried: Sequence[BlockState],
+    noise: Sequence[Perturbation] | None, before: Mapping[str, Tensor], places: NamedParameters,
 ) -> list[Tensor | None]:
     """Λ ε ∘ g for blocks whose curvature comes from it; g is what `gradients` before grew by."""
     if noise is None:
         return [None] * len(blocks)
     return [
         one.known.precision.diag() * e.epsilon * _grown(block, before, places)
-        if engine.is_sensed(spec, block) else None
+        if uses_sample_gradients(spec, block) else None
         for block, one, e in zip(blocks, carried, noise, strict=True)
     ]
 
 
-def _grown(block: Block, before: Mapping[str, Tensor], places: Places) -> Tensor:
+def _grown(block: Block, before: Mapping[str, Tensor], places: NamedParameters) -> Tensor:
     after = {name: places[name][0] for name in block.tensors}
     return block.pack({
         name: torch.zeros_like(p) if p.grad is None else p.grad - before.get(name, 0)
@@ -138,8 +147,8 @@ def _grown(block: Block, before: Mapping[str, Tensor], places: Places) -> Tensor
 # ---- several ------------------------------------------------------------------------------------
 
 
-def summed(
-    closure: Callable[[], Any], count: int, clear: Callable[[], None], places: Places
+def sum_gradients(
+    closure: Callable[[], Any], count: int, clear: Callable[[], None], places: NamedParameters
 ) -> Any:
     """The mean of the losses of so many calls, and the gradients' sum in the parameters.
 

@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyrocurv.choice import Choice
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.estimate import Likelihood
+from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.spec import NOISE, as_curvature
-from pyrocurv.engine import Numbers
-from pyrocurv.optim.base import CurvatureOptimizer
-from pyrocurv.optim.layout import Layout
-from pyrocurv.optim.places import Group, Params, Places, first
-from pyrocurv.priors import BlockPrior, Prior, Units
+from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
+from pyrocurv.optim.parameter_blocks import (
+    Group,
+    NamedParameters,
+    ParameterBlocks,
+    Params,
+    first_parameter,
+)
+from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.structures.rescaled import KroneckerScaling
 
 
 class SecondOrderOptimizer(CurvatureOptimizer):
@@ -87,7 +93,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
         curvature: str | Curvature = "fisher",
-        structure: Choice = "kfac",
+        structure: StructureChoice = "kfac",
         momentum: float = 0.9,
         damping: float = 3e-3,
         weight_decay: float = 0.0,
@@ -113,10 +119,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        passes, places = self._watch.take(), self._places()
-        layout, carried = self.layout, self._aged(self.layout, places, 0.0)
+        passes, places = self._watch.pop_passes(), self._places()
+        layout, carried = self.layout, self._decayed(self.layout, places, 0.0)
         if self._is_due() and any(one.inputs for one in passes):
-            layout, carried = self._estimated(carried, passes, places, 0.0)
+            layout, carried = self._update_curvature(carried, passes, places, 0.0)
         if not layout.layers and not passes:
             raise RuntimeError(
                 "step() before any forward pass of the network that had a gradient: call the "
@@ -125,16 +131,18 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         self._move(layout, carried, places)
         return loss
 
-    def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
+    def _priors(self, layout: ParameterBlocks, places: NamedParameters) -> list[BlockPrior]:
         result = []
         for block in layout.blocks:
-            like, group = first(block, places)
+            like, group = first_parameter(block, places)
             result.append(_decay(group["weight_decay"], like.dtype, like.device,
                                  not isinstance(block.structure, str)))
         return result
 
-    def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
-        return [Numbers.of(first(block, places)[1], 1, 1) for block in layout.blocks]
+    def _numbers(self, layout: ParameterBlocks, places: NamedParameters) -> list[Hyperparameters]:
+        return [
+            Hyperparameters.of(first_parameter(block, places)[1], 1, 1) for block in layout.blocks
+        ]
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,5 +151,5 @@ def _decay(
 ) -> BlockPrior:
     """Weight decay as the prior of a block."""
     precision = torch.tensor(weight_decay, dtype=dtype, device=device)
-    prior = Prior(torch.zeros_like(precision), precision, centred=True)
-    return BlockPrior({}, prior, Units(precision) if is_kronecker else None, True)
+    prior = GaussianPrior(torch.zeros_like(precision), precision, zero_mean=True)
+    return BlockPrior({}, prior, KroneckerScaling(precision) if is_kronecker else None, True)

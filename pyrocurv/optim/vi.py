@@ -10,24 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrocurv import engine
-from pyrocurv.blocks import Block
-from pyrocurv.choice import LEFT_OUT, Choice
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.estimate import Likelihood
-from pyrocurv.curvature.estimator import Part
+from pyrocurv.curvature.likelihood import Likelihood
+from pyrocurv.curvature.running_average import Particle
 from pyrocurv.curvature.spec import NOISE
-from pyrocurv.engine import Numbers
-from pyrocurv.natural import automatic_temperature
+from pyrocurv.layers.block import Block
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.optim import sampling
-from pyrocurv.optim.base import CurvatureOptimizer
-from pyrocurv.optim.layout import Layout, opaque
-from pyrocurv.optim.passes import Pass, total
-from pyrocurv.optim.places import Group, Params, Places, first, read, write
-from pyrocurv.optim.priors import Priors
+from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
+from pyrocurv.optim.default_prior import Priors
+from pyrocurv.optim.forward_recorder import ForwardPass, num_examples
+from pyrocurv.optim.parameter_blocks import (
+    Group,
+    NamedParameters,
+    ParameterBlocks,
+    Params,
+    first_parameter,
+    read_block,
+    untraced_layers,
+    write_blocks,
+)
 from pyrocurv.optim.sampling import Samples
-from pyrocurv.priors import BlockPrior, kl
-from pyrocurv.state import Carried, Noise, State
+from pyrocurv.posterior.hyperparameters import Hyperparameters, automatic_temperature
+from pyrocurv.posterior.prior import BlockPrior, kl
+from pyrocurv.posterior.sampling import Perturbation, sample_perturbations
+from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.step import init_curvature, refresh_precision, update_from_sample_gradients
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -99,7 +107,7 @@ class VIOptimizer(CurvatureOptimizer):
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
         curvature: str | Curvature = "fisher",
-        structure: Choice = "kfac",
+        structure: StructureChoice = "kfac",
         prior_precision: float | str = "fan_in",
         temperature: float | str = 1.0,
         kl_warmup: int = 0,
@@ -138,18 +146,18 @@ class VIOptimizer(CurvatureOptimizer):
         """Lay out and draw from the first step on: no forward pass has to be seen for that."""
         places = self._places()
         names = [name for name, (p, _) in places.items() if p.requires_grad]
-        layout = self._extended(opaque(names, places), places)
+        layout = self._extended(untraced_layers(names, places), places)
         if strange := set(map(str, layout.layers.values())) - {"diag", *LEFT_OUT}:
             raise ValueError(f"curvature='noise' wants structure='diag', got {', '.join(strange)}")
         priors, numbers = self._priors(layout, places), self._numbers(layout, places)
         carried = [
-            engine.started(self.curvature, block, Carried(), prior)
+            init_curvature(self.curvature, block, BlockState(), prior)
             for block, prior in zip(layout.blocks, priors, strict=True)
         ]
         self.layout = layout
-        carried = engine.faded(self.curvature, 0, carried, 0.0, priors, numbers)
-        self._state = State(0, tuple(carried))
-        self._expect()
+        carried = refresh_precision(self.curvature, 0, carried, 0.0, priors, numbers)
+        self._state = Posterior(0, tuple(carried))
+        self._schedule_recording()
 
     def _check(self, group: Group) -> None:
         super()._check(group)
@@ -178,13 +186,13 @@ class VIOptimizer(CurvatureOptimizer):
             raise RuntimeError("sampled_params() inside another one")
         places, stream = self._places(), self._stream.state_dict()
         noise, mirror = self._drawn(places)
-        self._watch.take()
+        self._watch.pop_passes()
         self._is_sampling = True
         try:
-            with sampling.at(self.layout.blocks, noise, places) as self._means:
+            with sampling.at_sample(self.layout.blocks, noise, places) as self._means:
                 self._before = sampling.gradients(self.curvature, self.layout.blocks, places)
                 yield
-                if passes := self._watch.take():
+                if passes := self._watch.pop_passes():
                     self._samples = self._with(passes, noise, mirror, places)
         except BaseException:
             self._stream.load_state_dict(stream)
@@ -192,35 +200,39 @@ class VIOptimizer(CurvatureOptimizer):
         finally:
             self._is_sampling, self._means, self._before = False, ((), ()), {}
 
-    def _drawn(self, places: Places) -> tuple[list[Noise] | None, list[Noise | None]]:
+    def _drawn(self, places: NamedParameters) -> tuple[
+        list[Perturbation] | None, list[Perturbation | None]
+    ]:
         """A sample's noise, and what the next one mirrors; of the posterior at the last step."""
         if not self.layout.blocks:
             return None, []
         precisions = [one.metric.precision if one.metric else None for one in self._state.blocks]
         used = sampling.mirrored(self._samples, self._state.blocks)
-        like, _ = first(self.layout.blocks[0], places)
+        like, _ = first_parameter(self.layout.blocks[0], places)
         with self._stream(like.device), torch.no_grad():
-            return engine.draw(precisions, used, like, self.antithetic)
+            return sample_perturbations(precisions, used, like, self.antithetic)
 
     @torch.no_grad()
     def _with(
-        self, passes: Sequence[Pass], noise: Sequence[Noise] | None,
-        mirror: Sequence[Noise | None], places: Places,
+        self, passes: Sequence[ForwardPass], noise: Sequence[Perturbation] | None,
+        mirror: Sequence[Perturbation | None], places: NamedParameters,
     ) -> Samples:
         """One more sample, after its backward pass and with the parameters still at it."""
         old, blocks = self._samples, self.layout.blocks
         if old is None:
-            rows = total(passes)
+            rows = num_examples(passes)
             if rows > self._size:
                 raise ValueError(f"num_data={self.num_data}, but there are {rows} in one batch")
-            carried = self._aged(self.layout, places, rows / self._size)
+            carried = self._decayed(self.layout, places, rows / self._size)
             old = Samples(0, rows, self.layout, tuple(carried), (None,) * len(blocks))
         if old.count < self._num_parts and self._is_due() and any(one.inputs for one in passes):
-            layout, carried = self._estimated(
-                old.carried, passes, places, old.rows / self._size, Part(old.count, self._num_parts)
+            layout, carried = self._update_curvature(
+                old.carried, passes, places, old.rows / self._size, Particle(
+                    old.count, self._num_parts
+                )
             )
             old = replace(old, layout=layout, carried=tuple(carried))
-        return old.and_one(mirror, sampling.noisy_estimates(
+        return old.add(mirror, sampling.price_estimates(
             self.curvature, blocks, self._state.blocks, noise, self._before, places
         ), sampling.size(self.curvature, blocks, places))
 
@@ -242,10 +254,10 @@ class VIOptimizer(CurvatureOptimizer):
             )
         places, layout = self._places(), samples.layout
         with torch.no_grad():
-            sampling.check_scale(
+            sampling.check_grad_scale(
                 samples.size, sampling.size(self.curvature, layout.blocks, places)
             )
-            carried = engine.sense(
+            carried = update_from_sample_gradients(
                 self.curvature, self._state.step, samples.carried, samples.means,
                 samples.rows / self._size, self._priors(layout, places),
                 self._numbers(layout, places),
@@ -260,7 +272,7 @@ class VIOptimizer(CurvatureOptimizer):
 
         self._samples, self._num_parts, self._is_closure = None, self.num_samples, True
         try:
-            return sampling.summed(run, self.num_samples, self.zero_grad, self._places())
+            return sampling.sum_gradients(run, self.num_samples, self.zero_grad, self._places())
         finally:
             self._num_parts, self._is_closure = 1, False
 
@@ -269,18 +281,18 @@ class VIOptimizer(CurvatureOptimizer):
         """N, augmentation counted."""
         return self.num_data * self.augmentation
 
-    def _numbers(self, layout: Layout, places: Places) -> list[Numbers]:
-        groups = [first(block, places)[1] for block in layout.blocks]
+    def _numbers(self, layout: ParameterBlocks, places: NamedParameters) -> list[Hyperparameters]:
+        groups = [first_parameter(block, places)[1] for block in layout.blocks]
         size = sum(block.size for block in layout.blocks)
         rise = min(1.0, (self._state.step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
         rule = automatic_temperature(self._size, size, self.has_finite_support)
         heats = [rule if g["temperature"] == "auto" else g["temperature"] for g in groups]
         return [
-            Numbers.of(group, self._size, heat * rise)
+            Hyperparameters.of(group, self._size, heat * rise)
             for group, heat in zip(groups, heats, strict=True)
         ]
 
-    def _priors(self, layout: Layout, places: Places) -> list[BlockPrior]:
+    def _priors(self, layout: ParameterBlocks, places: NamedParameters) -> list[BlockPrior]:
         net = self._watch.inner
         return [self._normals.of(block, net, places) for block in layout.blocks]
 
@@ -290,8 +302,8 @@ class VIOptimizer(CurvatureOptimizer):
     def use_mean(self) -> Iterator[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
         places, (blocks, means) = self._places(), self._means
-        with sampling.kept(blocks, places):
-            write(blocks, means, places)
+        with sampling.restoring(blocks, places):
+            write_blocks(blocks, means, places)
             torch.clear_autocast_cache()
             yield
 
@@ -301,7 +313,7 @@ class VIOptimizer(CurvatureOptimizer):
         places, blocks = self._places(), self.layout.blocks
         parts = zip(blocks, self._state.blocks, self._priors(self.layout, places), strict=True)
         terms = [
-            kl(read(block, places), one.known.precision, prior.packed)
+            kl(read_block(block, places), one.known.precision, prior.packed)
             for block, one, prior in parts
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
@@ -315,14 +327,14 @@ class VIOptimizer(CurvatureOptimizer):
         """
         places, outputs = self._places(), []
         precisions = [one.known.precision for one in self._state.blocks]
-        used: list[Noise | None] = [None] * len(precisions)
+        used: list[Perturbation | None] = [None] * len(precisions)
         with self.use_mean():
             for _ in range(num_samples or self.num_samples):
                 noise = None
                 if precisions:
                     like = next(iter(places.values()))[0]
-                    noise, used = engine.draw(precisions, used, like, self.antithetic)
-                with sampling.at(self.layout.blocks, noise, places):
+                    noise, used = sample_perturbations(precisions, used, like, self.antithetic)
+                with sampling.at_sample(self.layout.blocks, noise, places):
                     outputs.append(self.net(*args, **kwargs))
         return torch.stack(outputs)
 

@@ -1,12 +1,15 @@
 """Structured symmetric matrices: immutable values that act like the dense matrix they stand for."""
 
+
+
 from pyrocurv.structures.base import Solution, Structure
 from pyrocurv.structures.block_diagonal import BlockDiagonal
 from pyrocurv.structures.dense import Dense
-from pyrocurv.structures.diagonal import Diagonal, Rescaled
+from pyrocurv.structures.diagonal import Diagonal
 from pyrocurv.structures.kronecker import Kronecker, automatic_ranks
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen
 from pyrocurv.structures.linalg import cut
+from pyrocurv.structures.rescaled import Rescaled
 
 __all__ = [
     "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Solution",

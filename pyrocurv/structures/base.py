@@ -11,12 +11,14 @@ Signs and verbs keep their algebra; where a result is an approximation the docst
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from pyrocurv.structures.serialization import from_state, map_tensors, serializable, to_state
 
 S = TypeVar("S", bound="Structure")
 
@@ -39,10 +41,8 @@ class Solution:
 class Structure(ABC):
     """A symmetric matrix [P, P] in a structured form. Subclasses are frozen dataclasses."""
 
-    kinds: ClassVar[dict[str, type[Structure]]] = {}
-
     def __init_subclass__(cls) -> None:
-        Structure.kinds[cls.__name__] = cls
+        serializable(cls)
 
     @property
     @abstractmethod
@@ -113,43 +113,16 @@ class Structure(ABC):
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The same structure with `function` applied to each tensor it is made of."""
-        return replace(self, **{  # type: ignore[type-var]  # subclasses are dataclasses
-            field.name: _map(getattr(self, field.name), function) for field in fields(self)  # type: ignore[arg-type]
-        })
+        return map_tensors(self, function)
 
     def state(self) -> dict[str, Any]:
         """Plain dicts, lists and tensors, for `torch.save`; `from_state` is the way back."""
-        content = {field.name: _pack(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
-        return {"kind": type(self).__name__, **content}
+        return to_state(self)
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Structure:
-        """The structure that `state` describes."""
-        content = {name: _unpack(value) for name, value in state.items() if name != "kind"}
-        return Structure.kinds[state["kind"]](**content)
+        """The structure that `state` describes.
 
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Structure):
-        return value.map(function)
-    if isinstance(value, Sequence):
-        return tuple(_map(item, function) for item in value)
-    return value
-
-
-def _pack(value: Any) -> Any:
-    if isinstance(value, Structure):
-        return value.state()
-    if isinstance(value, Sequence):
-        return [_pack(item) for item in value]
-    return value
-
-
-def _unpack(value: Any) -> Any:
-    if isinstance(value, dict):
-        return Structure.from_state(value)
-    if isinstance(value, list):
-        return tuple(_unpack(item) for item in value)
-    return value
+        Raises ValueError for a state of something else, or of another version.
+        """
+        return from_state(state)

@@ -100,7 +100,7 @@ class Kronecker(Structure):
             torch.lerp(self.input, other.input, weight),
         )
 
-    def nearest_sum(self, other: Kronecker) -> Kronecker:
+    def nearest_kronecker_sum(self, other: Kronecker) -> Kronecker:
         """Of all Kronecker products the nearest to self + other in the Frobenius norm.
 
         With rows vec(G) vec(A)ᵀ instead of G ⊗ A the sum is a matrix X Yᵀ of rank 2, X = [g₁ g₂],

@@ -17,7 +17,7 @@ ROWS = 512  # of a matrix as wide as a side, at once
 
 
 @dataclass(frozen=True, eq=False)
-class _Parts:
+class _SpectralParts:
     """Eigenvalues [s', r'] as what is left of them in turn: of the rest, rows, columns and core."""
 
     rest: Tensor  # [1, 1]; 0 where a side is full
@@ -71,14 +71,14 @@ class KroneckerEigen(Structure):
         return all(b.shape[-2] == b.shape[-1] for b in (self.output_basis, self.input_basis))
 
     @cached_property
-    def _inverse(self) -> _Parts:
+    def _inverse(self) -> _SpectralParts:
         return self._parts(self.spectrum.reciprocal())
 
     @cached_property
-    def _inverse_root(self) -> _Parts:
+    def _inverse_root(self) -> _SpectralParts:
         return self._parts(self.spectrum.rsqrt())
 
-    def _parts(self, c: Tensor) -> _Parts:
+    def _parts(self, c: Tensor) -> _SpectralParts:
         s, r = self.output_basis.shape[-1], self.input_basis.shape[-1]
         rest = c[..., s:, r:].sum((-2, -1), keepdim=True)  # 0 where a side is full
         rows, columns = c[..., :s, r:], c[..., s:, :r]
@@ -87,7 +87,7 @@ class KroneckerEigen(Structure):
             core = core - rows
         if columns.numel():
             core = core - columns + rest
-        return _Parts(rest, rows - rest, columns - rest, core)
+        return _SpectralParts(rest, rows - rest, columns - rest, core)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
@@ -96,7 +96,7 @@ class KroneckerEigen(Structure):
         return p, p @ self.input_basis, x @ self.input_basis if beside else None
 
     def _factors(
-        self, parts: _Parts, p: Tensor, k: Tensor, q: Tensor | None
+        self, parts: _SpectralParts, p: Tensor, k: Tensor, q: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """left [..., O, k] and right [..., k, I], whose product is all that is beside rest·x."""
         u, v = self.output_basis, self.input_basis
@@ -109,7 +109,7 @@ class KroneckerEigen(Structure):
         left = torch.cat([u.expand(*lead, *u.shape[-2:]), q * parts.columns], -1)
         return left, torch.cat([inner, v.mT.expand(*lead, *v.mT.shape[-2:])], -2)
 
-    def _product(self, x: Tensor, parts: _Parts) -> Tensor:
+    def _product(self, x: Tensor, parts: _SpectralParts) -> Tensor:
         """The matrix of the same eigenspaces with the eigenvalues of `parts`, times x."""
         matrix = x.unflatten(-1, self.shape)
         left, right = self._factors(parts, *self._project(matrix))
@@ -170,7 +170,7 @@ class KroneckerEigen(Structure):
         return (self._multiplicity * self.spectrum).sum()
 
     def _diag(self, spectrum: Tensor) -> Tensor:
-        output, input = (_shares(basis) for basis in (self.output_basis, self.input_basis))
+        output, input = (_squared_basis(basis) for basis in (self.output_basis, self.input_basis))
         return (output @ spectrum @ input.mT).flatten()
 
     def diag(self) -> Tensor:
@@ -195,12 +195,12 @@ class KroneckerEigen(Structure):
             )
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum + delta)
 
-    def rotated(self, output_basis: Tensor, input_basis: Tensor) -> KroneckerEigen:
+    def change_basis(self, output_basis: Tensor, input_basis: Tensor) -> KroneckerEigen:
         """The mean of M over the eigenspaces of another basis: exact when M is constant on them."""
         if output_basis is self.output_basis and input_basis is self.input_basis:
             return self
-        turn_output = _overlap(self.output_basis, output_basis)
-        turn_input = _overlap(self.input_basis, input_basis)
+        turn_output = _squared_overlap(self.output_basis, output_basis)
+        turn_input = _squared_overlap(self.input_basis, input_basis)
         return KroneckerEigen(
             output_basis, input_basis, turn_output.mT @ self.spectrum @ turn_input
         )
@@ -210,7 +210,7 @@ class KroneckerEigen(Structure):
 
     def lerp(self, other: KroneckerEigen, weight: float) -> KroneckerEigen:
         """In `other`'s basis, on whose eigenspaces this one is averaged: exact if they agree."""
-        here = self.rotated(other.output_basis, other.input_basis)
+        here = self.change_basis(other.output_basis, other.input_basis)
         return KroneckerEigen(
             other.output_basis, other.input_basis, torch.lerp(here.spectrum, other.spectrum, weight)
         )
@@ -221,7 +221,7 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
-def energies(rows: Tensor, basis: Tensor) -> Tensor:
+def squared_projections(rows: Tensor, basis: Tensor) -> Tensor:
     """(xᵀv)² for each column and, if truncated, the square of what is outside of them all.
 
     For x [..., n] and V [n, r] it is [..., r] or [..., r + 1]. The last is taken as a square
@@ -234,8 +234,8 @@ def energies(rows: Tensor, basis: Tensor) -> Tensor:
     return torch.cat([leading.square(), rest], -1)
 
 
-def _shares(basis: Tensor) -> Tensor:
-    """The `energies` of all unit vectors, some at a time."""
+def _squared_basis(basis: Tensor) -> Tensor:
+    """The `squared_projections` of all unit vectors, some at a time."""
     size = basis.shape[-2]
     if basis.shape[-1] == size:
         return basis.square()
@@ -243,7 +243,7 @@ def _shares(basis: Tensor) -> Tensor:
     for start in range(0, size, ROWS):
         rows = basis.new_zeros(min(ROWS, size - start), size)
         rows.diagonal(start).fill_(1)
-        parts.append(energies(rows, basis))
+        parts.append(squared_projections(rows, basis))
     return torch.cat(parts, -2)
 
 
@@ -256,7 +256,7 @@ def multiplicities(basis: Tensor) -> Tensor:
     return counts
 
 
-def _overlap(old: Tensor, new: Tensor) -> Tensor:
+def _squared_overlap(old: Tensor, new: Tensor) -> Tensor:
     """The share of each old eigenspace (row) in a unit vector of each new one (column)."""
     shares = (old.mT @ new).square()  # of the columns
     if old.shape[-2] > old.shape[-1]:

@@ -1,0 +1,1 @@
+"""Pyro effect handlers, and what a Pyro model is made of."""

@@ -1,0 +1,176 @@
+"""Which weights share a block of the curvature, in which structure and order.
+
+"full" has one block for all its layers and, for speed, so has "diag"; the others have one for each
+layer. Inside a block the layers follow each other, each as its matrix [*lead, O, I] row-major.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrocurv.layers import Layer
+from pyrocurv.layers.structure_spec import EKFAC, KFAC, Spec, parse_structure
+from pyrocurv.structures import automatic_ranks
+from pyrocurv.structures.serialization import serializable
+
+
+@serializable
+@dataclass(frozen=True)
+class Block:
+    """Layers whose weights are one vector [P], and the structure of the matrix over it."""
+
+    layers: tuple[Layer, ...]
+    structure: Spec
+
+    @property
+    def kind(self) -> str:
+        """ "full", "block", "diag", "kfac" or "ekfac": the structure without its options."""
+        return self.structure if isinstance(self.structure, str) else type(
+            self.structure).__name__.lower()
+
+    @property
+    def kronecker(self) -> KFAC | EKFAC:
+        """The structure with its options, of a block that has a Kronecker one."""
+        assert isinstance(self.structure, (KFAC, EKFAC))
+        return self.structure
+
+    @property
+    def label(self) -> str:
+        """The structure as `summary` prints it."""
+        if isinstance(self.structure, KFAC) and self.structure.cuts != (1, 1):
+            return "kfac-block"
+        return self.kind
+
+    @property
+    def is_untraced(self) -> bool:
+        """Whether no supported op consumes its weights."""
+        return self.layers[0].form == "opaque"
+
+    @property
+    def name(self) -> str:
+        """Of its layers: the module's name, or that of the weight where it is no module's."""
+        names = [layer.weight.removesuffix(".weight") for layer in self.layers]
+        return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """How many eigenvectors of G and of A a Kronecker structure keeps."""
+        rank = self.kronecker.rank
+        outputs, inputs = self.layers[0].matrix_shape[-2:]
+        return (outputs, inputs) if rank is None else automatic_ranks(outputs, inputs, rank)
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what is packed, in order."""
+        return {name: shape for layer in self.layers for name, shape in layer.tensors.items()}
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """{name: [*shape]} -> [P]."""
+        parts = [layer.pack(values) for layer in self.layers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def lerp(self, packed: Tensor, values: Mapping[str, Tensor], weight: float) -> Tensor:
+        """packed + weight · (values - packed) [P], for which the values need not be packed."""
+        if self._strides is None or not packed.is_contiguous():
+            return torch.lerp(packed, self.pack(values), weight)
+        result = torch.empty_like(packed)
+        old, new = self.parts(packed), self.parts(result)
+        for name in self.tensors:
+            torch.lerp(old[name], values[name], weight, out=new[name])
+        return result
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """[..., P] -> {name: [..., *shape]}, contiguous."""
+        return {name: part.contiguous() for name, part in self.views(packed).items()}
+
+    def views(self, packed: Tensor) -> dict[str, Tensor]:
+        """[..., P] -> {name: [..., *shape]}, in the memory of `packed` where forms allow it."""
+        parts = packed.split([layer.size for layer in self.layers], -1)
+        values: dict[str, Tensor] = {}
+        for layer, part in zip(self.layers, parts, strict=True):
+            values.update(layer.views(part))
+        return values
+
+    def parts(self, packed: Tensor) -> dict[str, Tensor]:
+        """The same views of one vector [P], without gradients, in as few operations as may be."""
+        if self._strides is None or not packed.is_contiguous():
+            return self.views(packed)
+        start = packed.storage_offset()
+        return {
+            name: packed.as_strided(shape, stride, start + offset)
+            for name, (shape, stride, offset) in self._strides.items()
+        }
+
+    @cached_property
+    def _strides(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] | None:
+        """Shape, stride and offset of each tensor in a vector; None where one is in another order.
+        """
+        if any(layer.form == "columns" for layer in self.layers):
+            return None
+        views = self.views(torch.empty(self.size, device="meta"))
+        return {n: (tuple(v.shape), v.stride(), int(v.storage_offset())) for n, v in views.items()}
+
+
+def make_blocks(layers: Sequence[Layer], structure: Spec | Callable[[Layer], Spec]) -> list[Block]:
+    """The blocks of the layers, in the order of their first ones.
+
+    Layers that no supported op consumes are no Kronecker product: they are "diag" in its place.
+    """
+    groups: dict[Any, list[Layer]] = {}
+    specs: dict[Any, Spec] = {}
+    for layer in layers:
+        spec = parse_structure(structure(layer) if callable(structure) else structure)
+        untraced = layer.form == "opaque"
+        if untraced and isinstance(spec, (KFAC, EKFAC)):
+            spec = "diag"
+        shared = spec in ("full", "diag")
+        key = (spec, untraced if spec == "diag" else None, None if shared else layer)
+        groups.setdefault(key, []).append(layer)
+        specs[key] = spec
+    return [Block(tuple(group), specs[key]) for key, group in groups.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockIndices(Sequence[Tensor]):
+    """For each block, where its entries [P_b] stand in the flat vector of `order` {name: shape}.
+
+    Found when they are asked for, which whoever reads a matrix block by block never does.
+    """
+
+    blocks: Sequence[Block]
+    order: Mapping[str, Sequence[int]]
+    device: torch.device | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._found[number]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _found(self) -> tuple[Tensor, ...]:
+        places: dict[str, Tensor] = {}
+        start = 0
+        for name, shape in self.order.items():
+            size = math.prod(shape)
+            along = torch.arange(start, start + size, device=self.device)
+            places[name] = along.reshape(tuple(shape))
+            start += size
+        return tuple(block.pack(places) for block in self.blocks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As the tensors, which a load may put elsewhere."""
+        return tuple, (self._found,)

@@ -1,0 +1,22 @@
+"""Facts about the types of torch modules."""
+
+from __future__ import annotations
+
+from torch import nn
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)
+
+
+def fan_in(module: nn.Module) -> int:
+    """How many inputs an output adds up."""
+    if isinstance(module, TRANSPOSED):
+        weight = module.weight
+        return weight.numel() // (weight.shape[1] * module.groups)
+    if isinstance(module, (nn.Embedding, *NORMS)):
+        return 1
+    matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+    return max(matrices, default=1)

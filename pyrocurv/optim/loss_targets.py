@@ -1,0 +1,129 @@
+"""From a network's output to terms of the curvature: the likelihood, and the data behind a loss.
+
+The loss is the user's own, PyTorch's mean over all entries of the batch (rows; tokens; pixels). Its
+gradient in the output tells the targets of the named likelihoods, where a curvature asks for them:
+
+    categorical  p - y   negative at the class alone
+    bernoulli    p - y   negative where y = 1
+    normal       μ - y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
+from pyrocurv.runtime.user_warnings import warn_user
+
+DATA_KINDS = ("empirical", "hessian")
+
+
+def check_likelihood(likelihood: Likelihood, kind: str) -> Callable[[Any], Distribution]:
+    """The likelihood as a function; ValueError for one that has not what the curvature needs."""
+    density = as_likelihood(likelihood)
+    if kind in DATA_KINDS and not isinstance(likelihood, str):
+        raise ValueError(
+            f"curvature={kind!r} takes the targets from the loss's gradient, which a likelihood of "
+            "your own does not allow: use 'fisher' or 'ggn'"
+        )
+    return density
+
+
+def unwrap_independent(likelihood: Distribution) -> Distribution:
+    """The distribution of single entries, inside of `Independent`."""
+    while isinstance(likelihood, Independent):
+        likelihood = likelihood.base_dist
+    return likelihood
+
+
+def targets_from_gradient(
+    likelihood: Likelihood, output: Tensor, gradient: Tensor, size: int
+) -> Tensor:
+    """The data behind the gradient of a mean over `size` entries."""
+    if likelihood == "categorical":
+        known = (gradient < 0).any(-1)  # at a probability of 1 nothing is left of it
+        return torch.where(known, gradient.argmin(-1), output.argmax(-1))
+    if likelihood == "bernoulli":
+        return torch.where(gradient == 0, output > 0, gradient < 0).to(output)
+    return output - gradient * size
+
+
+def check_loss(likelihood: Likelihood, gradient: Tensor) -> None:
+    """Warn of a loss that cannot be the likelihood's, by its gradient in the output.
+
+    That of a cross entropy sums to 0 over the classes, weighted or smoothed as it may be; that of
+    the others does so by chance alone.
+    """
+    if not isinstance(likelihood, str) or gradient.dim() < 2 or gradient.shape[-1] < 2:
+        return
+    share = gradient.sum(-1).norm() / gradient.norm()
+    if likelihood == "categorical" and bool(share > 0.1):
+        warn_user(
+            "likelihood='categorical': the loss's gradient does not sum to 0 over the last axis of "
+            f"the output [B{''.join(f', {n}' for n in gradient.shape[1:])}], as that of a cross "
+            "entropy does over the classes: say likelihood='bernoulli', 'normal' or your own, or "
+            "have the classes last"
+        )
+    elif likelihood != "categorical" and bool(share < 1e-5):
+        warn_user(
+            f"likelihood={likelihood!r}: the loss's gradient sums to 0 over the last axis of the "
+            "output, as that of a cross entropy does: say likelihood='categorical'"
+        )
+
+
+def unignored_mask(output: Tensor, gradient: Tensor) -> Tensor | None:
+    """Which entries of a "categorical" the loss is of: not those of `ignore_index`; None: all.
+
+    Nothing comes back through such an entry. Through another nothing does only at a probability of
+    1, of no curvature either; that it counts there is what the probability tells.
+    """
+    mask = (gradient != 0).any(-1) | (output.softmax(-1).amax(-1) == 1)
+    return None if bool(mask.all()) else mask
+
+
+def observation(
+    likelihood: Likelihood, density: Callable[[Any], Distribution], output: Any,
+    gradient: Tensor | None, total: int, rows: int, with_targets: bool,
+) -> LikelihoodTerm:
+    """The term of one pass over `rows` examples; `gradient` is the loss's, a mean over `total`.
+
+    The data are read off it where the curvature wants them, `with_targets`.
+
+    Raises ValueError for an output that the likelihood does not fit, FloatingPointError for one
+    that is not finite.
+    """
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    least = 2 if likelihood == "categorical" else 1
+    if isinstance(likelihood, str) and not (isinstance(output, Tensor) and output.dim() >= least):
+        raise ValueError(
+            f"likelihood={likelihood!r} wants an output of {least} axes or more, the batch first, "
+            f"got {shape}"
+        )
+    if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+        raise FloatingPointError("the network's output is not finite")
+    try:
+        fitted = density(output)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"likelihood={likelihood!r} does not fit an output {shape}") from error
+    if not isinstance(fitted, Distribution):
+        raise ValueError(f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}")
+    if fitted.batch_shape[:1] != (rows,):
+        raise ValueError(
+            f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
+            f"inputs and an output {shape}: the batch is the first axis"
+        )
+    each = unwrap_independent(fitted).batch_shape.numel() // rows
+    value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
+    mask = None
+    if gradient is not None and likelihood == "categorical":
+        mask = unignored_mask(output.detach(), gradient)
+    if gradient is not None and with_targets:
+        value = targets_from_gradient(likelihood, output.detach(), gradient, total * each)
+    if mask is None:
+        return LikelihoodTerm(fitted, value, 1 / each)
+    return LikelihoodTerm(unwrap_independent(fitted), value, rows / mask.sum().clamp(min=1), mask)

@@ -1,0 +1,1 @@
+"""The Gaussian over the weights and its natural-gradient step; torch only."""

@@ -1,0 +1,21 @@
+"""Checks of numbers that users pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raises ValueError for what is no whole number from `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number from {least} is needed")
+
+
+def check_positive(name: str, value: Any, *others: Any) -> None:
+    """Raises ValueError for what is neither a positive number nor one of the others."""
+    if not (any(value is one or value == one for one in others) or _is_number(value) and value > 0):
+        raise ValueError(f"{name}={value!r}: a positive number is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

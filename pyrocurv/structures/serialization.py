@@ -1,0 +1,74 @@
+"""One codec for frozen dataclasses: to plain values for `torch.save`, and back.
+
+A dataclass becomes {"kind": its class name, field: value, ...} and a tuple a list; tensors,
+numbers, strings and None stay. `torch.load(weights_only=True)` accepts the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+FORMAT_VERSION = 1  # of all state dicts; a change that older code cannot read increments it
+T = TypeVar("T")
+_classes: dict[str, type] = {}
+
+
+def serializable(cls: type[T]) -> type[T]:
+    """Class decorator that makes a frozen dataclass known to the codec, under its name."""
+    _classes[cls.__name__] = cls
+    return cls
+
+
+def to_state(value: Any) -> Any:
+    """Plain dicts, lists and tensors, from which `from_state` builds an equal value."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_state(item) for item in value]
+    if is_dataclass(value):
+        content = {field.name: to_state(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": type(value).__name__, **content}
+    return value
+
+
+def from_state(state: Any) -> Any:
+    """The value that `state` describes, with tuples in place of lists.
+
+    Raises ValueError for a class that does not exist here, or has other fields.
+    """
+    if isinstance(state, (list, tuple)):
+        return tuple(from_state(item) for item in state)
+    if not isinstance(state, Mapping):
+        return state
+    cls = _classes.get(state.get("kind", ""))
+    content = {name: from_state(value) for name, value in state.items() if name != "kind"}
+    if cls is None or content.keys() != {field.name for field in fields(cls)}:
+        raise ValueError(
+            f"the state has a {state.get('kind')!r} with {', '.join(content)}, which this version "
+            "of pyrocurv does not have: was it saved by another one?"
+        )
+    return cls(**content)
+
+
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """The same value with `function` applied to every tensor in it."""
+    if isinstance(value, Tensor):
+        return function(value)  # type: ignore[return-value]  # T is Tensor
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(map_tensors(item, function) for item in value)  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        content = {f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)}
+        return type(value)(**content)
+    return value
+
+
+def check_version(state: Mapping[str, Any], owner: str) -> None:
+    """Raise ValueError for the state of a newer format than this one."""
+    version = state.get("version", FORMAT_VERSION)
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"the state of {owner} has format version {version}, this version of pyrocurv reads "
+            f"versions up to {FORMAT_VERSION}: update pyrocurv to load it"
+        )
