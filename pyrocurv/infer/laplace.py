@@ -29,6 +29,7 @@ from pyrocurv.infer.marginal_likelihood import (
 )
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
+from pyrocurv.runtime.undo import Undo
 
 
 class Laplace:
@@ -104,14 +105,18 @@ class Laplace:
 
     @torch.no_grad()
     def _write(self, fitted: Sequence[LaplaceBlock]) -> None:
-        """Into the guide; all that may fail is done first."""
-        families = self.guide.blocks
-        encoded = [f.encode(one.precision) for f, one in zip(families, fitted, strict=True)]
-        for family, one, precision in zip(families, fitted, encoded, strict=True):
-            family.write(one.loc, precision)
-        self.guide.observe_priors([one.prior.packed.base for one in fitted])
-        self.guide.is_laplace = True
-        self._fitted = list(fitted)
+        """Into the guide: everything, or nothing if an exception is raised."""
+        families = [*self.guide.blocks]
+        encoded = [f.encode(block.precision) for f, block in zip(families, fitted, strict=True)]
+        with Undo() as undo:
+            undo.keep_attributes(self, self.guide)
+            for family, values in zip(families, encoded, strict=True):
+                family.keep(undo, values)
+            for family, values in zip(families, encoded, strict=True):
+                family.write(values)
+            self.guide.observe_priors([block.prior.gaussian.base for block in fitted])
+            self.guide.is_laplace = True
+            self._fitted = list(fitted)
 
     # ---- the evidence ---------------------------------------------------------------------------
 
@@ -164,7 +169,7 @@ class Laplace:
             for site in layer.tensors:
                 rescale_prior(self.model, site, (-factor / 2).exp())
         for one in self._fitted:
-            precision = one.prior.packed.base.precision.expand(one.block.size)
+            precision = one.prior.gaussian.base.precision.expand(one.block.size)
             found.update(one.block.unpack(precision))
         return {name: _compact(value) for name, value in found.items()}
 

@@ -26,7 +26,7 @@ from pyrocurv.infer.model_run import (
     setup_guide,
     split_batch,
 )
-from pyrocurv.posterior.prior import BlockPrior
+from pyrocurv.posterior.prior import BlockPrior, read_block_prior
 
 
 def sum_curvature(
@@ -42,8 +42,8 @@ def sum_curvature(
     for run in _runs(model, guide, spec, loader):
         if not totals:
             blocks = [family.block for family in guide.blocks]
-            priors = [BlockPrior.read(block, run.prior_sites) for block in blocks]
-            totals = [CurvatureSum(b, p.units) for b, p in zip(blocks, priors, strict=True)]
+            priors = [read_block_prior(block, run.prior_sites) for block in blocks]
+            totals = [CurvatureSum(b, p.scaling) for b, p in zip(blocks, priors, strict=True)]
         terms = sum(site.log_prob.detach().double() for site in run.replay.observed)
         log_likelihood += float(terms) * run.batch / run.num_data
         counted, num_data = counted + run.batch, run.num_data
@@ -91,11 +91,11 @@ def _plus(
     totals: Sequence[CurvatureSum], guide: StructuredGuide, spec: Curvature, run: ModelRun
 ) -> list[CurvatureSum]:
     """The totals with the data of one more run."""
-    run.check_apart(spec.kind)
+    run.check_per_example_density(spec.kind)
     rows = run.primary_likelihood.rows
-    calls = layer_calls(guide, run.capture, run.weights, rows)
+    calls = layer_calls(guide, run)
     with torch.enable_grad():
-        return accumulate(spec, totals, BatchTerms(run.observations, calls, rows, run.batch))
+        return accumulate(spec, totals, BatchTerms(run.likelihood_terms, calls, rows, run.batch))
 
 
 def _check_count(counted: int, num_data: int) -> None:

@@ -21,6 +21,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import posterior_precision
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.structures import Structure
+from pyrocurv.structures.serialization import map_tensors
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 FARTHEST = 30.0  # of the logarithm of a factor: where the data say nothing of a prior
@@ -38,37 +39,29 @@ class LaplaceBlock:
     @property
     def precision(self) -> Structure:
         """Λ = C + δ."""
-        return posterior_precision(self.curvature, 0.0, self.prior, 1.0, 0.0).precision
+        return posterior_precision(self.curvature, 0.0, self.prior, 1.0, 0.0)[0]
 
     def log_evidence(self) -> Tensor:
         """The block's part in the log evidence, beside log p(D | M). A scalar, in nats."""
-        prior = self.prior.packed
+        prior = self.prior.gaussian
         fit = prior.logdet(self.block.size) - prior.distance(self.loc)
         return (fit - self.precision.logdet()) / 2
 
     def with_prior_scales(self, factors: Tensor) -> LaplaceBlock:
         """With the prior precisions of its layers times `factors` [layers of the block]."""
-        prior, units, packed = self.prior, self.prior.units, self.prior.packed
+        scaling, gaussian = self.prior.scaling, self.prior.gaussian
         sizes = torch.tensor([layer.size for layer in self.block.layers], device=factors.device)
         each = factors[0] if len(factors) == 1 else factors.repeat_interleave(sizes)
-        packed = GaussianPrior(packed.loc, packed.precision * each, packed.zero_mean, packed.power)
-        if units is not None:
-            units = KroneckerScaling(units.delta * factors[0], units.roots)
-        return replace(self, prior=replace(prior, packed=packed, units=units))
+        gaussian = replace(gaussian, precision=gaussian.precision * each)
+        if scaling is not None:
+            scaling = replace(scaling, delta=scaling.delta * factors[0])
+        return replace(self, prior=BlockPrior(gaussian, scaling))
 
     def to(self, dtype: torch.dtype) -> LaplaceBlock:
         """The same in another dtype."""
-        prior, units, packed = self.prior, self.prior.units, self.prior.packed
-        power = None if packed.power is None else packed.power.to(dtype)
-        packed = GaussianPrior(
-            packed.loc.to(dtype), packed.precision.to(dtype), packed.zero_mean, power
-        )
-        if units is not None:
-            roots = units.roots and (units.roots[0].to(dtype), units.roots[1].to(dtype))
-            units = KroneckerScaling(units.delta.to(dtype), roots)
-        return LaplaceBlock(
-            self.block, self.curvature.map(lambda tensor: tensor.to(dtype)),
-            replace(prior, packed=packed, units=units), self.loc.to(dtype),
+        return replace(
+            self, curvature=map_tensors(self.curvature, lambda tensor: tensor.to(dtype)),
+            prior=map_tensors(self.prior, lambda tensor: tensor.to(dtype)), loc=self.loc.to(dtype),
         )
 
 

@@ -152,12 +152,12 @@ def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: A
     """At one sample of the posterior."""
     if guide.prototype_trace is None:
         guide(*args, **kwargs)
-    families = guide.blocks
-    precisions = [family.precision() for family in families]
-    locs = [family.raw_loc.detach() for family in families]
-    noise, _ = sample_perturbations(precisions, [None] * len(locs), locs[0], False)
-    sample = perturbed_weights([family.block for family in families], locs, noise)
-    return run_model(model, guide, require_grad(sample), args, kwargs)
+    weights: dict[str, Tensor] = {}
+    for family in guide.blocks:
+        z = torch.randn_like(family.raw_loc)
+        sample = family.raw_loc.detach() + family.precision().rsqrt_(z)
+        weights.update(family.block.unpack(sample))
+    return run_model(model, guide, require_grad(weights), args, kwargs)
 
 
 def _log_prob(run: ModelRun) -> Tensor:
