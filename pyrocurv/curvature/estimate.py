@@ -20,7 +20,7 @@ from pyrocurv.curvature.likelihood import (
     as_likelihood,
 )
 from pyrocurv.curvature.output_gradients import pullback
-from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
+from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
@@ -109,7 +109,7 @@ def estimate(
         torch.Size([8, 8])
     """
     curvature, density = as_curvature(curvature), as_likelihood(likelihood)
-    if curvature.kind == NOISE:
+    if curvature.uses_sample_gradients:
         raise ValueError("curvature='noise' is known from a posterior's samples, not from data")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not named:

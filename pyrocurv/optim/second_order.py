@@ -11,7 +11,7 @@ from torch import nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
-from pyrocurv.curvature.spec import NOISE, as_curvature
+from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.parameter_blocks import (
@@ -100,7 +100,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         kl_clip: float | None = 1e-2,
         fallback_lr: float = 2e-3,
     ) -> None:
-        if as_curvature(curvature).kind == NOISE:
+        if as_curvature(curvature).uses_sample_gradients:
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
         super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
-from pyrocurv.curvature.spec import NOISE
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.optim import sampling
@@ -138,7 +137,7 @@ class VIOptimizer(CurvatureOptimizer):
         self._is_sampling = self._is_closure = False
         self._before: dict[str, Tensor] = {}  # gradients that were there before a sample
         self._means: tuple[Sequence[Block], Sequence[Tensor]] = ((), ())  # while they are away
-        if self.curvature.kind == NOISE:
+        if self.curvature.uses_sample_gradients:
             self._start()
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyrocurv.curvature.running_average import RunningCurvature
-from pyrocurv.curvature.update_interval import UpdateInterval
 from pyrocurv.posterior.natural_gradient import Metric
 from pyrocurv.posterior.sampling import Perturbation
 from pyrocurv.structures import Structure
@@ -25,7 +24,6 @@ class BlockState:
     noise: Perturbation | None = None  # used once already: the next sample is its mirror image
     mean: Tensor | None = None  # the mean that training is at, when the guide holds an average
     average: Structure | None = None  # the averaged precision
-    clock: UpdateInterval | None = None  # of `every="auto"`
 
     @property
     def known(self) -> Metric:

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature, running_average
+from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.likelihood import LikelihoodTerm
-from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle, RunningCurvature
+from pyrocurv.curvature.running_average import (
+    SINGLE_PARTICLE,
+    DueBlock,
+    Particle,
+    RunningCurvature,
+    zero_curvature,
+)
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.posterior.hyperparameters import Hyperparameters
@@ -51,16 +58,20 @@ class Proposal:
 
 def uses_sample_gradients(spec: Curvature, block: Block) -> bool:
     """Whether a block's curvature is known from the gradients at its samples alone."""
-    return block.is_untraced or spec.kind == "noise"
+    return block.is_untraced or spec.uses_sample_gradients
 
 
 def is_due(spec: Curvature, step: int, block: Block, carried: BlockState) -> bool:
     """Whether `step` takes an estimate of a block."""
-    if uses_sample_gradients(spec, block) and (spec.every == "auto" or spec.kind == "noise"):
+    if uses_sample_gradients(spec, block) and (
+        spec.every == "auto" or spec.uses_sample_gradients
+    ):
         return carried.running is None  # every step has one, by itself
-    if carried.running is not None and carried.running.count == 0 and not block.is_untraced:
+    if carried.running is None:
+        return spec.is_due(step)
+    if carried.running.count == 0 and not block.is_untraced:
         return True  # it has had no part in any run yet
-    return spec.is_due(step, carried.clock)
+    return spec.is_due(step, carried.running.interval)
 
 
 def update_curvature(
@@ -80,17 +91,24 @@ def update_curvature(
     now = [n for n, (block, one) in enumerate(zip(blocks, carried, strict=True))
            if is_due(spec, step, block, one) and not uses_sample_gradients(spec, block)
            and running_average.has_statistics(spec, block, calls)]
-    found = [] if not now else running_average.update_curvature(
-        spec, step, [blocks[n] for n in now], [carried[n].running for n in now],
-        [carried[n].clock for n in now], terms, calls, rows, [priors[n].units for n in now], part,
+    due = [
+        DueBlock(blocks[n], carried[n].running or _zero(blocks[n], priors[n]), priors[n].units)
+        for n in now
+    ]
+    found = running_average.update_curvature(
+        spec, step, due, ForwardPass(terms, calls, rows), part
     )
     fresh = [
         one if n in now else init_curvature(spec, block, one, prior)
         for n, (block, one, prior) in enumerate(zip(blocks, carried, priors, strict=True))
     ]
-    for number, (running, clock) in zip(now, found, strict=True):
-        fresh[number] = replace(carried[number], running=running, clock=clock)
+    for number, running in zip(now, found, strict=True):
+        fresh[number] = replace(carried[number], running=running)
     return refresh_precision(spec, step, fresh, batch_fraction, priors, numbers)
+
+
+def _zero(block: Block, prior: BlockPrior) -> RunningCurvature:
+    return zero_curvature(block, prior.packed.precision, prior.units)
 
 
 def refresh_precision(
@@ -118,7 +136,7 @@ def decayed_initial_curvature(spec: Curvature, step: int, batch_fraction: float)
     follows: with plenty of data an epoch would be far too long for that. An average that starts
     from it ("noise") needs no bridge.
     """
-    if spec.kind == "noise":
+    if spec.uses_sample_gradients:
         return 0.0
     return spec.initial * (1 - min(0.05, max(0.01, batch_fraction))) ** step
 
@@ -127,16 +145,13 @@ def init_curvature(
     spec: Curvature, block: Block, carried: BlockState, prior: BlockPrior
 ) -> BlockState:
     """With a curvature to start from, before any estimate."""
-    if spec.kind == "noise" and block.kind != "diag":
+    if spec.uses_sample_gradients and block.kind != "diag":
         raise ValueError(f"curvature='noise' wants structure='diag', {block.name} is {block.label}")
     if carried.running is not None:
         return carried
     if not uses_sample_gradients(spec, block):
-        roots = None if prior.units is None else prior.units.roots
-        return replace(
-            carried, running=running_average.zero_curvature(block, prior.packed.precision, roots)
-        )
-    start = spec.initial if spec.kind == "noise" else 0.0
+        return replace(carried, running=_zero(block, prior))
+    start = spec.initial if spec.uses_sample_gradients else 0.0
     curvature = Diagonal(prior.packed.precision.new_full((block.size,), start))
     return replace(carried, running=RunningCurvature(0, curvature))
 

@@ -44,11 +44,12 @@ def update_counts(
     """{name of the block: how often it was estimated, at which interval of steps it is now}."""
     found = {}
     for block, one in zip(blocks, state.blocks, strict=True):
-        updates = 0 if one.running is None else one.running.count
+        updates, interval = 0, spec.interval(state.step)
+        if one.running is not None:
+            updates = one.running.count
+            interval = spec.interval(state.step, one.running.interval)
         sensed = uses_sample_gradients(spec, block)
-        found[block.name] = UpdateCount(
-            updates, 1 if sensed else spec.interval(state.step, one.clock)
-        )
+        found[block.name] = UpdateCount(updates, 1 if sensed else interval)
     return found
 
 
