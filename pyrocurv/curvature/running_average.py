@@ -22,7 +22,7 @@ from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, p
 from pyrocurv.curvature.update_interval import UpdateInterval, tick
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_spec import EKFAC
+from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
@@ -201,7 +201,7 @@ def _left_out(running: RunningCurvature | None) -> RunningCurvature:
 def _is_thin(block: Block, seen: BlockStatistics) -> bool:
     """Whether leading parts of the factors are kept up from rows, without the factors."""
     spec, (layer, *_) = block.structure, block.layers
-    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
+    if not isinstance(spec, KroneckerSpec) or spec.cuts != (1, 1) or layer.lead:
         return False
     uses = hessian.pairs(seen)[0]
     if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
