@@ -27,7 +27,7 @@ from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, p
 from pyrocurv.curvature.update_interval import UpdateInterval, tick
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_spec import EKFAC
+from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
@@ -168,9 +168,9 @@ def zero_curvature(
     block: Block, like: Tensor, scaling: KroneckerScaling | None
 ) -> RunningCurvature:
     """The average before any estimate: zero, of the dtype and on the device of `like`."""
-    if block.structure == "diag":
+    if block.kind == "diag":
         return RunningCurvature(0, Diagonal(like.new_zeros(block.size)))
-    if isinstance(block.structure, str):
+    if not block.structure.is_kronecker:
         return RunningCurvature(0, Dense(like.new_zeros(block.size, block.size)))
     *groups, outputs, inputs = block.layers[0].matrix_shape
     sides = [*zip((outputs, inputs), block.ranks, strict=True)]
@@ -224,7 +224,7 @@ def _left_out(average: RunningCurvature) -> RunningCurvature:
 def _is_thin(block: Block, seen: BlockStatistics) -> bool:
     """Whether leading parts of the factors are kept up from rows, without the factors."""
     spec, (layer, *_) = block.structure, block.layers
-    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
+    if not isinstance(spec, KroneckerSpec) or spec.cuts != (1, 1) or layer.lead:
         return False
     uses = hessian.pairs(seen)[0]
     if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too

@@ -17,7 +17,8 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.capture import Capture
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
+from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.optim.forward_recorder import (
     ForwardPass,
     ForwardRecorder,
@@ -78,8 +79,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.curvature = as_curvature(curvature)
         self._likelihood_fn = check_likelihood(likelihood, self.curvature.kind)
         self.likelihood, self.structure = likelihood, structure
-        if structure is None or isinstance(structure, str):
-            select_structures(structure, "kfac", [Layer("any", None, (1, 1))], {}, LEFT_OUT)
+        if isinstance(structure, str) and structure not in LEFT_OUT:
+            parse_structure(structure)
         self._rest = AuxiliaryOptimizer(fallback_lr)
         self._warned: set[str] = set()  # names that a warning said have no curvature
         super().__init__(net.parameters() if params is None else params, defaults)

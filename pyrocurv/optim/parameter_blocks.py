@@ -52,7 +52,7 @@ def add_layers(
     blocks = list(layout.blocks)
     for number in dict.fromkeys(group.values()):
         mine = [x for x in fresh if group[x] == number and chosen[x] not in LEFT_OUT]
-        blocks += make_blocks(mine, lambda x: "diag" if x.form == "opaque" else chosen[x])
+        blocks += make_blocks(mine, chosen.__getitem__)
     return ParameterBlocks(chosen, tuple(blocks))
 
 

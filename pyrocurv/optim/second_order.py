@@ -136,7 +136,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         for block in layout.blocks:
             like, group = first_parameter(block, places)
             result.append(_decay(group["weight_decay"], like.dtype, like.device,
-                                 not isinstance(block.structure, str)))
+                                 block.structure.is_kronecker))
         return result
 
     def _numbers(self, layout: ParameterBlocks, places: NamedParameters) -> list[Hyperparameters]:

@@ -146,7 +146,8 @@ class VIOptimizer(CurvatureOptimizer):
         places = self._places()
         names = [name for name, (p, _) in places.items() if p.requires_grad]
         layout = self._extended(untraced_layers(names, places), places)
-        if strange := set(map(str, layout.layers.values())) - {"diag", *LEFT_OUT}:
+        kinds = set(layout.layers.values()).difference(LEFT_OUT)
+        if strange := {spec.label for spec in kinds} - {"diag"}:
             raise ValueError(f"curvature='noise' wants structure='diag', got {', '.join(strange)}")
         priors, numbers = self._priors(layout, places), self._numbers(layout, places)
         carried = [
