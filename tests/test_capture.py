@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrocurv.layers import Layer
+from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.batch_axis import is_row_independent, random_projection
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall
@@ -137,9 +137,9 @@ def test_unpacked_weights_are_contiguous() -> None:
 def test_positions_of_blocks_in_a_flat_vector() -> None:
     layers = Layer("w", "b", (2, 3)), Layer("v", None, (2, 2))
     order = {"v": (2, 2), "b": (2,), "w": (2, 3)}
-    one, two = BlockIndices([Block((layer,), "block") for layer in layers], order)
+    one, two = BlockIndices([Block((layer,), structure_spec.Block()) for layer in layers], order)
     assert one.tolist() == [6, 7, 8, 4, 9, 10, 11, 5] and two.tolist() == [0, 1, 2, 3]
-    (joint,) = BlockIndices([Block(layers, "full")], order)
+    (joint,) = BlockIndices([Block(layers, structure_spec.Full())], order)
     assert joint.tolist() == one.tolist() + two.tolist()
 
 
@@ -510,7 +510,8 @@ def test_rows_that_the_graph_keeps_apart() -> None:
 
 def test_positions_are_tensors_to_keep() -> None:
     """Found in inference mode they may take part in gradients; pickled they name no device."""
-    index = BlockIndices([Block((Layer("w", "b", (2, 3)),), "block")], {"b": (2,), "w": (2, 3)})
+    block = Block((Layer("w", "b", (2, 3)),), structure_spec.Block())
+    index = BlockIndices([block], {"b": (2,), "w": (2, 3)})
     with torch.inference_mode():
         (found,) = index
     assert not found.is_inference()

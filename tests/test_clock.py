@@ -18,7 +18,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from toys import GUIDES, NUM_DATA, class_data, classifier, regression_data, regressor
 
-from pyrocurv.curvature import Curvature, running_average
+from pyrocurv.curvature import Curvature, collect, running_average
 from pyrocurv.curvature import update_interval as clock
 from pyrocurv.curvature.layer_statistics import LayerStatistics
 from pyrocurv.curvature.spec import KINDS
@@ -366,19 +366,20 @@ def test_each_block_has_its_own_clock(
 ) -> None:
     model = Sides()
     ngvi = NGVI(model, GUIDES[structure](model), lr=1e-3, curvature=Curvature("ggn", every="auto"))
-    pulled, pullback = [], running_average.pullback
+    pulled, pullback = [], collect.pullback
 
     def spy(kind: Any, terms: Any, calls: Any, *rest: Any) -> Any:
         pulled.append(tuple(call.layer.weight for call in calls))
         return pullback(kind, terms, calls, *rest)
 
-    monkeypatch.setattr(running_average, "pullback", spy)
+    monkeypatch.setattr(collect, "pullback", spy)
     for step in range(200):
         before = ngvi._state
         ngvi.step(*truncated_factors(step))
         for old, new in zip(before.blocks if before else (), ngvi._state.blocks, strict=False):
-            assert (new.running is old.running) == (new.clock is old.clock)
-            assert (new.clock is old.clock) == (step < old.clock.due)
+            same_interval = new.running.interval is old.running.interval
+            assert (new.running is old.running) == same_interval
+            assert same_interval == (step < old.running.interval.due)
     left, right = (ngvi.update_counts()[side] for side in ("left", "right"))
     assert right.updates > left.updates + 5
     assert set(pulled) == {("left.weight", "right.weight"), ("right.weight",)}
@@ -531,17 +532,17 @@ def test_an_estimate_that_is_left_out_is_not_counted(monkeypatch: pytest.MonkeyP
     ngvi = NGVI(model, GUIDES["kfac"](model), curvature=Curvature("ggn", every="auto"))
     data = regression_data()
     ngvi.step(*data)
-    collect = running_average.collect
+    gather = collect.collect
     monkeypatch.setattr(
-        running_average, "gather",
+        collect, "collect",
         lambda *args: [[LayerStatistics(pair.a * math.nan, pair.g) for pair in uses]
-                       for uses in collect(*args)],
+                       for uses in gather(*args)],
     )
     with pytest.warns(UserWarning, match="a curvature estimate is not finite"):
         for _ in range(25):
             ngvi.step(*data)
     assert set(ngvi.update_counts().values()) == {(1, START)}
-    monkeypatch.setattr(running_average, "gather", collect)
+    monkeypatch.setattr(collect, "collect", gather)
     for _ in range(20):
         ngvi.step(*data)
     assert set(ngvi.update_counts().values()) == {(2, START)}

@@ -11,6 +11,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.posterior.natural_gradient import sampled_kl
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, PriorSite, kl, read_prior, units
 from pyrocurv.runtime.distributions import as_normal, compact
@@ -113,7 +114,8 @@ def test_validation_knows_the_shape_of_a_value() -> None:
 
 def layer_block(structure: str = "kfac", bias: bool = True) -> Block:
     shape = OUTPUTS, INPUTS - bias
-    return Block((Layer("weight", "bias" if bias else None, shape),), structure)
+    layers = (Layer("weight", "bias" if bias else None, shape),)
+    return Block(layers, parse_structure(structure))
 
 
 def normal(loc: float | Tensor, scale: float | Tensor, *shape: int) -> dist.Distribution:

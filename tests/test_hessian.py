@@ -56,6 +56,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, parse_structure
 from pyrocurv.structures import Kronecker, KroneckerEigen
+from pyrocurv.structures.rescaled import KroneckerScaling
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 KRONECKER = ["kfac", "ekfac"]
@@ -620,6 +621,7 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         net = net if model == "tanh" else nn.Sequential(net[0], nn.Sigmoid(), net[2])
         term = lambda f, y=y: LikelihoodTerm(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
+        running = running or running_average.zero_curvature(seen.block, x, None)
         running = running_average.update(running, seen.block, seen, len(x), 0.9, True)
         parts.append(seen.assemble.dense() / len(x))
     assert running is not None
@@ -645,10 +647,12 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         seen = replace(one, block=Block(one.block.layers, spec))
         units = tuple(torch.arange(1.0, 1.0 + n).double() for n in one.block.layers[0].matrix_shape)
         units = units if in_units else tuple(map(torch.ones_like, units))
+        scaling = KroneckerScaling(torch.ones(()).double(), units)
         factors = one.assemble.rescaled(*units)
+        zero = running_average.zero_curvature(seen.block, x, scaling)
         with monkeypatch.context() as patch:
             patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
-            running = running_average.update(None, seen.block, seen, len(x), 0.9, True, units)
+            running = running_average.update(zero, seen.block, seen, len(x), 0.9, True, scaling)
         expected = factors.eigen((2, 2)).psd()
         if isinstance(spec, EKFAC):
             expected = one.eigen(expected, units)
@@ -656,7 +660,7 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         assert running.factors is None
         # the first sample of several that the layer has a part in
         late = running_average.Particle(2, 4)
-        again = running_average.update(None, seen.block, seen, len(x), 0.9, True, units, late)
+        again = running_average.update(zero, seen.block, seen, len(x), 0.9, True, scaling, late)
         assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)
 
 

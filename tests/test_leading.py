@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.curvature.layer_statistics import LayerStatistics
-from pyrocurv.curvature.running_average import RunningCurvature, update
+from pyrocurv.curvature.running_average import RunningCurvature, update, zero_curvature
 from pyrocurv.curvature.truncated_factor import ROWS, TruncatedFactor, mean_squares
 from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
@@ -20,6 +20,7 @@ from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.structures import KroneckerEigen
+from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import from_state, to_state
 
 OUTPUTS, INPUTS = 9, 12
@@ -42,14 +43,14 @@ def estimates(count: int, rows: int, positions: int = 1, vectors: int = 1) -> li
 
 def step(
     running: RunningCurvature | None, structure: str, pairs: Any, rows: int, decay: float,
-    refresh: bool,
-    units: Any = None, rank: int | str = "auto",
+    refresh: bool, scaling: KroneckerScaling | None = None, rank: int | str = "auto",
 ) -> RunningCurvature:
-    """`update` of one layer."""
+    """`update` of one layer; None is before its first estimate."""
     ((a, g),) = pairs
     layer = Layer("w", None, (g.shape[-1], a.shape[-1]))
     block = Block((layer,), {"kfac": KFAC, "ekfac": EKFAC}[structure](rank=rank))
-    return update(running, block, [[LayerStatistics(a[None], g)]], rows, decay, refresh, units)
+    running = running or zero_curvature(block, a, scaling)
+    return update(running, block, [[LayerStatistics(a[None], g)]], rows, decay, refresh, scaling)
 
 
 def weights(count: int) -> list[float]:
@@ -66,11 +67,13 @@ def exact(stream: list[Any]) -> tuple[Tensor, Tensor]:
     return G, A
 
 
-def run(structure: str, stream: list[Any], rank: int, units: Any = None) -> RunningCurvature:
+def run(
+    structure: str, stream: list[Any], rank: int, scaling: KroneckerScaling | None = None
+) -> RunningCurvature:
     running = None
     for pairs in stream:
         rows = pairs[0][0].shape[0]
-        running = step(running, structure, pairs, rows, DECAY, False, units, rank)
+        running = step(running, structure, pairs, rows, DECAY, False, scaling, rank)
     assert running is not None
     return running
 
@@ -79,26 +82,28 @@ def orthonormal(basis: Tensor) -> None:
     same(basis.mT @ basis, torch.eye(basis.shape[1]).double())
 
 
-def random_units() -> tuple[Tensor, Tensor]:
-    return torch.rand(OUTPUTS).double() + 0.5, torch.rand(INPUTS).double() + 0.5
+def random_scaling() -> KroneckerScaling:
+    roots = torch.rand(OUTPUTS).double() + 0.5, torch.rand(INPUTS).double() + 0.5
+    return KroneckerScaling(torch.ones(()).double(), roots)
 
 
 # ---- K-FAC --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("with_units", [False, True])
+@pytest.mark.parametrize("with_scaling", [False, True])
 @pytest.mark.parametrize(
     ("count", "rows", "positions"), [(1, 2, 1), (3, 2, 1), (1, 2, 3), (2, 1, 3)]
 )
 def test_exact_while_the_rows_are_fewer_than_the_rank(
-    count: int, rows: int, positions: int, with_units: bool
+    count: int, rows: int, positions: int, with_scaling: bool
 ) -> None:
     stream = estimates(count, rows, positions)
-    units = random_units() if with_units else None
+    scaling = random_scaling() if with_scaling else None
     G, A = exact(stream)
-    if units is not None:
-        G, A = G / torch.outer(units[0], units[0]), A / torch.outer(units[1], units[1])
-    running = run("kfac", stream, 6, units)
+    if scaling is not None:
+        p, r = scaling.roots
+        G, A = G / torch.outer(p, p), A / torch.outer(r, r)
+    running = run("kfac", stream, 6, scaling)
     same(running.curvature.dense(), torch.kron(G, A))
     for side in running.truncated_factors:
         assert side.basis.shape[1] == 6
@@ -216,19 +221,19 @@ def test_the_eigenvalues_of_ekfac_are_averaged_in_the_turning_basis() -> None:
         assert side.basis is basis
 
 
-# ---- units --------------------------------------------------------------------------------------
+# ---- the scaling of the prior -------------------------------------------------------------------
 
 
 @structures
-def test_other_units_between_two_estimates(structure: str) -> None:
-    """What fits the rank is carried over exactly: as if they had been the units from the start."""
+def test_another_scaling_between_two_estimates(structure: str) -> None:
+    """What fits the rank is carried over exactly: as if it had been the scaling from the start."""
     stream = estimates(2, 2)
-    first, second = random_units(), random_units()
+    first, second = random_scaling(), random_scaling()
     for old, new in ((first, second), (None, second), (first, None)):
         before = run(structure, stream[:1], 6, old)
         running = step(before, structure, stream[1], 2, DECAY, False, new, 6)
         expected = run("kfac", stream, 6, new)
-        assert running.units is new
+        assert running.scaling is new
         for side, other in zip(running.truncated_factors, expected.truncated_factors, strict=True):
             same(side.basis.mul(side.values) @ side.basis.mT,
                  other.basis.mul(other.values) @ other.basis.mT)

@@ -4,6 +4,6 @@
 
 from pyrocurv.curvature.estimate import estimate
 from pyrocurv.curvature.spec import Curvature
-from pyrocurv.layers.structure_spec import EKFAC, KFAC
+from pyrocurv.layers.structure_spec import EKFAC, KFAC, Block, Diagonal, Full
 
-__all__ = ["EKFAC", "KFAC", "Curvature", "estimate"]
+__all__ = ["EKFAC", "KFAC", "Block", "Curvature", "Diagonal", "Full", "estimate"]

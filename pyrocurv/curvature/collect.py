@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
+
+
+class ForwardPass(NamedTuple):
+    """The likelihood terms of a forward pass over `rows` examples, and the calls of its layers."""
+
+    terms: Sequence[LikelihoodTerm]
+    calls: Sequence[LayerCall]
+    rows: int
 
 
 def collect_statistics(

@@ -20,21 +20,21 @@ from pyrocurv.curvature.likelihood import (
     as_likelihood,
 )
 from pyrocurv.curvature.output_gradients import pullback
-from pyrocurv.curvature.spec import NOISE, Curvature, as_curvature
-from pyrocurv.layers import Layer
+from pyrocurv.curvature.spec import Curvature, as_curvature
+from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_selection import StructureChoice, select_structures
-from pyrocurv.layers.structure_spec import EKFAC
+from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 
 def _reduce(block: Block, seen: BlockStatistics) -> Structure:
     spec, assemble = block.structure, hessian.assemble(block, seen)
-    if isinstance(spec, str):
+    if not isinstance(spec, KroneckerSpec):
         return assemble
     ranks = None if spec.rank == "auto" else block.ranks
     if isinstance(spec, EKFAC):
@@ -109,7 +109,7 @@ def estimate(
         torch.Size([8, 8])
     """
     curvature, density = as_curvature(curvature), as_likelihood(likelihood)
-    if curvature.kind == NOISE:
+    if curvature.uses_sample_gradients:
         raise ValueError("curvature='noise' is known from a posterior's samples, not from data")
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not named:
@@ -123,7 +123,8 @@ def estimate(
     with torch.enable_grad(), disable_autocast(device):
         term = _term(density(tree_map(_widened, output)), y, output)
         terms, count = [term], len(term.value)
-        whole = curvature.kind == "hessian" and structure in ("full", "block")  # whatever is shared
+        dense = ("full", "block", structure_spec.Full(), structure_spec.Block())
+        whole = curvature.kind == "hessian" and structure in dense  # whatever is shared
         each = per_example_scalar(output, count)
         if callable(likelihood):  # which may arrange and reuse the output in its own way
             log_prob = term.likelihood.log_prob(term.value)
@@ -133,7 +134,7 @@ def estimate(
         capture.unsupported |= find_wrong_batch_axis(capture.calls, count, said)
         layers, calls = _with_opaque(capture, named, count)
         chosen = select_structures(structure, "kfac", layers, dict(net.named_modules()))
-        blocks = make_blocks(layers, chosen.__getitem__)
+        blocks = make_blocks(layers, chosen.__getitem__, dense_untraced=True)
         seen: Iterable[BlockStatistics]
         if curvature.kind == "hessian":
             seen = hessians(blocks, terms, calls, count, curvature.num_samples)

@@ -27,7 +27,7 @@ from pyrocurv.curvature.hessian_outputs import OutputHessian
 from pyrocurv.curvature.hessian_weights import Units, WeightHessian
 from pyrocurv.curvature.layer_statistics import Pairs
 from pyrocurv.curvature.likelihood import LikelihoodTerm
-from pyrocurv.layers import Layer
+from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
@@ -137,7 +137,7 @@ def _is_in_weights(block: Block, calls: Sequence[LayerCall | UntracedWeight]) ->
     """Whether something of a block may be read from the rows of its weights."""
     (first, *more) = (call.transposed for call in calls if call.layer == block.layers[0])
     return (
-        isinstance(block.structure, str) or first or bool(more) or block.layers[0].form == "units"
+        not block.structure.is_kronecker or first or bool(more) or block.layers[0].form == "units"
     )
 
 
@@ -205,14 +205,13 @@ class _GradientGraph:
 
     def block(self, block: Block) -> HessianStatistics:
         """In the block's structure."""
-        sharing = getattr(block.structure, "sharing", None)
-        if block.structure == "diag":
+        if block.kind == "diag":
             parts = [self._diagonal(layer) for layer in block.layers]
             return HessianStatistics(block, self, lambda: Diagonal(torch.cat([p() for p in parts])))
-        if sharing is None:
+        if not block.structure.is_kronecker:
             weights = self.weights(block)
             return HessianStatistics(block, self, lambda: Dense(weights.matrix()))
-        (layer,) = block.layers
+        sharing, (layer,) = block.kronecker.sharing, block.layers
         if layer.form == "units":
             weights = self.weights(block)
             return HessianStatistics(
@@ -232,7 +231,7 @@ class _GradientGraph:
         return HessianStatistics(block, self, lambda: outputs.kronecker(sharing), source, outputs)
 
     def _diagonal(self, layer: Layer) -> Callable[[], Tensor]:
-        weights, mine = self.weights(Block((layer,), "diag")), self.uses(layer)
+        weights, mine = self.weights(Block((layer,), structure_spec.Diagonal())), self.uses(layer)
         once = len(mine) == 1 and not mine[0].transposed and layer.form != "units"
         if once and not weights.is_exact:
             outputs = self.outputs(mine)

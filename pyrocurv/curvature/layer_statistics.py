@@ -234,10 +234,9 @@ def _block_energies(jacobian: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 def assemble(block: Block, pairs: Pairs) -> Any:
     """In the block's structure, before any eigenbasis: a `Kronecker` for the Kronecker ones."""
-    spec = block.structure
-    if isinstance(spec, str):
-        return diagonal(pairs) if spec == "diag" else dense(pairs)
-    return kronecker(pairs, spec.sharing)
+    if block.structure.is_kronecker:
+        return kronecker(pairs, block.kronecker.sharing)
+    return diagonal(pairs) if block.kind == "diag" else dense(pairs)
 
 
 def whiten(pairs: Pairs, roots: tuple[Tensor, Tensor] | None) -> Pairs:

@@ -9,21 +9,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrocurv.curvature import hessian, layer_statistics
-from pyrocurv.curvature.collect import check_batch, collect_statistics, unmasked_examples
+from pyrocurv.curvature.collect import (
+    ForwardPass,
+    check_batch,
+    collect_statistics,
+    unmasked_examples,
+)
 from pyrocurv.curvature.hessian import BlockStatistics, HessianStatistics
-from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, product
 from pyrocurv.curvature.update_interval import UpdateInterval, tick
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_spec import EKFAC
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
+from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
 
@@ -33,31 +38,41 @@ BASIS_WARMUP = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition wha
 @serializable
 @dataclass(frozen=True, eq=False)
 class RunningCurvature:
-    """After `count` estimates: the curvature, and for Kronecker structures the averaged factors.
+    """The curvature of a block after `count` estimates, with what the next average is formed from.
 
-    Where a side is truncated `truncated_factors` are kept instead of factors. `curvature` and
-    `truncated_factors` are in
-    the units of the prior that held at the last estimate, `units`, if any.
+    `count` 0 is a block without an estimate: its curvature is zero, and the first estimate replaces
+    it. Kronecker blocks average their factors; where a side is truncated, `truncated_factors` are
+    averaged instead. `curvature` and `truncated_factors` are scaled by the prior of the last
+    estimate, `scaling`. `interval` is used where the curvature has `every="auto"`.
 
-    Of Hessians it is the mean as it is, which may be indefinite; `semidefinite` is the nearest
-    matrix that can be part of a precision. Noise of either sign cancels in the mean before it is
-    projected; a correction of each estimate that keeps it positive would add the noise's variance
-    instead, and is not known for factors.
+    Hessians are averaged as they are, and the average may be indefinite; `semidefinite` is the
+    nearest matrix that can be part of a precision. Noise of either sign cancels in the average
+    before it is projected. A correction that keeps each estimate positive would add the variance of
+    the noise instead, and is not known for factors.
     """
 
     count: int
     curvature: Structure
+    interval: UpdateInterval = UpdateInterval()
     factors: Kronecker | None = None
-    units: tuple[Tensor, Tensor] | None = None  # the roots p [O] and r [I]
     truncated_factors: tuple[TruncatedFactor, TruncatedFactor] | None = None  # output and input
+    scaling: KroneckerScaling | None = None
 
     def semidefinite(self, kind: str) -> Structure:
         """The curvature of this kind, positive semi-definite."""
         return self.curvature.psd() if kind == "hessian" else self.curvature
 
-    def is_in(self, units: KroneckerScaling | None) -> bool:
-        """Whether these are the units of `curvature` still."""
-        return _same(self.units, None if units is None else units.roots)
+    def is_in(self, scaling: KroneckerScaling | None) -> bool:
+        """Whether `curvature` is scaled by the same roots."""
+        return _same(_roots(self.scaling), _roots(scaling))
+
+
+class DueBlock(NamedTuple):
+    """A block that takes an estimate now, its average so far, and the scaling of its prior."""
+
+    block: Block
+    average: RunningCurvature
+    scaling: KroneckerScaling | None
 
 
 @dataclass(frozen=True)
@@ -72,19 +87,19 @@ class Particle:
         """Whether the step's estimate is complete with it."""
         return self.index == self.of - 1
 
-    def count(self, running: RunningCurvature | None) -> int:
+    def count(self, average: RunningCurvature) -> int:
         """The number of the estimate that is being formed, from 1."""
-        known = 0 if running is None else running.count
-        return known + (self.index == 0) if known else 1
+        return average.count + (self.index == 0) if average.count else 1
 
-    def weight(self, running: RunningCurvature | None, decay: float) -> float:
-        """Of this sample; all of a step have, each as much, max(1 - decay, 1/count) together.
+    def weight(self, average: RunningCurvature, decay: float) -> float:
+        """The weight of this sample: those of a step have equal ones, max(1 - decay, 1/count) in
+        all.
 
-        All of it where nothing was known before, be it the first sample or a later one.
+        It is 1 for the first sample that a block is estimated from, be it a later one of a step.
         """
-        if running is None or running.count == 0:
+        if average.count == 0:
             return 1.0
-        whole = max(1 - decay, 1 / self.count(running))
+        whole = max(1 - decay, 1 / self.count(average))
         return whole / (self.of - (self.of - 1 - self.index) * whole)
 
 
@@ -92,47 +107,54 @@ SINGLE_PARTICLE = Particle()
 
 
 def update_curvature(
-    spec: Curvature, step: int, blocks: Sequence[Block], running: Sequence[RunningCurvature | None],
-    clocks: Sequence[
-        UpdateInterval | None
-    ], terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall], rows: int,
-    units: Sequence[KroneckerScaling | None], part: Particle = SINGLE_PARTICLE,
-) -> list[tuple[RunningCurvature, UpdateInterval | None]]:
-    """The running curvature of blocks with one more estimate averaged in, and their clocks then.
+    spec: Curvature, step: int, due: Sequence[DueBlock], forward: ForwardPass,
+    particle: Particle = SINGLE_PARTICLE,
+) -> list[RunningCurvature]:
+    """The averages of the blocks that are due with one more estimate, in their order.
 
-    There are clocks where `every="auto"`, from the first estimate on.
+    No gradient is taken onto the ops of other layers. The eigenbasis of a Kronecker block is that
+    of its scaled factors; when the scaling changes, the eigenvalues of EK-FAC are carried over.
 
-    Args:
-        blocks: those that are due; no gradient is taken onto the ops of others.
-        terms, calls: the likelihood and the layers' ops of one forward pass over `rows` examples.
-        units: of the blocks' priors. The eigenbasis of a block that has any is reckoned in them;
-            when they change, the eigenvalues of EK-FAC are carried over as they were.
+    Raises:
+        ValueError: a layer that does not read the batch as its first axis, or a first estimate
+            from a pass whose examples are all masked.
+        FloatingPointError: a first estimate that is not finite.
     """
-    if not blocks:
+    if not due:
         return []
-    count = rows if spec.batch is None else min(spec.batch, rows)
-    layers = {layer for block in blocks for layer in block.layers}
-    calls = [call for call in calls if call.layer in layers]
-    check_batch(calls, rows)
-    kept = unmasked_examples(terms, count)
-    fresh: list[tuple[RunningCurvature, UpdateInterval | None]] = []
+    count = forward.rows if spec.batch is None else min(spec.batch, forward.rows)
+    layers = {layer for block, *_ in due for layer in block.layers}
+    calls = [call for call in forward.calls if call.layer in layers]
+    check_batch(calls, forward.rows)
+    kept = unmasked_examples(forward.terms, count)
     if kept is not None and len(kept) == 0:
-        return list(zip(_without(running), clocks, strict=True))
-    found = collect_statistics(spec, blocks, terms, calls, count, kept)
-    every = zip(blocks, running, clocks, units, found, strict=True)
+        if any(average.count == 0 for _, average, _ in due):
+            raise ValueError("the mask leaves no example to take the first curvature from")
+        return [average for _, average, _ in due]
+    blocks = [block for block, *_ in due]
+    statistics = collect_statistics(spec, blocks, forward.terms, calls, count, kept)
     with torch.no_grad():
-        for block, old, clock, unit, seen in every:
-            refresh = part.is_last and (
-                part.count(old) in BASIS_WARMUP or spec.is_basis_due(step, clock)
-            )
-            roots = None if unit is None else unit.roots
-            new = update(old, block, seen, count, spec.decay, refresh, roots, part)
-            if spec.every == "auto" and part.is_last:
-                clock = clock or UpdateInterval()
-                pairs = seen.pairs if isinstance(seen, HessianStatistics) else seen
-                clock = clock.postponed(step) if new is old else tick(clock, step, pairs)
-            fresh.append((new, clock))
-    return fresh
+        return [
+            _estimate(spec, step, one, seen, count, particle)
+            for one, seen in zip(due, statistics, strict=True)
+        ]
+
+
+def _estimate(
+    spec: Curvature, step: int, due: DueBlock, seen: BlockStatistics, rows: int, particle: Particle
+) -> RunningCurvature:
+    """The average of one block with its estimate, and with its next interval."""
+    block, average, scaling = due
+    refresh = particle.is_last and (
+        particle.count(average) in BASIS_WARMUP or spec.is_basis_due(step, average.interval)
+    )
+    new = update(average, block, seen, rows, spec.decay, refresh, scaling, particle)
+    if spec.every != "auto" or not particle.is_last:
+        return new
+    if new is average:
+        return replace(new, interval=average.interval.postponed(step))
+    pairs = seen.pairs if isinstance(seen, HessianStatistics) else seen
+    return replace(new, interval=tick(average.interval, step, pairs))
 
 
 def has_statistics(spec: Curvature, block: Block, calls: Sequence[LayerCall]) -> bool:
@@ -143,65 +165,66 @@ def has_statistics(spec: Curvature, block: Block, calls: Sequence[LayerCall]) ->
 
 
 def zero_curvature(
-    block: Block, like: Tensor, units: tuple[Tensor, Tensor] | None
+    block: Block, like: Tensor, scaling: KroneckerScaling | None
 ) -> RunningCurvature:
-    """Zero curvature with count 0, for a block that has had no part in any run."""
-    pairs = [layer_statistics.zeros(layer, like, 1) for layer in block.layers]
-    return replace(update(None, block, pairs, 1, 0.0, True, units), count=0)
-
-
-def _without(running: Sequence[RunningCurvature | None]) -> list[RunningCurvature]:
-    """All rows were masked: what was there stays."""
-    if any(one is None for one in running):
-        raise ValueError("the mask leaves no example to take the first curvature from")
-    return list(running)  # type: ignore[arg-type]  # no None is left
+    """The average before any estimate: zero, of the dtype and on the device of `like`."""
+    if block.kind == "diag":
+        return RunningCurvature(0, Diagonal(like.new_zeros(block.size)))
+    if not block.structure.is_kronecker:
+        return RunningCurvature(0, Dense(like.new_zeros(block.size, block.size)))
+    *groups, outputs, inputs = block.layers[0].matrix_shape
+    sides = [*zip((outputs, inputs), block.ranks, strict=True)]
+    output_basis, input_basis = (
+        torch.eye(size, rank, dtype=like.dtype, device=like.device).expand(*groups, size, rank)
+        for size, rank in sides
+    )
+    spectrum = like.new_zeros(*groups, *(rank + (rank < size) for size, rank in sides))
+    return RunningCurvature(0, KroneckerEigen(output_basis, input_basis, spectrum), scaling=scaling)
 
 
 def update(
-    running: RunningCurvature | None, block: Block, seen: BlockStatistics, rows: int, decay: float,
-    refresh: bool, units: tuple[Tensor, Tensor] | None = None, part: Particle = SINGLE_PARTICLE,
+    average: RunningCurvature, block: Block, seen: BlockStatistics, rows: int, decay: float,
+    refresh: bool, scaling: KroneckerScaling | None = None, particle: Particle = SINGLE_PARTICLE,
 ) -> RunningCurvature:
     """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
 
-    So much for all samples of a step, of which this may be a `part`.
+    That is the weight of all samples of a step, of which this may be one `particle`.
 
     `refresh` asks for new eigenvectors of Kronecker factors. Sides that are truncated by `rank` are
     kept as their leading part, and have new eigenvectors at every estimate. An estimate that is not
     finite is left out, with a warning.
     """
-    count = part.count(running)
-    weight = part.weight(running, decay)
+    weight, first = particle.weight(average, decay), average.count == 0
     if _is_thin(block, seen):
-        return _thin(running, block, seen, rows, count, weight, units)
+        return _thin(average, block, seen, rows, scaling, particle.count(average), weight)
     new = hessian.assemble(block, seen).scale(1 / rows)
     if not bool(torch.isfinite(new.trace())):
-        return _left_out(running)
+        return _left_out(average)
+    result = replace(average, count=particle.count(average), truncated_factors=None)
     if not isinstance(new, Kronecker):
-        return RunningCurvature(
-            count, new if running is None else running.curvature.lerp(new, weight)
-        )
-    factors = new if running is None else running.factors.lerp(new, weight)  # type: ignore[union-attr]  # a Kronecker block has factors
-    if running is None or refresh or not _same(units, running.units):
-        curvature = _eigen(block, factors, units, running)
+        return replace(result, curvature=new if first else average.curvature.lerp(new, weight))
+    factors = new if average.factors is None else average.factors.lerp(new, weight)
+    if first or refresh or not average.is_in(scaling):
+        curvature = _eigen(block, factors, scaling, average)
     else:
-        curvature = running.curvature  # type: ignore[assignment]  # and a KroneckerEigen
+        curvature = average.curvature  # type: ignore[assignment]  # and a KroneckerEigen
     if isinstance(block.structure, EKFAC):
-        moment = hessian.eigen(seen, curvature, units).scale(1 / rows)
-        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
-    return RunningCurvature(count, curvature, factors, units)
+        moment = hessian.eigen(seen, curvature, _roots(scaling)).scale(1 / rows)
+        curvature = moment if first else average.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
+    return replace(result, curvature=curvature, factors=factors, scaling=scaling)
 
 
-def _left_out(running: RunningCurvature | None) -> RunningCurvature:
-    if running is None:
+def _left_out(average: RunningCurvature) -> RunningCurvature:
+    if average.count == 0:
         raise FloatingPointError("the first curvature estimate is not finite")
     warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=3)
-    return running
+    return average
 
 
 def _is_thin(block: Block, seen: BlockStatistics) -> bool:
     """Whether leading parts of the factors are kept up from rows, without the factors."""
     spec, (layer, *_) = block.structure, block.layers
-    if isinstance(spec, str) or spec.cuts != (1, 1) or layer.lead:
+    if not isinstance(spec, KroneckerSpec) or spec.cuts != (1, 1) or layer.lead:
         return False
     uses = hessian.pairs(seen)[0]
     if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
@@ -210,23 +233,23 @@ def _is_thin(block: Block, seen: BlockStatistics) -> bool:
 
 
 def _thin(
-    running: RunningCurvature | None, block: Block, seen: BlockStatistics, rows: int, count: int,
-    weight: float,
-    units: tuple[Tensor, Tensor] | None,
+    average: RunningCurvature, block: Block, seen: BlockStatistics, rows: int,
+    scaling: KroneckerScaling | None, count: int, weight: float,
 ) -> RunningCurvature:
     """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
-    ((pair,),) = layer_statistics.whiten(hessian.pairs(seen), units)
+    roots = _roots(scaling)
+    ((pair,),) = layer_statistics.whiten(hessian.pairs(seen), roots)
     shared = layer_statistics.apply_weight_sharing(pair, block.kronecker.sharing)
     a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
-    matrix = seen.output(units) / rows if isinstance(seen, HessianStatistics) else None
+    matrix = seen.output(roots) / rows if isinstance(seen, HessianStatistics) else None
     if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
-        return _left_out(running)
-    if running is None:
+        return _left_out(average)
+    if average.truncated_factors is None:
         output, input = (
             TruncatedFactor.zeros(x, n) for x, n in zip((g, a), block.ranks, strict=True)
         )
     else:
-        output, input = _sides_in(units, running)
+        output, input = _rescaled(average.truncated_factors, _roots(average.scaling), roots)
     try:
         if matrix is None:
             output = output.average(g, 1 / (rows * a.shape[1]), weight)
@@ -234,46 +257,51 @@ def _thin(
             output = output.average_matrix(matrix, weight)
         input = input.average(a, 1 / len(a), weight)  # masks may have left fewer than `rows`
     except torch.linalg.LinAlgError as error:
-        if running is None:
+        if average.count == 0:
             raise
         warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
-        return running
+        return average
     curvature = product(output, input)
     if isinstance(block.structure, EKFAC):
         if isinstance(seen, HessianStatistics):
-            moment = seen.eigen(curvature, units).scale(1 / rows)
+            moment = seen.eigen(curvature, roots).scale(1 / rows)
         else:
             moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
-        curvature = moment if running is None else running.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
-    return RunningCurvature(count, curvature, None, units, (output, input))
+        curvature = moment if average.count == 0 else average.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
+    return RunningCurvature(
+        count, curvature, average.interval, None, (output, input), scaling
+    )
 
 
-def _sides_in(
-    units: tuple[Tensor, Tensor] | None, running: RunningCurvature
+def _rescaled(
+    factors: tuple[TruncatedFactor, TruncatedFactor],
+    old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor] | None,
 ) -> tuple[TruncatedFactor, TruncatedFactor]:
-    """The sides, from the units that they were kept in to these."""
-    assert running.truncated_factors is not None
-    output, input = running.truncated_factors
-    if _same(units, running.units):
-        return output, input
-    old = running.units or tuple(torch.ones_like(side.diagonal) for side in (output, input))
-    new = units or tuple(map(torch.ones_like, old))
+    """The factors of the output and the input, from one scaling to another."""
+    if _same(new, old):
+        return factors
+    output, input = factors
+    old = old or (torch.ones_like(output.diagonal), torch.ones_like(input.diagonal))
+    new = new or (torch.ones_like(old[0]), torch.ones_like(old[1]))
     return output.rescaled(old[0] / new[0]), input.rescaled(old[1] / new[1])
 
 
 def _eigen(
-    block: Block, factors: Kronecker, units: tuple[
-        Tensor, Tensor
-    ] | None, running: RunningCurvature | None
+    block: Block, factors: Kronecker, scaling: KroneckerScaling | None, average: RunningCurvature
 ) -> KroneckerEigen:
+    roots = _roots(scaling)
     try:
-        factors = factors if units is None else factors.rescaled(*units)
+        factors = factors if roots is None else factors.rescaled(*roots)
         return factors.eigen(block.ranks, block.kronecker.cuts).psd()
     except torch.linalg.LinAlgError as error:
-        if running is None or not _same(units, running.units):
+        if average.count == 0 or not average.is_in(scaling):
             raise
         warnings.warn(f"the eigenvectors stay as they are: {error}", stacklevel=3)
-        return running.curvature  # type: ignore[return-value]  # a KroneckerEigen
+        return average.curvature  # type: ignore[return-value]  # a KroneckerEigen
+
+
+def _roots(scaling: KroneckerScaling | None) -> tuple[Tensor, Tensor] | None:
+    return None if scaling is None else scaling.roots
 
 
 def _same(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:

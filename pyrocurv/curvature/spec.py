@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pyrocurv.curvature.update_interval import START, UpdateInterval
 
 KINDS = ("hessian", "ggn", "fisher", "empirical")
-NOISE = "noise"
+PRICE = "noise"  # the diagonal of the Hessian by Price's theorem
 SCHEDULE = ((100, 5), (300, 10), (600, 20))  # up to this step, this interval
 LATE = 100
+FIRST_INTERVAL = UpdateInterval()
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class Curvature:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, NOISE):
+        if self.kind not in (*KINDS, PRICE):
             raise ValueError(
                 f"curvature={self.kind!r}: choose one of {', '.join(KINDS)} or, for diagonal "
-                f"posteriors, {NOISE}"
+                f"posteriors, {PRICE}"
             )
         for name in ("every", "eigen_every", "batch", "num_samples"):
             value = getattr(self, name)
@@ -79,28 +80,33 @@ class Curvature:
         if not self.initial >= 0:
             raise ValueError(f"Curvature(initial={self.initial!r}): a number from 0 is needed")
 
-    def interval(self, step: int, clock: UpdateInterval | None = None) -> int:
-        """Steps from one estimate to the next around `step`, for the block of that clock."""
+    @property
+    def uses_sample_gradients(self) -> bool:
+        """Whether it is taken from the gradients at the posterior's own samples, at every step."""
+        return self.kind == PRICE
+
+    def interval(self, step: int, interval: UpdateInterval = FIRST_INTERVAL) -> int:
+        """Steps between two estimates of a block around `step`."""
         if self.every == "auto":
-            return START if clock is None else clock.interval
+            return interval.interval
         if isinstance(self.every, int):
             return self.every
         return next((every for end, every in SCHEDULE if step < end), LATE)
 
-    def is_due(self, step: int, clock: UpdateInterval | None = None) -> bool:
-        """Whether `step` takes an estimate."""
+    def is_due(self, step: int, interval: UpdateInterval = FIRST_INTERVAL) -> bool:
+        """Whether a block takes an estimate at `step`."""
         if self.every == "auto":
-            return clock is None or step >= clock.due
+            return step >= interval.due
         return step % self.interval(step) == 0
 
     def decays_at(self, step: int) -> bool:
         """Whether the initial curvature fades at `step` in blocks that take no estimate then."""
         return self.every == "auto" and step % START == 0
 
-    def is_basis_due(self, step: int, clock: UpdateInterval | None = None) -> bool:
+    def is_basis_due(self, step: int, interval: UpdateInterval = FIRST_INTERVAL) -> bool:
         """Whether the estimate at `step` is the first since a multiple of `eigen_every`."""
         if self.every == "auto":
-            return clock is None or step // self.eigen_every > clock.last // self.eigen_every
+            return step // self.eigen_every > interval.last // self.eigen_every
         return step % self.eigen_every < self.interval(step)
 
 

@@ -12,7 +12,6 @@ from pyrocurv.guides.unconstrained import UnconstrainedLatent, is_local, joint_b
 from pyrocurv.handlers.prototype import Prototype
 from pyrocurv.layers.block import Block, make_blocks
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
-from pyrocurv.layers.structure_spec import Spec, parse_structure
 
 WIDE = 10_000  # numbers in a dense block, from which on a word is due
 
@@ -38,8 +37,7 @@ class LatentPartition:
             for name in layer.tensors
         }
         blocks = make_blocks(
-            [layer for layer, kind in chosen.items() if kind not in LEFT_OUT],
-            lambda layer: _allowed(layer.form, chosen[layer]),
+            [layer for layer, kind in chosen.items() if kind not in LEFT_OUT], chosen.__getitem__
         )
         taken = {*excluded, *(name for block in blocks for name in block.tensors)}
         left = tuple(name for name in found.latents if name not in taken)
@@ -91,8 +89,3 @@ def check_layout(have: Sequence[Block], want: Sequence[Block]) -> None:
 
 def _layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:
     return {n: (s, block.structure) for block in blocks for n, s in block.tensors.items()}
-
-
-def _allowed(form: str, structure: Spec) -> Spec:
-    """Independent Gaussians where there are gradients only."""
-    return "diag" if form == "opaque" else parse_structure(structure)

@@ -19,6 +19,7 @@ from pyrocurv.handlers.modules import modules
 from pyrocurv.handlers.prototype import TraceSite, is_real
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.structure_spec import parse_structure
 
 NETWORKS = (
     nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention,
@@ -112,4 +113,4 @@ def _inside(plates: list[Any]) -> Iterator[None]:
 def joint_block(latents: Mapping[str, UnconstrainedLatent], structure: str) -> Block:
     """One block over all latents."""
     layers = tuple(Layer(name, None, one.shape, "opaque") for name, one in latents.items())
-    return Block(layers, structure)
+    return Block(layers, parse_structure(structure))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.spec import NOISE, as_curvature
+from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import predict
@@ -77,7 +77,7 @@ class Laplace:
             )
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
-        if self.curvature.kind == NOISE:
+        if self.curvature.uses_sample_gradients:
             raise ValueError("curvature='noise' comes from training's samples: choose another")
         self._fitted: list[LaplaceBlock] = []
         self._log_likelihood = 0.0

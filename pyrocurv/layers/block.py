@@ -7,7 +7,7 @@ layer. Inside a block the layers follow each other, each as its matrix [*lead, O
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,16 @@ import torch
 from torch import Tensor
 
 from pyrocurv.layers import Layer
-from pyrocurv.layers.structure_spec import EKFAC, KFAC, Spec, parse_structure
+from pyrocurv.layers.structure_spec import (
+    Diagonal,
+    KroneckerSpec,
+    StructureSpec,
+    parse_structure,
+)
 from pyrocurv.structures import automatic_ranks
 from pyrocurv.structures.serialization import serializable
 
+Structure = str | StructureSpec  # as users give it
 
 @serializable
 @dataclass(frozen=True)
@@ -27,31 +33,29 @@ class Block:
     """Layers whose weights are one vector [P], and the structure of the matrix over it."""
 
     layers: tuple[Layer, ...]
-    structure: Spec
+    structure: StructureSpec
 
     @property
     def kind(self) -> str:
         """ "full", "block", "diag", "kfac" or "ekfac": the structure without its options."""
-        return self.structure if isinstance(self.structure, str) else type(
-            self.structure).__name__.lower()
+        return self.structure.kind
 
     @property
-    def kronecker(self) -> KFAC | EKFAC:
-        """The structure with its options, of a block that has a Kronecker one."""
-        assert isinstance(self.structure, (KFAC, EKFAC))
+    def kronecker(self) -> KroneckerSpec:
+        """The structure of a block with Kronecker factors; TypeError for the others."""
+        if not isinstance(self.structure, KroneckerSpec):
+            raise TypeError(f"{self.name} has no Kronecker factors, its structure is {self.label}")
         return self.structure
 
     @property
     def label(self) -> str:
         """The structure as `summary` prints it."""
-        if isinstance(self.structure, KFAC) and self.structure.cuts != (1, 1):
-            return "kfac-block"
-        return self.kind
+        return self.structure.label
 
     @property
     def is_untraced(self) -> bool:
         """Whether no supported op consumes its weights."""
-        return self.layers[0].form == "opaque"
+        return self.layers[0].is_untraced
 
     @property
     def name(self) -> str:
@@ -123,23 +127,22 @@ class Block:
         return {n: (tuple(v.shape), v.stride(), int(v.storage_offset())) for n, v in views.items()}
 
 
-def make_blocks(layers: Sequence[Layer], structure: Spec | Callable[[Layer], Spec]) -> list[Block]:
-    """The blocks of the layers, in the order of their first ones.
+def make_blocks(
+    layers: Sequence[Layer], structure: Structure | Callable[[Layer], Structure],
+    dense_untraced: bool = False,
+) -> list[Block]:
+    """The blocks of the layers, in the order of their first layers.
 
-    Layers that no supported op consumes are no Kronecker product: they are "diag" in its place.
+    A layer that no supported op consumes is diagonal. With `dense_untraced` it may be dense where
+    "full" or "block" is asked for.
     """
-    groups: dict[Any, list[Layer]] = {}
-    specs: dict[Any, Spec] = {}
+    groups: dict[tuple[StructureSpec, Hashable], list[Layer]] = {}
     for layer in layers:
         spec = parse_structure(structure(layer) if callable(structure) else structure)
-        untraced = layer.form == "opaque"
-        if untraced and isinstance(spec, (KFAC, EKFAC)):
-            spec = "diag"
-        shared = spec in ("full", "diag")
-        key = (spec, untraced if spec == "diag" else None, None if shared else layer)
-        groups.setdefault(key, []).append(layer)
-        specs[key] = spec
-    return [Block(tuple(group), specs[key]) for key, group in groups.items()]
+        if layer.is_untraced and (spec.is_kronecker or not dense_untraced):
+            spec = Diagonal()
+        groups.setdefault((spec, spec.group(layer)), []).append(layer)
+    return [Block(tuple(group), spec) for (spec, _), group in groups.items()]
 
 
 @dataclass(frozen=True, eq=False)

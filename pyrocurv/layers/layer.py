@@ -46,6 +46,11 @@ class Layer:
         return *lead, outputs, size // (self.groups * outputs) + bias
 
     @property
+    def is_untraced(self) -> bool:
+        """Whether no supported op consumes the weight."""
+        return self.form == "opaque"
+
+    @property
     def lead(self) -> tuple[int, ...]:
         """(Γ,) or ()."""
         return self.matrix_shape[:-2]

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from pyrocurv.layers import Layer
-from pyrocurv.layers.structure_spec import Spec, parse_structure
+from pyrocurv.layers.structure_spec import StructureSpec, parse_structure
 from pyrocurv.runtime.user_warnings import warn_user
 
 LEFT_OUT = ("point", "frozen")  # no posterior: trained by `optim`, or kept as it is
 Rule = Callable[[str, "nn.Module | None"], Any]
 Owners = Mapping[Layer, "nn.Module | None"]
-StructureChoice = str | Spec | Mapping[Any, Any] | Rule | None
+StructureChoice = str | StructureSpec | Mapping[Any, Any] | Rule | None
 
 
 def select_structures(

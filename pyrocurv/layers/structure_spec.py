@@ -1,45 +1,123 @@
-"""The structures a curvature can be kept in, and the options that the Kronecker ones have."""
+"""The five structures of a curvature matrix, as values: what is kept, and with which options.
+
+A spec says which layers share a block; how the block's matrix is computed is decided in the rooms
+that compute it, by the type of its spec.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
+from pyrocurv.layers.layer import Layer
+from pyrocurv.runtime.validation import is_integer
 from pyrocurv.structures.serialization import serializable
 
-STRUCTURES = ("full", "block", "diag", "kfac", "ekfac", "kfac-block")
 SHARING = ("expand", "reduce")
 
 
-def _check_kronecker(spec: KFAC | EKFAC) -> None:
-    rank = spec.rank
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    if not (whole or rank is None or rank == "auto"):
-        raise ValueError(f"rank={rank!r}: a whole number from 1, 'auto' or None is needed")
-    if spec.sharing not in SHARING:
-        raise ValueError(f"sharing={spec.sharing!r}: choose one of {', '.join(SHARING)}")
+class StructureSpec(ABC):
+    """Base of the five structures, which are frozen dataclasses.
+
+    `kind` is the structure's name without its options.
+    """
+
+    kind: ClassVar[str]
+    is_kronecker: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """The name that `summary` prints."""
+        return self.kind
+
+    def group(self, layer: Layer) -> Hashable:
+        """A key of the block that `layer` belongs to: by default each layer has its own."""
+        return layer
+
+
+@partial(serializable, name="FullSpec")
+@dataclass(frozen=True)
+class Full(StructureSpec):
+    """One dense matrix [P, P] over all layers that have this structure."""
+
+    kind = "full"
+
+    def group(self, layer: Layer) -> Hashable:
+        """All layers share one block."""
+        return None
+
+
+@partial(serializable, name="BlockSpec")
+@dataclass(frozen=True)
+class Block(StructureSpec):
+    """One dense matrix [P, P] for each layer."""
+
+    kind = "block"
+
+
+@partial(serializable, name="DiagonalSpec")
+@dataclass(frozen=True)
+class Diagonal(StructureSpec):
+    """The diagonal alone."""
+
+    kind = "diag"
+
+    def group(self, layer: Layer) -> Hashable:
+        """All layers share one block for speed, apart from those that no supported op consumes."""
+        return layer.is_untraced
+
+
+class KroneckerSpec(StructureSpec):
+    """Base of the structures with Kronecker factors, whose options are checked here."""
+
+    is_kronecker = True
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | str | None:
+        """The number of eigenvectors that each factor keeps, "auto", or None for all."""
+
+    @property
+    @abstractmethod
+    def sharing(self) -> str:
+        """The treatment of weights that are used at many positions: "expand" or "reduce"."""
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """The number of diagonal blocks of G and of A."""
+        return 1, 1
+
+    def __post_init__(self) -> None:
+        if not (self.rank is None or self.rank == "auto" or is_integer(self.rank, 1)):
+            raise ValueError(f"rank={self.rank!r}: a whole number from 1, 'auto' or None is needed")
+        if self.sharing not in SHARING:
+            raise ValueError(f"sharing={self.sharing!r}: choose one of {', '.join(SHARING)}")
 
 
 @serializable
 @dataclass(frozen=True)
-class KFAC:
+class KFAC(KroneckerSpec):
     """G [O, O] ⊗ A [I, I] for each layer, O outputs and I inputs with the bias.
 
     Exact for one datum at one position with one output vector, and for deep linear networks with a
     normal likelihood; for norm layers it is their exact 2 x 2 blocks.
 
     Args:
-        num_blocks: cut A and G into so many diagonal blocks, one number or a pair (A, G). 1 is
-            K-FAC; as many as a factor has rows is its diagonal. An eigendecomposition costs d³/p²
-            for p blocks of a factor of d rows. What couples blocks is lost: nothing where they
-            share no inputs and outputs, as the groups of a convolution.
-        rank: how many eigenvectors each side keeps, the mean eigenvalue standing for the rest.
-            "auto": all where neither side is wider than 160, else 16 of each side of more than 64.
-            None: all. What is lost is which of the rest has more curvature than another; nothing
-            while the data span no more directions than that.
-        sharing: of weights used at many positions, "expand" (each position by itself) or "reduce"
-            (inputs averaged, gradients summed over them; Eschenhagen et al. 2023,
-            arXiv:2311.00636). They are the same at one position.
+        num_blocks: the number of diagonal blocks that A and G are cut into, one number or a pair
+            (A, G). 1 is K-FAC; the number of rows of a factor gives its diagonal. An
+            eigendecomposition costs d³/p² for p blocks of a factor with d rows. The coupling of
+            different blocks is lost, which is nothing where they share no inputs and outputs, as
+            the groups of a convolution.
+        rank: the number of eigenvectors that each factor keeps; the mean eigenvalue stands for the
+            rest. "auto": all if neither side is wider than 160, otherwise 16 for each side wider
+            than 64. None: all. The differences among the other eigenvalues are lost, which is
+            nothing as long as the data span no more directions than that.
+        sharing: for weights used at many positions, "expand" (each position separately) or "reduce"
+            (inputs averaged and gradients summed over them; Eschenhagen et al. 2023,
+            arXiv:2311.00636). They agree if there is one position.
 
     Raises:
         ValueError: a number out of its range, or an unknown name.
@@ -54,34 +132,43 @@ class KFAC:
         10
     """
 
+    kind = "kfac"
     num_blocks: int | tuple[int, int] = 1
     rank: int | str | None = "auto"
     sharing: str = "expand"
 
     def __post_init__(self) -> None:
-        _check_kronecker(self)
-        blocks = self.num_blocks
-        pair = blocks if isinstance(blocks, tuple) else (blocks, blocks)
-        if not (len(pair) == 2 and all(isinstance(n, int) and n >= 1 for n in pair)):
+        super().__post_init__()
+        pair = self._pair
+        if not (len(pair) == 2 and all(is_integer(number, 1) for number in pair)):
             raise ValueError(
-                f"num_blocks={blocks!r}: a whole number from 1, or a pair (A, G), is needed"
+                f"num_blocks={self.num_blocks!r}: a whole number from 1, or a pair (A, G), is "
+                "needed"
             )
 
     @property
+    def _pair(self) -> tuple[int, int]:
+        blocks = self.num_blocks
+        return blocks if isinstance(blocks, tuple) else (blocks, blocks)
+
+    @property
+    def label(self) -> str:
+        """The name that `summary` prints."""
+        return self.kind if self.cuts == (1, 1) else "kfac-block"
+
+    @property
     def cuts(self) -> tuple[int, int]:
-        """Blocks of G and of A."""
-        if isinstance(self.num_blocks, int):
-            return self.num_blocks, self.num_blocks
-        return self.num_blocks[1], self.num_blocks[0]
+        """The number of diagonal blocks of G and of A."""
+        return self._pair[1], self._pair[0]
 
 
 @serializable
 @dataclass(frozen=True)
-class EKFAC:
+class EKFAC(KroneckerSpec):
     """The eigenbasis of `KFAC` with the best eigenvalues in it; `rank` and `sharing` as there.
 
-    Of all matrices with these eigenvectors the nearest to the layer's in the Frobenius norm, so
-    never farther from it than `KFAC` and exact where that is.
+    Of all matrices with these eigenvectors it is the nearest to the layer's in the Frobenius norm,
+    so it is never farther from it than `KFAC`, and exact where that is.
 
     Raises:
         ValueError: a number out of its range, or an unknown name.
@@ -89,30 +176,25 @@ class EKFAC:
     Reference: George et al. 2018, arXiv:1806.03884.
     """
 
+    kind = "ekfac"
     rank: int | str | None = "auto"
     sharing: str = "expand"
 
-    def __post_init__(self) -> None:
-        _check_kronecker(self)
 
-    @property
-    def cuts(self) -> tuple[int, int]:
-        """One block of each factor."""
-        return 1, 1
+STRUCTURES: dict[str, StructureSpec] = {
+    "full": Full(), "block": Block(), "diag": Diagonal(), "kfac": KFAC(), "ekfac": EKFAC(),
+    "kfac-block": KFAC(num_blocks=2),
+}
 
 
-Spec = str | KFAC | EKFAC
-KRONECKER: dict[str, Spec] = {"kfac": KFAC(), "ekfac": EKFAC(), "kfac-block": KFAC(num_blocks=2)}
+def parse_structure(structure: Any) -> StructureSpec:
+    """The spec that a structure given by name or as a spec stands for.
 
-
-def parse_structure(structure: Any) -> Spec:
-    """A structure by name or by its specification, as the latter where it has options.
-
-    Raises ValueError that says which there are, TypeError for a class in place of its instance.
+    Raises ValueError that lists the names, TypeError for a class in place of its instance.
     """
-    if isinstance(structure, (KFAC, EKFAC)):
+    if isinstance(structure, StructureSpec):
         return structure
-    if isinstance(structure, type) and issubclass(structure, (KFAC, EKFAC)):
+    if isinstance(structure, type) and issubclass(structure, StructureSpec):
         name = structure.__name__
         raise TypeError(f"structure={name} is a class: give {name}()")
     if not isinstance(structure, str) or structure not in STRUCTURES:
@@ -120,4 +202,4 @@ def parse_structure(structure: Any) -> Spec:
             f"structure={structure!r}: choose one of {', '.join(STRUCTURES)}, KFAC(...) or "
             "EKFAC(...)"
         )
-    return KRONECKER.get(structure, structure)
+    return STRUCTURES[structure]

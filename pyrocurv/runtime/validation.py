@@ -9,8 +9,13 @@ import torch
 
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raises ValueError for what is no whole number from `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_integer(value, least):
         raise ValueError(f"{name}={value!r}: a whole number from {least} is needed")
+
+
+def is_integer(value: Any, least: int) -> bool:
+    """Whether a value is an integer, which a bool is not, from `least` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check_positive(name: str, value: Any, *others: Any) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
+from pyrocurv.structures.serialization import serializable
 
 
+@serializable
 @dataclass(frozen=True, eq=False)
 class KroneckerScaling:
     """A prior precision taken apart as delta · p_i · r_j; `roots` are sqrt(p), sqrt(r).

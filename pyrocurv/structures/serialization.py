@@ -1,6 +1,6 @@
 """One codec for frozen dataclasses: to plain values for `torch.save`, and back.
 
-A dataclass becomes {"kind": its class name, field: value, ...} and a tuple a list; tensors,
+A dataclass becomes {"kind": its registered name, field: value, ...} and a tuple a list; tensors,
 numbers, strings and None stay. `torch.load(weights_only=True)` accepts the result.
 """
 
@@ -15,11 +15,13 @@ from torch import Tensor
 FORMAT_VERSION = 1  # of all state dicts; a change that older code cannot read increments it
 T = TypeVar("T")
 _classes: dict[str, type] = {}
+_names: dict[type, str] = {}
 
 
-def serializable(cls: type[T]) -> type[T]:
-    """Class decorator that makes a frozen dataclass known to the codec, under its name."""
-    _classes[cls.__name__] = cls
+def serializable(cls: type[T], name: str = "") -> type[T]:
+    """Class decorator that registers a frozen dataclass under `name`, its class name by default."""
+    _names[cls] = name or cls.__name__
+    _classes[_names[cls]] = cls
     return cls
 
 
@@ -29,7 +31,7 @@ def to_state(value: Any) -> Any:
         return [to_state(item) for item in value]
     if is_dataclass(value):
         content = {field.name: to_state(getattr(value, field.name)) for field in fields(value)}
-        return {"kind": type(value).__name__, **content}
+        return {"kind": _names[type(value)], **content}
     return value
 
 
