@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.joint_update import init_joint
 from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
-from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Update, average_weight
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal

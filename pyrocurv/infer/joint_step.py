@@ -40,7 +40,7 @@ def uses_joint_update(spec: Curvature, model: Callable[..., Any]) -> bool:
 def evaluate(
     posterior: Posterior, settings: StepSettings, model: BatchModel, has_constrained: bool,
     vectorize: bool,
-) -> tuple[Posterior, Evaluation, list[AuxiliaryParameter]]:
+) -> tuple[Evaluation, list[AuxiliaryParameter]]:
     """The model at S samples, in one vectorized run if `vectorize`; and the precision's step.
 
     Raises ValueError for a log joint that does not depend on the latents, FloatingPointError if the
@@ -68,8 +68,9 @@ def evaluate(
     )
     gradients = state.block.unpack(gradient.detach().sum(0) / temperature)
     auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
-    evaluation = Evaluation(loss, gradients, [p.gradient for p in auxiliary])
-    return replace(posterior, blocks=(moved,)), evaluation, auxiliary
+    moved_posterior = replace(posterior, blocks=(moved,))
+    evaluation = Evaluation(moved_posterior, loss, gradients, [p.gradient for p in auxiliary])
+    return evaluation, auxiliary
 
 
 def _defaults(settings: StepSettings, has_constrained: bool) -> tuple[float, int]:

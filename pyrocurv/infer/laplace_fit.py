@@ -93,7 +93,7 @@ def _plus(
     """The totals with the data of one more run."""
     run.check_per_example_density(spec.kind)
     rows = run.primary_likelihood.rows
-    calls = layer_calls(guide, run)
+    calls = layer_calls(guide, run.calls, run.weights, rows)
     with torch.enable_grad():
         return accumulate(spec, totals, BatchTerms(run.likelihood_terms, calls, rows, run.batch))
 

@@ -97,11 +97,11 @@ def run_sample(
 
 def evaluate(
     posterior: Posterior, settings: StepSettings, store: GuideStore, model: BatchModel
-) -> tuple[Posterior, Evaluation, list[AuxiliaryParameter]]:
+) -> tuple[Evaluation, list[AuxiliaryParameter]]:
     """The model at S samples, or at the mean: means of loss and gradients, and the curvature.
 
-    The first step is taken at the mean. Returns the posterior with the samples' curvature averaged
-    in; raises FloatingPointError if the loss is not finite where a curvature is due.
+    The first step is taken at the mean. Raises FloatingPointError if the loss is not finite where a
+    curvature is due.
     """
     spec, count = settings.curvature, max(1, settings.num_particles)
     is_due = posterior.step == 0 or is_any_due(spec, posterior)
@@ -122,9 +122,10 @@ def evaluate(
     updated = update_from_sample_gradients(spec, updated, gradients.price, gradients.batch_fraction)
     auxiliary = gradients.auxiliary
     evaluation = Evaluation(
-        gradients.loss / count, gradients.weights, [p.gradient for p in auxiliary]
+        updated.with_mirrors(sampler.mirrors), gradients.loss / count, gradients.weights,
+        [p.gradient for p in auxiliary],
     )
-    return updated.with_mirrors(sampler.mirrors), evaluation, auxiliary
+    return evaluation, auxiliary
 
 
 def _with_context(posterior: Posterior, sampled: Posterior) -> Posterior:
@@ -173,10 +174,11 @@ class SampleGradients:
         if sample.perturbations is not None:
             self._add_price(sample, weights)
         for name, gradient in weights.items():
-            self.weights[name] = _sum(self.weights.get(name), gradient)
-        old = {parameter.name: parameter.gradient for parameter in self.auxiliary}
+            old = self.weights.get(name)
+            self.weights[name] = gradient if old is None else old + gradient
+        before = {parameter.name: parameter.gradient for parameter in self.auxiliary}
         self.auxiliary = [
-            parameter._replace(gradient=_sum(old.get(parameter.name), parameter.gradient))
+            parameter._replace(gradient=_sum(before.get(parameter.name), parameter.gradient))
             for parameter in run.auxiliary(computed[len(weights):])
         ]
         self.loss = self.loss.to(sample.nll) + sample.loss()
@@ -191,7 +193,7 @@ class SampleGradients:
         if epsilons:
             blocks = sample.posterior.blocks
             for name, value in price_estimates(self._spec, blocks, epsilons, weights).items():
-                self.price[name] = _sum(self.price.get(name), value)
+                self.price[name] = self.price[name] + value if name in self.price else value
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import posterior_precision
-from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.structures import Structure
 from pyrocurv.structures.serialization import map_tensors
-from pyrocurv.structures.rescaled import KroneckerScaling
 
 FARTHEST = 30.0  # of the logarithm of a factor: where the data say nothing of a prior
 

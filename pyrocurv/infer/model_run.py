@@ -253,12 +253,13 @@ def auxiliary_medians(guide: StructuredGuide, *args: Any, **kwargs: Any) -> dict
     return guide.fallback.median(*args, **kwargs) if guide.fallback_sites else {}
 
 
-def layer_calls(guide: StructuredGuide, run: ModelRun) -> list[LayerCall | UntracedWeight]:
+def layer_calls(
+    guide: StructuredGuide, calls: Sequence[LayerCall], weights: Mapping[str, Tensor], rows: int
+) -> list[LayerCall | UntracedWeight]:
     """The calls of the guide's layers, including weights that no supported op consumes."""
-    rows = run.primary_likelihood.rows
     blocks = [family.block for family in guide.blocks]
     untraced = [layer for block in blocks if block.is_untraced for layer in block.layers]
-    return [*run.calls, *(UntracedWeight(x, run.weights[x.weight], rows) for x in untraced)]
+    return [*calls, *(UntracedWeight(x, weights[x.weight], rows) for x in untraced)]
 
 
 def likelihood_term(site: ObservedSite, num_data: int, rows: int) -> LikelihoodTerm:

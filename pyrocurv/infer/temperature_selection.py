@@ -19,7 +19,6 @@ from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import eval_mode, frozen_buffers
 from pyrocurv.infer.model_run import ModelRun, require_grad, run_model, split_batch
 from pyrocurv.infer.ngvi import NGVI
-from pyrocurv.posterior.sampling import perturbed_weights, sample_perturbations
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_integer, check_positive

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.handlers.modules import modules
 from pyrocurv.infer import joint_step, layerwise_step
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.layerwise_step import StepSettings
@@ -18,9 +19,8 @@ from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
 from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.validation import is_out_of_memory
-from pyrocurv.handlers.modules import modules
 
-Evaluated = tuple[Posterior, Evaluation, list[AuxiliaryParameter]]
+Evaluated = tuple[Evaluation, list[AuxiliaryParameter]]
 
 
 class UpdateRule(Protocol):
@@ -57,9 +57,8 @@ class LayerwiseRule:
         self, posterior: Posterior, settings: StepSettings, model: BatchModel
     ) -> tuple[Update, list[AuxiliaryParameter]]:
         layerwise_step.check_samples(self._spec, self._store, settings.num_particles)
-        evaluated = layerwise_step.evaluate(posterior, settings, self._store, model)
-        updated, evaluation, auxiliary = evaluated
-        return step(updated, evaluation, settings.average), auxiliary
+        evaluation, auxiliary = layerwise_step.evaluate(posterior, settings, self._store, model)
+        return step(posterior, evaluation, settings.average), auxiliary
 
     def negative_elbo(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel
@@ -82,9 +81,9 @@ class JointRule:
     def update(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel
     ) -> tuple[Update, list[AuxiliaryParameter]]:
-        updated, evaluation, auxiliary = self._evaluate(posterior, settings, model)
+        evaluation, auxiliary = self._evaluate(posterior, settings, model)
         try:
-            return step(updated, evaluation, settings.average), auxiliary
+            return step(posterior, evaluation, settings.average), auxiliary
         except torch.linalg.LinAlgError as error:
             raise ill_conditioned(posterior.step) from error
 

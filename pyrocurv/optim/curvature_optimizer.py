@@ -21,7 +21,8 @@ from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.capture import Capture
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
+from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
 from pyrocurv.optim.forward_recorder import (
     ForwardRecorder,
@@ -44,7 +45,7 @@ from pyrocurv.optim.parameter_blocks import (
     split_by_group,
     untraced_layers,
 )
-from pyrocurv.optim.parameter_store import Group, Params, ParameterStore, name_parameters
+from pyrocurv.optim.parameter_store import Group, ParameterStore, Params, name_parameters
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
@@ -82,8 +83,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.curvature = as_curvature(curvature)
         self._likelihood_fn = check_likelihood(likelihood, self.curvature.kind)
         self.likelihood, self.structure = likelihood, structure
-        if structure is None or isinstance(structure, str):
-            select_structures(structure, "kfac", [Layer("any", None, (1, 1))], {}, LEFT_OUT)
+        if isinstance(structure, str) and structure not in LEFT_OUT:
+            parse_structure(structure)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
         self._warned: set[str] = set()  # names that a warning has mentioned
         super().__init__(net.parameters() if params is None else params, defaults)
@@ -269,7 +270,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             for name, gradient in gradients.items() if name in blocked
         }
         loss = torch.zeros((), device=next(iter(store.named.values()))[0].device)
-        update = step(posterior, Evaluation(loss, means, [gradients[name] for name in rest]))
+        evaluation = Evaluation(posterior, loss, means, [gradients[name] for name in rest])
+        update = step(self._posterior, evaluation)
         not_seen = {name: name for name in rest if name not in layout.names}
         self._warn_once(not_seen, "not used yet in a pass that gave a curvature")
         with Undo() as undo:
@@ -334,6 +336,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             **super().state_dict(),
             "version": FORMAT_VERSION,
             "optimizer": type(self).__name__,
+            "step": self._posterior.step,
             "posterior": to_state(self._posterior.without_means()),
             "left_out": left_out,
             "auxiliary": self._auxiliary.state_dict(),

@@ -50,9 +50,7 @@ def add_layers(
     blocks = list(layout.blocks)
     for number in dict.fromkeys(group.values()):
         members = [x for x in layers if group[x] == number and structures[x] not in LEFT_OUT]
-        blocks += make_blocks(
-            members, lambda x: "diag" if x.form == "opaque" else structures[x]
-        )
+        blocks += make_blocks(members, structures.__getitem__)
     return ParameterBlocks(structures, tuple(blocks))
 
 

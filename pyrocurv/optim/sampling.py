@@ -114,9 +114,8 @@ def sample_price_estimates(
     for state, _ in pairs:
         for name in state.block.tensors:
             param = store.named[name][0]
-            no_gradient = param.grad is None
-            grown[name] = torch.zeros_like(param) if no_gradient else param.grad - before.get(
-                name, 0)
+            now = torch.zeros_like(param) if param.grad is None else param.grad
+            grown[name] = now - before[name] if name in before else now
     epsilons = {state.block.name: perturbation.epsilon for state, perturbation in pairs}
     return price_estimates(spec, [state for state, _ in pairs], epsilons, grown)
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
-from pyrocurv.curvature.spec import NOISE, as_curvature
+from pyrocurv.curvature.spec import as_curvature
+from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.layers.block import Block
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
-from pyrocurv.optim.parameter_store import Group, Params, ParameterStore
+from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.runtime.undo import Undo
@@ -97,7 +97,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         kl_clip: float | None = 1e-2,
         fallback_lr: float = 2e-3,
     ) -> None:
-        if as_curvature(curvature).kind == NOISE:
+        if as_curvature(curvature).uses_sample_gradients:
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
         super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
@@ -132,7 +132,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
         like, group = store.first(block)
-        is_kronecker = block.kind in ("kfac", "ekfac")
+        is_kronecker = block.structure.is_kronecker
         return _decay(group["weight_decay"], like.dtype, like.device, is_kronecker)
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
-from pyrocurv.curvature.spec import NOISE
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors
 from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
-from pyrocurv.optim.parameter_store import Group, Params, ParameterStore
+from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.sampling import (
     EvaluationSum,
     at_sample,
@@ -37,7 +36,6 @@ from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.posterior.state import BlockState, Perturbation
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer
-
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -138,7 +136,7 @@ class VIOptimizer(CurvatureOptimizer):
         self._is_sampling = self._is_closure = False
         self._gradients_before: dict[str, Tensor] = {}  # at the start of a sample
         self._means: Sequence[BlockState] = ()  # while the parameters are a sample
-        if self.curvature.kind == NOISE:
+        if self.curvature.uses_sample_gradients:
             self._init_untraced()
 
     @torch.no_grad()
@@ -147,7 +145,8 @@ class VIOptimizer(CurvatureOptimizer):
         store = self._store()
         names = [name for name, (p, _) in store.named.items() if p.requires_grad]
         layout = self._extended(untraced_layers(names, store.named), store)
-        if unsupported := {*map(str, layout.layers.values())} - {"diag", *LEFT_OUT}:
+        kinds = set(layout.layers.values()).difference(LEFT_OUT)
+        if unsupported := {spec.label for spec in kinds} - {"diag"}:
             raise ValueError(
                 f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
             )

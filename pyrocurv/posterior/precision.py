@@ -32,7 +32,7 @@ from pyrocurv.structures import Diagonal
 
 def uses_sample_gradients(spec: Curvature, block: Block) -> bool:
     """Whether a block's curvature is estimated from the gradients at its samples alone."""
-    return block.is_untraced or spec.kind == "noise"
+    return block.is_untraced or spec.uses_sample_gradients
 
 
 def init_block(
@@ -43,13 +43,12 @@ def init_block(
 
     Raises ValueError for a structure that the kind of curvature cannot have.
     """
-    if spec.kind == "noise" and block.kind != "diag":
+    if spec.uses_sample_gradients and block.kind != "diag":
         raise ValueError(f"curvature='noise' wants structure='diag', {block.name} is {block.label}")
     like = prior.gaussian.precision
     curvature = zero_curvature(block, like, prior.scaling)
-    if uses_sample_gradients(spec, block):
-        start = spec.initial if spec.kind == "noise" else 0.0
-        curvature = RunningCurvature(0, Diagonal(like.new_full((block.size,), start)))
+    if spec.uses_sample_gradients:  # whose average starts there, and does not decay
+        curvature = RunningCurvature(0, Diagonal(like.new_full((block.size,), spec.initial)))
     momentum = torch.zeros_like(mean)
     placeholder = curvature.curvature
     state = BlockState(
@@ -60,7 +59,9 @@ def init_block(
 
 def is_due(spec: Curvature, step: int, state: BlockState) -> bool:
     """Whether `step` takes an estimate of a block."""
-    if uses_sample_gradients(spec, state.block) and (spec.every == "auto" or spec.kind == "noise"):
+    if uses_sample_gradients(spec, state.block) and (
+        spec.every == "auto" or spec.uses_sample_gradients
+    ):
         return False  # every step gives one
     if state.curvature.count == 0 and not state.block.is_untraced:
         return True  # no forward pass has used it yet
@@ -149,7 +150,7 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
     follows; with many data an epoch would be far too long for that. The average over sample
     gradients starts from `initial` itself and needs no bridge.
     """
-    if spec.kind == "noise":
+    if spec.uses_sample_gradients:
         return 0.0
     return spec.initial * (1 - min(0.05, max(0.01, batch_fraction))) ** step
 

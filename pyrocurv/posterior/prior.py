@@ -131,7 +131,7 @@ def read_block_prior(block: Block, sites: Mapping[str, PriorSite]) -> BlockPrior
     gaussian = read_prior(block, {name: site.fn for name, site in sites.items()})
     powers = {n: gaussian.precision.new_tensor(site.power) for n, site in sites.items()}
     gaussian = gaussian.to_power(_pack(block, powers))
-    is_kronecker = block.kind in ("kfac", "ekfac")
+    is_kronecker = block.structure.is_kronecker
     return BlockPrior(gaussian, kronecker_scaling(block, gaussian) if is_kronecker else None)
 
 

@@ -21,13 +21,14 @@ from pyrocurv.posterior.natural_gradient import (
 )
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.structures import LazySolution
+from pyrocurv.structures import Solution
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """The model at one or several samples: means over them."""
 
+    posterior: Posterior  # with the curvature at the samples averaged in
     loss: Tensor  # at full-data scale, in nats
     gradients: dict[str, Tensor]  # {name: gradient per datum [*shape]}; `step` empties it
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
@@ -38,7 +39,7 @@ class Move:
     """A block that moves: its mean by -rate · direction; `state` is complete but for that."""
 
     state: BlockState
-    direction: LazySolution
+    direction: Solution
     rate: float
 
     def moved(self, mean: Tensor) -> Tensor:
@@ -66,11 +67,13 @@ class WeightStore(Protocol):
         """Write the update; `undo` keeps all that this changes."""
 
 
-def step(posterior: Posterior, evaluation: Evaluation, average: bool = False) -> Update:
+def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Update:
     """The step of all blocks that have a gradient; with `average` also the running averages.
 
-    Raises FloatingPointError if the loss or a gradient is not finite.
+    `before` is the posterior that the samples are from. Raises FloatingPointError if the loss or a
+    gradient is not finite.
     """
+    posterior = evaluation.posterior
     pushed = [_push(state, evaluation.gradients) for state in posterior.blocks]
     moving = [state for state in pushed if state is not None]
     directions = [_direction(state, posterior.step) for state in moving]
@@ -95,7 +98,7 @@ def step(posterior: Posterior, evaluation: Evaluation, average: bool = False) ->
         old if new is None else next(moved).state
         for old, new in zip(posterior.blocks, pushed, strict=True)
     )
-    return Update(loss, Posterior(posterior.step + 1, blocks), moves, posterior)
+    return Update(loss, Posterior(posterior.step + 1, blocks), moves, before)
 
 
 def _push(state: BlockState, gradients: dict[str, Tensor]) -> BlockState | None:
@@ -110,7 +113,7 @@ def _push(state: BlockState, gradients: dict[str, Tensor]) -> BlockState | None:
     return replace(state, momentum=state.block.lerp(state.momentum, complete, weight))
 
 
-def _direction(state: BlockState, step: int) -> LazySolution:
+def _direction(state: BlockState, step: int) -> Solution:
     numbers = state.hyperparameters
     h = regularized_gradient(
         state.momentum, state.mean, state.prior.gaussian, numbers.likelihood_weight,

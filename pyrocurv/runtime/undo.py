@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Undo:
                 name: value.copy() if isinstance(value, (dict, list, set)) else value
                 for name, value in vars(owner).items()
             }
-            self._restore.append(lambda owner=owner, values=values: _assign(owner, values))
+            self._restore.append(partial(_assign, owner, values))
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep an optimizer's groups and state, but not its parameters."""
