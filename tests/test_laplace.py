@@ -35,7 +35,7 @@ from pyrocurv.curvature import KFAC
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI, Laplace
 from pyrocurv.infer.linearized_predictive import predictive
-from pyrocurv.infer.marginal_likelihood import LaplaceBlock, evidence
+from pyrocurv.infer.marginal_likelihood import LaplaceBlock, log_evidence
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 NOISE = 0.3
@@ -248,7 +248,7 @@ def test_the_gradient_of_the_evidence(structure: str) -> None:
     laplace = Laplace(model, GUIDES[structure](model)).fit([(x, y)])
     for size in (1, 2):
         factors = torch.randn(size, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda f: evidence(terms(laplace), f), factors)
+        assert torch.autograd.gradcheck(lambda f: log_evidence(terms(laplace), f), factors)
 
 
 @pytest.mark.parametrize("per", ["model", "layer"])
@@ -264,7 +264,7 @@ def test_tuning_goes_to_the_top(structure: str, per: str) -> None:
     assert laplace._log_likelihood == likelihood
     layers = 1 if per == "model" else 2
     factors = torch.zeros(layers, dtype=torch.float64, requires_grad=True)
-    evidence(terms(laplace), factors).backward()
+    log_evidence(terms(laplace), factors).backward()
     assert factors.grad is not None and factors.grad.abs().max() < 1e-5
     prior = torch.cat([
         found[name].expand(shape).flatten() for name, shape in laplace.guide.sites.items()
