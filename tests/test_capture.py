@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrocurv.layers import Layer, structure_spec
-from pyrocurv.layers.batch_axis import is_row_independent, random_projection
+from pyrocurv.layers.batch_axis import (
+    is_row_independent,
+    mark_wrong_batch_axis,
+    random_projection,
+)
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.trace import Trace
 
 Weights = dict[str, Tensor]
 
@@ -29,10 +34,10 @@ def linear_weights() -> Weights:
     return {"w": leaf(4, 3), "b": leaf(4)}
 
 
-def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Capture:
+def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Trace:
     with Capture(dict(weights)) as capture:
         forward(weights)
-    return capture
+    return capture.trace()
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -44,7 +49,7 @@ def test_edges_are_exact_under_in_place_activations(inplace: bool) -> None:
     weights, x, pull = linear_weights(), tensor(5, 3), tensor(5, 4)
     with Capture(dict(weights)) as capture:
         output = F.relu(F.linear(x, weights["w"], weights["b"]), inplace=inplace)
-    (call,) = capture.calls
+    (call,) = capture.trace().calls
     (gradient,) = torch.autograd.grad((output * pull).sum(), [call.edge])
     before = F.linear(x, weights["w"], weights["b"])
     torch.testing.assert_close(call.gradients(gradient, 5)[:, 0], pull * (before > 0))
@@ -65,7 +70,7 @@ def test_rows_and_gradients_of_a_convolution(settings: dict[str, object]) -> Non
     weights, x = {"w": leaf(3, 2, 3, 2), "b": leaf(3)}, tensor(4, 2, 7, 6)
     with Capture(dict(weights)) as capture:
         output = F.conv2d(x, weights["w"], weights["b"], **settings)
-    (call,) = capture.calls
+    (call,) = capture.trace().calls
     packed = call.layer.pack(weights).view(3, -1)
     rows = call.rows(4)  # [B, S, I]
     torch.testing.assert_close((rows @ packed.mT).mT.reshape(output.shape), output)
@@ -80,7 +85,7 @@ def test_only_the_first_examples_are_read() -> None:
     weights, x = linear_weights(), tensor(5, 2, 3)
     with Capture(dict(weights)) as capture:
         output = F.linear(x, weights["w"])
-    (call,) = capture.calls
+    (call,) = capture.trace().calls
     (gradient,) = torch.autograd.grad(output.square().sum(), [call.edge])
     assert call.batch == 5
     assert torch.equal(call.rows(2), x[:2])
@@ -92,15 +97,15 @@ def test_without_gradients_there_is_no_use() -> None:
     weights = linear_weights()
     with torch.no_grad(), Capture(dict(weights)) as capture:
         F.linear(tensor(5, 3), weights["w"], weights["b"])
-    assert not capture.layers() and not capture.unsupported
+    assert not capture.trace().layers and not capture.trace().unsupported
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_bias_that_outputs_share_is_missed(shape: tuple[int, ...]) -> None:
     bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     weights = {"w": leaf(3, 4), "b": bias}
-    capture = tracked(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
-    assert capture.layers() == [] and set(capture.unsupported.values()) == {
+    trace = tracked(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
+    assert trace.layers == () and set(trace.unsupported.values()) == {
         "a bias that is shared by outputs"
     }
 
@@ -111,7 +116,7 @@ def test_an_input_that_is_changed_in_place_later() -> None:
         F.linear(x, weights["w"], weights["b"])
         x.mul_(2)
     with pytest.raises(RuntimeError, match="input of 'w' was changed in place"):
-        capture.calls[0].rows(5)
+        capture.trace().calls[0].rows(5)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 1, 3, 3)])
@@ -169,25 +174,25 @@ def test_a_reused_layer_has_two_calls_and_is_one_layer() -> None:
     def forward(weights: Weights) -> None:
         F.linear(F.linear(x, weights["w"], weights["b"]).tanh(), weights["w"], weights["b"])
 
-    capture = tracked(weights, forward)
-    assert len(capture.calls) == 2
-    assert capture.layers() == [Layer("w", "b", (3, 3))] and not capture.unsupported
+    trace = tracked(weights, forward)
+    assert len(trace.calls) == 2
+    assert trace.layers == (Layer("w", "b", (3, 3)),) and not trace.unsupported
 
 
 def test_modules_keywords_and_functions_look_alike() -> None:
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)).double(), tensor(5, 3)
-    capture = tracked(dict(net.named_parameters()), lambda _: net(x))
+    trace = tracked(dict(net.named_parameters()), lambda _: net(x))
     first, last = Layer("0.weight", "0.bias", (4, 3)), Layer("1.weight", None, (2, 4))
-    assert capture.layers() == [first, last]
+    assert trace.layers == (first, last)
     weights = linear_weights()
-    capture = tracked(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
-    assert capture.layers() == [Layer("w", "b", (4, 3))]
+    trace = tracked(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
+    assert trace.layers == (Layer("w", "b", (4, 3)),)
 
 
 def test_unwatched_weights_are_not_recorded() -> None:
     weights, x = linear_weights(), tensor(5, 3)
-    capture = tracked(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
-    assert not capture.calls and not capture.unsupported
+    trace = tracked(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
+    assert not trace.calls and not trace.unsupported
 
 
 def test_watch_adds_a_tensor() -> None:
@@ -196,7 +201,7 @@ def test_watch_adds_a_tensor() -> None:
         F.linear(x, weights["w"])
         capture.watch("w", weights["w"])
         F.linear(x, weights["w"])
-    assert len(capture.calls) == 1
+    assert len(capture.trace().calls) == 1
 
 
 @pytest.mark.parametrize("look", [
@@ -211,8 +216,8 @@ def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], obje
         look(weights["w"])
         F.linear(x, weights["w"], weights["b"])
 
-    capture = tracked(weights, forward)
-    assert capture.layers() == [Layer("w", "b", (4, 3))], capture.unsupported
+    trace = tracked(weights, forward)
+    assert trace.layers == (Layer("w", "b", (4, 3)),), trace.unsupported
 
 
 @pytest.mark.parametrize("aside", [
@@ -229,16 +234,16 @@ def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], obj
         with torch.no_grad():
             aside(weights)
 
-    capture = tracked(linear_weights(), forward)
-    assert capture.layers() == LINEAR and len(capture.calls) == 1 and not capture.unsupported
+    trace = tracked(linear_weights(), forward)
+    assert trace.layers == LINEAR and len(trace.calls) == 1 and not trace.unsupported
 
 
 def test_a_detached_use_is_none_with_gradients_on() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"]) * weights["w"].detach().norm()
 
-    capture = tracked(linear_weights(), forward)
-    assert capture.layers() == LINEAR and not capture.unsupported
+    trace = tracked(linear_weights(), forward)
+    assert trace.layers == LINEAR and not trace.unsupported
 
 
 def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
@@ -247,7 +252,7 @@ def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
         assert product.shape == (5, 4) and product.detach().mean() is not None
         product + weights["b"]
 
-    assert tracked(linear_weights(), forward).layers() == LINEAR
+    assert tracked(linear_weights(), forward).layers == LINEAR
 
 
 # ---- what is missed, and why --------------------------------------------------------------------
@@ -270,32 +275,30 @@ OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
 @pytest.mark.parametrize("use", OTHER_USES)
 def test_other_uses_are_missed(use: str) -> None:
     forward, reason = OTHER_USES[use]
-    capture = tracked(linear_weights(), forward)
-    assert not any(layer.weight == "w" for layer in capture.layers())
-    assert reason in capture.unsupported["w"]
+    trace = tracked(linear_weights(), forward)
+    assert not any(layer.weight == "w" for layer in trace.layers)
+    assert reason in trace.unsupported["w"]
 
 
 def test_a_bias_stands_alone_where_its_weight_cannot() -> None:
     """Its weight has another use, or is not watched: the bias is a layer of one input."""
-    capture = tracked(linear_weights(), OTHER_USES["penalty"][0])
-    assert capture.layers() == [
-        Layer("b", None, (4,), "vector")
-    ] and set(capture.unsupported) == {"w"}
-    capture = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
-    assert capture.layers() == [Layer("b", None, (4,), "vector")] and not capture.unsupported
+    trace = tracked(linear_weights(), OTHER_USES["penalty"][0])
+    assert trace.layers == (Layer("b", None, (4,), "vector"),) and set(trace.unsupported) == {"w"}
+    trace = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
+    assert trace.layers == (Layer("b", None, (4,), "vector"),) and not trace.unsupported
 
 
 def test_a_convolution_without_a_batch_is_refused() -> None:
     weights, reason = {"w": leaf(4, 2, 3, 3), "b": leaf(4)}, "2d convolution of an input without"
-    capture = tracked(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
-    assert capture.layers() == []
-    assert all(reason in capture.unsupported[name] for name in ("w", "b"))
+    trace = tracked(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
+    assert trace.layers == ()
+    assert all(reason in trace.unsupported[name] for name in ("w", "b"))
 
 
-def alone(*names: str) -> list[Layer]:
+def alone(*names: str) -> tuple[Layer, ...]:
     """Weights [4, 3] and biases [4], each a layer of its own."""
     layers = {"w": Layer("w", None, (4, 3)), "v": Layer("v", None, (4, 3))}
-    return [layers.get(name, Layer(name, None, (4,), "vector")) for name in names]
+    return tuple(layers.get(name, Layer(name, None, (4,), "vector")) for name in names)
 
 
 def test_a_weight_with_two_biases_is_parted_from_them() -> None:
@@ -305,9 +308,9 @@ def test_a_weight_with_two_biases_is_parted_from_them() -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"], weights["c"])
 
-    capture = tracked(weights, forward)
-    assert capture.layers() == alone("w", "b", "c") and not capture.unsupported
-    assert len(capture.calls) == 4
+    trace = tracked(weights, forward)
+    assert trace.layers == alone("w", "b", "c") and not trace.unsupported
+    assert len(trace.calls) == 4
 
 
 def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
@@ -315,8 +318,8 @@ def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"])
 
-    capture = tracked(linear_weights(), forward)
-    assert capture.layers() == alone("w", "b") and not capture.unsupported
+    trace = tracked(linear_weights(), forward)
+    assert trace.layers == alone("w", "b") and not trace.unsupported
 
 
 def test_one_bias_in_two_layers_is_parted_from_both() -> None:
@@ -326,8 +329,8 @@ def test_one_bias_in_two_layers_is_parted_from_both() -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["v"], weights["b"])
 
-    capture = tracked(weights, forward)
-    assert capture.layers() == alone("w", "b", "v") and not capture.unsupported
+    trace = tracked(weights, forward)
+    assert trace.layers == alone("w", "b", "v") and not trace.unsupported
 
 
 def test_a_weight_of_two_makes_is_missed() -> None:
@@ -335,14 +338,61 @@ def test_a_weight_of_two_makes_is_missed() -> None:
         F.linear(X, weights["w"])
         F.conv1d(X[:, :, None], weights["w"][..., None])
 
-    capture = tracked({"w": leaf(4, 3)}, forward)
-    assert capture.layers() == [] and "w" in capture.unsupported
+    trace = tracked({"w": leaf(4, 3)}, forward)
+    assert trace.layers == () and "w" in trace.unsupported
+
+
+# ---- a trace is a value -------------------------------------------------------------------------
+
+
+def content(trace: Trace) -> tuple[object, ...]:
+    """All that a trace says, with the identity of its calls."""
+    calls = [id(call) for call in trace.calls]
+    return trace.layers, calls, dict(trace.unsupported), trace.has_batch_coupling
+
+
+def test_reading_twice_changes_nothing() -> None:
+    """Of a weight with two makes, that is found when the layers are."""
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"])
+        F.conv1d(X[:, :, None], weights["w"][..., None])
+        F.linear(X, weights["v"], weights["b"])
+        weights["c"].square()
+
+    weights = {"w": leaf(4, 3), "v": leaf(4, 3), "b": leaf(4), "c": leaf(4)}
+    with Capture(dict(weights)) as capture:
+        forward(weights)
+    trace = capture.trace()
+    before = content(trace)
+    assert set(trace.unsupported) == {"w", "c"} and trace.layers == (Layer("v", "b", (4, 3)),)
+    assert trace.tracked_names == trace.tracked_names == weights.keys()
+    again = capture.trace()
+    assert again.layers == trace.layers and again.unsupported == trace.unsupported
+    assert content(trace) == before
+
+
+def test_marking_returns_another_trace() -> None:
+    weights = {**linear_weights(), "v": leaf(4, 4)}
+    with Capture(dict(weights)) as capture:
+        hidden = F.linear(X, weights["w"], weights["b"])
+        output = F.linear(hidden, weights["v"]) * torch.vmap(torch.sum)(weights["v"])
+    trace = capture.trace()
+    before = content(trace)
+    assert trace.layers == (*LINEAR, Layer("v", None, (4, 4))) and not trace.unsupported
+    marked = trace.mark_untracked(output.sum())
+    assert marked.layers == LINEAR and set(marked.unsupported) == {"v"}
+    wrong = mark_wrong_batch_axis(trace, 4, None)
+    assert wrong.layers == () and set(wrong.unsupported) == {"w", "b", "v"}
+    alone = trace.mark_unsupported({"w": "a reason"})
+    assert alone.layers == (Layer("b", None, (4,), "vector"), Layer("v", None, (4, 4)))
+    assert mark_wrong_batch_axis(trace, 5, None) is trace
+    assert content(trace) == before
 
 
 # ---- products and sums without a module ---------------------------------------------------------
 
-LINEAR = [Layer("w", "b", (4, 3))]
-TURNED = [Layer("v", "b", (3, 4), "columns")]
+LINEAR = (Layer("w", "b", (4, 3)),)
+TURNED = (Layer("v", "b", (3, 4), "columns"),)
 AS_LINEAR: dict[str, Callable[[Weights], Tensor]] = {
     "x @ w.T + b": lambda w: X @ w["w"].T + w["b"],
     "b + x @ w.mT": lambda w: w["b"] + X @ w["w"].mT,
@@ -361,8 +411,9 @@ def test_products_are_linear_layers(form: str) -> None:
     weights = linear_weights()
     with Capture(dict(weights)) as capture:
         output = AS_LINEAR[form](weights)
-    layers, (call,) = capture.build_layers()
-    assert layers == LINEAR and not capture.unsupported
+    trace = capture.trace()
+    (call,) = trace.calls
+    assert trace.layers == LINEAR and not trace.unsupported
     expected = F.linear(X, weights["w"], weights["b"])
     torch.testing.assert_close(output, expected)
     assert_gradient(call, output, weights)
@@ -384,8 +435,9 @@ def test_columns() -> None:
     for forward in (lambda w: X @ w["v"] + w["b"], lambda w: F.linear(X, w["v"].T, w["b"])):
         with Capture(dict(weights)) as capture:
             output = forward(weights)
-        layers, (call,) = capture.build_layers()
-        assert layers == TURNED
+        trace = capture.trace()
+        (call,) = trace.calls
+        assert trace.layers == TURNED
         assert_gradient(call, output, weights)
 
 
@@ -403,8 +455,9 @@ def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
 
     with Capture(dict(weights)) as capture:
         total = forward(weights)
-    layers, calls = capture.build_layers()
-    assert layers[:2] == alone("w", "b")
+    trace = capture.trace()
+    calls = trace.calls
+    assert trace.layers[:2] == alone("w", "b")
     found = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, found, strict=True):
         (expected,) = torch.autograd.grad(total, weights[call.layer.weight], retain_graph=True)
@@ -418,8 +471,9 @@ def test_a_scale_and_a_shift_for_each_unit() -> None:
     for forward in (lambda w: X * w["w"] + w["b"], lambda w: w["w"] * X + w["b"]):
         with Capture(dict(weights)) as capture:
             output = forward(weights)
-        layers, (call,) = capture.build_layers()
-        assert layers == [Layer("w", "b", (3,), "units")]
+        trace = capture.trace()
+        (call,) = trace.calls
+        assert trace.layers == (Layer("w", "b", (3,), "units"),)
         assert_gradient(call, output, weights)
 
 
@@ -428,11 +482,12 @@ def test_attention_shows_its_linear_maps() -> None:
     named = dict(attention.named_parameters())
     with Capture(dict(named)) as capture:
         output, _ = attention(x, x, x)
-    layers, calls = capture.build_layers()
-    assert layers == [
+    trace = capture.trace()
+    calls = trace.calls
+    assert trace.layers == (
         Layer("in_proj_weight", "in_proj_bias", (12, 4)),
         Layer("out_proj.weight", "out_proj.bias", (4, 4)),
-    ]
+    )
     total = output.sin().sum()
     edges = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, edges, strict=True):
@@ -453,7 +508,7 @@ def test_nothing_is_recorded_outside() -> None:
     with capture:
         pass
     F.linear(X, weights["w"])
-    assert not capture.calls and not capture.unsupported
+    assert not capture.trace().calls and not capture.trace().unsupported
 
 
 def test_an_exception_leaves_no_mode_behind() -> None:
@@ -463,7 +518,7 @@ def test_an_exception_leaves_no_mode_behind() -> None:
         F.linear(X, weights["w"], weights["b"])
         raise ZeroDivisionError
     F.linear(X, weights["w"])
-    assert len(capture.calls) == 1
+    assert len(capture.trace().calls) == 1
 
 
 def test_an_op_that_fails_is_the_callers_error() -> None:
@@ -478,15 +533,15 @@ def test_captures_nest() -> None:
     weights = linear_weights()
     with Capture({"w": weights["w"]}) as outer, Capture(dict(weights)) as inner:
         F.linear(X, weights["w"], weights["b"])
-    assert [len(outer.calls), len(inner.calls)] == [1, 1]
-    assert outer.layers() == [Layer("w", None, (4, 3))]
+    assert [len(outer.trace().calls), len(inner.trace().calls)] == [1, 1]
+    assert outer.trace().layers == (Layer("w", None, (4, 3)),)
 
 
 def test_no_gradient_is_left_on_the_weights() -> None:
     weights = linear_weights()
     with Capture(dict(weights)) as capture:
         output = F.linear(X, weights["w"], weights["b"])
-    torch.autograd.grad(output.sum(), [call.edge for call in capture.calls])
+    torch.autograd.grad(output.sum(), [call.edge for call in capture.trace().calls])
     assert all(value.grad is None for value in weights.values())
 
 

@@ -506,7 +506,7 @@ def test_an_op_out_of_sight_has_a_gradient(name, curvature) -> None:
     args, kwargs = case(name, "normal"), {"likelihood": "normal", "curvature": curvature}
     true = truth(name, "normal", curvature)
     for structure in ("full", "diag"):
-        with pytest.warns(UserWarning, match="an op out of sight") as caught:
+        with pytest.warns(UserWarning, match="an op that could not be traced") as caught:
             found = estimate(*args, structure=structure, **kwargs).dense()
         (message,) = {str(one.message) for one in caught}
         named = {n for n, _ in args[0].named_parameters() if f"{n} (" in message}

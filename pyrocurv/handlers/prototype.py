@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 from pyrocurv.handlers.modules import frozen_buffers, unwrap_model
 from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import ancestors
-from pyrocurv.layers.batch_axis import find_wrong_batch_axis
+from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal
 
@@ -158,6 +158,7 @@ def _layers(
         with poutine.block(), validation_enabled(False):
             with capture:
                 watch(model)(*args, **kwargs)
+            trace = capture.trace()
             plates = [site for site in watch.observed if site[2]]  # others are no examples
             terms = [(_rows(fn, y), fn.log_prob(y)) for fn, y, _ in plates or watch.observed]
         terms = [(rows, log_prob) for rows, log_prob in terms if rows and log_prob.requires_grad]
@@ -165,16 +166,15 @@ def _layers(
             count = max(rows for rows, _ in terms)
             densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
                          if rows == count and log_prob.dim()]
-            if capture.has_batch_coupling or not densities:
+            if trace.has_batch_coupling or not densities:
                 said = None
             else:
                 said = torch.stack(densities).sum(0)
             total = torch.stack([log_prob.sum() for _, log_prob in terms]).sum()
             with _recomputed():
-                capture.mark_untracked(total)
-                capture.unsupported |= find_wrong_batch_axis(capture.calls, count, said)
-            _refuse_checkpoints(total, weights.keys() - capture.seen)
-    return capture.layers(), capture.unsupported
+                trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, said)
+            _refuse_checkpoints(total, weights.keys() - trace.tracked_names)
+    return [*trace.layers], dict(trace.unsupported)
 
 
 CHECKPOINT = (

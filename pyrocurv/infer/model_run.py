@@ -293,7 +293,8 @@ def layer_calls(
     assert capture is not None
     held = [family.block for family in guide.blocks]
     opaque = [layer for block in held if block.is_untraced for layer in block.layers]
-    return [*capture.calls, *(UntracedWeight(one, weights[one.weight], rows) for one in opaque)]
+    calls = capture.trace().calls
+    return [*calls, *(UntracedWeight(one, weights[one.weight], rows) for one in opaque)]
 
 
 def likelihood_term(site: ObservedSite, num_data: int, rows: int) -> LikelihoodTerm:

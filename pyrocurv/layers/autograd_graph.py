@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -29,3 +30,14 @@ def consumers(value: Tensor) -> Mapping[Node, Sequence[Node]]:
             if before is not None:
                 found[before].append(node)
     return found
+
+
+def sequence_number(node: Node) -> int:
+    """The position of a node among all nodes that its thread has created."""
+    return node._sequence_nr()
+
+
+@torch.compiler.disable
+def next_sequence_number() -> int:
+    """The sequence number of the next node that this thread will create."""
+    return torch.autograd._get_sequence_nr()

@@ -17,35 +17,36 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.trace import Trace
 
 
-def find_wrong_batch_axis(
-    calls: Sequence[LayerCall], count: int, said: Tensor | None
-) -> dict[str, str]:
-    """{name: why} of the tensors of layers that do not see `count` examples, one a row.
+def mark_wrong_batch_axis(trace: Trace, count: int, per_example: Tensor | None) -> Trace:
+    """The trace without the layers that do not see `count` examples as rows.
 
-    A number `said` [B] of each example, its log density or one of its outputs, is pulled back, that
-    of one half of the examples and then that of the other: neither may reach a row of the other.
-    Batch norm in training mode joins the rows of right layers too: there it is None, and the rows
-    are counted.
-    Gradients are not asked where the graph of `said` has them apart.
+    A scalar `per_example` [B] of each example, its log density or one of its outputs, is pulled
+    back, that of one half of the examples and then that of the other: neither may reach a row of
+    the other half. It is None where batch norm in training mode joins the rows of correct layers
+    too: then the rows are only counted. No gradient is taken where the graph of `per_example` keeps
+    the examples apart.
     """
-    found: dict[str, str] = {}
-    fitting = []
-    for call in calls:
+    reasons: dict[str, str] = {}
+    calls = []
+    for call in trace.calls:
         if call.batch == count:
-            fitting.append(call)
+            calls.append(call)
         else:
-            found |= _named(call, f"{call.batch} rows where there are {count} examples")
-    if said is None or said.dim() == 0 or count < 2 or is_row_independent(said):
-        return found
-    half = _half(count).to(said.device)
-    for mine, other in ((half, ~half), (~half, half)):
-        for call, gradient in _pulled(fitting, said[mine].sum()):
-            others = call.gradients(gradient, count).movedim(-3, 0)[other]
-            if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
-                found |= _named(call, "rows that reach more than their own example")
-    return found
+            reasons |= _named(call, f"{call.batch} rows where there are {count} examples")
+    if not (
+        per_example is None or per_example.dim() == 0 or count < 2
+        or is_row_independent(per_example)
+    ):
+        half = _half(count).to(per_example.device)
+        for rows, other_rows in ((half, ~half), (~half, half)):
+            for call, gradient in _pulled(calls, per_example[rows].sum()):
+                others = call.gradients(gradient, count).movedim(-3, 0)[other_rows]
+                if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
+                    reasons |= _named(call, "rows that reach more than their own example")
+    return trace.mark_unsupported(reasons)
 
 
 @functools.cache

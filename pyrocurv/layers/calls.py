@@ -6,8 +6,6 @@ A use is one op on a weight, a bias or both; a call is the part that a use has i
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,73 +177,3 @@ def split_weight_and_bias(call: LayerCall) -> tuple[LayerCall, LayerCall]:
     weight = replace(layer, bias=None)
     bias = Layer(layer.bias, None, layer.bias_shape, "vector")
     return LayerCall(weight, call.transposed, use, "weight"), LayerCall(bias, False, use, "bias")
-
-
-def build_layers(
-    uses: Sequence[OpRecord], reused: Container[int], unsupported: dict[str, str]
-) -> tuple[list[Layer], list[LayerCall]]:
-    """The layers all of whose uses are supported, in order of first use, and their calls.
-
-    A weight and a bias that always come together are one layer; those that do not, as a weight with
-    two biases, are a layer each. A weight met in two forms that are not each other's transpose goes
-    to `unsupported`. `reused` are the ids of uses whose product had another use than to be shifted.
-    """
-    uses = _joined(uses, reused)
-    makes: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
-    partners: dict[str, set[str | None]] = defaultdict(set)
-    for use in uses:
-        weight, bias = use.names
-        if use.weight is not None:
-            makes[use.weight.name].append((use.form, use.groups, use.weight.shape))
-            partners[use.weight.name].add(bias)
-        if use.bias is not None:
-            partners[use.bias.name].add(weight)
-    biases = {use.bias.name for use in uses if use.bias is not None}
-    for name, found in makes.items():
-        if len(set(found)) > 1 and not _are_transposes(found) or name in biases:
-            unsupported.setdefault(name, "a weight in two layers of different make")
-
-    def together(weight: str | None, bias: str | None) -> bool:
-        return (
-            weight is not None and bias is not None
-            and partners[weight] == {bias} and partners[bias] == {weight}
-            and len(set(makes[weight])) == 1 and not {weight, bias} & unsupported.keys()
-        )
-
-    calls: list[LayerCall] = []
-    for use in uses:
-        weight, bias = use.names
-        joined = together(weight, bias)
-        if weight is not None and weight not in unsupported:
-            form, groups, shape = makes[weight][0]
-            layer = Layer(weight, bias if joined else None, shape, form, groups)
-            calls.append(LayerCall(layer, use.form != form, use, "both" if joined else "weight"))
-        if use.bias is not None and not joined and bias not in unsupported:
-            layer = Layer(use.bias.name, None, use.bias.shape, "vector")
-            calls.append(LayerCall(layer, False, use, "bias"))
-    return list(dict.fromkeys(call.layer for call in calls)), calls
-
-
-def _joined(uses: Sequence[OpRecord], reused: Container[int]) -> list[OpRecord]:
-    """The uses, with a bias that was added to a product of no other use joined to it."""
-    shifts = {
-        id(use.product): use for use in uses
-        if use.product is not None and _can_join(use.product, reused)
-    }
-    return [
-        replace(use, bias=shifts[id(use)].bias) if id(use) in shifts else use
-        for use in uses if id(use.product) not in shifts
-    ]
-
-
-def _can_join(product: OpRecord, reused: Container[int]) -> bool:
-    return (
-        id(product) not in reused
-        and product.weight is not None and product.weight.row_slice is None
-    )
-
-
-def _are_transposes(makes: list[tuple[Any, ...]]) -> bool:
-    """Whether they are rows and columns of one matrix."""
-    forms, groups, shapes = map(set, zip(*makes, strict=True))
-    return forms <= {"rows", "columns"} and groups == {1} and all(len(s) == 2 for s in shapes)

@@ -8,20 +8,21 @@ an in-place activation may overwrite the tensor, never the edge.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pyrocurv.layers import OPS, Layer, OpArguments, OpSpec
-from pyrocurv.layers.autograd_graph import consumers
-from pyrocurv.layers.calls import LayerCall, OpRecord, TrackedTensor, build_layers
+from pyrocurv.layers import OPS, OpArguments, OpSpec
+from pyrocurv.layers.autograd_graph import next_sequence_number, sequence_number
+from pyrocurv.layers.calls import OpRecord, TrackedTensor
+from pyrocurv.layers.trace import Recording, Trace
 
 ADDITIONS = {
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
@@ -37,34 +38,32 @@ TURNS: dict[Any, Callable[..., bool]] = {  # whether the call swaps the axes of 
 CUTS = {Tensor.chunk, torch.chunk, Tensor.split, torch.split}
 
 
-@dataclass
 class Capture(TorchFunctionMode):
-    """Records the supported ops on watched tensors, and in `unsupported` {name: why} the others.
+    """Records the supported ops on the tracked tensors {name: tensor}, and other uses of them.
 
-    Enter it around the forward pass, on the steps that need curvature only. What no gradient flows
-    through, a statistic for the log say, is no use of a tensor.
+    Enter it around the forward pass and call `trace()` after it. Ops that no gradient flows
+    through, as those of a statistic for the log, do not count.
     """
 
-    tracked: dict[str, Tensor] = field(default_factory=dict)
-    unsupported: dict[str, str] = field(default_factory=dict)
-    has_batch_coupling: bool = False  # whether examples met in a batch norm
-
-    def __post_init__(self) -> None:
+    def __init__(self, tracked: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
+        self._tracked: dict[str, Tensor] = {}
+        self._unsupported: dict[str, str] = {}
+        self._has_batch_coupling = False
         self._known: dict[int, TrackedTensor] = {}
-        self._uses: list[OpRecord] = []
+        self._ops: list[OpRecord] = []
         # outputs that a bias may be added to
         self._products: dict[int, tuple[OpRecord, Tensor]] = {}
         self._shifted: set[int] = set()  # uses whose product had a bias added,
         self._reused: set[int] = set()  # and those whose product was used otherwise
         self._sequence_first_batch: int | None = None
-        self._made: dict[int, bool] = {}  # autograd's nodes of ops in sight; False: of a result
-        for name, tensor in self.tracked.items():
+        self._nodes: dict[int, bool] = {}  # see `Recording`
+        for name, tensor in (tracked or {}).items():
             self.watch(name, tensor)
 
     def watch(self, name: str, tensor: Tensor) -> None:
         """Look out for one more tensor."""
-        self.tracked[name] = tensor
+        self._tracked[name] = tensor
         self._known[id(tensor)] = TrackedTensor(name, tensor, tensor)
 
     # ---- during the forward pass ----------------------------------------------------------------
@@ -75,7 +74,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside_attention(args, kwargs)
-        start = _next_node()
+        start = next_sequence_number()
         output = func(*args, **kwargs)
         if not _has_gradient(output):  # nor does a shape, a size, a stride ...
             return output
@@ -84,11 +83,11 @@ class Capture(TorchFunctionMode):
         self._note_reuse(func, values)
         if known:
             self._meet(func, args, kwargs, output, known)
-            self._made.update(dict.fromkeys(range(start, _next_node()), True))
+            self._nodes.update(dict.fromkeys(range(start, next_sequence_number()), True))
             if isinstance(output, Tensor) and self._find(output) is None:
-                self._made[_number(get_gradient_edge(output).node)] = False
+                self._nodes[sequence_number(get_gradient_edge(output).node)] = False
         if func is F.batch_norm:
-            self.has_batch_coupling |= OPS[func].read(*args, **kwargs).settings["coupled"]
+            self._has_batch_coupling |= OPS[func].read(*args, **kwargs).settings["coupled"]
         return output
 
     def _inside_attention(self, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -121,7 +120,7 @@ class Capture(TorchFunctionMode):
 
     def _miss(self, known: list[TrackedTensor], why: str) -> None:
         for one in known:
-            self.unsupported.setdefault(one.name, why)
+            self._unsupported.setdefault(one.name, why)
 
     def _alias(self, known: TrackedTensor) -> None:
         self._known[id(known.tensor)] = known
@@ -164,9 +163,9 @@ class Capture(TorchFunctionMode):
             output.shape, call.input._version, self._sequence_first_batch,
         )
         if weight is not None and bias is not None and len(cuts) > 1:  # part of one with the other
-            self._uses += [replace(use, bias=None), replace(use, weight=None)]
+            self._ops += [replace(use, bias=None), replace(use, weight=None)]
         else:
-            self._uses.append(use)
+            self._ops.append(use)
         if bias is None and op.last:
             self._products[id(output)] = use, output
 
@@ -188,7 +187,7 @@ class Capture(TorchFunctionMode):
         first = self._find(args[0])
         known, other = (self._find(args[1]), args[0]) if first is None else (first, args[1])
         product, _ = self._products.pop(id(other), (None, None))
-        self._uses.append(OpRecord(
+        self._ops.append(OpRecord(
             None, None, known, "vector", other, None, get_gradient_edge(output), output.shape, 0,
             self._sequence_first_batch, product,
         ))
@@ -218,45 +217,12 @@ class Capture(TorchFunctionMode):
 
     # ---- after it -------------------------------------------------------------------------------
 
-    @property
-    def seen(self) -> set[str]:
-        """The watched tensors that an op was seen to consume."""
-        return {*self.unsupported, *(name for layer in self.layers() for name in layer.tensors)}
-
-    def mark_untracked(self, total: Tensor) -> None:
-        """Have those missed that `total` hangs on by an op that was not seen, whatever else was.
-
-        As inside `torch.vmap`, by an `autograd.Function`, or in a derivative that the model takes.
-        """
-        readers = consumers(total)
-        for name, tensor in self.tracked.items():
-            ahead = [get_gradient_edge(tensor).node] if tensor.requires_grad else []
-            while ahead:
-                for node in readers.get(ahead.pop(), ()):
-                    inside = self._made.get(_number(node))
-                    if inside is None:
-                        self.unsupported.setdefault(name, "an op out of sight")
-                    elif inside:  # another may read that too
-                        ahead.append(node)
-        for use in self._uses:
-            product = use.product
-            if product is not None and any(
-                _number(node) not in self._made for node in readers.get(product.edge.node, ())
-            ):
-                self._reused.add(id(product))
-
-    def build_layers(self) -> tuple[list[Layer], list[LayerCall]]:
-        """The layers all of whose uses are supported, and their calls; see `uses.build_layers`."""
-        return build_layers(self._uses, self._reused, self.unsupported)
-
-    def layers(self) -> list[Layer]:
-        """The layers of `build_layers`."""
-        return self.build_layers()[0]
-
-    @property
-    def calls(self) -> list[LayerCall]:
-        """The calls of `build_layers`."""
-        return self.build_layers()[1]
+    def trace(self) -> Trace:
+        """The layers of what was recorded so far; nothing is changed."""
+        return Trace.of(Recording(
+            dict(self._tracked), tuple(self._ops), frozenset(self._reused), dict(self._nodes),
+            dict(self._unsupported), self._has_batch_coupling,
+        ))
 
 
 @functools.cache
@@ -275,17 +241,6 @@ def _flat(values: Any) -> Iterator[Any]:
             yield from _flat(value)
         else:
             yield value
-
-
-@torch.compiler.disable
-def _next_node() -> int:
-    """The number that the next node of this thread's graph will have."""
-    return torch.autograd._get_sequence_nr()
-
-
-def _number(node: Node) -> int:
-    """Which of its thread a node is."""
-    return node._sequence_nr()
 
 
 def _has_gradient(output: Any) -> bool:
