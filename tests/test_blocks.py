@@ -17,13 +17,13 @@ BLOCKS = {
     "no bias": [Layer("w", None, (4, 3))],
     "convolution": [Layer("w", "b", (4, 2, 3, 3))],
     "groups": [Layer("w", "b", (6, 2, 3), groups=3)],
-    "transposed": [Layer("w", "b", (4, 2, 3), "columns")],
-    "norm": [Layer("w", "b", (5,), "units")],
-    "vector": [Layer("b", None, (5,), "vector")],
-    "opaque": [Layer("w", None, (2, 3), "opaque")],
+    "transposed": [Layer("w", "b", (4, 2, 3), "in_out")],
+    "norm": [Layer("w", "b", (5,), "per_unit")],
+    "vector": [Layer("b", None, (5,), "bias")],
+    "untraced": [Layer("w", None, (2, 3), "untraced")],
     "several": [
         Layer("w", "b", (4, 3)), Layer("v", "c", (6, 2, 3), groups=3),
-        Layer("u", None, (), "opaque"),
+        Layer("u", None, (), "untraced"),
     ],
 }
 
@@ -33,7 +33,7 @@ def test_parts_are_views(name: str) -> None:
     block = Block(tuple(BLOCKS[name]), Diagonal())
     whole = torch.randn(block.size + 7)
     for packed in (whole[3:-4], torch.randn(block.size, 2)[:, 1]):  # inside others, and with gaps
-        parts, views = block.parts(packed), block.views(packed)
+        parts, views = block.strided_views(packed), block.views(packed)
         assert parts.keys() == views.keys() == block.tensors.keys()
         for key, part in parts.items():
             assert tuple(part.shape) == block.tensors[key]
@@ -41,17 +41,17 @@ def test_parts_are_views(name: str) -> None:
         assert torch.equal(block.pack(parts), packed)
     assert name == "transposed" or all(
         part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        for part in block.parts(whole[3:-4]).values()
+        for part in block.strided_views(whole[3:-4]).values()
     )
 
 
-@pytest.mark.parametrize("form", ["rows", "columns"])
+@pytest.mark.parametrize("orientation", ["out_in", "in_out"])
 @pytest.mark.parametrize("bias", [None, "b"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_unpacked_values_are_blended_in(form: str, bias: str | None, groups: int) -> None:
+def test_unpacked_values_are_blended_in(orientation: str, bias: str | None, groups: int) -> None:
     """As the packed ones are; gradients may share memory, or be no more than a view of a number."""
-    layer = Layer("w", bias, (4, 6, 2), form, groups)
-    block = Block((layer, Layer("v", None, (5,), "vector")), Diagonal())
+    layer = Layer("w", bias, (4, 6, 2), orientation, groups)
+    block = Block((layer, Layer("v", None, (5,), "bias")), Diagonal())
     packed, shared = torch.randn(block.size), torch.randn(4, 6, 2)
     values = {
         "w": shared, "b": torch.ones(()).expand(layer.bias_shape), "v": shared.flatten()[:5],
@@ -70,8 +70,8 @@ SPECS = {
     "ekfac": EKFAC(), "kfac-block": KFAC(num_blocks=2),
 }
 LAYERS = [
-    Layer("w", "b", (4, 3)), Layer("u", None, (2, 3), "opaque"), Layer("v", None, (2, 2)),
-    Layer("t", None, (), "opaque"),
+    Layer("w", "b", (4, 3)), Layer("u", None, (2, 3), "untraced"), Layer("v", None, (2, 2)),
+    Layer("t", None, (), "untraced"),
 ]
 
 

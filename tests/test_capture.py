@@ -15,7 +15,7 @@ from pyrocurv.layers.batch_axis import (
     random_projection,
 )
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
-from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.calls import OpCall
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.trace import Trace
 
@@ -52,8 +52,8 @@ def test_edges_are_exact_under_in_place_activations(inplace: bool) -> None:
     (call,) = capture.trace().calls
     (gradient,) = torch.autograd.grad((output * pull).sum(), [call.edge])
     before = F.linear(x, weights["w"], weights["b"])
-    torch.testing.assert_close(call.gradients(gradient, 5)[:, 0], pull * (before > 0))
-    torch.testing.assert_close(call.rows(5)[:, 0], torch.cat([x, torch.ones(5, 1)], 1))
+    torch.testing.assert_close(call.output_gradient_rows(gradient, 5)[:, 0], pull * (before > 0))
+    torch.testing.assert_close(call.input_rows(5)[:, 0], torch.cat([x, torch.ones(5, 1)], 1))
 
 
 def conv_settings() -> list[dict[str, object]]:
@@ -72,11 +72,11 @@ def test_rows_and_gradients_of_a_convolution(settings: dict[str, object]) -> Non
         output = F.conv2d(x, weights["w"], weights["b"], **settings)
     (call,) = capture.trace().calls
     packed = call.layer.pack(weights).view(3, -1)
-    rows = call.rows(4)  # [B, S, I]
+    rows = call.input_rows(4)  # [B, S, I]
     torch.testing.assert_close((rows @ packed.mT).mT.reshape(output.shape), output)
     scalar = output.sin().sum()
     gradient, *expected = torch.autograd.grad(scalar, [call.edge, *weights.values()])
-    found = torch.einsum("bso,bsi->oi", call.gradients(gradient, 4), rows).flatten()
+    found = torch.einsum("bso,bsi->oi", call.output_gradient_rows(gradient, 4), rows).flatten()
     for name, value in zip(weights, expected, strict=True):
         torch.testing.assert_close(call.layer.unpack(found)[name], value)
 
@@ -87,10 +87,11 @@ def test_only_the_first_examples_are_read() -> None:
         output = F.linear(x, weights["w"])
     (call,) = capture.trace().calls
     (gradient,) = torch.autograd.grad(output.square().sum(), [call.edge])
-    assert call.batch == 5
-    assert torch.equal(call.rows(2), x[:2])
-    assert torch.equal(call.gradients(gradient, 2), 2 * output.detach()[:2])
-    assert torch.equal(call.gradients(None, 2), torch.zeros(2, 2, 4, dtype=torch.float64))
+    assert call.batch_size == 5
+    assert torch.equal(call.input_rows(2), x[:2])
+    assert torch.equal(call.output_gradient_rows(gradient, 2), 2 * output.detach()[:2])
+    zeros = torch.zeros(2, 2, 4, dtype=torch.float64)
+    assert torch.equal(call.output_gradient_rows(None, 2), zeros)
 
 
 def test_without_gradients_there_is_no_use() -> None:
@@ -116,7 +117,7 @@ def test_an_input_that_is_changed_in_place_later() -> None:
         F.linear(x, weights["w"], weights["b"])
         x.mul_(2)
     with pytest.raises(RuntimeError, match="input of 'w' was changed in place"):
-        capture.trace().calls[0].rows(5)
+        capture.trace().calls[0].input_rows(5)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 1, 3, 3)])
@@ -125,7 +126,7 @@ def test_packing(shape: tuple[int, ...], bias: str | None) -> None:
     layer = Layer("w", bias, shape)
     values = {name: tensor(*shape) for name, shape in layer.tensors.items()}
     packed = layer.pack(values)
-    assert packed.shape == (layer.size,) == (layer.rows * layer.columns,)
+    assert packed.shape == (layer.size,) == (layer.out_features * layer.in_features,)
     rows = torch.cat([value.reshape(4, -1) for value in values.values()], 1)
     assert torch.equal(packed, rows.flatten())
     for draws in (packed, packed.expand(2, 5, -1)):
@@ -199,7 +200,7 @@ def test_watch_adds_a_tensor() -> None:
     weights, x, capture = linear_weights(), tensor(5, 3), Capture()
     with capture:
         F.linear(x, weights["w"])
-        capture.watch("w", weights["w"])
+        capture.track("w", weights["w"])
         F.linear(x, weights["w"])
     assert len(capture.trace().calls) == 1
 
@@ -260,7 +261,7 @@ def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
 X = torch.ones(5, 3, dtype=torch.float64)
 OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
     "w @ x": (lambda w: w["w"] @ X.T, "the input of matmul"),
-    "a number times w": (lambda w: F.linear(X, 2 * w["w"]), "a product that is no scale"),
+    "a number times w": (lambda w: F.linear(X, 2 * w["w"]), "a product that is not a scale"),
     "addmm with factors": (lambda w: torch.addmm(w["b"], X, w["w"].T, beta=2), "addmm with"),
     "w.sum()": (lambda w: w["w"].sum(), "sum"),
     "penalty": (lambda w: F.linear(X, w["w"], w["b"]).sum() + w["w"].square().sum(), "square"),
@@ -283,9 +284,9 @@ def test_other_uses_are_missed(use: str) -> None:
 def test_a_bias_stands_alone_where_its_weight_cannot() -> None:
     """Its weight has another use, or is not watched: the bias is a layer of one input."""
     trace = tracked(linear_weights(), OTHER_USES["penalty"][0])
-    assert trace.layers == (Layer("b", None, (4,), "vector"),) and set(trace.unsupported) == {"w"}
+    assert trace.layers == (Layer("b", None, (4,), "bias"),) and set(trace.unsupported) == {"w"}
     trace = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
-    assert trace.layers == (Layer("b", None, (4,), "vector"),) and not trace.unsupported
+    assert trace.layers == (Layer("b", None, (4,), "bias"),) and not trace.unsupported
 
 
 def test_a_convolution_without_a_batch_is_refused() -> None:
@@ -298,7 +299,7 @@ def test_a_convolution_without_a_batch_is_refused() -> None:
 def alone(*names: str) -> tuple[Layer, ...]:
     """Weights [4, 3] and biases [4], each a layer of its own."""
     layers = {"w": Layer("w", None, (4, 3)), "v": Layer("v", None, (4, 3))}
-    return tuple(layers.get(name, Layer(name, None, (4,), "vector")) for name in names)
+    return tuple(layers.get(name, Layer(name, None, (4,), "bias")) for name in names)
 
 
 def test_a_weight_with_two_biases_is_parted_from_them() -> None:
@@ -384,7 +385,7 @@ def test_marking_returns_another_trace() -> None:
     wrong = mark_wrong_batch_axis(trace, 4, None)
     assert wrong.layers == () and set(wrong.unsupported) == {"w", "b", "v"}
     alone = trace.mark_unsupported({"w": "a reason"})
-    assert alone.layers == (Layer("b", None, (4,), "vector"), Layer("v", None, (4, 4)))
+    assert alone.layers == (Layer("b", None, (4,), "bias"), Layer("v", None, (4, 4)))
     assert mark_wrong_batch_axis(trace, 5, None) is trace
     assert content(trace) == before
 
@@ -392,7 +393,7 @@ def test_marking_returns_another_trace() -> None:
 # ---- products and sums without a module ---------------------------------------------------------
 
 LINEAR = (Layer("w", "b", (4, 3)),)
-TURNED = (Layer("v", "b", (3, 4), "columns"),)
+TRANSPOSED = (Layer("v", "b", (3, 4), "in_out"),)
 AS_LINEAR: dict[str, Callable[[Weights], Tensor]] = {
     "x @ w.T + b": lambda w: X @ w["w"].T + w["b"],
     "b + x @ w.mT": lambda w: w["b"] + X @ w["w"].mT,
@@ -419,12 +420,12 @@ def test_products_are_linear_layers(form: str) -> None:
     assert_gradient(call, output, weights)
 
 
-def assert_gradient(call: LayerCall, output: Tensor, weights: Weights) -> None:
+def assert_gradient(call: OpCall, output: Tensor, weights: Weights) -> None:
     """W's gradient is sum_ns g a^T of the rows."""
     gradient, *expected = torch.autograd.grad(
         output.sin().sum(), [call.edge, *weights.values()], retain_graph=True
     )
-    g, a = call.gradients(gradient, call.batch), call.rows(call.batch)
+    g, a = call.output_gradient_rows(gradient, call.batch_size), call.input_rows(call.batch_size)
     found = call.layer.unpack((g.flatten(-3, -2).mT @ a.flatten(-3, -2)).flatten())
     for name, value in zip(weights, expected, strict=True):
         torch.testing.assert_close(found[name], value)
@@ -437,7 +438,7 @@ def test_columns() -> None:
             output = forward(weights)
         trace = capture.trace()
         (call,) = trace.calls
-        assert trace.layers == TURNED
+        assert trace.layers == TRANSPOSED
         assert_gradient(call, output, weights)
 
 
@@ -461,7 +462,7 @@ def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
     found = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, found, strict=True):
         (expected,) = torch.autograd.grad(total, weights[call.layer.weight], retain_graph=True)
-        g, a = call.gradients(edge, 5), call.rows(5)
+        g, a = call.output_gradient_rows(edge, 5), call.input_rows(5)
         actual = (g.flatten(0, 1).mT @ a.flatten(0, 1)).view_as(expected)
         torch.testing.assert_close(actual, expected)
 
@@ -473,7 +474,7 @@ def test_a_scale_and_a_shift_for_each_unit() -> None:
             output = forward(weights)
         trace = capture.trace()
         (call,) = trace.calls
-        assert trace.layers == (Layer("w", "b", (3,), "units"),)
+        assert trace.layers == (Layer("w", "b", (3,), "per_unit"),)
         assert_gradient(call, output, weights)
 
 
@@ -491,7 +492,7 @@ def test_attention_shows_its_linear_maps() -> None:
     total = output.sin().sum()
     edges = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, edges, strict=True):
-        g, a = call.gradients(edge, 5), call.rows(5)
+        g, a = call.output_gradient_rows(edge, 5), call.input_rows(5)
         found = call.layer.unpack(torch.einsum("bso,bsi->oi", g, a).flatten())
         for name, value in found.items():
             (expected,) = torch.autograd.grad(total, named[name], retain_graph=True)

@@ -240,7 +240,7 @@ def test_examples_that_meet_by_hand() -> None:
             return self.head((hidden - hidden.mean(0)).tanh())
 
     net, x, y = Centred(), torch.randn(4, 3), torch.randint(2, (4,))
-    with pytest.warns(UserWarning, match=r"layer.weight \(rows that reach more than their own"):
+    with pytest.warns(UserWarning, match=r"layer.weight \(rows that affect more than their own"):
         estimate(net, x, y)
 
 
@@ -533,7 +533,7 @@ class Views(nn.Module):
 ], ids=["half round", "reversed", "in pairs"])
 def test_examples_that_meet_far_apart(batch, other) -> None:
     net, x = Views(other).double(), torch.randn(batch, 3, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="layer.weight .rows that reach more"):
+    with pytest.warns(UserWarning, match="layer.weight .rows that affect more"):
         found = estimate(
             net, x, torch.zeros(batch, 2), likelihood="normal", curvature="ggn", structure="full"
         ).dense()

@@ -600,7 +600,7 @@ class Coded(nn.Module):
 
 def test_a_layer_that_does_not_see_the_examples_is_left_to_adam() -> None:
     net = Coded()
-    with pytest.warns(UserWarning, match=r"make\.weight .*reach more than their own example"):
+    with pytest.warns(UserWarning, match=r"make\.weight .*affect more than their own example"):
         optimizer = SecondOrderOptimizer(net)
         train(net, optimizer)
     assert [list(b.tensors) for b in optimizer.layout.blocks] == [["head.weight", "head.bias"]]

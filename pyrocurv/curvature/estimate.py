@@ -149,7 +149,7 @@ def estimate(
 
 def _with_opaque(
     trace: Trace, named: dict[str, nn.Parameter], batch: int
-) -> tuple[list[Layer], list[LayerCall | UntracedWeight]]:
+) -> tuple[list[Layer], list[LayerCall]]:
     """The layers and calls of a forward pass, with those that no supported op consumes."""
     found = {name for layer in trace.layers for name in layer.tensors}
     left = [name for name in named if name not in found]
@@ -165,6 +165,6 @@ def _with_opaque(
             "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
             stacklevel=3,
         )
-    more = [Layer(name, None, tuple(named[name].shape), "opaque") for name in left]
+    more = [Layer(name, None, tuple(named[name].shape), "untraced") for name in left]
     opaque = [UntracedWeight(layer, named[layer.weight], batch) for layer in more]
     return [*trace.layers, *more], [*trace.calls, *opaque]

@@ -29,10 +29,9 @@ TraceSite = Mapping[str, Any]
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
 
-    Those of form "opaque" are weights that no supported op consumes, or of layers that do not see
-    the examples. `unsupported` {site: why} are these and the real latents that a prior of another
-    kind
-    keeps from a Gaussian.
+    Those with orientation "untraced" are weights that no supported op consumes, or of layers that
+    do not see the examples. `unsupported` {site: why} are these and the real latents that a prior
+    of another kind keeps from a Gaussian.
     """
 
     trace: Any
@@ -139,7 +138,7 @@ def trace_prototype(
     layers, met = _layers(model, values, args, kwargs)
     unsupported = {name: why for name, why in {**met, **refused}.items() if is_real(latents[name])}
     opaque = [
-        Layer(name, None, tuple(latents[name]["value"].shape), "opaque")
+        Layer(name, None, tuple(latents[name]["value"].shape), "untraced")
         for name in unsupported if name not in refused and _is_whole(latents[name])
     ]
     return Prototype(trace, latents, [*layers, *opaque], unsupported)

@@ -288,7 +288,7 @@ def auxiliary_medians(guide: StructuredGuide, *args: Any, **kwargs: Any) -> dict
 
 def layer_calls(
     guide: StructuredGuide, capture: Capture | None, weights: Mapping[str, Tensor], rows: int
-) -> list[LayerCall | UntracedWeight]:
+) -> list[LayerCall]:
     """The ops of the guide's layers; weights that no supported op consumes are layers too."""
     assert capture is not None
     held = [family.block for family in guide.blocks]

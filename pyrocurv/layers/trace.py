@@ -16,7 +16,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import consumers, sequence_number
-from pyrocurv.layers.calls import LayerCall, OpRecord
+from pyrocurv.layers.calls import OpCall, OpRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Trace:
     """
 
     layers: tuple[Layer, ...]
-    calls: tuple[LayerCall, ...]
+    calls: tuple[OpCall, ...]
     unsupported: Mapping[str, str]
     has_batch_coupling: bool
     recording: Recording
@@ -76,9 +76,9 @@ class Trace:
             if name not in self.unsupported and _has_untracked_use(tensor, readers, recording.nodes)
         }
         reused = {
-            id(op.product) for op in recording.ops if op.product is not None and any(
+            id(record.product) for record in recording.ops if record.product is not None and any(
                 sequence_number(node) not in recording.nodes
-                for node in readers.get(op.product.edge.node, ())
+                for node in readers.get(record.product.edge.node, ())
             )
         }
         return Trace.of(replace(
@@ -108,62 +108,64 @@ def _has_untracked_use(
 class _Layout(NamedTuple):
     """How an op uses a weight as a matrix."""
 
-    form: str
+    orientation: str
     groups: int
     shape: tuple[int, ...]
 
 
-def _resolve(recording: Recording) -> tuple[list[LayerCall], dict[str, str]]:
+def _resolve(recording: Recording) -> tuple[list[OpCall], dict[str, str]]:
     """The calls of the layers, and the unsupported tensors.
 
     A weight with two layouts that are not each other's transpose becomes unsupported.
     """
-    ops = _join_added_biases(recording)
+    records = _join_added_biases(recording)
     layouts: dict[str, list[_Layout]] = defaultdict(list)
     partners: dict[str, set[str | None]] = defaultdict(set)
-    for op in ops:
-        weight, bias = op.names
-        if op.weight is not None:
-            layouts[op.weight.name].append(_Layout(op.form, op.groups, op.weight.shape))
-            partners[op.weight.name].add(bias)
-        if op.bias is not None:
-            partners[op.bias.name].add(weight)
-    biases = {op.bias.name for op in ops if op.bias is not None}
+    for record in records:
+        weight, bias = record.names
+        if record.weight is not None:
+            layouts[record.weight.name].append(
+                _Layout(record.orientation, record.groups, record.weight.shape)
+            )
+            partners[record.weight.name].add(bias)
+        if record.bias is not None:
+            partners[record.bias.name].add(weight)
+    biases = {record.bias.name for record in records if record.bias is not None}
     unsupported = dict(recording.unsupported)
     for name, uses in layouts.items():
         if len(set(uses)) > 1 and not _are_transposes(uses) or name in biases:
-            unsupported.setdefault(name, "a weight in two layers of different make")
+            unsupported.setdefault(name, "a weight in two layers of different kinds")
 
-    def are_joined(weight: str | None, bias: str | None) -> bool:
+    def are_one_layer(weight: str | None, bias: str | None) -> bool:
         return (
             weight is not None and bias is not None
             and partners[weight] == {bias} and partners[bias] == {weight}
             and len(set(layouts[weight])) == 1 and not {weight, bias} & unsupported.keys()
         )
 
-    calls: list[LayerCall] = []
-    for op in ops:
-        weight, bias = op.names
-        joined = are_joined(weight, bias)
+    calls: list[OpCall] = []
+    for record in records:
+        weight, bias = record.names
+        joined = are_one_layer(weight, bias)
         if weight is not None and weight not in unsupported:
-            form, groups, shape = layouts[weight][0]
-            layer = Layer(weight, bias if joined else None, shape, form, groups)
-            calls.append(LayerCall(layer, op.form != form, op, "both" if joined else "weight"))
-        if op.bias is not None and not joined and bias not in unsupported:
-            layer = Layer(op.bias.name, None, op.bias.shape, "vector")
-            calls.append(LayerCall(layer, False, op, "bias"))
+            orientation, groups, shape = layouts[weight][0]
+            layer = Layer(weight, bias if joined else None, shape, orientation, groups)
+            calls.append(OpCall(layer, record, record.orientation != orientation))
+        if record.bias is not None and not joined and bias not in unsupported:
+            layer = Layer(record.bias.name, None, record.bias.shape, "bias")
+            calls.append(OpCall(layer, record))
     return calls, unsupported
 
 
 def _join_added_biases(recording: Recording) -> list[OpRecord]:
     """The ops, with a bias that was added to a product of no other use joined to the product."""
     additions = {
-        id(op.product): op for op in recording.ops
-        if op.product is not None and _can_join(op.product, recording.reused)
+        id(record.product): record for record in recording.ops
+        if record.product is not None and _can_join(record.product, recording.reused)
     }
     return [
-        replace(op, bias=additions[id(op)].bias) if id(op) in additions else op
-        for op in recording.ops if id(op.product) not in additions
+        replace(record, bias=additions[id(record)].bias) if id(record) in additions else record
+        for record in recording.ops if id(record.product) not in additions
     ]
 
 
@@ -176,5 +178,6 @@ def _can_join(product: OpRecord, reused: Container[int]) -> bool:
 
 def _are_transposes(layouts: Sequence[_Layout]) -> bool:
     """Whether they are one matrix and its transpose."""
-    forms, groups, shapes = map(set, zip(*layouts, strict=True))
-    return forms <= {"rows", "columns"} and groups == {1} and all(len(s) == 2 for s in shapes)
+    orientations, groups, shapes = map(set, zip(*layouts, strict=True))
+    is_matrix = all(len(shape) == 2 for shape in shapes)
+    return is_matrix and orientations <= {"out_in", "in_out"} and groups == {1}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyrocurv.layers import Layer
 from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, make_blocks
-from pyrocurv.layers.calls import LayerCall, split_weight_and_bias
+from pyrocurv.layers.calls import LayerCall, OpCall, split_weight_and_bias
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
 from pyrocurv.layers.trace import Trace
 
@@ -64,10 +64,10 @@ def new_layers(layout: ParameterBlocks, calls: Iterable[LayerCall]) -> list[Laye
 
 def untraced_layers(names: Iterable[str], places: NamedParameters) -> list[Layer]:
     """Parameters that no supported op consumes, as layers."""
-    return [Layer(name, None, tuple(places[name][0].shape), "opaque") for name in names]
+    return [Layer(name, None, tuple(places[name][0].shape), "untraced") for name in names]
 
 
-def split_by_group(calls: Iterable[LayerCall], places: NamedParameters) -> list[LayerCall]:
+def split_by_group(calls: Iterable[OpCall], places: NamedParameters) -> list[OpCall]:
     """The calls; in two where weight and bias are in two groups."""
     group = {name: id(group) for name, (_, group) in places.items()}
     return [
@@ -127,6 +127,6 @@ def write_blocks(
 ) -> None:
     """Have the parameters be these, [P] each; of some `names` alone, if they are given."""
     for block, values in zip(blocks, packed, strict=True):
-        for name, value in block.parts(values).items():
+        for name, value in block.strided_views(values).items():
             if names is None or name in names:
                 places[name][0].copy_(value)
