@@ -1,4 +1,4 @@
-"""Layers and their packing; what the capture sees, and what it says of what it does not."""
+"""Packing of layers, the uses of weights that a capture records, and those it refuses."""
 
 import pickle
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Trace:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_edges_are_exact_under_in_place_activations(inplace: bool) -> None:
-    """The gradient onto the output before the ReLU, which overwrites it."""
+    """The gradient in the output before the ReLU, which overwrites it."""
     weights, x, pull = linear_weights(), tensor(5, 3), tensor(5, 4)
     with Capture(dict(weights)) as capture:
         output = F.relu(F.linear(x, weights["w"], weights["b"]), inplace=inplace)
@@ -94,7 +94,7 @@ def test_only_the_first_examples_are_read() -> None:
     assert torch.equal(call.output_gradient_rows(None, 2), zeros)
 
 
-def test_without_gradients_there_is_no_use() -> None:
+def test_uses_under_no_grad_do_not_count() -> None:
     weights = linear_weights()
     with torch.no_grad(), Capture(dict(weights)) as capture:
         F.linear(tensor(5, 3), weights["w"], weights["b"])
@@ -102,7 +102,7 @@ def test_without_gradients_there_is_no_use() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_bias_that_outputs_share_is_missed(shape: tuple[int, ...]) -> None:
+def test_a_bias_that_outputs_share_is_unsupported(shape: tuple[int, ...]) -> None:
     bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     weights = {"w": leaf(3, 4), "b": bias}
     trace = tracked(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
@@ -166,7 +166,7 @@ def test_partitions() -> None:
         make_blocks(layers, "kfack")
 
 
-# ---- what is seen -------------------------------------------------------------------------------
+# ---- recorded uses ------------------------------------------------------------------------------
 
 
 def test_a_reused_layer_has_two_calls_and_is_one_layer() -> None:
@@ -190,13 +190,13 @@ def test_modules_keywords_and_functions_look_alike() -> None:
     assert trace.layers == (Layer("w", "b", (4, 3)),)
 
 
-def test_unwatched_weights_are_not_recorded() -> None:
+def test_untracked_weights_are_not_recorded() -> None:
     weights, x = linear_weights(), tensor(5, 3)
     trace = tracked(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
     assert not trace.calls and not trace.unsupported
 
 
-def test_watch_adds_a_tensor() -> None:
+def test_track_adds_a_tensor() -> None:
     weights, x, capture = linear_weights(), tensor(5, 3), Capture()
     with capture:
         F.linear(x, weights["w"])
@@ -210,7 +210,7 @@ def test_watch_adds_a_tensor() -> None:
     lambda w: w.dtype, lambda w: w.numel(), lambda w: w.stride(), lambda w: w.requires_grad,
     lambda w: repr(w.device),
 ], ids=["shape", "size", "size0", "dim", "len", "dtype", "numel", "stride", "grad", "device"])
-def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], object]) -> None:
+def test_reading_metadata_is_not_a_use(look: Callable[[Tensor], object]) -> None:
     weights, x = linear_weights(), tensor(5, 3)
 
     def forward(weights: Weights) -> None:
@@ -226,7 +226,7 @@ def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], obje
     lambda w: w["w"].detach().clone(), lambda w: w["w"].argmax(), lambda w: F.linear(X, w["w"]),
     lambda w: F.conv1d(X[:, :, None], w["w"][..., None]), lambda w: (X @ w["w"].T).mean(),
 ], ids=["detach", "data", "compare", "clone", "argmax", "linear", "other make", "mean"])
-def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], object]) -> None:
+def test_uses_without_a_gradient_do_not_count(aside: Callable[[Weights], object]) -> None:
     """A statistic for the log, before and after the use that counts."""
     def forward(weights: Weights) -> None:
         with torch.no_grad():
@@ -239,7 +239,7 @@ def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], obj
     assert trace.layers == LINEAR and len(trace.calls) == 1 and not trace.unsupported
 
 
-def test_a_detached_use_is_none_with_gradients_on() -> None:
+def test_detached_uses_do_not_count() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"]) * weights["w"].detach().norm()
 
@@ -247,7 +247,7 @@ def test_a_detached_use_is_none_with_gradients_on() -> None:
     assert trace.layers == LINEAR and not trace.unsupported
 
 
-def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
+def test_a_statistic_of_a_product_does_not_separate_it_from_its_bias() -> None:
     def forward(weights: Weights) -> None:
         product = X @ weights["w"].T
         assert product.shape == (5, 4) and product.detach().mean() is not None
@@ -256,7 +256,7 @@ def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
     assert tracked(linear_weights(), forward).layers == LINEAR
 
 
-# ---- what is missed, and why --------------------------------------------------------------------
+# ---- unsupported uses ---------------------------------------------------------------------------
 
 X = torch.ones(5, 3, dtype=torch.float64)
 OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
@@ -274,7 +274,7 @@ OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
 
 
 @pytest.mark.parametrize("use", OTHER_USES)
-def test_other_uses_are_missed(use: str) -> None:
+def test_other_uses_are_unsupported(use: str) -> None:
     forward, reason = OTHER_USES[use]
     trace = tracked(linear_weights(), forward)
     assert not any(layer.weight == "w" for layer in trace.layers)
@@ -282,7 +282,7 @@ def test_other_uses_are_missed(use: str) -> None:
 
 
 def test_a_bias_stands_alone_where_its_weight_cannot() -> None:
-    """Its weight has another use, or is not watched: the bias is a layer of one input."""
+    """Its weight has another use, or is not tracked: the bias is a layer with one input."""
     trace = tracked(linear_weights(), OTHER_USES["penalty"][0])
     assert trace.layers == (Layer("b", None, (4,), "bias"),) and set(trace.unsupported) == {"w"}
     trace = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
@@ -297,12 +297,12 @@ def test_a_convolution_without_a_batch_is_refused() -> None:
 
 
 def alone(*names: str) -> tuple[Layer, ...]:
-    """Weights [4, 3] and biases [4], each a layer of its own."""
+    """Weights [4, 3] and biases [4] as separate layers."""
     layers = {"w": Layer("w", None, (4, 3)), "v": Layer("v", None, (4, 3))}
     return tuple(layers.get(name, Layer(name, None, (4,), "bias")) for name in names)
 
 
-def test_a_weight_with_two_biases_is_parted_from_them() -> None:
+def test_a_weight_with_two_biases_is_separated_from_them() -> None:
     weights = {"w": leaf(4, 3), "b": leaf(4), "c": leaf(4)}
 
     def forward(weights: Weights) -> None:
@@ -314,7 +314,7 @@ def test_a_weight_with_two_biases_is_parted_from_them() -> None:
     assert len(trace.calls) == 4
 
 
-def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
+def test_a_weight_with_and_without_a_bias_is_separated_from_it() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"])
@@ -323,7 +323,7 @@ def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
     assert trace.layers == alone("w", "b") and not trace.unsupported
 
 
-def test_one_bias_in_two_layers_is_parted_from_both() -> None:
+def test_one_bias_in_two_layers_is_separated_from_both() -> None:
     weights = {"w": leaf(4, 3), "v": leaf(4, 3), "b": leaf(4)}
 
     def forward(weights: Weights) -> None:
@@ -334,7 +334,7 @@ def test_one_bias_in_two_layers_is_parted_from_both() -> None:
     assert trace.layers == alone("w", "b", "v") and not trace.unsupported
 
 
-def test_a_weight_of_two_makes_is_missed() -> None:
+def test_a_weight_with_two_layouts_is_unsupported() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"])
         F.conv1d(X[:, :, None], weights["w"][..., None])
@@ -347,13 +347,13 @@ def test_a_weight_of_two_makes_is_missed() -> None:
 
 
 def content(trace: Trace) -> tuple[object, ...]:
-    """All that a trace says, with the identity of its calls."""
+    """Everything that a trace contains, with the identity of its calls."""
     calls = [id(call) for call in trace.calls]
     return trace.layers, calls, dict(trace.unsupported), trace.has_batch_coupling
 
 
 def test_reading_twice_changes_nothing() -> None:
-    """Of a weight with two makes, that is found when the layers are."""
+    """A weight with two layouts becomes unsupported when the layers are resolved."""
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"])
         F.conv1d(X[:, :, None], weights["w"][..., None])
@@ -431,7 +431,7 @@ def assert_gradient(call: OpCall, output: Tensor, weights: Weights) -> None:
         torch.testing.assert_close(found[name], value)
 
 
-def test_columns() -> None:
+def test_an_in_out_weight() -> None:
     weights = {"v": leaf(3, 4), "b": leaf(4)}
     for forward in (lambda w: X @ w["v"] + w["b"], lambda w: F.linear(X, w["v"].T, w["b"])):
         with Capture(dict(weights)) as capture:
@@ -446,8 +446,8 @@ def test_columns() -> None:
     lambda y, w: y.square(), lambda y, w: y + w["c"], lambda y, w: y * 2, lambda y, w: -y,
     lambda y, w: torch.cat([y, X], 1), lambda y, w: torch.stack((torch.ones(5, 4), y)),
 ])  # fmt: skip
-def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
-    """The gradient onto the product is then not the one onto the sum."""
+def test_a_product_with_another_use_is_separated_from_its_bias(other) -> None:
+    """The gradients in the product and in the sum differ."""
     weights = {**linear_weights(), "c": leaf(4)}
 
     def forward(weights: Weights) -> Tensor:
@@ -478,7 +478,7 @@ def test_a_scale_and_a_shift_for_each_unit() -> None:
         assert_gradient(call, output, weights)
 
 
-def test_attention_shows_its_linear_maps() -> None:
+def test_the_linear_maps_of_attention() -> None:
     attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), tensor(5, 3, 4)
     named = dict(attention.named_parameters())
     with Capture(dict(named)) as capture:
@@ -512,7 +512,7 @@ def test_nothing_is_recorded_outside() -> None:
     assert not capture.trace().calls and not capture.trace().unsupported
 
 
-def test_an_exception_leaves_no_mode_behind() -> None:
+def test_an_exception_ends_the_capture() -> None:
     weights = linear_weights()
     capture = Capture(dict(weights))
     with pytest.raises(ZeroDivisionError), capture:
@@ -547,7 +547,7 @@ def test_no_gradient_is_left_on_the_weights() -> None:
 
 
 def test_rows_that_the_graph_keeps_apart() -> None:
-    """Of plain chains; what may join rows, or turns them into columns, is left to gradients."""
+    """Plain chains are recognized; ops that may join or transpose rows are left to gradients."""
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     hidden = x.tanh()
     assert is_row_independent(random_projection(nn.functional.linear(hidden, w)))
@@ -564,8 +564,8 @@ def test_rows_that_the_graph_keeps_apart() -> None:
         assert not is_row_independent(random_projection(output)), name
 
 
-def test_positions_are_tensors_to_keep() -> None:
-    """Found in inference mode they may take part in gradients; pickled they name no device."""
+def test_block_indices_outlive_their_context() -> None:
+    """Computed in inference mode they can be used in gradients; pickled they name no device."""
     block = Block((Layer("w", "b", (2, 3)),), structure_spec.Block())
     index = BlockIndices([block], {"b": (2,), "w": (2, 3)})
     with torch.inference_mode():

@@ -3,7 +3,7 @@
 Legend for the whole package:
     B batch (examples)   S positions that share the weights   P weights
     I inputs of a layer, bias included   O outputs   K output vectors that are pulled back
-    Γ groups, each with a matrix of its own; most layers have no such axis
+    Γ groups with a matrix each; most layers have no such axis
 """
 
 from pyrocurv.layers.layer import Layer

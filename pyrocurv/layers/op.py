@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OpArguments:
-    """The arguments of one call. `settings` are what the input rows depend on besides the input."""
+    """The arguments of one call; `settings` are those that the input rows depend on."""
 
     input: Tensor
     weight: Tensor | None

@@ -1,7 +1,7 @@
 """The layers that one forward pass used and their calls, resolved from the recorded ops.
 
 A weight and a bias that are always used together are one layer; otherwise, as a weight with two
-biases, each is a layer of its own.
+biases, each is a separate layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyrocurv.layers.calls import OpCall, OpRecord
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """What a `Capture` recorded, and what is known to be unsupported, {name: reason}."""
+    """The ops that a `Capture` recorded, and the unsupported tensors {name: reason}."""
 
     tracked: Mapping[str, Tensor]
     ops: tuple[OpRecord, ...]
