@@ -12,7 +12,7 @@ from pyro import poutine, validation_enabled
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from pyrocurv.handlers.modules import frozen_buffers, unwrap_model
+from pyrocurv.handlers.modules import modules, unwrap_model
 from pyrocurv.handlers.replay import ObservedSite, ReplayMessenger
 from pyrocurv.handlers.sites import TraceSite, is_real, is_single_event
 from pyrocurv.layers import Layer
@@ -20,6 +20,8 @@ from pyrocurv.layers.autograd_graph import ancestors
 from pyrocurv.layers.batch_axis import find_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal, unwrap
+from pyrocurv.runtime.module_state import preserve_module_state
+from pyrocurv.runtime.rng import isolated_rng
 
 CHECKPOINT = (
     "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "
@@ -92,7 +94,7 @@ def _trace(
         trace = poutine.block(poutine.trace(visible).get_trace)(*args, **kwargs)
         return trace, replay.observed
 
-    with frozen_buffers(model):
+    with preserve_module_state(modules(model)):
         try:
             with torch.no_grad():
                 return run()
@@ -128,11 +130,12 @@ def _layers(
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers of the weights at these values, and {name: reason} of weights without a layer.
 
-    The global random number generator is left as it was.
+    The global random number generators are left as they were.
     """
+    device = next((value.device for value in values.values()), torch.device("cpu"))
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     capture, replay = Capture(dict(weights)), ReplayMessenger(weights, partial=True)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
+    with torch.enable_grad(), isolated_rng(device), preserve_module_state(modules(model)):
         with poutine.block(), validation_enabled(False):
             with capture:
                 replay(model)(*args, **kwargs)

@@ -35,13 +35,13 @@ from torch.distributions import (
 
 from pyrocurv.curvature.output_covariance import propagate
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.handlers.modules import eval_mode, modules
+from pyrocurv.handlers.modules import modules
 from pyrocurv.handlers.replay import ReplayMessenger
 from pyrocurv.infer.model_run import auxiliary_medians, layer_calls, mean_weights
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import unwrap
-from pyrocurv.runtime.module_state import still_frozen
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.module_state import eval_mode, still_frozen
+from pyrocurv.runtime.rng import isolated_rng
 
 
 @singledispatch
@@ -137,8 +137,9 @@ def predict(
     weights = mean_weights(guide)
     replay = ReplayMessenger({**weights, **auxiliary_medians(guide)}, partial=True)
     with (
-        torch.enable_grad(), RandomStream(0)(guide.blocks[0].raw_loc.device), eval_mode(model),
-        still_frozen(modules(model)), replay, Capture(dict(weights)) as capture,
+        torch.enable_grad(), isolated_rng(guide.blocks[0].raw_loc.device),
+        eval_mode(modules(model)), still_frozen(modules(model)),
+        replay, Capture(dict(weights)) as capture,
     ):
         model(*args, **kwargs)
     wrapped = _only_likelihood(replay)
