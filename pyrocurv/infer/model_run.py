@@ -27,7 +27,7 @@ from pyrocurv.posterior.sampling import perturbed_weights
 from pyrocurv.runtime.autocast import Autocast
 from pyrocurv.runtime.distributions import as_normal
 from pyrocurv.runtime.module_state import still_frozen
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import isolated_rng
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ def _check(replay: ReplayMessenger) -> None:
 def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
     """Have the guide meet its model, if it has not, at no cost of random numbers."""
     if guide.prototype_trace is None:
-        with RandomStream(0)(torch.device("cpu")), poutine.block():
+        with isolated_rng(torch.device("cpu")), poutine.block():
             guide._setup_prototype(*args, **kwargs)
 
 

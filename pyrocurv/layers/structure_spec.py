@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from pyrocurv.layers.layer import Layer
-from pyrocurv.runtime.validation import is_integer
+from pyrocurv.runtime.validation import check_integer, is_integer
 from pyrocurv.structures.serialization import serializable
 
 SHARING = ("expand", "reduce")
@@ -91,10 +91,7 @@ class KroneckerSpec(StructureSpec):
         return 1, 1
 
     def __post_init__(self) -> None:
-        if not (self.rank is None or self.rank == "auto" or is_integer(self.rank, 1)):
-            raise ValueError(
-                f"rank={self.rank!r}: an integer of at least 1, 'auto' or None is needed"
-            )
+        check_integer("rank", self.rank, 1, "auto", None)
         if self.sharing not in SHARING:
             raise ValueError(f"sharing={self.sharing!r}: choose one of {', '.join(SHARING)}")
 
