@@ -478,9 +478,10 @@ def blocks_of(
     """The Hessians of each layer in one structure, from terms of the output."""
     with Capture(dict(net.named_parameters())) as capture:
         output = net(x)
-    blocks = [Block((layer,), parse_structure(structure)) for layer in capture.layers()]
+    trace = capture.trace()
+    blocks = [Block((layer,), parse_structure(structure)) for layer in trace.layers]
     seen = [term(output) for term in terms]
-    return hessian.hessians(blocks, seen, capture.calls, count, 1, kept)
+    return hessian.hessians(blocks, seen, trace.calls, count, 1, kept)
 
 
 @pytest.mark.parametrize("structure", ["block", "kfac"])

@@ -17,7 +17,7 @@ from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 
 
 class ForwardPass(NamedTuple):
@@ -30,7 +30,7 @@ class ForwardPass(NamedTuple):
 
 def collect_statistics(
     spec: Curvature, blocks: Sequence[Block], terms: Sequence[LikelihoodTerm],
-    calls: Sequence[LayerCall | UntracedWeight], count: int, kept: Tensor | None,
+    calls: Sequence[LayerCall], count: int, kept: Tensor | None,
 ) -> Iterable[BlockStatistics]:
     """What each block is estimated from."""
     masked = masked_positions(terms, count)
@@ -60,11 +60,12 @@ def unmasked_examples(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | N
     return torch.stack([row.expand(count) for row in rows]).any(0).nonzero().squeeze(1)
 
 
-def check_batch(calls: Sequence[LayerCall | UntracedWeight], batch: int) -> None:
+def check_batch(calls: Sequence[LayerCall], batch: int) -> None:
     """Examples must be the first axis of every layer's input."""
     for call in calls:
-        if call.batch != batch:
+        if call.batch_size != batch:
             raise ValueError(
-                f"{call.layer.weight!r} reads {call.batch} rows where there are {batch} examples: "
-                "keep the batch as the first axis of the layer's input, other axes behind it"
+                f"{call.layer.weight!r} reads {call.batch_size} rows where there are {batch} "
+                "examples: keep the batch as the first axis of the layer's input, other axes "
+                "behind it"
             )

@@ -22,12 +22,13 @@ from pyrocurv.curvature.likelihood import (
 from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer, structure_spec
-from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
+from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_selection import StructureChoice, select_structures
 from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
+from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
@@ -129,10 +130,10 @@ def estimate(
         if callable(likelihood):  # which may arrange and reuse the output in its own way
             log_prob = term.likelihood.log_prob(term.value)
             each = log_prob.reshape(count, -1).sum(1) if log_prob.dim() else None
-        said = None if whole or capture.has_batch_coupling else each
-        capture.mark_untracked(total_output(output) if each is None else each.sum())
-        capture.unsupported |= find_wrong_batch_axis(capture.calls, count, said)
-        layers, calls = _with_opaque(capture, named, count)
+        trace = capture.trace().mark_untracked(total_output(output) if each is None else each.sum())
+        said = None if whole or trace.has_batch_coupling else each
+        trace = mark_wrong_batch_axis(trace, count, said)
+        layers, calls = _with_opaque(trace, named, count)
         chosen = select_structures(structure, "kfac", layers, dict(net.named_modules()))
         blocks = make_blocks(layers, chosen.__getitem__, dense_untraced=True)
         seen: Iterable[BlockStatistics]
@@ -147,13 +148,12 @@ def estimate(
 
 
 def _with_opaque(
-    capture: Capture, named: dict[str, nn.Parameter], batch: int
-) -> tuple[list[Layer], list[LayerCall | UntracedWeight]]:
+    trace: Trace, named: dict[str, nn.Parameter], batch: int
+) -> tuple[list[Layer], list[LayerCall]]:
     """The layers and calls of a forward pass, with those that no supported op consumes."""
-    layers, calls = capture.build_layers()
-    found = {name for layer in layers for name in layer.tensors}
+    found = {name for layer in trace.layers for name in layer.tensors}
     left = [name for name in named if name not in found]
-    if unused := [name for name in left if name not in capture.unsupported]:
+    if unused := [name for name in left if name not in trace.unsupported]:
         raise ValueError(
             f"{', '.join(unused)} took no part in the forward pass, or none with a gradient: set "
             "requires_grad=False to leave it out"
@@ -161,10 +161,10 @@ def _with_opaque(
     if left:
         warnings.warn(
             "no supported op consumes "
-            f"{', '.join(f'{name} ({capture.unsupported[name]})' for name in left)}: "
+            f"{', '.join(f'{name} ({trace.unsupported[name]})' for name in left)}: "
             "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
             stacklevel=3,
         )
-    more = [Layer(name, None, tuple(named[name].shape), "opaque") for name in left]
+    more = [Layer(name, None, tuple(named[name].shape), "untraced") for name in left]
     opaque = [UntracedWeight(layer, named[layer.weight], batch) for layer in more]
-    return [*layers, *more], [*calls, *opaque]
+    return [*trace.layers, *more], [*trace.calls, *opaque]

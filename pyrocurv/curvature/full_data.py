@@ -20,7 +20,7 @@ from pyrocurv.curvature.hessian import BlockStatistics
 from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_spec import EKFAC
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
@@ -31,7 +31,7 @@ class BatchTerms:
     """One forward pass: terms of the likelihood as a mean over `rows` examples, and the ops."""
 
     terms: Sequence[LikelihoodTerm]
-    calls: Sequence[LayerCall | UntracedWeight]
+    calls: Sequence[LayerCall]
     rows: int
     data: float  # how many data it stands for, in a sum
 

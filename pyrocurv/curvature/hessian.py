@@ -29,7 +29,7 @@ from pyrocurv.curvature.layer_statistics import Pairs
 from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall, OpCall
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
 
 NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, should not exceed
@@ -111,9 +111,7 @@ def eigen(
 
 
 def hessians(
-    blocks: Sequence[Block], terms: Sequence[LikelihoodTerm], calls: Sequence[
-        LayerCall | UntracedWeight
-    ],
+    blocks: Sequence[Block], terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall],
     count: int, num_samples: int, kept: Tensor | None = None, masked: Tensor | None = None,
 ) -> list[HessianStatistics]:
     """The Hessian of each block, from the first `count` examples; `kept` are those not masked.
@@ -133,19 +131,18 @@ def hessians(
     return [graph.block(block) for block in blocks]
 
 
-def _is_in_weights(block: Block, calls: Sequence[LayerCall | UntracedWeight]) -> bool:
+def _is_in_weights(block: Block, calls: Sequence[LayerCall]) -> bool:
     """Whether something of a block may be read from the rows of its weights."""
     (first, *more) = (call.transposed for call in calls if call.layer == block.layers[0])
-    return (
-        not block.structure.is_kronecker or first or bool(more) or block.layers[0].form == "units"
-    )
+    is_per_unit = block.layers[0].orientation == "per_unit"
+    return not block.structure.is_kronecker or first or bool(more) or is_per_unit
 
 
 @dataclass(frozen=True, eq=False)
 class _GradientGraph:
     """The gradient with its graph, in weights that it is wanted in and in all outputs."""
 
-    calls: Sequence[LayerCall | UntracedWeight]
+    calls: Sequence[LayerCall]
     leaves: dict[str, Tensor]
     in_leaves: dict[str, Tensor]  # by name
     in_calls: dict[int, Tensor | None]  # by the call's id
@@ -157,13 +154,11 @@ class _GradientGraph:
 
     @staticmethod
     def of(
-        names: Container[str], terms: Sequence[LikelihoodTerm], calls: Sequence[
-            LayerCall | UntracedWeight
-        ],
+        names: Container[str], terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall],
         count: int, num_samples: int, kept: Tensor | None, masked: Tensor | None,
     ) -> _GradientGraph:
         """One backward pass."""
-        seen = [call for call in calls if isinstance(call, LayerCall)]
+        seen = [call for call in calls if isinstance(call, OpCall)]
         edges = [call.edge for call in seen]
         leaves = {
             name: leaf for call in calls for name, leaf in call.leaves.items() if name in names
@@ -192,16 +187,16 @@ class _GradientGraph:
             self._chunk(block.size), self.num_samples,
         )
 
-    def outputs(self, calls: Sequence[LayerCall]) -> OutputHessian:
+    def outputs(self, calls: Sequence[OpCall]) -> OutputHessian:
         """In the outputs of some calls of one layer."""
         gradients = [self.in_calls[id(call)] for call in calls]
         return OutputHessian.of(
             calls, gradients, self.count, self.kept, self._chunk(1), self.num_samples, self.masked
         )
 
-    def uses(self, layer: Layer) -> list[LayerCall]:
+    def uses(self, layer: Layer) -> list[OpCall]:
         """The calls of a layer that is no opaque one."""
-        return [c for c in self.calls if isinstance(c, LayerCall) and c.layer == layer]
+        return [c for c in self.calls if isinstance(c, OpCall) and c.layer == layer]
 
     def block(self, block: Block) -> HessianStatistics:
         """In the block's structure."""
@@ -212,7 +207,7 @@ class _GradientGraph:
             weights = self.weights(block)
             return HessianStatistics(block, self, lambda: Dense(weights.matrix()))
         sharing, (layer,) = block.kronecker.sharing, block.layers
-        if layer.form == "units":
+        if layer.orientation == "per_unit":
             weights = self.weights(block)
             return HessianStatistics(
                 block, self, lambda: _units(weights.groups(), self.count), weights
@@ -232,7 +227,7 @@ class _GradientGraph:
 
     def _diagonal(self, layer: Layer) -> Callable[[], Tensor]:
         weights, mine = self.weights(Block((layer,), structure_spec.Diagonal())), self.uses(layer)
-        once = len(mine) == 1 and not mine[0].transposed and layer.form != "units"
+        once = len(mine) == 1 and not mine[0].transposed and layer.orientation != "per_unit"
         if once and not weights.is_exact:
             outputs = self.outputs(mine)
             if outputs.passes <= hessian_weights.PASSES:
@@ -243,7 +238,7 @@ class _GradientGraph:
         """The inputs and the gradients of layers that are no opaque ones, without their graph."""
         calls = [call for layer in block.layers for call in self.uses(layer)]
         arranged = [
-            call.gradients(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
+            call.output_gradient_rows(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
             for call in calls
         ]
         found = layer_statistics.collect(block, calls, arranged, self.count, self.masked)

@@ -32,7 +32,7 @@ from pyrocurv.curvature.hessian_weights import (
     symmetric,
     vector_hessian_products,
 )
-from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.calls import OpCall
 from pyrocurv.structures import Kronecker, KroneckerEigen
 
 
@@ -43,7 +43,7 @@ class OutputHessian:
     The examples are those of the first `count` that are `kept`, all if None.
     """
 
-    calls: tuple[LayerCall, ...]
+    calls: tuple[OpCall, ...]
     gradient: Tensor
     inputs: Tensor  # [*Γ, B, S, I]
     count: int
@@ -54,13 +54,13 @@ class OutputHessian:
 
     @staticmethod
     def of(
-        calls: Sequence[LayerCall], gradients: Sequence[
+        calls: Sequence[OpCall], gradients: Sequence[
             Tensor | None
         ], count: int, kept: Tensor | None,
         chunk: int, num_samples: int, masked: Tensor | None = None,
     ) -> OutputHessian:
         """From the gradients onto the outputs of some calls, joined along S."""
-        inputs = _kept(torch.cat([call.rows(count) for call in calls], -2), kept)
+        inputs = _kept(torch.cat([call.input_rows(count) for call in calls], -2), kept)
         gradient = _arranged(calls, gradients, count, kept)
         masked = masked if masked is None or kept is None else masked[kept]
         return OutputHessian(
@@ -169,11 +169,12 @@ class OutputHessian:
 
 
 def _arranged(
-    calls: Sequence[LayerCall], gradients: Sequence[Tensor | None], count: int, kept: Tensor | None
+    calls: Sequence[OpCall], gradients: Sequence[Tensor | None], count: int, kept: Tensor | None
 ) -> Tensor:
     """Gradients onto the outputs of calls as rows [*Γ, B, S, O]."""
     parts = zip(calls, gradients, strict=True)
-    return _kept(torch.cat([call.gradients(part, count) for call, part in parts], -2), kept)
+    rows = [call.output_gradient_rows(gradient, count) for call, gradient in parts]
+    return _kept(torch.cat(rows, -2), kept)
 
 
 def _kept(rows: Tensor, kept: Tensor | None) -> Tensor:

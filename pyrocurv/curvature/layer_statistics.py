@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
 from pyrocurv.structures.kronecker_eigen import multiplicities, squared_projections
 
@@ -67,9 +67,7 @@ Pairs = Sequence[Uses]  # of each layer of a block
 
 
 def collect(
-    block: Block, calls: Sequence[
-        LayerCall | UntracedWeight
-    ], gradients: Sequence[Tensor], count: int,
+    block: Block, calls: Sequence[LayerCall], gradients: Sequence[Tensor], count: int,
     masked: Tensor | None = None,
 ) -> Pairs:
     """What each layer of a block saw, zeros where that is nothing; calls are joined along S.
@@ -88,25 +86,22 @@ def collect(
 
 
 def _uses(
-    layer: Layer, calls: Sequence[
-        LayerCall | UntracedWeight
-    ], gradients: Sequence[Tensor], count: int
+    layer: Layer, calls: Sequence[LayerCall], gradients: Sequence[Tensor], count: int
 ) -> Uses:
     uses = []
     for transposed in (False, True):
         mine = [i for i, call in enumerate(calls) if call.transposed == transposed]
         if mine:
-            a = _joined([calls[i].rows(count) for i in mine]).unsqueeze(0)
+            a = _joined([calls[i].input_rows(count) for i in mine]).unsqueeze(0)
             g = _joined([gradients[i] for i in mine])
             uses.append(LayerStatistics(g, a) if transposed else LayerStatistics(a, g))
-    return [_per_unit(pair) for pair in uses] if layer.form == "units" else uses
+    return [_per_unit(pair) for pair in uses] if layer.orientation == "per_unit" else uses
 
 
 def zeros(layer: Layer, like: Tensor, count: int) -> Uses:
     """Zero inputs and gradients, for a layer that was not called."""
-    a, g = (
-        like.new_zeros(1, *layer.lead, count, 1, size) for size in (layer.columns, layer.rows)
-    )
+    sizes = layer.in_features, layer.out_features
+    a, g = (like.new_zeros(1, *layer.lead, count, 1, size) for size in sizes)
     return [LayerStatistics(a, g)]
 
 

@@ -25,7 +25,7 @@ from pyrocurv.curvature.layer_statistics import (
 )
 from pyrocurv.curvature.output_gradients import pull
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.structures import KroneckerEigen, Rescaled, Structure
 from pyrocurv.structures.kronecker_eigen import squared_projections
 
@@ -34,7 +34,7 @@ NUMBERS = 2**23  # of a Jacobian that is formed at once
 
 def propagate(
     blocks: Sequence[Block], precisions: Sequence[Structure], output: Tensor,
-    calls: Sequence[LayerCall | UntracedWeight],
+    calls: Sequence[LayerCall],
 ) -> Tensor:
     """S [B, M, M] of outputs [B, ...] with M numbers for each example.
 

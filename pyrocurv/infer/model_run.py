@@ -27,7 +27,7 @@ from pyrocurv.posterior.prior import PriorSite
 from pyrocurv.runtime.autocast import Autocast
 from pyrocurv.runtime.distributions import as_normal
 from pyrocurv.runtime.module_state import still_frozen
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import isolated_rng
 
 # Defaults of Adam for the parameters of the model and of the fallback guide. A noise scale's first
 # gradients, with the weights far from their optimum, are so large that a longer memory for squares
@@ -214,7 +214,7 @@ def run_model(
     _check_observed(replay)
     own = _own_params(model, modules)  # after the run: the store may have replaced some
     params = {n: p for n, p in replay.params.items() if p.requires_grad}
-    calls = [] if recorder is None else recorder.calls
+    calls = () if recorder is None else recorder.trace().calls
     return ModelRun(
         weights, replay, fallback, calls, own, _unique({**own, **params}),
         _fallback_params(guide, fallback), log_volume,
@@ -236,7 +236,7 @@ def require_grad(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
     """Set up a guide that has not been called, without using random numbers."""
     if guide.prototype_trace is None:
-        with RandomStream(0)(torch.device("cpu")), poutine.block():
+        with isolated_rng(torch.device("cpu")), poutine.block():
             guide._setup_prototype(*args, **kwargs)
 
 
@@ -255,7 +255,7 @@ def auxiliary_medians(guide: StructuredGuide, *args: Any, **kwargs: Any) -> dict
 
 def layer_calls(
     guide: StructuredGuide, calls: Sequence[LayerCall], weights: Mapping[str, Tensor], rows: int
-) -> list[LayerCall | UntracedWeight]:
+) -> list[LayerCall]:
     """The calls of the guide's layers, including weights that no supported op consumes."""
     blocks = [family.block for family in guide.blocks]
     untraced = [layer for block in blocks if block.is_untraced for layer in block.layers]

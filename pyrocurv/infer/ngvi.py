@@ -22,7 +22,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.guides.mixture import TRAINED
-from pyrocurv.handlers.modules import frozen_buffers, modules
+from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.defaults import (
     AUTO,
     Loss,
@@ -47,7 +47,7 @@ from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
-from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer, check_positive
@@ -268,7 +268,7 @@ class NGVI:
         posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
         with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:
             model = BatchModel(self.model, self.guide, network, args, kwargs)
-            with frozen_buffers(self.model):
+            with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
                 return Loss.at(*rule.negative_elbo(current, self._settings(), model))
 

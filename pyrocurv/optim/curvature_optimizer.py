@@ -20,7 +20,7 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.trace import Trace
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
@@ -178,16 +178,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 inputs.batch, self.curvature.kind in DATA_KINDS,
             )
             self.has_finite_support = unwrap_independent(term.likelihood).has_enumerate_support
-            check_batch_axis(self.layout, capture, output, inputs.batch)
-            layout, calls = self._add_new_layers(capture, store)
+            trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
+            layout, calls = self._add_new_layers(trace, store)
             yield term, layout, calls, inputs.batch
 
     def _add_new_layers(
-        self, capture: Capture, store: ParameterStore
+        self, trace: Trace, store: ParameterStore
     ) -> tuple[ParameterBlocks, list[LayerCall]]:
         """The layout with the layers of this pass, and the calls of all layers in blocks."""
-        known, calls = self.layout.names, split_by_group(capture.calls, store.named)
-        unsupported = {name: why for name, why in capture.unsupported.items() if name not in known}
+        known, calls = self.layout.names, split_by_group(trace.calls, store.named)
+        unsupported = {name: why for name, why in trace.unsupported.items() if name not in known}
         layers = new_layers(self.layout, calls)
         if self.has_untraced_blocks:
             layers += untraced_layers(unsupported, store.named)

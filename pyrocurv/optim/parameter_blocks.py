@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from pyrocurv.layers import Layer
-from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
+from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, make_blocks
-from pyrocurv.layers.calls import LayerCall, split_weight_and_bias
-from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.calls import LayerCall, OpCall, split_weight_and_bias
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
+from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.parameter_store import NamedParameters
 
 
@@ -62,10 +62,10 @@ def new_layers(layout: ParameterBlocks, calls: Iterable[LayerCall]) -> list[Laye
 
 def untraced_layers(names: Iterable[str], named: NamedParameters) -> list[Layer]:
     """Parameters that no supported op consumes, as layers."""
-    return [Layer(name, None, tuple(named[name][0].shape), "opaque") for name in names]
+    return [Layer(name, None, tuple(named[name][0].shape), "untraced") for name in names]
 
 
-def split_by_group(calls: Iterable[LayerCall], named: NamedParameters) -> list[LayerCall]:
+def split_by_group(calls: Iterable[OpCall], named: NamedParameters) -> list[OpCall]:
     """The calls; in two where weight and bias are in two groups."""
     group = {name: id(group) for name, (_, group) in named.items()}
     return [
@@ -77,12 +77,11 @@ def split_by_group(calls: Iterable[LayerCall], named: NamedParameters) -> list[L
 
 
 def check_batch_axis(
-    layout: ParameterBlocks, capture: Capture, output: Any, batch_size: int
-) -> None:
-    """Mark layers whose rows are not the examples as unsupported, if any layer is new."""
-    calls = capture.calls
-    if calls and layout.names >= {name for call in calls for name in call.layer.tensors}:
-        return
-    capture.mark_untracked(total_output(output))
-    scalar = None if capture.has_batch_coupling else per_example_scalar(output, batch_size)
-    capture.unsupported |= find_wrong_batch_axis(calls, batch_size, scalar)
+    layout: ParameterBlocks, trace: Trace, output: Any, batch_size: int
+) -> Trace:
+    """The trace without layers whose rows are not the examples; checked if any layer is new."""
+    if trace.layers and layout.names >= {name for x in trace.layers for name in x.tensors}:
+        return trace
+    trace = trace.mark_untracked(total_output(output))
+    scalar = None if trace.has_batch_coupling else per_example_scalar(output, batch_size)
+    return mark_wrong_batch_axis(trace, batch_size, scalar)

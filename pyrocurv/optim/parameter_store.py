@@ -66,7 +66,7 @@ class ParameterStore:
         """Move the parameters that have a gradient."""
         values: dict[str, Tensor] = {}
         for move in update.moves:
-            values.update(move.state.block.parts(move.moved(move.state.mean)))
+            values.update(move.state.block.strided_views(move.moved(move.state.mean)))
         values = {n: v for n, v in values.items() if self.named[n][0].grad is not None}
         undo.keep_tensors(self.named[name][0] for name in values)
         self.write(values)

@@ -293,7 +293,7 @@ class VIOptimizer(CurvatureOptimizer):
         store = self._store()
         with store.restoring(self._means):
             for state in self._means:
-                store.write(state.block.parts(state.mean))
+                store.write(state.block.strided_views(state.mean))
             torch.clear_autocast_cache()
             yield
 

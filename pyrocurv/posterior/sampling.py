@@ -63,8 +63,8 @@ def perturbed_weights(
             weights.update(state.block.unpack(state.mean.clone()))
         return weights
     for state, perturbation in zip(blocks, perturbations, strict=True):
-        direction = state.block.parts(perturbation.direction)
-        for name, mean in state.block.parts(state.mean).items():
+        direction = state.block.strided_views(perturbation.direction)
+        for name, mean in state.block.strided_views(state.mean).items():
             weights[name] = torch.add(mean, direction[name], alpha=perturbation.sign).contiguous()
     return weights
 

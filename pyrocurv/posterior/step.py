@@ -106,7 +106,7 @@ def _push(state: BlockState, gradients: dict[str, Tensor]) -> BlockState | None:
     names = state.block.tensors
     if gradients.keys().isdisjoint(names):
         return None
-    views = state.block.parts(state.momentum)
+    views = state.block.strided_views(state.momentum)
     gradient = {n: gradients.pop(n, None) for n in names}
     complete = {n: torch.zeros_like(views[n]) if g is None else g for n, g in gradient.items()}
     weight = 1 - state.hyperparameters.momentum
