@@ -26,8 +26,8 @@ from pyrocurv.infer.model_run import (
     setup_guide,
     split_batch,
 )
-from pyrocurv.runtime.module_state import eval_mode
 from pyrocurv.posterior.prior import BlockPrior, read_block_prior
+from pyrocurv.runtime.module_state import eval_mode
 
 
 def sum_curvature(

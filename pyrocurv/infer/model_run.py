@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.guides import StructuredGuide
@@ -25,7 +24,7 @@ from pyrocurv.layers.capture import Capture
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.prior import PriorSite
 from pyrocurv.runtime.autocast import Autocast
-from pyrocurv.runtime.distributions import as_normal
+from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import still_frozen
 from pyrocurv.runtime.rng import isolated_rng
 
@@ -88,7 +87,7 @@ class ModelRun:
     def has_finite_support(self) -> bool:
         """Whether all likelihoods are over finitely many values."""
         data = [site for site in self.data if site.in_plate or not site.is_factor]
-        return all(_innermost(site.fn).has_enumerate_support for site in data)
+        return all(unwrap(site.fn, masks=True).has_enumerate_support for site in data)
 
     def check_per_example_density(self, kind: str) -> None:
         """Raise ValueError for a joint density of several examples, if `kind` needs each one's."""
@@ -97,7 +96,7 @@ class ModelRun:
         primary = self.primary_likelihood
         for site in self.data:
             is_outside = primary.in_plate and not site.in_plate and site.rows != primary.rows
-            is_joint = not _innermost(site.fn).batch_shape and max(site.rows, primary.rows) > 1
+            is_joint = not unwrap(site.fn, masks=True).batch_shape and max(site.rows, primary.rows) > 1
             if is_outside or is_joint:
                 raise ValueError(
                     f"site {site.name!r} has one density for all examples, but "
@@ -301,12 +300,6 @@ def _fallback_params(guide: StructuredGuide, trace: Any) -> dict[str, Tensor]:
         f"guide {name.removeprefix(guide._pyro_name)}": site["value"].unconstrained()
         for name, site in nodes.items() if site["type"] == "param"
     }
-
-
-def _innermost(fn: Distribution) -> Distribution:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _depends_on(leaves: Container[int], value: Tensor) -> bool:

@@ -20,9 +20,9 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.trace import Trace
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
+from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
 from pyrocurv.optim.forward_recorder import (
     ForwardRecorder,
@@ -35,7 +35,6 @@ from pyrocurv.optim.loss_targets import (
     check_likelihood,
     check_loss,
     observation,
-    unwrap_independent,
 )
 from pyrocurv.optim.parameter_blocks import (
     ParameterBlocks,
@@ -53,6 +52,7 @@ from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Evaluation, step
 from pyrocurv.posterior.summary import UpdateCount, format_table, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
@@ -177,7 +177,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self.likelihood, self._likelihood_fn, output, gradient, num_examples(passes),
                 inputs.batch, self.curvature.kind in DATA_KINDS,
             )
-            self.has_finite_support = unwrap_independent(term.likelihood).has_enumerate_support
+            self.has_finite_support = unwrap(term.likelihood).has_enumerate_support
             trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
             layout, calls = self._add_new_layers(trace, store)
             yield term, layout, calls, inputs.batch
