@@ -96,7 +96,8 @@ class ModelRun:
         primary = self.primary_likelihood
         for site in self.data:
             is_outside = primary.in_plate and not site.in_plate and site.rows != primary.rows
-            is_joint = not unwrap(site.fn, masks=True).batch_shape and max(site.rows, primary.rows) > 1
+            batch_shape = unwrap(site.fn, masks=True).batch_shape
+            is_joint = not batch_shape and max(site.rows, primary.rows) > 1
             if is_outside or is_joint:
                 raise ValueError(
                     f"site {site.name!r} has one density for all examples, but "
