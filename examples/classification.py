@@ -43,13 +43,13 @@ def make_batches(data: Labeled, epochs: int) -> list[Labeled]:
     return [(x[rows], y[rows]) for epoch in epoch_rows for rows in epoch]
 
 
-def adam(batches: list[Labeled], x_test: Tensor) -> Tensor:
-    """The predictive probabilities [N, classes] of a point estimate."""
+def adam_probs(batches: list[Labeled], x_test: Tensor) -> Tensor:
+    """Probabilities [N, classes] that a point estimate predicts."""
     torch.manual_seed(SEED)
     net = make_net()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     schedule = CosineAnnealingLR(optimizer, T_max=len(batches))
-    for x, y in tqdm(batches, "Adam", disable=None):  # no bar where stderr is no terminal
+    for x, y in tqdm(batches, "Adam", disable=None):  # a bar on terminals only
         optimizer.zero_grad()
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
@@ -58,19 +58,18 @@ def adam(batches: list[Labeled], x_test: Tensor) -> Tensor:
         return net(x_test).softmax(-1)
 
 
-def ngvi(batches: list[Labeled], x_test: Tensor, num_data: int, num_samples: int) -> Tensor:
-    """The predictive probabilities [N, classes] of a posterior, averaged over its samples."""
+def ngvi_probs(batches: list[Labeled], x_test: Tensor, num_data: int, num_samples: int) -> Tensor:
+    """Probabilities [N, classes] that a posterior predicts, averaged over its samples."""
     torch.manual_seed(SEED)
     net = pyrocurv.nn.bayesianize(make_net())
     model = pyrocurv.nn.Classifier(net, num_data=num_data)
     guide = KFACGuide(model)
-    optimizer = NGVI(model, guide, lr=0.05, temperature=0.01)
-    schedule = CosineAnnealingLR(optimizer.optimizer, T_max=len(batches))
+    ngvi = NGVI(model, guide, lr=0.05, temperature=0.01)
+    schedule = CosineAnnealingLR(ngvi.optimizer, T_max=len(batches))
     for x, y in tqdm(batches, "NGVI", disable=None):
-        optimizer.step(x, y)
+        ngvi.step(x, y)
         schedule.step()
     predictive = Predictive(model, guide=guide, num_samples=num_samples, return_sites=["_RETURN"])
-    torch.manual_seed(SEED)
     logits = predictive(x_test)["_RETURN"]  # [samples, N, classes]
     return logits.softmax(-1).mean(0)
 
@@ -98,8 +97,8 @@ def main() -> None:
     train, (images, classes), _ = load(train_size)
     batches = make_batches(train, epochs)
     methods = {
-        "Adam": adam(batches, images),
-        "NGVI": ngvi(batches, images, len(train[1]), num_samples),
+        "Adam": adam_probs(batches, images),
+        "NGVI": ngvi_probs(batches, images, len(train[1]), num_samples),
     }
     print(f"{'method':<8}{'accuracy':>10}{'NLL':>10}{'ECE':>10}")
     for name, probs in methods.items():
