@@ -1,4 +1,4 @@
-"""Images with a label for `classification.py`, and images of a kind that it never trains on.
+"""Labeled images for `classification.py`, and images of another kind, which it never trains on.
 
 Digits come with scikit-learn; MNIST, Fashion-MNIST and CIFAR-10 are read from a folder.
 """
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torchvision import datasets
 
-Labelled = tuple[Tensor, Tensor]  # images [N, C, H, W], classes [N]
+Labeled = tuple[Tensor, Tensor]  # images [N, C, H, W], classes [N]
 
 FROM_FOLDER = {
     "mnist": datasets.MNIST,
@@ -25,29 +25,23 @@ UNSEEN = {"mnist": "fashion-mnist", "fashion-mnist": "mnist"}  # each is the oth
 
 
 class Refusal(Exception):
-    """What the user asked for cannot be had; the message says what to do, in one line."""
+    """A request that cannot be met; the message says what to do, in one line."""
 
 
 @dataclass(frozen=True)
 class Data:
     """Images scaled to mean 0 and variance 1 over the training images."""
 
-    train: Labelled
-    val: Labelled  # to choose hyper-parameters on
-    test: Labelled
+    train: Labeled
+    val: Labeled  # to choose hyper-parameters on
+    test: Labeled
     unseen: Tensor  # [M, C, H, W]
-
-    def to(self, device: str) -> Data:
-        train, val, test = (
-            (x.to(device), y.to(device)) for x, y in (self.train, self.val, self.test)
-        )
-        return Data(train, val, test, self.unseen.to(device))
 
 
 def load(
     name: str, root: str = "data", download: bool = False, train_size: int | None = None
 ) -> Data:
-    """The data set `name`, always split alike; trained on its first `train_size` images."""
+    """The data set `name`, always split the same way, with the first `train_size` to train on."""
     if name == "digits":
         rest, test = _shuffled_split(*_digits(), size=1000)
         rest, val = _shuffled_split(*rest, size=397)
@@ -61,7 +55,7 @@ def load(
     return Data(*scaled, unseen=(_unseen(name, root, like=x) - mean) / std)
 
 
-def from_folder(name: str, root: str, train: bool, download: bool = False) -> Labelled:
+def from_folder(name: str, root: str, train: bool, download: bool = False) -> Labeled:
     """Images in [0, 1] and classes, read from the files that torchvision keeps below `root`."""
     try:
         data = FROM_FOLDER[name](root, train=train, download=download)
@@ -76,29 +70,29 @@ def from_folder(name: str, root: str, train: bool, download: bool = False) -> La
 
 
 def photo_patches(size: int) -> Tensor:
-    """Two photographs, cut into grey pieces of about 32 x 32 pixels shown as [M, 1, size, size]."""
+    """Two photographs in gray, cut into pieces of about 32 x 32 pixels: [M, 1, size, size]."""
     photos = torch.stack([torch.tensor(image) for image in load_sample_images().images])
-    grey = photos.float().mean(-1).unsqueeze(1) / 255  # [2, 1, H, W]
-    grey = F.avg_pool2d(grey, 32 // size)
-    patches = F.unfold(grey, size, stride=size)  # [2, size * size, number]
+    gray = photos.float().mean(-1).unsqueeze(1) / 255  # [2, 1, H, W]
+    gray = F.avg_pool2d(gray, 32 // size)
+    patches = F.unfold(gray, size, stride=size)  # [2, size * size, number]
     return patches.transpose(1, 2).reshape(-1, 1, size, size)
 
 
-def _digits() -> Labelled:
+def _digits() -> Labeled:
     digits = load_digits()
     x = torch.as_tensor(digits.images).float().unsqueeze(1) / 16
     return x, torch.as_tensor(digits.target).long()
 
 
 def _unseen(name: str, root: str, like: Tensor) -> Tensor:
-    """The other MNIST where it is at hand, else pieces of photographs; shaped as `like`."""
+    """The other MNIST if its files are there, else pieces of photographs; shaped as `like`."""
     try:
         return from_folder(UNSEEN[name], root, train=False)[0]
     except (KeyError, Refusal):
         return photo_patches(like.shape[-1]).expand(-1, *like.shape[1:])
 
 
-def _shuffled_split(x: Tensor, y: Tensor, size: int) -> tuple[Labelled, Labelled]:
+def _shuffled_split(x: Tensor, y: Tensor, size: int) -> tuple[Labeled, Labeled]:
     """The rest, and `size` examples drawn at random."""
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     rest, part = order[size:], order[:size]
