@@ -146,7 +146,7 @@ def predict(
     likelihood = unwrap(wrapped, masks=True)
     with torch.enable_grad():
         outputs = linear_predictor(likelihood)
-    calls = layer_calls(guide, capture.calls, weights, len(outputs))
+    calls = layer_calls(guide, capture.trace().calls, weights, len(outputs))
     with torch.no_grad():
         precisions = [family.precision() for family in guide.blocks]
     covariance = propagate([f.block for f in guide.blocks], precisions, outputs, calls)

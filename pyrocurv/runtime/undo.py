@@ -14,6 +14,8 @@ class Undo:
     """Restores all that was kept, bit for bit, if the body of the `with` statement raises.
 
     Example:
+        >>> import torch
+        >>> from pyrocurv.runtime.undo import Undo
         >>> weight = torch.zeros(2)
         >>> try:
         ...     with Undo() as undo:
