@@ -20,7 +20,7 @@ class Undo:
         >>> try:
         ...     with Undo() as undo:
         ...         undo.keep_tensors([weight])
-        ...         weight.add_(1)
+        ...         _ = weight.add_(1)
         ...         raise KeyboardInterrupt
         ... except KeyboardInterrupt:
         ...     print(weight)
