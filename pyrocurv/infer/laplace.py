@@ -78,7 +78,9 @@ class Laplace:
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
-            raise ValueError("curvature='noise' is computed from the samples of training: choose another")
+            raise ValueError(
+                "curvature='noise' is computed from the samples of training: choose another"
+            )
         self._fitted: list[LaplaceBlock] = []
         self._log_likelihood = 0.0
 
