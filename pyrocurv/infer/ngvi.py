@@ -45,6 +45,7 @@ from pyrocurv.infer.resume_checks import (
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
@@ -211,15 +212,14 @@ class NGVI:
             factor = group["lr"] / group.get("initial_lr", group["lr"])
             auxiliary = [parameter._replace(lr_factor=factor) for parameter in auxiliary]
 
-            @torch.no_grad()
-            def commit() -> None:
-                self._auxiliary.keep(undo, auxiliary)
-                self._auxiliary.step(auxiliary)
-                self._store.commit(update, undo)
-                self.guide.is_laplace = self.num_particles == 0
-                self._posterior = update.posterior
+            self._auxiliary.keep(undo, auxiliary)
+            self.optimizer.step(lambda: self._auxiliary.step(auxiliary))
 
-            self.optimizer.step(commit)
+        def assign() -> None:
+            self.guide.is_laplace = self.num_particles == 0
+            self._posterior = update.posterior
+
+        commit(update, self._store, undo, assign)
         return update.loss
 
     def _setup_guide(self, undo: Undo, args: Any, kwargs: Any) -> None:

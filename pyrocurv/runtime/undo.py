@@ -43,6 +43,10 @@ class Undo:
         """Have `restore` called if the body raises."""
         self._restore.append(restore)
 
+    def forget(self) -> None:
+        """Restore nothing from now on."""
+        self._restore.clear()
+
     @torch.no_grad()
     def keep_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Keep the values of tensors, which are changed in place."""
