@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.full_data import BatchTerms, CurvatureSum, accumulate
+from pyrocurv.curvature.collect import ForwardPass
+from pyrocurv.curvature.full_data import CurvatureSum, accumulate
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.modules import eval_mode
@@ -49,19 +50,19 @@ def sum_curvature(
         counted, num_data = counted + run.batch, run.num_data
         totals = _plus(totals, guide, spec, run)
     _check_count(counted, num_data)
-    unfinished = [total for total in totals if total.wants_another_pass]
+    unfinished = [total for total in totals if total.needs_second_pass]
     if unfinished:
-        again, seen = [total.second() for total in unfinished], 0
+        again, seen = [total.second_pass() for total in unfinished], 0
         for run in _runs(model, guide, spec, loader):
             again, seen = _plus(again, guide, spec, run), seen + run.batch
         _check_again(counted, seen)
         finished = iter(again)
-        totals = [next(finished) if one.wants_another_pass else one for one in totals]
+        totals = [next(finished) if one.needs_second_pass else one for one in totals]
     if not torch.isfinite(torch.tensor(log_likelihood)):
         raise FloatingPointError(f"the log likelihood is {log_likelihood}")
     parts = zip(totals, priors, guide.blocks, strict=True)
     return [
-        LaplaceBlock(total.block, total.sum(), prior, family.raw_loc.detach().clone())
+        LaplaceBlock(total.block, total.total(), prior, family.raw_loc.detach().clone())
         for total, prior, family in parts
     ], log_likelihood
 
@@ -95,7 +96,7 @@ def _plus(
     rows = run.primary_likelihood.rows
     calls = layer_calls(guide, run.capture, run.weights, rows)
     with torch.enable_grad():
-        return accumulate(spec, totals, BatchTerms(run.observations, calls, rows, run.batch))
+        return accumulate(spec, totals, ForwardPass(run.observations, calls, rows), run.batch)
 
 
 def _check_count(counted: int, num_data: int) -> None:
