@@ -89,7 +89,7 @@ class Products(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """What no supported op consumes."""
+    """Weights that no supported op consumes."""
 
     def __init__(self, kind: Callable[..., nn.Module] = nn.GRU) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class FromCode(nn.Module):
         return self.head(F.linear(x, weight).tanh())
 
 
-class BlockIndices(nn.Module):
-    """A learned table of positions, through a linear map of its own."""
+class Positions(nn.Module):
+    """A learned table of positions with a linear map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class BlockIndices(nn.Module):
 
 
 class SequenceFirst(nn.Module):
-    """Inputs [B, S, I] that are turned to [S, B, I], and read out from one position or all."""
+    """Inputs [B, S, I] that are transposed to [S, B, I], and read out from one position or all."""
 
     def __init__(self, position: int | None = None) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Mapped(nn.Module):
 
 
 class Product(torch.autograd.Function):
-    """x Wᵀ by an op of one's own."""
+    """x Wᵀ as a custom op."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class OwnOp(nn.Module):
 
 
 class OwnOpToo(OwnOp):
-    """The same weight in an op in sight as well."""
+    """The same weight in a supported op too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head((F.linear(x, self.weight) + Product.apply(x.sin(), self.weight)).tanh())
@@ -272,7 +272,7 @@ LAYERED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "hand-attention": (HandAttention, (3, 4)),
 }  # fmt: skip
 
-# nets whose layers are no modules of their own: the dense matrices are their only oracle
+# nets whose layers are not modules: the dense matrices are their only oracle
 WOVEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention": (Attention, (3, 4)),
     "attention-cross": (lambda: Attention(cross=True), (3, 4)),
@@ -290,12 +290,12 @@ MISREAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = 
     "code": (lambda: FromCode(), (3,), {"maker.weight", "maker.bias"}),
     "code-row": (lambda: FromCode(1), (3,), {"maker.weight", "maker.bias"}),
     "code-rows": (lambda: FromCode(4), (3,), {"maker.weight", "maker.bias"}),
-    "positions": (BlockIndices, (4, 3), {"table.weight", "place.weight", "place.bias"}),
+    "positions": (Positions, (4, 3), {"table.weight", "place.weight", "place.bias"}),
     "sequence": (SequenceFirst, (4, 3), {"layer.weight", "layer.bias"}),
     "sequence-start": (lambda: SequenceFirst(0), (4, 3), {"layer.weight", "layer.bias"}),
     "sequence-end": (lambda: SequenceFirst(-1), (4, 3), {"layer.weight", "layer.bias"}),
 }
-# as many, of tensors that are consumed where no function mode sees it
+# the same, for tensors that are consumed where no function mode sees it
 HIDDEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]] = {
     "vmapped": (Mapped, (2, 3), {"layer.weight", "layer.bias"}),
     "own-op": (OwnOp, (3,), {"weight"}),

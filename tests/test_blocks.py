@@ -17,41 +17,41 @@ BLOCKS = {
     "no bias": [Layer("w", None, (4, 3))],
     "convolution": [Layer("w", "b", (4, 2, 3, 3))],
     "groups": [Layer("w", "b", (6, 2, 3), groups=3)],
-    "transposed": [Layer("w", "b", (4, 2, 3), "columns")],
-    "norm": [Layer("w", "b", (5,), "units")],
-    "vector": [Layer("b", None, (5,), "vector")],
-    "opaque": [Layer("w", None, (2, 3), "opaque")],
+    "transposed": [Layer("w", "b", (4, 2, 3), "in_out")],
+    "norm": [Layer("w", "b", (5,), "per_unit")],
+    "vector": [Layer("b", None, (5,), "bias")],
+    "untraced": [Layer("w", None, (2, 3), "untraced")],
     "several": [
         Layer("w", "b", (4, 3)), Layer("v", "c", (6, 2, 3), groups=3),
-        Layer("u", None, (), "opaque"),
+        Layer("u", None, (), "untraced"),
     ],
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_parts_are_views(name: str) -> None:
+def test_strided_views(name: str) -> None:
     block = Block(tuple(BLOCKS[name]), Diagonal())
     whole = torch.randn(block.size + 7)
     for packed in (whole[3:-4], torch.randn(block.size, 2)[:, 1]):  # inside others, and with gaps
-        parts, views = block.parts(packed), block.views(packed)
-        assert parts.keys() == views.keys() == block.tensors.keys()
-        for key, part in parts.items():
-            assert tuple(part.shape) == block.tensors[key]
-            assert torch.equal(part, views[key])
-        assert torch.equal(block.pack(parts), packed)
+        strided, views = block.strided_views(packed), block.views(packed)
+        assert strided.keys() == views.keys() == block.tensors.keys()
+        for key, view in strided.items():
+            assert tuple(view.shape) == block.tensors[key]
+            assert torch.equal(view, views[key])
+        assert torch.equal(block.pack(strided), packed)
     assert name == "transposed" or all(
-        part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        for part in block.parts(whole[3:-4]).values()
+        view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        for view in block.strided_views(whole[3:-4]).values()
     )
 
 
-@pytest.mark.parametrize("form", ["rows", "columns"])
+@pytest.mark.parametrize("orientation", ["out_in", "in_out"])
 @pytest.mark.parametrize("bias", [None, "b"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_unpacked_values_are_blended_in(form: str, bias: str | None, groups: int) -> None:
-    """As the packed ones are; gradients may share memory, or be no more than a view of a number."""
-    layer = Layer("w", bias, (4, 6, 2), form, groups)
-    block = Block((layer, Layer("v", None, (5,), "vector")), Diagonal())
+def test_lerp_of_unpacked_values(orientation: str, bias: str | None, groups: int) -> None:
+    """Like packed ones; gradients may share memory, or be the view of a single number."""
+    layer = Layer("w", bias, (4, 6, 2), orientation, groups)
+    block = Block((layer, Layer("v", None, (5,), "bias")), Diagonal())
     packed, shared = torch.randn(block.size), torch.randn(4, 6, 2)
     values = {
         "w": shared, "b": torch.ones(()).expand(layer.bias_shape), "v": shared.flatten()[:5],
@@ -70,8 +70,8 @@ SPECS = {
     "ekfac": EKFAC(), "kfac-block": KFAC(num_blocks=2),
 }
 LAYERS = [
-    Layer("w", "b", (4, 3)), Layer("u", None, (2, 3), "opaque"), Layer("v", None, (2, 2)),
-    Layer("t", None, (), "opaque"),
+    Layer("w", "b", (4, 3)), Layer("u", None, (2, 3), "untraced"), Layer("v", None, (2, 2)),
+    Layer("t", None, (), "untraced"),
 ]
 
 
@@ -98,7 +98,7 @@ def test_a_saved_spec_is_not_the_matrix_of_its_name() -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_layers_that_no_supported_op_consumes(name: str) -> None:
-    """They are diagonal in a block of their own; the dense structures may be asked to keep them."""
+    """They are diagonal in a separate block, unless dense structures are asked to keep them."""
     first, *others = make_blocks(LAYERS, name)
     assert [len(block.layers) for block in (first, *others)] == (
         [2, 2] if name in ("full", "diag") else [1, 2, 1]
@@ -118,13 +118,15 @@ def test_layers_that_no_supported_op_consumes(name: str) -> None:
 @pytest.mark.parametrize(("make", "options"), [
     (KFAC, {"num_blocks": True}), (KFAC, {"num_blocks": 0}), (KFAC, {"num_blocks": (1, True)}),
     (KFAC, {"num_blocks": (1, 2, 3)}), (KFAC, {"num_blocks": 1.0}), (KFAC, {"rank": True}),
-    (EKFAC, {"rank": 0}), (EKFAC, {"rank": "all"}), (EKFAC, {"sharing": "mean"}),
+    (EKFAC, {"rank": 0}), (KFAC, {"rank": "all"}), (EKFAC, {"sharing": "mean"}),
+    (KFAC, {"sharing": "mean"}),
 ])
 def test_options_that_are_refused(make: Any, options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError) as error:
         make(**options)
     assert str(error.value).startswith(f"{name}={value!r}: ")
+    assert name != "sharing" or "choose one of expand, reduce" in str(error.value)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=str)

@@ -1,4 +1,4 @@
-"""Layers and their packing; what the capture sees, and what it says of what it does not."""
+"""Packing of layers, the uses of weights that a capture records, and those it refuses."""
 
 import pickle
 from collections.abc import Callable
@@ -9,10 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrocurv.layers import Layer, structure_spec
-from pyrocurv.layers.batch_axis import is_row_independent, random_projection
+from pyrocurv.layers.batch_axis import (
+    is_row_independent,
+    mark_wrong_batch_axis,
+    random_projection,
+)
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
-from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.calls import OpCall
 from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.trace import Trace
 
 Weights = dict[str, Tensor]
 
@@ -29,10 +34,10 @@ def linear_weights() -> Weights:
     return {"w": leaf(4, 3), "b": leaf(4)}
 
 
-def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Capture:
+def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Trace:
     with Capture(dict(weights)) as capture:
         forward(weights)
-    return capture
+    return capture.trace()
 
 
 # ---- gradients ----------------------------------------------------------------------------------
@@ -40,15 +45,15 @@ def tracked(weights: Weights, forward: Callable[[Weights], object]) -> Capture:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_edges_are_exact_under_in_place_activations(inplace: bool) -> None:
-    """The gradient onto the output before the ReLU, which overwrites it."""
+    """The gradient in the output before the ReLU, which overwrites it."""
     weights, x, pull = linear_weights(), tensor(5, 3), tensor(5, 4)
     with Capture(dict(weights)) as capture:
         output = F.relu(F.linear(x, weights["w"], weights["b"]), inplace=inplace)
-    (call,) = capture.calls
+    (call,) = capture.trace().calls
     (gradient,) = torch.autograd.grad((output * pull).sum(), [call.edge])
     before = F.linear(x, weights["w"], weights["b"])
-    torch.testing.assert_close(call.gradients(gradient, 5)[:, 0], pull * (before > 0))
-    torch.testing.assert_close(call.rows(5)[:, 0], torch.cat([x, torch.ones(5, 1)], 1))
+    torch.testing.assert_close(call.output_gradient_rows(gradient, 5)[:, 0], pull * (before > 0))
+    torch.testing.assert_close(call.input_rows(5)[:, 0], torch.cat([x, torch.ones(5, 1)], 1))
 
 
 def conv_settings() -> list[dict[str, object]]:
@@ -65,13 +70,13 @@ def test_rows_and_gradients_of_a_convolution(settings: dict[str, object]) -> Non
     weights, x = {"w": leaf(3, 2, 3, 2), "b": leaf(3)}, tensor(4, 2, 7, 6)
     with Capture(dict(weights)) as capture:
         output = F.conv2d(x, weights["w"], weights["b"], **settings)
-    (call,) = capture.calls
+    (call,) = capture.trace().calls
     packed = call.layer.pack(weights).view(3, -1)
-    rows = call.rows(4)  # [B, S, I]
+    rows = call.input_rows(4)  # [B, S, I]
     torch.testing.assert_close((rows @ packed.mT).mT.reshape(output.shape), output)
     scalar = output.sin().sum()
     gradient, *expected = torch.autograd.grad(scalar, [call.edge, *weights.values()])
-    found = torch.einsum("bso,bsi->oi", call.gradients(gradient, 4), rows).flatten()
+    found = torch.einsum("bso,bsi->oi", call.output_gradient_rows(gradient, 4), rows).flatten()
     for name, value in zip(weights, expected, strict=True):
         torch.testing.assert_close(call.layer.unpack(found)[name], value)
 
@@ -80,27 +85,28 @@ def test_only_the_first_examples_are_read() -> None:
     weights, x = linear_weights(), tensor(5, 2, 3)
     with Capture(dict(weights)) as capture:
         output = F.linear(x, weights["w"])
-    (call,) = capture.calls
+    (call,) = capture.trace().calls
     (gradient,) = torch.autograd.grad(output.square().sum(), [call.edge])
-    assert call.batch == 5
-    assert torch.equal(call.rows(2), x[:2])
-    assert torch.equal(call.gradients(gradient, 2), 2 * output.detach()[:2])
-    assert torch.equal(call.gradients(None, 2), torch.zeros(2, 2, 4, dtype=torch.float64))
+    assert call.batch_size == 5
+    assert torch.equal(call.input_rows(2), x[:2])
+    assert torch.equal(call.output_gradient_rows(gradient, 2), 2 * output.detach()[:2])
+    zeros = torch.zeros(2, 2, 4, dtype=torch.float64)
+    assert torch.equal(call.output_gradient_rows(None, 2), zeros)
 
 
-def test_without_gradients_there_is_no_use() -> None:
+def test_uses_under_no_grad_do_not_count() -> None:
     weights = linear_weights()
     with torch.no_grad(), Capture(dict(weights)) as capture:
         F.linear(tensor(5, 3), weights["w"], weights["b"])
-    assert not capture.layers() and not capture.unsupported
+    assert not capture.trace().layers and not capture.trace().unsupported
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_bias_that_outputs_share_is_missed(shape: tuple[int, ...]) -> None:
+def test_a_bias_that_outputs_share_is_unsupported(shape: tuple[int, ...]) -> None:
     bias = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     weights = {"w": leaf(3, 4), "b": bias}
-    capture = tracked(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
-    assert capture.layers() == [] and set(capture.unsupported.values()) == {
+    trace = tracked(weights, lambda w: torch.addmm(w["b"], X, w["w"]))
+    assert trace.layers == () and set(trace.unsupported.values()) == {
         "a bias that is shared by outputs"
     }
 
@@ -111,7 +117,7 @@ def test_an_input_that_is_changed_in_place_later() -> None:
         F.linear(x, weights["w"], weights["b"])
         x.mul_(2)
     with pytest.raises(RuntimeError, match="input of 'w' was changed in place"):
-        capture.calls[0].rows(5)
+        capture.trace().calls[0].input_rows(5)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 1, 3, 3)])
@@ -120,7 +126,7 @@ def test_packing(shape: tuple[int, ...], bias: str | None) -> None:
     layer = Layer("w", bias, shape)
     values = {name: tensor(*shape) for name, shape in layer.tensors.items()}
     packed = layer.pack(values)
-    assert packed.shape == (layer.size,) == (layer.rows * layer.columns,)
+    assert packed.shape == (layer.size,) == (layer.out_features * layer.in_features,)
     rows = torch.cat([value.reshape(4, -1) for value in values.values()], 1)
     assert torch.equal(packed, rows.flatten())
     for draws in (packed, packed.expand(2, 5, -1)):
@@ -160,7 +166,7 @@ def test_partitions() -> None:
         make_blocks(layers, "kfack")
 
 
-# ---- what is seen -------------------------------------------------------------------------------
+# ---- recorded uses ------------------------------------------------------------------------------
 
 
 def test_a_reused_layer_has_two_calls_and_is_one_layer() -> None:
@@ -169,34 +175,34 @@ def test_a_reused_layer_has_two_calls_and_is_one_layer() -> None:
     def forward(weights: Weights) -> None:
         F.linear(F.linear(x, weights["w"], weights["b"]).tanh(), weights["w"], weights["b"])
 
-    capture = tracked(weights, forward)
-    assert len(capture.calls) == 2
-    assert capture.layers() == [Layer("w", "b", (3, 3))] and not capture.unsupported
+    trace = tracked(weights, forward)
+    assert len(trace.calls) == 2
+    assert trace.layers == (Layer("w", "b", (3, 3)),) and not trace.unsupported
 
 
 def test_modules_keywords_and_functions_look_alike() -> None:
     net, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False)).double(), tensor(5, 3)
-    capture = tracked(dict(net.named_parameters()), lambda _: net(x))
+    trace = tracked(dict(net.named_parameters()), lambda _: net(x))
     first, last = Layer("0.weight", "0.bias", (4, 3)), Layer("1.weight", None, (2, 4))
-    assert capture.layers() == [first, last]
+    assert trace.layers == (first, last)
     weights = linear_weights()
-    capture = tracked(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
-    assert capture.layers() == [Layer("w", "b", (4, 3))]
+    trace = tracked(weights, lambda w: F.linear(input=x, bias=w["b"], weight=w["w"]))
+    assert trace.layers == (Layer("w", "b", (4, 3)),)
 
 
-def test_unwatched_weights_are_not_recorded() -> None:
+def test_untracked_weights_are_not_recorded() -> None:
     weights, x = linear_weights(), tensor(5, 3)
-    capture = tracked(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
-    assert not capture.calls and not capture.unsupported
+    trace = tracked(weights, lambda _: F.linear(x, tensor(2, 3), tensor(2)))
+    assert not trace.calls and not trace.unsupported
 
 
-def test_watch_adds_a_tensor() -> None:
+def test_track_adds_a_tensor() -> None:
     weights, x, capture = linear_weights(), tensor(5, 3), Capture()
     with capture:
         F.linear(x, weights["w"])
-        capture.watch("w", weights["w"])
+        capture.track("w", weights["w"])
         F.linear(x, weights["w"])
-    assert len(capture.calls) == 1
+    assert len(capture.trace().calls) == 1
 
 
 @pytest.mark.parametrize("look", [
@@ -204,15 +210,15 @@ def test_watch_adds_a_tensor() -> None:
     lambda w: w.dtype, lambda w: w.numel(), lambda w: w.stride(), lambda w: w.requires_grad,
     lambda w: repr(w.device),
 ], ids=["shape", "size", "size0", "dim", "len", "dtype", "numel", "stride", "grad", "device"])
-def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], object]) -> None:
+def test_reading_metadata_is_not_a_use(look: Callable[[Tensor], object]) -> None:
     weights, x = linear_weights(), tensor(5, 3)
 
     def forward(weights: Weights) -> None:
         look(weights["w"])
         F.linear(x, weights["w"], weights["b"])
 
-    capture = tracked(weights, forward)
-    assert capture.layers() == [Layer("w", "b", (4, 3))], capture.unsupported
+    trace = tracked(weights, forward)
+    assert trace.layers == (Layer("w", "b", (4, 3)),), trace.unsupported
 
 
 @pytest.mark.parametrize("aside", [
@@ -220,7 +226,7 @@ def test_to_look_at_a_weights_make_is_no_use_of_it(look: Callable[[Tensor], obje
     lambda w: w["w"].detach().clone(), lambda w: w["w"].argmax(), lambda w: F.linear(X, w["w"]),
     lambda w: F.conv1d(X[:, :, None], w["w"][..., None]), lambda w: (X @ w["w"].T).mean(),
 ], ids=["detach", "data", "compare", "clone", "argmax", "linear", "other make", "mean"])
-def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], object]) -> None:
+def test_uses_without_a_gradient_do_not_count(aside: Callable[[Weights], object]) -> None:
     """A statistic for the log, before and after the use that counts."""
     def forward(weights: Weights) -> None:
         with torch.no_grad():
@@ -229,33 +235,33 @@ def test_what_no_gradient_flows_through_is_no_use(aside: Callable[[Weights], obj
         with torch.no_grad():
             aside(weights)
 
-    capture = tracked(linear_weights(), forward)
-    assert capture.layers() == LINEAR and len(capture.calls) == 1 and not capture.unsupported
+    trace = tracked(linear_weights(), forward)
+    assert trace.layers == LINEAR and len(trace.calls) == 1 and not trace.unsupported
 
 
-def test_a_detached_use_is_none_with_gradients_on() -> None:
+def test_detached_uses_do_not_count() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"]) * weights["w"].detach().norm()
 
-    capture = tracked(linear_weights(), forward)
-    assert capture.layers() == LINEAR and not capture.unsupported
+    trace = tracked(linear_weights(), forward)
+    assert trace.layers == LINEAR and not trace.unsupported
 
 
-def test_a_statistic_of_a_product_does_not_part_it_from_its_bias() -> None:
+def test_a_statistic_of_a_product_does_not_separate_it_from_its_bias() -> None:
     def forward(weights: Weights) -> None:
         product = X @ weights["w"].T
         assert product.shape == (5, 4) and product.detach().mean() is not None
         product + weights["b"]
 
-    assert tracked(linear_weights(), forward).layers() == LINEAR
+    assert tracked(linear_weights(), forward).layers == LINEAR
 
 
-# ---- what is missed, and why --------------------------------------------------------------------
+# ---- unsupported uses ---------------------------------------------------------------------------
 
 X = torch.ones(5, 3, dtype=torch.float64)
 OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
     "w @ x": (lambda w: w["w"] @ X.T, "the input of matmul"),
-    "a number times w": (lambda w: F.linear(X, 2 * w["w"]), "a product that is no scale"),
+    "a number times w": (lambda w: F.linear(X, 2 * w["w"]), "a product that is not a scale"),
     "addmm with factors": (lambda w: torch.addmm(w["b"], X, w["w"].T, beta=2), "addmm with"),
     "w.sum()": (lambda w: w["w"].sum(), "sum"),
     "penalty": (lambda w: F.linear(X, w["w"], w["b"]).sum() + w["w"].square().sum(), "square"),
@@ -268,81 +274,126 @@ OTHER_USES: dict[str, tuple[Callable[[Weights], object], str]] = {
 
 
 @pytest.mark.parametrize("use", OTHER_USES)
-def test_other_uses_are_missed(use: str) -> None:
+def test_other_uses_are_unsupported(use: str) -> None:
     forward, reason = OTHER_USES[use]
-    capture = tracked(linear_weights(), forward)
-    assert not any(layer.weight == "w" for layer in capture.layers())
-    assert reason in capture.unsupported["w"]
+    trace = tracked(linear_weights(), forward)
+    assert not any(layer.weight == "w" for layer in trace.layers)
+    assert reason in trace.unsupported["w"]
 
 
 def test_a_bias_stands_alone_where_its_weight_cannot() -> None:
-    """Its weight has another use, or is not watched: the bias is a layer of one input."""
-    capture = tracked(linear_weights(), OTHER_USES["penalty"][0])
-    assert capture.layers() == [
-        Layer("b", None, (4,), "vector")
-    ] and set(capture.unsupported) == {"w"}
-    capture = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
-    assert capture.layers() == [Layer("b", None, (4,), "vector")] and not capture.unsupported
+    """Its weight has another use, or is not tracked: the bias is a layer with one input."""
+    trace = tracked(linear_weights(), OTHER_USES["penalty"][0])
+    assert trace.layers == (Layer("b", None, (4,), "bias"),) and set(trace.unsupported) == {"w"}
+    trace = tracked({"b": leaf(4)}, lambda w: F.linear(X, tensor(4, 3), w["b"]))
+    assert trace.layers == (Layer("b", None, (4,), "bias"),) and not trace.unsupported
 
 
 def test_a_convolution_without_a_batch_is_refused() -> None:
     weights, reason = {"w": leaf(4, 2, 3, 3), "b": leaf(4)}, "2d convolution of an input without"
-    capture = tracked(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
-    assert capture.layers() == []
-    assert all(reason in capture.unsupported[name] for name in ("w", "b"))
+    trace = tracked(weights, lambda w: F.conv2d(tensor(2, 6, 6), w["w"], w["b"]))
+    assert trace.layers == ()
+    assert all(reason in trace.unsupported[name] for name in ("w", "b"))
 
 
-def alone(*names: str) -> list[Layer]:
-    """Weights [4, 3] and biases [4], each a layer of its own."""
+def alone(*names: str) -> tuple[Layer, ...]:
+    """Weights [4, 3] and biases [4] as separate layers."""
     layers = {"w": Layer("w", None, (4, 3)), "v": Layer("v", None, (4, 3))}
-    return [layers.get(name, Layer(name, None, (4,), "vector")) for name in names]
+    return tuple(layers.get(name, Layer(name, None, (4,), "bias")) for name in names)
 
 
-def test_a_weight_with_two_biases_is_parted_from_them() -> None:
+def test_a_weight_with_two_biases_is_separated_from_them() -> None:
     weights = {"w": leaf(4, 3), "b": leaf(4), "c": leaf(4)}
 
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"], weights["c"])
 
-    capture = tracked(weights, forward)
-    assert capture.layers() == alone("w", "b", "c") and not capture.unsupported
-    assert len(capture.calls) == 4
+    trace = tracked(weights, forward)
+    assert trace.layers == alone("w", "b", "c") and not trace.unsupported
+    assert len(trace.calls) == 4
 
 
-def test_a_weight_with_and_without_a_bias_is_parted_from_it() -> None:
+def test_a_weight_with_and_without_a_bias_is_separated_from_it() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["w"])
 
-    capture = tracked(linear_weights(), forward)
-    assert capture.layers() == alone("w", "b") and not capture.unsupported
+    trace = tracked(linear_weights(), forward)
+    assert trace.layers == alone("w", "b") and not trace.unsupported
 
 
-def test_one_bias_in_two_layers_is_parted_from_both() -> None:
+def test_one_bias_in_two_layers_is_separated_from_both() -> None:
     weights = {"w": leaf(4, 3), "v": leaf(4, 3), "b": leaf(4)}
 
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"], weights["b"])
         F.linear(X, weights["v"], weights["b"])
 
-    capture = tracked(weights, forward)
-    assert capture.layers() == alone("w", "b", "v") and not capture.unsupported
+    trace = tracked(weights, forward)
+    assert trace.layers == alone("w", "b", "v") and not trace.unsupported
 
 
-def test_a_weight_of_two_makes_is_missed() -> None:
+def test_a_weight_with_two_layouts_is_unsupported() -> None:
     def forward(weights: Weights) -> None:
         F.linear(X, weights["w"])
         F.conv1d(X[:, :, None], weights["w"][..., None])
 
-    capture = tracked({"w": leaf(4, 3)}, forward)
-    assert capture.layers() == [] and "w" in capture.unsupported
+    trace = tracked({"w": leaf(4, 3)}, forward)
+    assert trace.layers == () and "w" in trace.unsupported
+
+
+# ---- a trace is a value -------------------------------------------------------------------------
+
+
+def content(trace: Trace) -> tuple[object, ...]:
+    """Everything that a trace contains, with the identity of its calls."""
+    calls = [id(call) for call in trace.calls]
+    return trace.layers, calls, dict(trace.unsupported), trace.has_batch_coupling
+
+
+def test_reading_twice_changes_nothing() -> None:
+    """A weight with two layouts becomes unsupported when the layers are resolved."""
+    def forward(weights: Weights) -> None:
+        F.linear(X, weights["w"])
+        F.conv1d(X[:, :, None], weights["w"][..., None])
+        F.linear(X, weights["v"], weights["b"])
+        weights["c"].square()
+
+    weights = {"w": leaf(4, 3), "v": leaf(4, 3), "b": leaf(4), "c": leaf(4)}
+    with Capture(dict(weights)) as capture:
+        forward(weights)
+    trace = capture.trace()
+    before = content(trace)
+    assert set(trace.unsupported) == {"w", "c"} and trace.layers == (Layer("v", "b", (4, 3)),)
+    assert trace.tracked_names == trace.tracked_names == weights.keys()
+    again = capture.trace()
+    assert again.layers == trace.layers and again.unsupported == trace.unsupported
+    assert content(trace) == before
+
+
+def test_marking_returns_another_trace() -> None:
+    weights = {**linear_weights(), "v": leaf(4, 4)}
+    with Capture(dict(weights)) as capture:
+        hidden = F.linear(X, weights["w"], weights["b"])
+        output = F.linear(hidden, weights["v"]) * torch.vmap(torch.sum)(weights["v"])
+    trace = capture.trace()
+    before = content(trace)
+    assert trace.layers == (*LINEAR, Layer("v", None, (4, 4))) and not trace.unsupported
+    marked = trace.mark_untracked(output.sum())
+    assert marked.layers == LINEAR and set(marked.unsupported) == {"v"}
+    wrong = mark_wrong_batch_axis(trace, 4, None)
+    assert wrong.layers == () and set(wrong.unsupported) == {"w", "b", "v"}
+    alone = trace.mark_unsupported({"w": "a reason"})
+    assert alone.layers == (Layer("b", None, (4,), "bias"), Layer("v", None, (4, 4)))
+    assert mark_wrong_batch_axis(trace, 5, None) is trace
+    assert content(trace) == before
 
 
 # ---- products and sums without a module ---------------------------------------------------------
 
-LINEAR = [Layer("w", "b", (4, 3))]
-TURNED = [Layer("v", "b", (3, 4), "columns")]
+LINEAR = (Layer("w", "b", (4, 3)),)
+TRANSPOSED = (Layer("v", "b", (3, 4), "in_out"),)
 AS_LINEAR: dict[str, Callable[[Weights], Tensor]] = {
     "x @ w.T + b": lambda w: X @ w["w"].T + w["b"],
     "b + x @ w.mT": lambda w: w["b"] + X @ w["w"].mT,
@@ -361,31 +412,33 @@ def test_products_are_linear_layers(form: str) -> None:
     weights = linear_weights()
     with Capture(dict(weights)) as capture:
         output = AS_LINEAR[form](weights)
-    layers, (call,) = capture.build_layers()
-    assert layers == LINEAR and not capture.unsupported
+    trace = capture.trace()
+    (call,) = trace.calls
+    assert trace.layers == LINEAR and not trace.unsupported
     expected = F.linear(X, weights["w"], weights["b"])
     torch.testing.assert_close(output, expected)
     assert_gradient(call, output, weights)
 
 
-def assert_gradient(call: LayerCall, output: Tensor, weights: Weights) -> None:
+def assert_gradient(call: OpCall, output: Tensor, weights: Weights) -> None:
     """W's gradient is sum_ns g a^T of the rows."""
     gradient, *expected = torch.autograd.grad(
         output.sin().sum(), [call.edge, *weights.values()], retain_graph=True
     )
-    g, a = call.gradients(gradient, call.batch), call.rows(call.batch)
+    g, a = call.output_gradient_rows(gradient, call.batch_size), call.input_rows(call.batch_size)
     found = call.layer.unpack((g.flatten(-3, -2).mT @ a.flatten(-3, -2)).flatten())
     for name, value in zip(weights, expected, strict=True):
         torch.testing.assert_close(found[name], value)
 
 
-def test_columns() -> None:
+def test_an_in_out_weight() -> None:
     weights = {"v": leaf(3, 4), "b": leaf(4)}
     for forward in (lambda w: X @ w["v"] + w["b"], lambda w: F.linear(X, w["v"].T, w["b"])):
         with Capture(dict(weights)) as capture:
             output = forward(weights)
-        layers, (call,) = capture.build_layers()
-        assert layers == TURNED
+        trace = capture.trace()
+        (call,) = trace.calls
+        assert trace.layers == TRANSPOSED
         assert_gradient(call, output, weights)
 
 
@@ -393,8 +446,8 @@ def test_columns() -> None:
     lambda y, w: y.square(), lambda y, w: y + w["c"], lambda y, w: y * 2, lambda y, w: -y,
     lambda y, w: torch.cat([y, X], 1), lambda y, w: torch.stack((torch.ones(5, 4), y)),
 ])  # fmt: skip
-def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
-    """The gradient onto the product is then not the one onto the sum."""
+def test_a_product_with_another_use_is_separated_from_its_bias(other) -> None:
+    """The gradients in the product and in the sum differ."""
     weights = {**linear_weights(), "c": leaf(4)}
 
     def forward(weights: Weights) -> Tensor:
@@ -403,12 +456,13 @@ def test_a_product_with_another_use_is_parted_from_its_bias(other) -> None:
 
     with Capture(dict(weights)) as capture:
         total = forward(weights)
-    layers, calls = capture.build_layers()
-    assert layers[:2] == alone("w", "b")
+    trace = capture.trace()
+    calls = trace.calls
+    assert trace.layers[:2] == alone("w", "b")
     found = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, found, strict=True):
         (expected,) = torch.autograd.grad(total, weights[call.layer.weight], retain_graph=True)
-        g, a = call.gradients(edge, 5), call.rows(5)
+        g, a = call.output_gradient_rows(edge, 5), call.input_rows(5)
         actual = (g.flatten(0, 1).mT @ a.flatten(0, 1)).view_as(expected)
         torch.testing.assert_close(actual, expected)
 
@@ -418,25 +472,27 @@ def test_a_scale_and_a_shift_for_each_unit() -> None:
     for forward in (lambda w: X * w["w"] + w["b"], lambda w: w["w"] * X + w["b"]):
         with Capture(dict(weights)) as capture:
             output = forward(weights)
-        layers, (call,) = capture.build_layers()
-        assert layers == [Layer("w", "b", (3,), "units")]
+        trace = capture.trace()
+        (call,) = trace.calls
+        assert trace.layers == (Layer("w", "b", (3,), "per_unit"),)
         assert_gradient(call, output, weights)
 
 
-def test_attention_shows_its_linear_maps() -> None:
+def test_the_linear_maps_of_attention() -> None:
     attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), tensor(5, 3, 4)
     named = dict(attention.named_parameters())
     with Capture(dict(named)) as capture:
         output, _ = attention(x, x, x)
-    layers, calls = capture.build_layers()
-    assert layers == [
+    trace = capture.trace()
+    calls = trace.calls
+    assert trace.layers == (
         Layer("in_proj_weight", "in_proj_bias", (12, 4)),
         Layer("out_proj.weight", "out_proj.bias", (4, 4)),
-    ]
+    )
     total = output.sin().sum()
     edges = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, edges, strict=True):
-        g, a = call.gradients(edge, 5), call.rows(5)
+        g, a = call.output_gradient_rows(edge, 5), call.input_rows(5)
         found = call.layer.unpack(torch.einsum("bso,bsi->oi", g, a).flatten())
         for name, value in found.items():
             (expected,) = torch.autograd.grad(total, named[name], retain_graph=True)
@@ -453,17 +509,17 @@ def test_nothing_is_recorded_outside() -> None:
     with capture:
         pass
     F.linear(X, weights["w"])
-    assert not capture.calls and not capture.unsupported
+    assert not capture.trace().calls and not capture.trace().unsupported
 
 
-def test_an_exception_leaves_no_mode_behind() -> None:
+def test_an_exception_ends_the_capture() -> None:
     weights = linear_weights()
     capture = Capture(dict(weights))
     with pytest.raises(ZeroDivisionError), capture:
         F.linear(X, weights["w"], weights["b"])
         raise ZeroDivisionError
     F.linear(X, weights["w"])
-    assert len(capture.calls) == 1
+    assert len(capture.trace().calls) == 1
 
 
 def test_an_op_that_fails_is_the_callers_error() -> None:
@@ -478,20 +534,20 @@ def test_captures_nest() -> None:
     weights = linear_weights()
     with Capture({"w": weights["w"]}) as outer, Capture(dict(weights)) as inner:
         F.linear(X, weights["w"], weights["b"])
-    assert [len(outer.calls), len(inner.calls)] == [1, 1]
-    assert outer.layers() == [Layer("w", None, (4, 3))]
+    assert [len(outer.trace().calls), len(inner.trace().calls)] == [1, 1]
+    assert outer.trace().layers == (Layer("w", None, (4, 3)),)
 
 
 def test_no_gradient_is_left_on_the_weights() -> None:
     weights = linear_weights()
     with Capture(dict(weights)) as capture:
         output = F.linear(X, weights["w"], weights["b"])
-    torch.autograd.grad(output.sum(), [call.edge for call in capture.calls])
+    torch.autograd.grad(output.sum(), [call.edge for call in capture.trace().calls])
     assert all(value.grad is None for value in weights.values())
 
 
 def test_rows_that_the_graph_keeps_apart() -> None:
-    """Of plain chains; what may join rows, or turns them into columns, is left to gradients."""
+    """Plain chains are recognized; ops that may join or transpose rows are left to gradients."""
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     hidden = x.tanh()
     assert is_row_independent(random_projection(nn.functional.linear(hidden, w)))
@@ -508,8 +564,8 @@ def test_rows_that_the_graph_keeps_apart() -> None:
         assert not is_row_independent(random_projection(output)), name
 
 
-def test_positions_are_tensors_to_keep() -> None:
-    """Found in inference mode they may take part in gradients; pickled they name no device."""
+def test_block_indices_outlive_their_context() -> None:
+    """Computed in inference mode they can be used in gradients; pickled they name no device."""
     block = Block((Layer("w", "b", (2, 3)),), structure_spec.Block())
     index = BlockIndices([block], {"b": (2,), "w": (2, 3)})
     with torch.inference_mode():

@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import MultivariateNormal, constraints, kl_divergence
 
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.layers import Layer
@@ -14,7 +14,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.posterior.natural_gradient import sampled_kl
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, PriorSite, kl, read_prior, units
-from pyrocurv.runtime.distributions import as_normal, compact
+from pyrocurv.runtime.distributions import as_normal, compact, unwrap
 from pyrocurv.structures import BlockDiagonal, Dense, Diagonal, KroneckerEigen, Rescaled, Structure
 
 OUTPUTS, INPUTS = 3, 4  # bias included
@@ -253,3 +253,13 @@ def test_compact() -> None:
     assert compact(full) is full
     column = torch.rand(3, 1).expand(3, 4)
     assert compact(column) is column
+
+
+def test_unwrap() -> None:
+    normal = dist.Normal(torch.zeros(2, 3), 1.0)
+    assert unwrap(normal) is normal
+    assert unwrap(normal.to_event(1).to_event(1)) is normal
+    masked = normal.to_event(1).mask(torch.tensor([True, False])).to_event(1)
+    assert unwrap(masked) is masked.base_dist and as_normal(masked) is None
+    assert unwrap(masked, masks=True) is normal
+    assert unwrap(dist.LogNormal(0.0, 1.0), masks=True).support == constraints.positive

@@ -480,10 +480,11 @@ def blocks_of(
     """The Hessians of each layer in one structure, from terms of the output."""
     with Capture(dict(net.named_parameters())) as capture:
         output = net(x)
-    blocks = [Block((layer,), parse_structure(structure)) for layer in capture.layers()]
+    trace = capture.trace()
+    blocks = [Block((layer,), parse_structure(structure)) for layer in trace.layers]
     seen = [term(output) for term in terms]
     examples = ExampleSelection(count, kept)
-    return [*hessian.hessians(blocks, seen, capture.calls, examples, 1)]
+    return [*hessian.hessians(blocks, seen, trace.calls, examples, 1)]
 
 
 def assembled(statistics: hessian.HessianStatistics) -> Any:

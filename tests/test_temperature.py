@@ -192,5 +192,5 @@ def test_one_posterior_has_one_score() -> None:
     ngvi.step(x, x.sum(-1))
     choice = choose_temperature(lambda t: ngvi, [(x, x.sum(-1))], [1.0, 0.3, 0.1], 4)
     assert len({*choice.densities.values()}) == 1
-    with pytest.raises(ValueError, match="num_samples=0: a whole number from 1"):
+    with pytest.raises(ValueError, match="num_samples=0: an integer of at least 1"):
         choose_temperature(lambda t: ngvi, [(x, x.sum(-1))], [1.0], 0)

@@ -16,7 +16,7 @@ from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers import structure_spec
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_spec import KroneckerSpec, StructureSpec
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
@@ -26,7 +26,7 @@ class ForwardPass(NamedTuple):
     """The likelihood terms of a forward pass over `rows` examples, and the calls of its layers."""
 
     terms: Sequence[LikelihoodTerm]
-    calls: Sequence[LayerCall | UntracedWeight]
+    calls: Sequence[LayerCall]
     rows: int
 
 

@@ -20,12 +20,13 @@ from pyrocurv.curvature.likelihood import (
 )
 from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer, structure_spec
-from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
+from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_selection import StructureChoice, select_structures
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
+from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
@@ -135,12 +136,13 @@ def estimate(
         if callable(likelihood):  # it may combine the rows of the output
             log_prob = term.likelihood.log_prob(term.value)
             scalar = log_prob.reshape(count, -1).sum(1) if log_prob.dim() else None
-        capture.mark_untracked(total_output(output) if scalar is None else scalar.sum())
+        total = total_output(output) if scalar is None else scalar.sum()
+        trace = capture.trace().mark_untracked(total)
         dense = ("full", "block", structure_spec.Full(), structure_spec.Block())
         is_exact = curvature.kind == "hessian" and structure in dense  # for any dependence
-        checked = None if is_exact or capture.has_batch_coupling else scalar
-        capture.unsupported |= find_wrong_batch_axis(capture.calls, count, checked)
-        layers, calls = _with_untraced(capture, parameters, count)
+        checked = None if is_exact or trace.has_batch_coupling else scalar
+        trace = mark_wrong_batch_axis(trace, count, checked)
+        layers, calls = _with_untraced(trace, parameters, count)
         chosen = select_structures(structure, "kfac", layers, dict(net.named_modules()))
         blocks = make_blocks(layers, chosen.__getitem__, dense_untraced=True)
         forward = ForwardPass([term], calls, count)
@@ -154,13 +156,12 @@ def estimate(
 
 
 def _with_untraced(
-    capture: Capture, parameters: dict[str, nn.Parameter], batch_size: int
-) -> tuple[list[Layer], list[LayerCall | UntracedWeight]]:
+    trace: Trace, parameters: dict[str, nn.Parameter], batch_size: int
+) -> tuple[list[Layer], list[LayerCall]]:
     """The layers and calls of a forward pass, with parameters that no supported op consumes."""
-    layers, calls = capture.build_layers()
-    traced = {name for layer in layers for name in layer.tensors}
+    traced = {name for layer in trace.layers for name in layer.tensors}
     names = [name for name in parameters if name not in traced]
-    if unused := [name for name in names if name not in capture.unsupported]:
+    if unused := [name for name in names if name not in trace.unsupported]:
         raise ValueError(
             f"the output has no gradient with respect to {', '.join(unused)}: set "
             "requires_grad=False to leave it out"
@@ -168,10 +169,10 @@ def _with_untraced(
     if names:
         warnings.warn(
             "no supported op consumes "
-            f"{', '.join(f'{name} ({capture.unsupported[name]})' for name in names)}: "
+            f"{', '.join(f'{name} ({trace.unsupported[name]})' for name in names)}: "
             "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
             stacklevel=3,
         )
-    untraced = [Layer(name, None, tuple(parameters[name].shape), "opaque") for name in names]
+    untraced = [Layer(name, None, tuple(parameters[name].shape), "untraced") for name in names]
     more = [UntracedWeight(layer, parameters[layer.weight], batch_size) for layer in untraced]
-    return [*layers, *untraced], [*calls, *more]
+    return [*trace.layers, *untraced], [*trace.calls, *more]

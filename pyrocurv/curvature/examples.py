@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature.likelihood import LikelihoodTerm
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +61,12 @@ def _unmasked_examples(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | 
     return torch.stack([mask.expand(count) for mask in unmasked]).any(0).nonzero().squeeze(1)
 
 
-def check_batch(calls: Sequence[LayerCall | UntracedWeight], batch_size: int) -> None:
+def check_batch(calls: Sequence[LayerCall], batch_size: int) -> None:
     """Raise ValueError for a layer whose input does not have the examples as its first axis."""
     for call in calls:
-        if call.batch != batch_size:
+        if call.batch_size != batch_size:
             raise ValueError(
-                f"{call.layer.weight!r} reads {call.batch} rows where there are {batch_size} "
+                f"{call.layer.weight!r} reads {call.batch_size} rows where there are {batch_size} "
                 "examples: keep the batch as the first axis of the layer's input, other axes "
                 "behind it"
             )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,34 +34,41 @@ from pyrocurv.curvature.hessian_weights import (
     vector_hessian_products,
 )
 from pyrocurv.curvature.layer_statistics import LayerStatistics
-from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.calls import OpCall
 from pyrocurv.structures import Kronecker, KroneckerEigen
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
 @dataclass(frozen=True, eq=False)
 class OutputHessian:
-    """The gradient g in the outputs of calls of a layer, with its graph, and their inputs a.
-
-    Their B examples are the selected ones.
+    """The Hessian in the outputs of calls of a layer, from the gradients in them with their graph.
     """
 
-    calls: tuple[LayerCall, ...]
-    gradient: Tensor  # [*Γ, B, S, O]
-    inputs: Tensor  # [*Γ, B, S, I]
+    calls: Sequence[OpCall]
+    gradients: Sequence[Tensor | None]
     examples: ExampleSelection
     chunk: int  # vectors of one batched pass
     num_samples: int
 
-    @staticmethod
-    def of(
-        calls: Sequence[LayerCall], gradients: Sequence[Tensor | None],
-        examples: ExampleSelection, chunk: int, num_samples: int,
-    ) -> OutputHessian:
-        """From the gradients onto the outputs of the calls, concatenated along S."""
-        inputs = examples.select(torch.cat([call.rows(examples.count) for call in calls], -2))
-        gradient = _gradient_rows(calls, gradients, examples)
-        return OutputHessian(tuple(calls), gradient, inputs, examples, chunk, num_samples)
+    @cached_property
+    @torch.enable_grad()
+    def gradient(self) -> Tensor:
+        """The gradients of the selected examples, concatenated along S [*Γ, B, S, O]."""
+        return self._rows(self.gradients)
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """The inputs a [*Γ, B, S, I]."""
+        rows = [call.input_rows(self.examples.count) for call in self.calls]
+        return self.examples.select(torch.cat(rows, -2))
+
+    def _rows(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Gradients onto the outputs of the calls as rows [*Γ, B, S, O]."""
+        rows = [
+            call.output_gradient_rows(gradient, self.examples.count)
+            for call, gradient in zip(self.calls, gradients, strict=True)
+        ]
+        return self.examples.select(torch.cat(rows, -2))
 
     @property
     def num_passes(self) -> int:
@@ -72,10 +80,7 @@ class OutputHessian:
         edges = [call.edge for call in self.calls]
         products = vector_hessian_products(self.gradient, edges, vectors)
         return torch.stack([
-            _gradient_rows(
-                self.calls, [None if rows is None else rows[number] for rows in products],
-                self.examples,
-            )
+            self._rows([None if product is None else product[number] for product in products])
             for number in range(len(vectors))
         ])
 
@@ -167,11 +172,3 @@ class OutputHessian:
         """diag C [P]."""
         *groups, _, _, outputs = self.gradient.shape
         return self.quadratic(identity(self.gradient, outputs, *groups), self.inputs).flatten()
-
-
-def _gradient_rows(
-    calls: Sequence[LayerCall], gradients: Sequence[Tensor | None], examples: ExampleSelection
-) -> Tensor:
-    """Gradients onto the outputs of the calls as rows [*Γ, B, S, O]."""
-    pairs = zip(calls, gradients, strict=True)
-    return examples.select(torch.cat([call.gradients(g, examples.count) for call, g in pairs], -2))

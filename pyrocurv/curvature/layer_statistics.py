@@ -19,7 +19,7 @@ from torch import Tensor
 from pyrocurv.curvature.examples import ExampleSelection
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
 from pyrocurv.structures.kronecker_eigen import multiplicities, squared_projections
 from pyrocurv.structures.rescaled import KroneckerScaling
@@ -155,7 +155,7 @@ class GradientStatistics:
 
 
 def gradient_statistics(
-    block: Block, calls: Sequence[LayerCall | UntracedWeight], gradients: Sequence[Tensor],
+    block: Block, calls: Sequence[LayerCall], gradients: Sequence[Tensor],
     examples: ExampleSelection,
 ) -> GradientStatistics:
     """The statistics of the layers of a block, from the gradients onto the outputs of all calls.
@@ -172,7 +172,7 @@ def gradient_statistics(
         else:
             a, g = (
                 gradients[0].new_zeros(1, *layer.lead, examples.count, 1, size)
-                for size in (layer.columns, layer.rows)
+                for size in (layer.in_features, layer.out_features)
             )
             layers.append([LayerStatistics(a, g)])
     statistics = GradientStatistics(layers)
@@ -180,17 +180,17 @@ def gradient_statistics(
 
 
 def _layer_statistics(
-    layer: Layer, pairs: Sequence[tuple[LayerCall | UntracedWeight, Tensor]],
+    layer: Layer, pairs: Sequence[tuple[LayerCall, Tensor]],
     examples: ExampleSelection,
 ) -> list[LayerStatistics]:
     statistics = []
     for transposed in (False, True):
         calls = [(call, gradient) for call, gradient in pairs if call.transposed == transposed]
         if calls:
-            a = _concatenate([call.rows(examples.count) for call, _ in calls]).unsqueeze(0)
+            a = _concatenate([call.input_rows(examples.count) for call, _ in calls]).unsqueeze(0)
             g = _concatenate([gradient for _, gradient in calls])
             statistics.append(LayerStatistics(g, a) if transposed else LayerStatistics(a, g))
-    if layer.form == "units":
+    if layer.orientation == "per_unit":
         statistics = [_per_unit(one) for one in statistics]
     if len(statistics) == 1:
         statistics = [statistics[0].without(examples.masked_positions)]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
+from pyrocurv.runtime.distributions import unwrap
+
 Likelihood = str | Callable[[Tensor], Distribution]
 
 
@@ -66,9 +68,7 @@ def likelihood_term(likelihood: Distribution, y: Tensor, output: Any) -> Likelih
         raise ValueError(
             f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
         )
-    base = likelihood
-    while isinstance(base, Independent):
-        base = base.base_dist
+    base = unwrap(likelihood)
     if isinstance(base, Categorical):
         are = base.support.check(y)
         if bool(are.any() & ~are.all()):

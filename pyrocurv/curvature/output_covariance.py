@@ -21,7 +21,7 @@ from pyrocurv.curvature.layer_statistics import (
 )
 from pyrocurv.curvature.output_gradients import pull
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.structures import KroneckerEigen, Rescaled, Structure
 from pyrocurv.structures.kronecker_eigen import squared_projections
 from pyrocurv.structures.rescaled import KroneckerScaling
@@ -31,7 +31,7 @@ MAX_ELEMENTS = 2**23  # of a Jacobian that is formed at once
 
 def propagate(
     blocks: Sequence[Block], precisions: Sequence[Structure], output: Tensor,
-    calls: Sequence[LayerCall | UntracedWeight],
+    calls: Sequence[LayerCall],
 ) -> Tensor:
     """S [B, M, M] of outputs [B, ...], for M outputs of each example.
 

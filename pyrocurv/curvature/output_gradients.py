@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 from pyrocurv.curvature.fisher_information import root
 from pyrocurv.curvature.likelihood import LikelihoodTerm
-from pyrocurv.layers.calls import LayerCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall, OpCall, UntracedWeight
 
 
 def _ggn(term: LikelihoodTerm, num_samples: int) -> Iterator[Tensor]:
@@ -75,9 +75,7 @@ VECTORS: dict[str, Callable[[LikelihoodTerm, int], Iterator[Tensor]]] = {
 
 
 def pullback(
-    kind: str, terms: Sequence[LikelihoodTerm], calls: Sequence[
-        LayerCall | UntracedWeight
-    ], count: int,
+    kind: str, terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall], count: int,
     num_samples: int,
 ) -> list[Tensor]:
     """Output gradients of the first `count` examples, one [K, *lead, count, S, O] for each call.
@@ -95,10 +93,10 @@ def pullback(
 
 
 def pull(
-    scalars: Iterable[Tensor], calls: Sequence[LayerCall | UntracedWeight], count: int
+    scalars: Iterable[Tensor], calls: Sequence[LayerCall], count: int
 ) -> list[Tensor]:
     """The same for K vectors that are given as scalars of each example, [B] or one for all."""
-    edges = [call.edge for call in calls if isinstance(call, LayerCall)]
+    edges = [call.edge for call in calls if isinstance(call, OpCall)]
     tensors = [call.tensor for call in calls if isinstance(call, UntracedWeight)]
     pulled: dict[int, list[Tensor]] = {id(call): [] for call in calls}
     for scalar in scalars:
@@ -107,9 +105,12 @@ def pull(
         onto_edges = _at_once(scalar, edges, count)
         onto_tensors = _one_by_one(scalar, tensors, count)
         for call in calls:
-            gradient = next(onto_edges if isinstance(call, LayerCall) else onto_tensors)
-            pulled[id(call)].append(call.gradients(gradient, count))
-    return [torch.stack(pulled.pop(id(call)) or [call.gradients(None, count)]) for call in calls]
+            gradient = next(onto_edges if isinstance(call, OpCall) else onto_tensors)
+            pulled[id(call)].append(call.output_gradient_rows(gradient, count))
+    return [
+        torch.stack(pulled.pop(id(call)) or [call.output_gradient_rows(None, count)])
+        for call in calls
+    ]
 
 
 def _at_once(

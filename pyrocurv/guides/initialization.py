@@ -14,10 +14,11 @@ from pyro.infer.autoguide.initialization import (
     init_to_uniform,
 )
 from torch import Tensor
-from torch.distributions import Independent, biject_to
+from torch.distributions import biject_to
 
 from pyrocurv.guides.partition import LatentPartition
 from pyrocurv.handlers.prototype import TraceSite, is_real
+from pyrocurv.runtime.distributions import unwrap
 
 FAR = 30.0  # of a real number that a constrained latent is the image of
 
@@ -44,9 +45,7 @@ def init_to_prior_median(site: TraceSite) -> Tensor:
     Of a prior as vague as Gamma(.001, .001) it is nowhere, a number like 1e-35: there, as Pyro's
     guides do, at the image of 0.
     """
-    fn = site["fn"]
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
+    fn = unwrap(site["fn"])
     try:
         middle = fn.icdf(torch.tensor(0.5)).expand(fn.batch_shape)
     except NotImplementedError:

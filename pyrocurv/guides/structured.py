@@ -29,12 +29,13 @@ from pyrocurv.guides.initialization import (
 from pyrocurv.guides.partition import LatentPartition, check_layout
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import has_network
-from pyrocurv.handlers.modules import frozen_buffers, named_modules
+from pyrocurv.handlers.modules import modules, named_modules
 from pyrocurv.handlers.prototype import Prototype, TraceSite, trace_prototype
 from pyrocurv.handlers.vectorized import VectorizedRunner
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.posterior.prior import GaussianPrior, read_prior
 from pyrocurv.posterior.summary import summary
+from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.user_warnings import warn_user
 
 
@@ -142,7 +143,7 @@ class StructuredGuide(BlockwiseGuide):
         self.fallback = make_auxiliary_guide(
             model, values, plan.excluded, plan.left, self._make_fallback
         )
-        with torch.no_grad(), frozen_buffers(model), poutine.block():
+        with torch.no_grad(), preserve_module_state(modules(model)), poutine.block():
             self._create_plates(*args, **kwargs)
             self.fallback(*args, **kwargs)
         if self._fallback_state:

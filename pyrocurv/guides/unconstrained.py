@@ -112,5 +112,5 @@ def _inside(plates: list[Any]) -> Iterator[None]:
 
 def whole(latents: Mapping[str, UnconstrainedLatent], structure: str) -> Block:
     """One block over all latents."""
-    layers = tuple(Layer(name, None, one.shape, "opaque") for name, one in latents.items())
+    layers = tuple(Layer(name, None, one.shape, "untraced") for name, one in latents.items())
     return Block(layers, parse_structure(structure))

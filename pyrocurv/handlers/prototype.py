@@ -1,4 +1,4 @@
-"""What a guide learns from running its model: the latents, and which layers consume them."""
+"""One run of a model, from which a guide learns the latents and the layers that consume them."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ from typing import Any
 
 import torch
 from pyro import poutine, validation_enabled
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Independent, constraints
 from torch.utils.checkpoint import CheckpointError
 
-from pyrocurv.handlers.modules import frozen_buffers, unwrap_model
+from pyrocurv.handlers.modules import modules, unwrap_model
+from pyrocurv.handlers.replay import ObservedSite, ReplayMessenger
+from pyrocurv.handlers.sites import TraceSite, is_real, is_single_event
 from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import ancestors
-from pyrocurv.layers.batch_axis import find_wrong_batch_axis
+from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
-from pyrocurv.runtime.distributions import as_normal
+from pyrocurv.runtime.distributions import as_normal, unwrap
+from pyrocurv.runtime.module_state import preserve_module_state
+from pyrocurv.runtime.rng import isolated_rng
 
-TraceSite = Mapping[str, Any]
+CHECKPOINT = (
+    "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "
+    "different samples: do not use it in a Bayesian network, or keep its layers out of the latents"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
 
-    Those of form "opaque" are weights that no supported op consumes, or of layers that do not see
-    the examples. `unsupported` {site: why} are these and the real latents that a prior of another
-    kind
-    keeps from a Gaussian.
+    Layers of orientation "untraced" are weights that no supported op consumes, or weights of layers
+    whose batch axis is not that of the examples. `unsupported` is {site: reason} of these, and of
+    the unconstrained latents whose prior rules out a Gaussian.
     """
 
     trace: Any
@@ -41,89 +44,65 @@ class Prototype:
     unsupported: Mapping[str, str]
 
 
-def is_deterministic(site: TraceSite) -> bool:
-    """Whether a site is a `pyro.deterministic`: observed to Pyro, but no data."""
-    return bool(site["infer"] and site["infer"].get("_deterministic"))
-
-
-def check_data(site: TraceSite) -> None:
-    """Raise ValueError where an observed site has axes that its plates have not.
-
-    Of the distribution, as Pyro's ELBOs do where validation is on, or of the data, which then
-    spread it. Without a plate all axes are data.
-    """
-    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
-    batch = tuple(site["fn"].batch_shape)
-    strange = any(
-        size != 1 and axis - len(batch) not in plates for axis, size in enumerate(batch)
-    )
-    if plates and strange:
-        raise ValueError(
-            f"site {site['name']!r}: a batch of shape {batch} in plates of sizes "
-            f"{tuple(plates.values())}: is an output [B, 1] to be squeezed? What belongs to one "
-            "datum wants .to_event(...), other data a plate of their own"
-        )
-    shape, value = tuple(site["fn"].shape()), tuple(site["value"].shape)
-    if value == shape or not site["cond_indep_stack"]:
-        return
-    if torch.broadcast_shapes(value, shape) != shape:
-        raise ValueError(
-            f"site {site['name']!r}: data of shape {value} against a distribution of {shape}"
-        )
-
-
-class _Watch(Messenger):
-    """Runs a model at `values`, as far as they go, and keeps what is observed."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.observed: list[tuple[Distribution, Tensor, bool]] = []  # and whether in a plate
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["is_observed"] and not site_is_subsample(msg) and not is_deterministic(msg):
-            check_data(msg)
-            self.observed.append((msg["fn"], msg["value"], bool(msg["cond_indep_stack"])))
-
-
 def trace_prototype(
     model: Callable[..., Any], hide: Callable[[Any], bool], partial: bool, args: Any, kwargs: Any,
     known: Collection[str] = (),
 ) -> Prototype:
-    """Run the model once, and once more with gradients at its weights, and look.
+    """Run the model once to find its latents, and once more to find the layers they belong to.
 
     Args:
         model: with initial values set (`InitMessenger`).
-        hide: which messages no guide is for.
-        partial: a guide for some of the sites only, beside others.
-        known: the latents, of a guide loaded from a state; where nothing is observed, whatever else
-            there is are data.
+        hide: which messages belong to no guide.
+        partial: whether the guide covers only some of the sites, next to other guides.
+        known: the latents of a guide that was loaded from a state. Where nothing is observed, all
+            other latents are taken for data.
 
     Raises:
-        ValueError: no observed site, no latent, or a discrete one.
+        ValueError: no observed site, no latent, or a latent that is discrete or in a sequential
+            plate.
     """
-    watch = _Watch({})
-    run = poutine.block(poutine.trace(poutine.block(watch(model), hide)).get_trace)
-    with frozen_buffers(model):
-        try:
-            with torch.no_grad():
-                trace = run(*args, **kwargs)
-        except RuntimeError:  # of a model that takes derivatives; a true fault comes again
-            watch.observed.clear()
-            trace = run(*args, **kwargs)
-    if known and not watch.observed:
+    trace, observed = _trace(model, hide, args, kwargs)
+    if known and not observed:
         for name in trace.nodes.keys() - known - {"_INPUT", "_RETURN"}:
             trace.remove_node(name)
     latents = dict(trace.iter_stochastic_nodes())
-    if not watch.observed and not known and not partial and not unwrap_model(model)[1]:
+    if not observed and not known and not partial and not unwrap_model(model)[1]:
         raise ValueError(
             "the model has no observed site in this call, its latents are "
             f"{', '.join(latents) or 'none'}: were the data left out?"
         )
+    _check_latents(latents)
+    refused = {name: why for name, site in latents.items() if (why := _refusal(site))}
+    values = {name: site["value"] for name, site in latents.items() if name not in refused}
+    layers, missed = _layers(model, values, args, kwargs)
+    unsupported = {n: why for n, why in {**missed, **refused}.items() if is_real(latents[n])}
+    untraced = [
+        Layer(name, None, tuple(latents[name]["value"].shape), "untraced")
+        for name in unsupported if name not in refused and is_single_event(latents[name])
+    ]
+    return Prototype(trace, latents, [*layers, *untraced], unsupported)
+
+
+def _trace(
+    model: Callable[..., Any], hide: Callable[[Any], bool], args: Any, kwargs: Any
+) -> tuple[Any, list[ObservedSite]]:
+    """A trace of the model without the messages to hide, and all of its observed sites."""
+
+    def run() -> tuple[Any, list[ObservedSite]]:
+        replay = ReplayMessenger({}, partial=True)
+        visible = poutine.block(replay(model), hide)
+        trace = poutine.block(poutine.trace(visible).get_trace)(*args, **kwargs)
+        return trace, replay.observed
+
+    with preserve_module_state(modules(model)):
+        try:
+            with torch.no_grad():
+                return run()
+        except RuntimeError:  # the model may take derivatives; other errors are raised again below
+            return run()
+
+
+def _check_latents(latents: Mapping[str, TraceSite]) -> None:
     if not latents:
         raise ValueError("the model has no latent: has the network been bayesianized?")
     for name, site in latents.items():
@@ -133,95 +112,64 @@ def trace_prototype(
                 "continuous latents; enumerate it, or hide it with poutine.block"
             )
         if not all(frame.vectorized for frame in site["cond_indep_stack"]):
-            raise ValueError(f"latent {name!r} is in a sequential plate: use a vectorized one")
-    refused = {name: why for name, site in latents.items() if (why := _refusal(site))}
-    values = {name: site["value"] for name, site in latents.items() if name not in refused}
-    layers, met = _layers(model, values, args, kwargs)
-    unsupported = {name: why for name, why in {**met, **refused}.items() if is_real(latents[name])}
-    opaque = [
-        Layer(name, None, tuple(latents[name]["value"].shape), "opaque")
-        for name in unsupported if name not in refused and _is_whole(latents[name])
-    ]
-    return Prototype(trace, latents, [*layers, *opaque], unsupported)
+            raise ValueError(f"latent {name!r} is in a sequential plate: use a vectorized plate")
+
+
+def _refusal(site: TraceSite) -> str:
+    """The reason why the prior of a latent rules out a Gaussian of ours, or ""."""
+    if as_normal(site["fn"]) is None:
+        return f"a {type(unwrap(site['fn'])).__name__} prior"
+    return "a weight inside a plate" if site["cond_indep_stack"] else ""
+
+
+# ---- layers -------------------------------------------------------------------------------------
 
 
 def _layers(
     model: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of weights at these values, and {name: why} of those that are none.
+    """The layers of the weights at these values, and {name: reason} of weights without a layer.
 
-    Of random numbers the run leaves as many as it found.
+    The global random number generators are left as they were.
     """
+    device = next((value.device for value in values.values()), torch.device("cpu"))
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-    capture, watch = Capture(dict(weights)), _Watch(weights)
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
+    capture, replay = Capture(dict(weights)), ReplayMessenger(weights, partial=True)
+    with torch.enable_grad(), isolated_rng(device), preserve_module_state(modules(model)):
         with poutine.block(), validation_enabled(False):
             with capture:
-                watch(model)(*args, **kwargs)
-            plates = [site for site in watch.observed if site[2]]  # others are no examples
-            terms = [(_rows(fn, y), fn.log_prob(y)) for fn, y, _ in plates or watch.observed]
+                replay(model)(*args, **kwargs)
+            trace = capture.trace()
+            in_plates = [site for site in replay.observed if site.in_plate]  # only these: examples
+            sites = in_plates or replay.observed
+            terms = [(site.rows, site.fn.log_prob(site.value)) for site in sites]
         terms = [(rows, log_prob) for rows, log_prob in terms if rows and log_prob.requires_grad]
-        if terms:  # looked at before the buffers are put back, which the graph may need
+        if terms:  # examined before the buffers, which the graph may need, are restored
             count = max(rows for rows, _ in terms)
             densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
                          if rows == count and log_prob.dim()]
-            if capture.has_batch_coupling or not densities:
+            if trace.has_batch_coupling or not densities:
                 said = None
             else:
                 said = torch.stack(densities).sum(0)
             total = torch.stack([log_prob.sum() for _, log_prob in terms]).sum()
-            with _recomputed():
-                capture.mark_untracked(total)
-                capture.unsupported |= find_wrong_batch_axis(capture.calls, count, said)
-            _refuse_checkpoints(total, weights.keys() - capture.seen)
-    return capture.layers(), capture.unsupported
-
-
-CHECKPOINT = (
-    "torch.utils.checkpoint runs layers anew outside of Pyro's handlers, where their weights are "
-    "other samples: leave it out of a Bayesian network, or its layers out of the latents"
-)
+            with _explain_checkpoints():
+                trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, said)
+            _refuse_checkpoints(total, weights.keys() - trace.tracked_names)
+    return [*trace.layers], dict(trace.unsupported)
 
 
 @contextmanager
-def _recomputed() -> Iterator[None]:
-    """Around a backward pass: say what is wrong where a checkpoint finds other weights in it."""
+def _explain_checkpoints() -> Iterator[None]:
+    """Explain the error of a backward pass in which a checkpoint recomputes other weights."""
     try:
         yield
     except CheckpointError as error:
         raise ValueError(CHECKPOINT) from error
 
 
-def _refuse_checkpoints(total: Tensor, unseen: Collection[str]) -> None:
-    """Raise ValueError where weights that nothing shows may be in a reentrant checkpoint."""
-    names = (node.name() for node in ancestors(total)) if unseen else ()
+def _refuse_checkpoints(total: Tensor, untracked: Collection[str]) -> None:
+    """Raise ValueError where weights in no tracked op may be in a reentrant checkpoint."""
+    names = (node.name() for node in ancestors(total)) if untracked else ()
     if any(name.startswith("CheckpointFunction") for name in names):
-        raise ValueError(f"{', '.join(sorted(unseen))}: {CHECKPOINT}")
-
-
-def _rows(likelihood: Distribution, value: Tensor) -> int:
-    """Length of the first axis, the examples."""
-    return (*likelihood.batch_shape, *value.shape, 1)[0]
-
-
-def _refusal(site: TraceSite) -> str:
-    """Why a layer's weight cannot have a Gaussian of ours, or ""."""
-    if as_normal(site["fn"]) is None:
-        prior = site["fn"]
-        while isinstance(prior, Independent):
-            prior = prior.base_dist
-        return f"a {type(prior).__name__} prior"
-    return "a weight inside a plate" if site["cond_indep_stack"] else ""
-
-
-def _is_whole(site: TraceSite) -> bool:
-    """Whether all axes belong to one event, as those of a weight do."""
-    return 0 < site["fn"].event_dim == site["value"].dim()
-
-
-def is_real(site: TraceSite) -> bool:
-    """Whether a latent could be a weight at all: a scale, say, could not."""
-    support = site["fn"].support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real
+        raise ValueError(f"{', '.join(sorted(untracked))}: {CHECKPOINT}")

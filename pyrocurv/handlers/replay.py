@@ -1,7 +1,8 @@
-"""One run of a Pyro model with given latents, seen by one light messenger.
+"""Running a Pyro model at given values of its latents, under one light messenger.
 
-Tracing a model and scoring all of it costs more than the network; a natural-gradient step needs the
-observed sites, the priors of the weights and the parameters, and takes the rest in closed form.
+Tracing a model and scoring every site costs more than the network itself. A natural-gradient step
+needs only the observed sites, the priors of the weights and the parameters; everything else has a
+closed form.
 """
 
 from __future__ import annotations
@@ -18,44 +19,47 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrocurv.handlers.prototype import check_data, is_deterministic
+from pyrocurv.handlers.sites import check_data, is_deterministic
 
 
 @dataclass(frozen=True, eq=False)
 class ObservedSite:
-    """What a sample statement said: its distribution, value, scale and mask."""
+    """A sample statement of one run: its distribution, value, scale and mask."""
 
     name: str
     fn: Distribution
     value: Tensor
     scale: float | Tensor
     mask: Tensor | bool | None
-    batch: int  # data in this call, over all plates
-    num_data: int  # data in all, over all plates
+    batch: int  # number of data in this call, over all plates
+    num_data: int  # number of data in the data set, over all plates
     in_plate: bool
 
     @property
     def rows(self) -> int:
-        """Length of the likelihood's first axis, the examples."""
+        """Length of the first axis of the likelihood, the examples."""
         return (*self.fn.batch_shape, *self.value.shape, 1)[0]
 
     @property
     def is_factor(self) -> bool:
-        """Whether it is a `pyro.factor`, whose value is nothing."""
+        """Whether the site is a `pyro.factor`, whose value is empty."""
         return not self.fn.event_shape.numel()
 
     @property
     def power(self) -> float:
-        """The scale of a weight's prior; ValueError where it is masked or no single number."""
+        """The power that `poutine.scale` raises the prior of a weight to.
+
+        Raises ValueError for a prior that is masked, or scaled by more than one number.
+        """
         if self.mask is not None and not bool(torch.as_tensor(self.mask).all()):
             raise ValueError(
-                f"the prior of {self.name!r} is masked, a flat one has no KL: give it a wide "
-                "normal, or use FullGuide with curvature='hessian'"
+                f"the prior of {self.name!r} is masked, and a flat prior has no KL: use a wide "
+                "normal instead, or FullGuide with curvature='hessian'"
             )
         if isinstance(self.scale, Tensor) and self.scale.numel() > 1:
             raise ValueError(
                 f"site {self.name!r} has a scale of shape {tuple(self.scale.shape)}: the prior of "
-                "a weight takes one number"
+                "a weight can be scaled by a single number only"
             )
         return float(self.scale)
 
@@ -70,21 +74,30 @@ class ObservedSite:
 
     @cached_property
     def log_prob(self) -> Tensor:
-        """The scaled and masked log density, summed."""
+        """The log density, masked, scaled and summed."""
         return (self.each * self.scale).sum()
 
 
-
 class ReplayMessenger(Messenger):
-    """Runs a model at `values` {site: tensor} and keeps what the model said.
+    """Runs a model at given values and records its sample and param statements.
 
-    Raises ValueError for a latent that `values` does not have, and for a plate over other data than
-    those that `values` has latents of.
+    `observed` lists the observed sites in the order of the model and `latents` holds the other
+    sample sites by name; deterministic sites and plates are in neither. `params` are the
+    unconstrained values of the `pyro.param` statements, under "param " and their names.
+
+    Args:
+        values: {site: tensor} of latents and of the subsamples of plates.
+        partial: whether the model may sample latents that `values` lacks.
+
+    Raises:
+        ValueError: a latent that `values` lacks, unless `partial`; a plate that the model
+            subsamples differently than `values`; an observed site of an inconsistent shape.
     """
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], partial: bool = False) -> None:
         super().__init__()
         self.values = values
+        self.partial = partial
         self.observed: list[ObservedSite] = []
         self.latents: dict[str, ObservedSite] = {}
         self.params: dict[str, Tensor] = {}
@@ -94,16 +107,16 @@ class ReplayMessenger(Messenger):
         if value is not None and site_is_subsample(msg) and msg["value"] is not None:
             if not torch.equal(value, torch.as_tensor(msg["value"]).to(value.device)):
                 raise ValueError(
-                    f"plate {msg['name']!r} is over data that the model chose, and the guide drew "
-                    "its latents for others: give the guide `create_plates`, the same plate made "
-                    "from the arguments"
+                    f"the model subsamples plate {msg['name']!r} itself, and the guide drew its "
+                    "latents for another subsample: pass `create_plates` to the guide, which makes "
+                    "the same plate from the arguments"
                 )
         elif value is not None:
             msg["value"], msg["done"] = value, True
-        elif not msg["is_observed"] and not site_is_subsample(msg):
+        elif not (self.partial or msg["is_observed"] or site_is_subsample(msg)):
             raise ValueError(
                 f"site {msg['name']!r} is neither observed in this call nor a latent of the guide, "
-                f"which knows {', '.join(self.values) or 'none'}: was an argument left out?"
+                f"whose latents are {', '.join(self.values) or 'none'}: was an argument left out?"
             )
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -111,24 +124,25 @@ class ReplayMessenger(Messenger):
             return
         if msg["is_observed"]:
             check_data(msg)
-        sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
-        in_plate = bool(sizes)
-        if not in_plate and msg["is_observed"]:
-            rows = len(msg["value"]) if msg["value"].dim() else 1
-            if not msg["fn"].event_shape.numel():  # a factor, whose value is nothing
-                rows = (*msg["fn"].batch_shape, 1)[0]
-            sizes = [(rows, rows)]
-        site = ObservedSite(
-            msg["name"], msg["fn"], msg["value"], msg["scale"], msg["mask"],
-            math.prod(size for size, _ in sizes), math.prod(full for _, full in sizes),
-            in_plate,
-        )
-        if msg["is_observed"]:
-            self.observed.append(site)
+            self.observed.append(_observed_site(msg))
         else:
-            self.latents[msg["name"]] = site
+            self.latents[msg["name"]] = _observed_site(msg)
 
     def _pyro_post_param(self, msg: Any) -> None:
         param = msg["value"]
-        free = param.unconstrained() if hasattr(param, "unconstrained") else param
-        self.params[f"param {msg['name']}"] = free
+        unconstrained = param.unconstrained() if hasattr(param, "unconstrained") else param
+        self.params[f"param {msg['name']}"] = unconstrained
+
+
+def _observed_site(msg: Any) -> ObservedSite:
+    sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
+    in_plate = bool(sizes)
+    if not in_plate and msg["is_observed"]:
+        rows = len(msg["value"]) if msg["value"].dim() else 1
+        if not msg["fn"].event_shape.numel():  # a factor, whose value is empty
+            rows = (*msg["fn"].batch_shape, 1)[0]
+        sizes = [(rows, rows)]
+    batch, num_data = math.prod(size for size, _ in sizes), math.prod(full for _, full in sizes)
+    return ObservedSite(
+        msg["name"], msg["fn"], msg["value"], msg["scale"], msg["mask"], batch, num_data, in_plate
+    )

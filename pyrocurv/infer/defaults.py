@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyrocurv.posterior.hyperparameters import AUTO
-from pyrocurv.runtime.validation import _is_number, check_positive
+from pyrocurv.runtime.validation import check_positive, is_number
 
 
 class NaturalGradient(torch.optim.Optimizer):
@@ -21,9 +21,9 @@ class NaturalGradient(torch.optim.Optimizer):
         self, *, lr: float, momentum: float, damping: float, kl_clip: float | None
     ) -> None:
         check_positive("lr", lr)
-        if not (_is_number(momentum) and 0 <= momentum < 1):
+        if not (is_number(momentum) and 0 <= momentum < 1):
             raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-        if not (_is_number(damping) and damping >= 0):
+        if not (is_number(damping) and damping >= 0):
             raise ValueError(f"damping={damping!r}: a number from 0 is needed")
         check_positive("kl_clip", kl_clip, None)
         numbers = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyrocurv.handlers.modules import frozen_buffers
+from pyrocurv.handlers.modules import modules
 from pyrocurv.infer import joint_step as whole
 from pyrocurv.infer import layerwise_step as layered
 from pyrocurv.infer.defaults import Loss
@@ -16,6 +16,7 @@ from pyrocurv.posterior.sampling import (
     perturbed_weights,
     sample_perturbations,
 )
+from pyrocurv.runtime.module_state import preserve_module_state
 
 
 def negative_elbo(
@@ -34,7 +35,7 @@ def negative_elbo(
             noise, used = sample_perturbations(precisions, used, locs[0], numbers.antithetic)
         weights = perturbed_weights(blocks, locs, noise)
         asked = torch.set_grad_enabled(heat.asks_the_graph)
-        with runner.network(), frozen_buffers(runner.model), asked:
+        with runner.network(), preserve_module_state(modules(runner.model)), asked:
             run = runner(require_grad(weights))
             temperature = heat(run)
         if isinstance(numbers, whole.Numbers):

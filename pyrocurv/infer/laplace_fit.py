@@ -16,7 +16,7 @@ from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.full_data import CurvatureSum, accumulate
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.handlers.modules import eval_mode
+from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.marginal_likelihood import LaplaceBlock
 from pyrocurv.infer.model_run import (
     ModelRun,
@@ -28,6 +28,7 @@ from pyrocurv.infer.model_run import (
     split_batch,
 )
 from pyrocurv.posterior.prior import BlockPrior
+from pyrocurv.runtime.module_state import eval_mode
 
 
 def sum_curvature(
@@ -83,7 +84,7 @@ def _run(
     model: Callable[..., Any], guide: StructuredGuide, spec: Curvature, args: Any, kwargs: Any
 ) -> ModelRun:
     twice = twice_differentiable() if spec.kind == "hessian" else nullcontext()
-    with eval_mode(model), torch.enable_grad(), twice:
+    with eval_mode(modules(model)), torch.enable_grad(), twice:
         rest = auxiliary_medians(guide, *args, **kwargs)
         return run_model(model, guide, mean_weights(guide), args, kwargs, True, rest)
 

@@ -231,7 +231,7 @@ def observed(
     assert run.capture is not None
     run.check_apart(spec.kind)
     return update_curvature(
-        spec, step, blocks, carried, run.observations, run.capture.calls,
+        spec, step, blocks, carried, run.observations, run.capture.trace().calls,
         run.primary_likelihood.rows,
         sample.batch_fraction, sample.priors, numbers, part,
     )

@@ -18,42 +18,30 @@ arXiv:2106.14806; the pairs: Lu, Ie & Sha 2020, arXiv:2006.07584.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import singledispatch
 from typing import Any
 
 import torch
 from pyro import distributions as dist
-from pyro.distributions import MaskedDistribution
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Categorical,
     Distribution,
-    Independent,
     MultivariateNormal,
     Normal,
 )
 
 from pyrocurv.curvature.output_covariance import propagate
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.handlers.modules import eval_mode, modules
-from pyrocurv.handlers.prototype import is_deterministic
+from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.replay import ReplayMessenger
 from pyrocurv.infer.model_run import auxiliary_medians, layer_calls, mean_weights
 from pyrocurv.layers.capture import Capture
-from pyrocurv.runtime.module_state import still_frozen
-from pyrocurv.runtime.rng import RandomStream
-
-
-def innermost(likelihood: Distribution) -> tuple[Distribution, int]:
-    """Under masks and `Independent`, and how many of its batch axes are of one event."""
-    event = 0
-    while isinstance(likelihood, (Independent, MaskedDistribution)):
-        event += getattr(likelihood, "reinterpreted_batch_ndims", 0)
-        likelihood = likelihood.base_dist
-    return likelihood, event
+from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.module_state import eval_mode, still_frozen
+from pyrocurv.runtime.rng import isolated_rng
 
 
 @singledispatch
@@ -145,15 +133,17 @@ def _kappa(variance: Tensor) -> Tensor:
 def predict(
     model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any
 ) -> Distribution:
-    """The predictive distribution, at the model's arguments. Raises as `Laplace.predict` says."""
+    """The predictive distribution at the model's arguments; raises what `Laplace.predict` says."""
     weights = mean_weights(guide)
-    look = _Outlook({**weights, **auxiliary_medians(guide)})
+    replay = ReplayMessenger({**weights, **auxiliary_medians(guide)}, partial=True)
     with (
-        torch.enable_grad(), RandomStream(0)(guide.blocks[0].raw_loc.device), eval_mode(model),
-        still_frozen(modules(model)), look, Capture(dict(weights)) as capture,
+        torch.enable_grad(), isolated_rng(guide.blocks[0].raw_loc.device),
+        eval_mode(modules(model)), still_frozen(modules(model)),
+        replay, Capture(dict(weights)) as capture,
     ):
         model(*args, **kwargs)
-    likelihood, event = look.likelihood()
+    wrapped = _only_likelihood(replay)
+    likelihood = unwrap(wrapped, masks=True)
     with torch.enable_grad():
         outputs = linear_predictor(likelihood)
     calls = layer_calls(guide, capture, weights, len(outputs))
@@ -161,31 +151,17 @@ def predict(
         precisions = [family.precision() for family in guide.blocks]
     covariance = propagate([f.block for f in guide.blocks], precisions, outputs, calls)
     with torch.no_grad():
+        event = len(wrapped.event_shape) - len(likelihood.event_shape)
         return predictive(likelihood, event, covariance)
 
 
-class _Outlook(Messenger):
-    """Runs a model at `values` {site: tensor} and keeps the likelihoods of what is no latent."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-        self.found: dict[str, Distribution] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values and not site_is_subsample(msg):
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        beside = site_is_subsample(msg) or is_deterministic(msg)
-        if msg["name"] not in self.values and not beside:
-            self.found[msg["name"]] = msg["fn"]
-
-    def likelihood(self) -> tuple[Distribution, int]:
-        """The one there is, without what is around it, and its event axes."""
-        if len(self.found) != 1:
-            raise ValueError(
-                "predict() needs a model with one site beside the latents, got "
-                f"{', '.join(self.found) or 'none'}"
-            )
-        return innermost(*self.found.values())
+def _only_likelihood(replay: ReplayMessenger) -> Distribution:
+    """The distribution of the one site that is not a latent of the guide, observed or not."""
+    sites = [*replay.observed, *replay.latents.values()]
+    likelihoods = {site.name: site.fn for site in sites if site.name not in replay.values}
+    if len(likelihoods) != 1:
+        raise ValueError(
+            "predict() needs a model with exactly one site in addition to the latents, got "
+            f"{', '.join(likelihoods) or 'none'}"
+        )
+    return next(iter(likelihoods.values()))

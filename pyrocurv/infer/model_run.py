@@ -27,7 +27,7 @@ from pyrocurv.posterior.sampling import perturbed_weights
 from pyrocurv.runtime.autocast import Autocast
 from pyrocurv.runtime.distributions import as_normal
 from pyrocurv.runtime.module_state import still_frozen
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import isolated_rng
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ def _check(replay: ReplayMessenger) -> None:
 def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
     """Have the guide meet its model, if it has not, at no cost of random numbers."""
     if guide.prototype_trace is None:
-        with RandomStream(0)(torch.device("cpu")), poutine.block():
+        with isolated_rng(torch.device("cpu")), poutine.block():
             guide._setup_prototype(*args, **kwargs)
 
 
@@ -288,12 +288,13 @@ def auxiliary_medians(guide: StructuredGuide, *args: Any, **kwargs: Any) -> dict
 
 def layer_calls(
     guide: StructuredGuide, capture: Capture | None, weights: Mapping[str, Tensor], rows: int
-) -> list[LayerCall | UntracedWeight]:
+) -> list[LayerCall]:
     """The ops of the guide's layers; weights that no supported op consumes are layers too."""
     assert capture is not None
     held = [family.block for family in guide.blocks]
     opaque = [layer for block in held if block.is_untraced for layer in block.layers]
-    return [*capture.calls, *(UntracedWeight(one, weights[one.weight], rows) for one in opaque)]
+    calls = capture.trace().calls
+    return [*calls, *(UntracedWeight(one, weights[one.weight], rows) for one in opaque)]
 
 
 def likelihood_term(site: ObservedSite, num_data: int, rows: int) -> LikelihoodTerm:

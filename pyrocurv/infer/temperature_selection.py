@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.handlers.modules import eval_mode, frozen_buffers
+from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.model_run import ModelRun, require_grad, run_model, split_batch
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.posterior.sampling import perturbed_weights, sample_perturbations
+from pyrocurv.runtime.module_state import eval_mode, preserve_module_state
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_integer, check_positive
@@ -129,7 +130,7 @@ def log_predictive_density(
     total, count = 0.0, 0.0
     for batch in loader:
         args, kwargs = split_batch(batch)
-        with eval_mode(model), frozen_buffers(model):
+        with eval_mode(modules(model)), preserve_module_state(modules(model)):
             runs = [_run(model, one, args, kwargs) for one in turns]
         densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
         counted = _counted(runs[0])

@@ -1,11 +1,10 @@
-"""Facts about the operations that consume weights: how each is "out = W in" at S positions.
+"""The operations that consume weights, each as "output = W input" at S positions.
 
-Legend, here and everywhere:  B batch (examples)   S positions that share the weights
-I inputs of a layer, bias included   O outputs   K output vectors pulled back   P weights
-Γ groups, each with a matrix of its own; most layers have no such axis
+Legend for the whole package:
+    B batch (examples)   S positions that share the weights   P weights
+    I inputs of a layer, bias included   O outputs   K output vectors that are pulled back
+    Γ groups with a matrix each; most layers have no such axis
 """
-
-
 
 from pyrocurv.layers.layer import Layer
 from pyrocurv.layers.op import OpArguments, OpSpec

@@ -1,8 +1,8 @@
-"""Whether the rows of what a layer reads are the examples, as curvature by rows takes them to be.
+"""Whether the rows of a layer's input are the examples, as the curvature per example assumes.
 
-They are not where a network makes weights of its own from a code, looks up positions, or has the
-sequence first; the number of rows tells, and where it is that of the examples by chance, gradients,
-unless autograd's graph is made of nothing that joins rows.
+They are not if a network computes its weights from a code, looks up positions, or has the sequence
+first. The number of rows reveals most cases. If it equals the number of examples by chance,
+gradients decide, unless autograd's graph has only ops that keep rows apart.
 """
 
 from __future__ import annotations
@@ -16,44 +16,66 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
-from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.calls import OpCall
+from pyrocurv.layers.trace import Trace
 
 
-def find_wrong_batch_axis(
-    calls: Sequence[LayerCall], count: int, said: Tensor | None
-) -> dict[str, str]:
-    """{name: why} of the tensors of layers that do not see `count` examples, one a row.
+def mark_wrong_batch_axis(trace: Trace, count: int, per_example: Tensor | None) -> Trace:
+    """The trace without the layers that do not see `count` examples as rows.
 
-    A number `said` [B] of each example, its log density or one of its outputs, is pulled back, that
-    of one half of the examples and then that of the other: neither may reach a row of the other.
-    Batch norm in training mode joins the rows of right layers too: there it is None, and the rows
-    are counted.
-    Gradients are not asked where the graph of `said` has them apart.
+    A scalar `per_example` [B] of each example, its log density or one of its outputs, is pulled
+    back, that of one half of the examples and then that of the other: neither may reach a row of
+    the other half. It is None where batch norm in training mode joins the rows of correct layers
+    too: then the rows are only counted. No gradient is taken where the graph of `per_example` keeps
+    the examples apart.
     """
-    found: dict[str, str] = {}
-    fitting = []
-    for call in calls:
-        if call.batch == count:
-            fitting.append(call)
+    reasons: dict[str, str] = {}
+    calls = []
+    for call in trace.calls:
+        if call.batch_size == count:
+            calls.append(call)
         else:
-            found |= _named(call, f"{call.batch} rows where there are {count} examples")
-    if said is None or said.dim() == 0 or count < 2 or is_row_independent(said):
-        return found
-    half = _half(count).to(said.device)
-    for mine, other in ((half, ~half), (~half, half)):
-        for call, gradient in _pulled(fitting, said[mine].sum()):
-            others = call.gradients(gradient, count).movedim(-3, 0)[other]
-            if bool((others.abs() > 0).any()):  # not where a masked example has made it NaN
-                found |= _named(call, "rows that reach more than their own example")
-    return found
+            reasons |= _reasons(call, f"{call.batch_size} rows where there are {count} examples")
+    if per_example is not None and per_example.dim() and count > 1:
+        for call in _mixing_calls(calls, count, per_example):
+            reasons |= _reasons(call, "rows that affect more than their own example")
+    return trace.mark_unsupported(reasons)
+
+
+def _reasons(call: OpCall, reason: str) -> dict[str, str]:
+    return dict.fromkeys(call.layer.tensors, f"{reason}: the batch is not its input's first axis")
+
+
+def _mixing_calls(calls: Sequence[OpCall], count: int, per_example: Tensor) -> list[OpCall]:
+    """The calls with rows that affect an example of the other half."""
+    if is_row_independent(per_example):
+        return []
+    half = _half(count).to(per_example.device)
+    mixing = []
+    for rows, other_rows in ((half, ~half), (~half, half)):
+        for call, gradient in _pull_back(per_example[rows].sum(), calls):
+            gradients = call.output_gradient_rows(gradient, count).movedim(-3, 0)
+            # false for NaN, which a masked example may have
+            if bool((gradients[other_rows].abs() > 0).any()):
+                mixing.append(call)
+    return mixing
+
+
+def _pull_back(total: Tensor, calls: Sequence[OpCall]) -> list[tuple[OpCall, Tensor]]:
+    """The calls that the total depends on, with its gradients in their outputs."""
+    if not calls or not total.requires_grad:
+        return []
+    edges = [call.edge for call in calls]
+    gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+    return [(call, g) for call, g in zip(calls, gradients, strict=True) if g is not None]
 
 
 @functools.cache
 def _half(count: int) -> Tensor:
-    """Which of the examples are in one half: no shift of them all leaves the halves as they are.
+    """A mask of half of the examples that no shift of all examples leaves unchanged.
 
-    The Thue-Morse sequence, the parity of the ones in the binary number; and an odd number of them,
-    which no pairing of all examples leaves as they are, a reversal say.
+    It is the Thue-Morse sequence, the parity of the ones in the binary number. The number of
+    examples in it is odd, so no pairing of all examples, as a reversal, leaves it unchanged.
     """
     half = torch.tensor([bool(number.bit_count() % 2) for number in range(count)])
     if count % 4 == 0:
@@ -61,77 +83,75 @@ def _half(count: int) -> Tensor:
     return half
 
 
-ENTRYWISE = ("Relu", "Tanh", "Sigmoid", "Gelu", "Silu", "Softplus", "LeakyRelu", "Elu")
-ROWWISE = ("Mv", "Mm", "Convolution", "MaxPool2DWithIndices", "View", "UnsafeView", *ENTRYWISE)
-ROWS = {  # of an op, the places of inputs whose rows are its output's where they are as many
+# ---- ops that keep rows apart -------------------------------------------------------------------
+
+ELEMENTWISE = ("Relu", "Tanh", "Sigmoid", "Gelu", "Silu", "Softplus", "LeakyRelu", "Elu")
+ROWWISE = ("Mv", "Mm", "Convolution", "MaxPool2DWithIndices", "View", "UnsafeView", *ELEMENTWISE)
+ROW_INPUTS = {  # {op: the inputs whose rows become those of the output, if they are as many}
     **dict.fromkeys(ROWWISE, (0,)), "Addmm": (1,), "Add": (0, 1),
 }
 
 
-def is_row_independent(said: Tensor) -> bool:
-    """Whether a number of each example [B] hangs, node by node, on nothing but its own rows.
+def is_row_independent(per_example: Tensor) -> bool:
+    """Whether each entry [B] is known to depend on nothing but its own rows, node by node.
 
-    Known of a chain of common ops alone, whose other inputs are leaves: False may be either.
+    Only chains of common ops whose other inputs are leaves are recognized: False may be either.
     """
-    count, ahead, seen = len(said), [said.grad_fn], set()
+    count, ahead = len(per_example), [per_example.grad_fn]
+    visited: set[Node] = set()
     while ahead:
         node = ahead.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         name = node.name().removesuffix("Backward0")
-        inputs = {place: before for place, (before, _) in enumerate(node.next_functions)
-                  if before is not None and not _is_leaf(before)}
-        shapes = [_shape(one) for one in (node, *inputs.values())]
-        if shapes[0][:1] != [count] or not inputs.keys() <= {*ROWS.get(name, ())}:
+        inputs = {
+            position: before for position, (before, _) in enumerate(node.next_functions)
+            if before is not None and not _is_leaf(before)
+        }
+        shape, *input_shapes = map(_output_shape, (node, *inputs.values()))
+        if shape[:1] != [count] or not inputs.keys() <= {*ROW_INPUTS.get(name, ())}:
             return False
-        if name == "Add" and len({len(shape) for shape in shapes}) > 1:
-            return False  # broadcast, which may make columns of rows
+        if name == "Add" and any(len(other) != len(shape) for other in input_shapes):
+            return False  # a broadcast may turn rows into columns
         ahead += inputs.values()
     return True
 
 
-def _shape(node: Node) -> list[int]:
-    """Of the op's output."""
+def _output_shape(node: Node) -> list[int]:
     return [*node._input_metadata[0].shape]
 
 
 def _is_leaf(node: Node) -> bool:
-    """A weight, or one turned over."""
+    """Whether a node is a leaf or the transpose of one."""
     if node.name() in ("TBackward0", "TransposeBackward0"):
         ((before, _),) = node.next_functions
         return before is not None and _is_leaf(before)
     return node.name().endswith("AccumulateGrad")
 
 
+# ---- scalars of the outputs ---------------------------------------------------------------------
+
+
 def random_projection(output: Tensor) -> Tensor:
-    """A number [B] that hangs on all outputs of an example; their plain sum may be constant."""
+    """A scalar [B] that depends on all outputs of an example; their plain sum may be constant."""
     rows = output.reshape(len(output), -1)
     return rows @ torch.linspace(1, 2, rows.shape[1], dtype=rows.dtype, device=rows.device)
 
 
 def per_example_scalar(output: Any, count: int) -> Tensor | None:
-    """`random_projection`, over all tensors of a nest that have a row for each example; None:
-    there is none."""
-    heads = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-    each = [random_projection(x) for x in heads if x.shape[:1] == (count,)]
-    return functools.reduce(torch.add, each) if each else None
+    """`random_projection` summed over all nested tensors with `count` rows; None if there is none.
+    """
+    projections = [random_projection(x) for x in _outputs(output) if x.shape[:1] == (count,)]
+    return functools.reduce(torch.add, projections) if projections else None
 
 
 def total_output(output: Any) -> Tensor:
-    """A number that hangs on all outputs."""
-    heads = [x.sum() for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-    return functools.reduce(torch.add, heads) if heads else torch.zeros(())
+    """A scalar that depends on all outputs."""
+    totals = [x.sum() for x in _outputs(output)]
+    return functools.reduce(torch.add, totals) if totals else torch.zeros(())
 
 
-def _pulled(calls: Sequence[LayerCall], total: Tensor) -> list[tuple[LayerCall, Tensor]]:
-    """The calls that the total hangs on, with its gradient onto their outputs."""
-    if not calls or not total.requires_grad:
-        return []
-    edges = [call.edge for call in calls]
-    found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
-    return [(call, g) for call, g in zip(calls, found, strict=True) if g is not None]
-
-
-def _named(call: LayerCall, why: str) -> dict[str, str]:
-    return dict.fromkeys(call.layer.tensors, f"{why}: the batch is not its input's first axis")
+def _outputs(output: Any) -> list[Tensor]:
+    """The nested tensors that have a gradient."""
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]

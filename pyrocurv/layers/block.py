@@ -1,7 +1,7 @@
-"""Which weights share a block of the curvature, in which structure and order.
+"""Layers whose weights share a block of the curvature, and how they are packed as one vector.
 
-"full" has one block for all its layers and, for speed, so has "diag"; the others have one for each
-layer. Inside a block the layers follow each other, each as its matrix [*lead, O, I] row-major.
+The structure decides which layers share a block. Inside a block the layers follow each other, each
+as its matrix [*lead, O, I] row-major.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pyrocurv.structures.serialization import serializable
 
 Structure = str | StructureSpec  # as users give it
 
+
 @serializable
 @dataclass(frozen=True)
 class Block:
@@ -49,18 +50,18 @@ class Block:
 
     @property
     def label(self) -> str:
-        """The structure as `summary` prints it."""
+        """The name of the structure that `summary` prints."""
         return self.structure.label
 
     @property
     def is_untraced(self) -> bool:
-        """Whether no supported op consumes its weights."""
+        """Whether no supported op consumes the weights."""
         return self.layers[0].is_untraced
 
     @property
     def name(self) -> str:
-        """Of its layers: the module's name, or that of the weight where it is no module's."""
-        names = [layer.weight.removesuffix(".weight") for layer in self.layers]
+        """The names of the first and the last layer's module, or of a weight without a module."""
+        names = [layer.name for layer in self.layers]
         return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
     @property
@@ -70,45 +71,45 @@ class Block:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """How many eigenvectors of G and of A a Kronecker structure keeps."""
-        rank = self.kronecker.rank
-        outputs, inputs = self.layers[0].matrix_shape[-2:]
+        """The numbers of eigenvectors of G and of A that a Kronecker structure keeps."""
+        rank, layer = self.kronecker.rank, self.layers[0]
+        outputs, inputs = layer.out_features, layer.in_features
         return (outputs, inputs) if rank is None else automatic_ranks(outputs, inputs, rank)
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is packed, in order."""
+        """Names and shapes of the packed tensors, in order."""
         return {name: shape for layer in self.layers for name, shape in layer.tensors.items()}
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P]."""
-        parts = [layer.pack(values) for layer in self.layers]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        packed = [layer.pack(values) for layer in self.layers]
+        return packed[0] if len(packed) == 1 else torch.cat(packed)
 
     def lerp(self, packed: Tensor, values: Mapping[str, Tensor], weight: float) -> Tensor:
-        """packed + weight · (values - packed) [P], for which the values need not be packed."""
+        """packed + weight · (values - packed) [P], without packing the values first."""
         if self._strides is None or not packed.is_contiguous():
             return torch.lerp(packed, self.pack(values), weight)
         result = torch.empty_like(packed)
-        old, new = self.parts(packed), self.parts(result)
+        old, new = self.strided_views(packed), self.strided_views(result)
         for name in self.tensors:
             torch.lerp(old[name], values[name], weight, out=new[name])
         return result
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, contiguous."""
-        return {name: part.contiguous() for name, part in self.views(packed).items()}
+        return {name: view.contiguous() for name, view in self.views(packed).items()}
 
     def views(self, packed: Tensor) -> dict[str, Tensor]:
-        """[..., P] -> {name: [..., *shape]}, in the memory of `packed` where forms allow it."""
-        parts = packed.split([layer.size for layer in self.layers], -1)
+        """[..., P] -> {name: [..., *shape]}, views of `packed` where orientations allow it."""
+        per_layer = packed.split([layer.size for layer in self.layers], -1)
         values: dict[str, Tensor] = {}
-        for layer, part in zip(self.layers, parts, strict=True):
-            values.update(layer.views(part))
+        for layer, vector in zip(self.layers, per_layer, strict=True):
+            values.update(layer.views(vector))
         return values
 
-    def parts(self, packed: Tensor) -> dict[str, Tensor]:
-        """The same views of one vector [P], without gradients, in as few operations as may be."""
+    def strided_views(self, packed: Tensor) -> dict[str, Tensor]:
+        """`views` of one vector [P], without gradients, in as few operations as possible."""
         if self._strides is None or not packed.is_contiguous():
             return self.views(packed)
         start = packed.storage_offset()
@@ -119,9 +120,8 @@ class Block:
 
     @cached_property
     def _strides(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] | None:
-        """Shape, stride and offset of each tensor in a vector; None where one is in another order.
-        """
-        if any(layer.form == "columns" for layer in self.layers):
+        """{name: (shape, stride, offset)} in a vector; None if a tensor is in another order."""
+        if any(layer.orientation == "in_out" for layer in self.layers):
             return None
         views = self.views(torch.empty(self.size, device="meta"))
         return {n: (tuple(v.shape), v.stride(), int(v.storage_offset())) for n, v in views.items()}
@@ -147,9 +147,10 @@ def make_blocks(
 
 @dataclass(frozen=True, eq=False)
 class BlockIndices(Sequence[Tensor]):
-    """For each block, where its entries [P_b] stand in the flat vector of `order` {name: shape}.
+    """For each block, the positions [P_b] of its entries in the flat vector of `order`.
 
-    Found when they are asked for, which whoever reads a matrix block by block never does.
+    `order` is {name: shape}. The positions are computed on first use, which never happens as long
+    as a matrix is read block by block.
     """
 
     blocks: Sequence[Block]
@@ -160,20 +161,20 @@ class BlockIndices(Sequence[Tensor]):
         return len(self.blocks)
 
     def __getitem__(self, number: Any) -> Any:
-        return self._found[number]
+        return self._indices[number]
 
     @cached_property
     @torch.inference_mode(False)
-    def _found(self) -> tuple[Tensor, ...]:
-        places: dict[str, Tensor] = {}
+    def _indices(self) -> tuple[Tensor, ...]:
+        positions: dict[str, Tensor] = {}
         start = 0
         for name, shape in self.order.items():
-            size = math.prod(shape)
-            along = torch.arange(start, start + size, device=self.device)
-            places[name] = along.reshape(tuple(shape))
-            start += size
-        return tuple(block.pack(places) for block in self.blocks)
+            stop = start + math.prod(shape)
+            index = torch.arange(start, stop, device=self.device)
+            positions[name] = index.reshape(tuple(shape))
+            start = stop
+        return tuple(block.pack(positions) for block in self.blocks)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As the tensors, which a load may put elsewhere."""
-        return tuple, (self._found,)
+        """Pickled as a tuple of tensors, which can be loaded to another device."""
+        return tuple, (self._indices,)

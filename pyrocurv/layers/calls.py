@@ -1,15 +1,12 @@
-"""What a capture has seen of the ops, and what it comes to: layers, and the calls of each.
-
-A use is one op on a weight, a bias or both; a call is the part that a use has in a layer.
-"""
+"""The calls of layers: input and output gradient of one op as rows of examples and positions."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,29 +16,55 @@ from torch.nn import functional as F
 from pyrocurv.layers import Layer, OpSpec
 
 
+class LayerCall(Protocol):
+    """One call of a layer, whose Jacobian for an example is the sum over S of g aᵀ."""
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that is called."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the op uses the transpose of the layer's matrix, as a tied embedding does."""
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+
+    @property
+    def leaves(self) -> Mapping[str, Tensor]:
+        """The tensors of the layer, by name."""
+
+    def input_rows(self, count: int) -> Tensor:
+        """The inputs a of the first `count` examples [*lead, count, S, I]; 1 for the bias."""
+
+    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
+        """A gradient g as rows of `count` examples [*lead, count, S, O]; None is zero."""
+
+
 @dataclass(frozen=True, eq=False)
 class UntracedWeight:
-    """A tensor that no supported op consumes, as a layer of one input: J is its gradient [P].
+    """A tensor that no supported op consumes, as a call with one input, which is 1.
 
-    It takes a backward pass for each example.
+    Its gradient rows are its own gradients, one backward pass for each example.
     """
 
     layer: Layer
     tensor: Tensor
-    batch: int
+    batch_size: int
     transposed: bool = False
 
     @property
-    def leaves(self) -> dict[str, Tensor]:
+    def leaves(self) -> Mapping[str, Tensor]:
         """The tensor, by name."""
         return {self.layer.weight: self.tensor}
 
-    def rows(self, count: int) -> Tensor:
+    def input_rows(self, count: int) -> Tensor:
         """Ones [count, 1, 1]."""
         return self.tensor.new_ones(count, 1, 1)
 
-    def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
-        """Those of `count` examples [count, P] as [count, 1, P]; None is zero."""
+    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
+        """The gradients of `count` examples [count, P] as [count, 1, P]; None is zero."""
         if gradient is None:
             gradient = self.tensor.new_zeros(count, self.tensor.numel())
         return gradient.reshape(count, 1, -1)
@@ -49,203 +72,133 @@ class UntracedWeight:
 
 @dataclass(frozen=True, eq=False)
 class TrackedTensor:
-    """A watched tensor, or a view of it: turned around, or some of its rows."""
+    """A tracked tensor `base`, or a view of it: its transpose, or some of its rows."""
 
     name: str
-    tracked: Tensor
-    tensor: Tensor  # itself or the view; kept alive, so that its identity stays its own
+    base: Tensor
+    tensor: Tensor  # the base or the view, kept alive because it is recognized by its id
     transposed: bool = False
-    row_slice: tuple[int, int] | None = None  # the rows from, to
+    row_slice: tuple[int, int] | None = None  # (start, stop)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the watched tensor."""
-        return tuple(self.tracked.shape)
+        """The shape of the base."""
+        return tuple(self.base.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class OpRecord:
-    """One op that consumed a weight, a bias or both; `edge` is that of its output."""
+    """One op that consumed a weight, a bias or both; `edge` is the gradient edge of its output.
 
-    op: OpSpec | None  # None for an addition of a bias alone
+    Inside attention, where tensors are [L, B, E] or [L·B, E], `sequence_first_batch` is B.
+    """
+
+    op: OpSpec
     weight: TrackedTensor | None
     bias: TrackedTensor | None
-    form: str
+    orientation: str  # of the weight in this op
     input: Tensor
-    settings: Any
+    settings: Mapping[str, Any]
     edge: GradientEdge
     output_shape: torch.Size
-    version: int
-    # B, inside attention: tensors are [L, B, E] or [L·B, E]
+    input_version: int
     sequence_first_batch: int | None = None
-    product: OpRecord | None = None  # what a bias was added to
+    product: OpRecord | None = None  # the op whose output the bias was added to
 
     @property
     def names(self) -> tuple[str | None, str | None]:
+        """The names of weight and bias."""
         weight, bias = self.weight, self.bias
         return None if weight is None else weight.name, None if bias is None else bias.name
 
     @property
     def groups(self) -> int:
-        return self.settings.get("groups", 1) if self.settings else 1
+        """Γ."""
+        return self.settings.get("groups", 1)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.sequence_first_batch or self.input.shape[0]
+
+    def batch_first(self, tensor: Tensor) -> Tensor:
+        """The input, or a tensor like the output, with the examples as its first axis."""
+        if self.sequence_first_batch is None:
+            return tensor
+        return tensor.reshape(-1, self.sequence_first_batch, tensor.shape[-1]).transpose(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
-class LayerCall:
-    """The part that one op had in a layer: inputs and output gradients as rows.
-
-    They are of the weight's dtype, whatever autocast has made of the op's.
-
-    `transposed` calls see the layer's matrix turned around, as an embedding that is tied to a head.
-    """
+class OpCall:
+    """The part of an op that belongs to one layer. Rows have the weight's dtype under autocast."""
 
     layer: Layer
-    transposed: bool
-    use: OpRecord
-    part: str  # of the op that is the layer's: "both", "weight" or "bias"
+    record: OpRecord
+    transposed: bool = False
+
+    @cached_property
+    def _tensors(self) -> tuple[TrackedTensor, ...]:
+        """The tensors of the layer that the op consumed: its weight, its bias or both."""
+        return tuple(
+            tensor for tensor in (self.record.weight, self.record.bias)
+            if tensor is not None and tensor.name in self.layer.tensors
+        )
 
     @property
     def edge(self) -> GradientEdge:
-        """Of the output."""
-        return self.use.edge
+        """The gradient edge of the output."""
+        return self.record.edge
 
     @property
-    def leaves(self) -> dict[str, Tensor]:
-        """The watched tensors of the layer, by name."""
-        known = (self.use.weight, self.use.bias)
-        return {k.name: k.tracked for k in known if k is not None and k.name in self.layer.tensors}
-
-    @property
-    def batch(self) -> int:
+    def batch_size(self) -> int:
         """B."""
-        use = self.use
-        return use.sequence_first_batch or (
-            use.output_shape if use.op is None else use.input.shape
-        )[0]
+        return self.record.batch_size
 
-    def rows(self, count: int) -> Tensor:
-        """The inputs of the first `count` examples, [*lead, count, S, I]; 1 for the bias."""
-        use = self.use
-        if self.part == "bias":
-            assert use.bias is not None
-            start, stop = use.bias.row_slice or (0, self.layer.size)
-            positions = math.prod(use.output_shape) // (self.batch * (stop - start))
-            return use.input.new_ones(count, positions, 1, dtype=self._dtype)
-        assert use.op is not None
-        if use.input._version != use.version:
-            raise RuntimeError(
-                f"the input of {self.layer.weight!r} was changed in place after the layer read it"
-            )
-        input = self._batch_first(use.input.detach())
-        if input.is_floating_point():  # else indices, or what a scale is for
-            input = input.to(self._dtype)
-        return use.op.rows(input, use.settings, self.part == "both", count).to(self._dtype)
-
-    def gradients(self, gradient: Tensor | None, count: int) -> Tensor:
-        """A gradient onto the output as [*lead, count, S, O]; None (no path) is zero."""
-        use = self.use
-        if gradient is None:
-            gradient = use.input.new_zeros(use.output_shape, dtype=self._dtype)
-        gradient = self._batch_first(gradient)[:count].to(self._dtype)
-        if use.op is None:
-            rows = gradient.reshape(count, -1, self.layer.size)
-        else:
-            rows = use.op.gradients(gradient, use.settings)
-        known = use.weight or use.bias
-        if known is not None and known.row_slice is not None:
-            start, stop = known.row_slice
-            rows = F.pad(rows, (start, known.shape[0] - stop))
-        if self.part == "bias" and rows.dim() == 4:  # [Γ, B, S, O] -> [B, S, Γ·O]
-            rows = rows.movedim(0, -2).flatten(-2)
-        return rows.to(self._dtype)
+    @property
+    def leaves(self) -> Mapping[str, Tensor]:
+        """The tensors of the layer, by name."""
+        return {tensor.name: tensor.base for tensor in self._tensors}
 
     @property
     def _dtype(self) -> torch.dtype:
-        known = self.use.weight or self.use.bias
-        assert known is not None
-        return known.tensor.dtype
+        return self._tensors[0].tensor.dtype
 
-    def _batch_first(self, tensor: Tensor) -> Tensor:
-        batch = self.use.sequence_first_batch
-        if batch is None:
-            return tensor
-        return tensor.reshape(-1, batch, tensor.shape[-1]).transpose(0, 1)
+    def input_rows(self, count: int) -> Tensor:
+        """The inputs of the first `count` examples, [*lead, count, S, I]; 1 for the bias."""
+        record, layer = self.record, self.layer
+        if layer.orientation == "bias":
+            start, stop = self._tensors[0].row_slice or (0, layer.size)
+            positions = math.prod(record.output_shape) // (self.batch_size * (stop - start))
+            return record.input.new_ones(count, positions, 1, dtype=self._dtype)
+        if record.input._version != record.input_version:
+            raise RuntimeError(
+                f"the input of {layer.weight!r} was changed in place after the layer read it"
+            )
+        input = record.batch_first(record.input.detach())
+        if input.is_floating_point():  # otherwise indices, or numbers that a scale multiplies
+            input = input.to(self._dtype)
+        rows = record.op.input_rows(input, record.settings, layer.bias is not None, count)
+        return rows.to(self._dtype)
 
-
-def split_weight_and_bias(call: LayerCall) -> tuple[LayerCall, LayerCall]:
-    """A call of weight and bias as one of the weight and one of the bias, layers of their own."""
-    layer, use = call.layer, call.use
-    assert layer.bias is not None
-    weight = replace(layer, bias=None)
-    bias = Layer(layer.bias, None, layer.bias_shape, "vector")
-    return LayerCall(weight, call.transposed, use, "weight"), LayerCall(bias, False, use, "bias")
-
-
-def build_layers(
-    uses: Sequence[OpRecord], reused: Container[int], unsupported: dict[str, str]
-) -> tuple[list[Layer], list[LayerCall]]:
-    """The layers all of whose uses are supported, in order of first use, and their calls.
-
-    A weight and a bias that always come together are one layer; those that do not, as a weight with
-    two biases, are a layer each. A weight met in two forms that are not each other's transpose goes
-    to `unsupported`. `reused` are the ids of uses whose product had another use than to be shifted.
-    """
-    uses = _joined(uses, reused)
-    makes: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
-    partners: dict[str, set[str | None]] = defaultdict(set)
-    for use in uses:
-        weight, bias = use.names
-        if use.weight is not None:
-            makes[use.weight.name].append((use.form, use.groups, use.weight.shape))
-            partners[use.weight.name].add(bias)
-        if use.bias is not None:
-            partners[use.bias.name].add(weight)
-    biases = {use.bias.name for use in uses if use.bias is not None}
-    for name, found in makes.items():
-        if len(set(found)) > 1 and not _are_transposes(found) or name in biases:
-            unsupported.setdefault(name, "a weight in two layers of different make")
-
-    def together(weight: str | None, bias: str | None) -> bool:
-        return (
-            weight is not None and bias is not None
-            and partners[weight] == {bias} and partners[bias] == {weight}
-            and len(set(makes[weight])) == 1 and not {weight, bias} & unsupported.keys()
-        )
-
-    calls: list[LayerCall] = []
-    for use in uses:
-        weight, bias = use.names
-        joined = together(weight, bias)
-        if weight is not None and weight not in unsupported:
-            form, groups, shape = makes[weight][0]
-            layer = Layer(weight, bias if joined else None, shape, form, groups)
-            calls.append(LayerCall(layer, use.form != form, use, "both" if joined else "weight"))
-        if use.bias is not None and not joined and bias not in unsupported:
-            layer = Layer(use.bias.name, None, use.bias.shape, "vector")
-            calls.append(LayerCall(layer, False, use, "bias"))
-    return list(dict.fromkeys(call.layer for call in calls)), calls
+    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
+        """A gradient of the output as [*lead, count, S, O]; None (no path) is zero."""
+        record, tensor = self.record, self._tensors[0]
+        if gradient is None:
+            gradient = record.input.new_zeros(record.output_shape, dtype=self._dtype)
+        gradient = record.batch_first(gradient)[:count].to(self._dtype)
+        rows = record.op.output_gradient_rows(gradient, record.settings)
+        if tensor.row_slice is not None:
+            start, stop = tensor.row_slice
+            rows = F.pad(rows, (start, tensor.shape[0] - stop))
+        if self.layer.orientation == "bias" and rows.dim() == 4:  # [Γ, B, S, O] -> [B, S, Γ·O]
+            rows = rows.movedim(0, -2).flatten(-2)
+        return rows.to(self._dtype)
 
 
-def _joined(uses: Sequence[OpRecord], reused: Container[int]) -> list[OpRecord]:
-    """The uses, with a bias that was added to a product of no other use joined to it."""
-    shifts = {
-        id(use.product): use for use in uses
-        if use.product is not None and _can_join(use.product, reused)
-    }
-    return [
-        replace(use, bias=shifts[id(use)].bias) if id(use) in shifts else use
-        for use in uses if id(use.product) not in shifts
-    ]
-
-
-def _can_join(product: OpRecord, reused: Container[int]) -> bool:
-    return (
-        id(product) not in reused
-        and product.weight is not None and product.weight.row_slice is None
-    )
-
-
-def _are_transposes(makes: list[tuple[Any, ...]]) -> bool:
-    """Whether they are rows and columns of one matrix."""
-    forms, groups, shapes = map(set, zip(*makes, strict=True))
-    return forms <= {"rows", "columns"} and groups == {1} and all(len(s) == 2 for s in shapes)
+def split_weight_and_bias(call: OpCall) -> list[OpCall]:
+    """A call of a weight and a bias as two calls of separate layers."""
+    layer = call.layer
+    if layer.bias is None:
+        return [call]
+    bias = Layer(layer.bias, None, layer.bias_shape, "bias")
+    return [replace(call, layer=replace(layer, bias=None)), OpCall(bias, call.record)]

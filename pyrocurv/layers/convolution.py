@@ -1,7 +1,7 @@
-"""Convolutions and their transposes as products of patches with the kernel.
+"""Convolutions and transposed convolutions as products of input patches with the kernel.
 
-A transposed convolution is the convolution of its input, spread out with zeros between, with the
-kernel turned around.
+A transposed convolution is a convolution of the dilated input, with zeros between its entries, by
+the flipped kernel.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pyrocurv.layers.op import OpArguments, OpSpec
 Size = int | tuple[int, ...]
 
 
-def _spread(value: Size, axes: int) -> tuple[int, ...]:
-    """One number for each axis; torch takes one number, or a tuple of one, for all."""
+def _per_axis(value: Size, axes: int) -> tuple[int, ...]:
+    """One number for each axis, from one for all of them as torch accepts it."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * axes if len(values) == 1 else values
 
@@ -35,10 +35,10 @@ def _read(
     groups: int = 1,
 ) -> OpArguments:
     kernel = tuple(weight.shape[2:])
-    dilations = _spread(dilation, len(kernel))
+    dilations = _per_axis(dilation, len(kernel))
     settings = dict(
         kernel=kernel,
-        stride=_spread(stride, len(kernel)),
+        stride=_per_axis(stride, len(kernel)),
         dilation=dilations,
         pads=_pads(padding, kernel, dilations),
         groups=groups,
@@ -49,33 +49,33 @@ def _read(
 def _pads(
     padding: str | Size, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> list[int]:
-    """As `F.pad` wants them, last axis first. "same" puts the odd one at the end."""
+    """The arguments of `F.pad`, last axis first. "same" puts the odd one at the end."""
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-    sides = _spread(0 if isinstance(padding, str) else padding, len(kernel))
+    sides = _per_axis(0 if isinstance(padding, str) else padding, len(kernel))
     return [side for size in reversed(sides) for side in (size, size)]
 
 
-def _refuse(call: OpArguments) -> str:
-    axes = len(call.settings["kernel"])
-    batch = call.input.dim() == axes + 2
-    return "" if batch else f"a {axes}d convolution of an input without a batch axis"
+def _refuse(arguments: OpArguments) -> str:
+    axes = len(arguments.settings["kernel"])
+    has_batch = arguments.input.dim() == axes + 2
+    return "" if has_batch else f"a {axes}d convolution of an input without a batch axis"
 
 
-def _rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+def _input_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
     windows, axes = F.pad(input[:count], settings["pads"]), len(settings["kernel"])
     sides = zip(settings["kernel"], settings["stride"], settings["dilation"], strict=True)
     for axis, (size, stride, dilation) in enumerate(sides, 2):
         span = dilation * (size - 1) + 1
         windows = windows.unfold(axis, span, stride)[..., ::dilation]
-    places = range(2, axes + 2)  # [B, C, *places, *kernel] -> [C, *kernel, B, *places]
-    patches = windows.permute(1, *(axis + axes for axis in places), 0, *places)
-    return _flat(patches, axes, settings["groups"], bias)
+    positions = range(2, axes + 2)  # [B, C, *positions, *kernel] -> [C, *kernel, B, *positions]
+    patches = windows.permute(1, *(axis + axes for axis in positions), 0, *positions)
+    return _patch_rows(patches, axes, settings["groups"], bias)
 
 
-def _flat(patches: Tensor, axes: int, groups: int, bias: bool) -> Tensor:
-    """[C, *kernel, B, *places] -> [*lead, B, S, I]: one copy, far faster than F.unfold."""
+def _patch_rows(patches: Tensor, axes: int, groups: int, bias: bool) -> Tensor:
+    """[C, *kernel, B, *positions] -> [*lead, B, S, I], with one copy: far faster than F.unfold."""
     sides = patches.shape
     inputs = math.prod(sides[: axes + 1]) // groups
     batch, positions = sides[axes + 1], math.prod(sides[axes + 2 :])
@@ -86,9 +86,9 @@ def _flat(patches: Tensor, axes: int, groups: int, bias: bool) -> Tensor:
     return rows if groups > 1 else rows[0]
 
 
-def _gradients(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    flat, groups = gradient.flatten(2).mT, settings["groups"]  # [B, O, *places] -> [B, S, O]
-    return flat if groups == 1 else flat.unflatten(-1, (groups, -1)).movedim(-2, 0)
+def _output_gradient_rows(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    rows, groups = gradient.flatten(2).mT, settings["groups"]  # [B, O, *positions] -> [B, S, O]
+    return rows if groups == 1 else rows.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
 
 def _read_transposed(
@@ -102,47 +102,52 @@ def _read_transposed(
     dilation: Size = 1,
 ) -> OpArguments:
     kernel = tuple(weight.shape[2:])
-    names = dict(stride=stride, dilation=dilation, padding=padding, more=output_padding)
-    sides = {name: _spread(size, len(kernel)) for name, size in names.items()}
-    spans = [d * (k - 1) for d, k in zip(sides["dilation"], kernel, strict=True)]
-    each = zip(spans, sides["padding"], sides["more"], strict=True)
-    pads = [side for s, p, m in reversed([*each]) for side in (s - p, s - p + m)]
+    axes = len(kernel)
+    dilations = _per_axis(dilation, axes)
+    spans = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    per_axis = zip(spans, _per_axis(padding, axes), _per_axis(output_padding, axes), strict=True)
     settings = dict(
         kernel=kernel,
-        stride=(1,) * len(kernel),
-        dilation=sides["dilation"],
-        pads=pads,
+        stride=(1,) * axes,
+        dilation=dilations,
+        pads=[side for span, p, more in reversed([*per_axis]) for side in (
+            span - p, span - p + more)],
         groups=groups,
-        spread=sides["stride"],
+        input_dilation=_per_axis(stride, axes),
     )
     return OpArguments(input, weight, bias, settings)
 
 
-def _transposed_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
-    rows = _rows(_spread_out(input[:count], settings["spread"]), settings, bias, count)
-    inputs, kernel = rows.shape[-1] - bias, settings["kernel"]
-    apart = rows[..., :inputs].unflatten(-1, (-1, *kernel))
-    transposed = apart.flip([*range(-len(kernel), 0)]).flatten(-1 - len(kernel))
-    return torch.cat([transposed, rows[..., inputs:]], -1)
+def _transposed_input_rows(
+    input: Tensor, settings: Mapping[str, Any], bias: bool, count: int
+) -> Tensor:
+    dilated = _dilate(input[:count], settings["input_dilation"])
+    rows, kernel = _input_rows(dilated, settings, bias, count), settings["kernel"]
+    inputs = rows.shape[-1] - bias
+    patches = rows[..., :inputs].unflatten(-1, (-1, *kernel))
+    flipped = patches.flip([*range(-len(kernel), 0)]).flatten(-1 - len(kernel))
+    return torch.cat([flipped, rows[..., inputs:]], -1)
 
 
-def _spread_out(input: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """Zeros between the entries of the spatial axes, `step - 1` of them."""
+def _dilate(input: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """The input with `step - 1` zeros between the entries of each spatial axis."""
     sides = [step * (size - 1) + 1 for size, step in zip(input.shape[2:], steps, strict=True)]
-    wide = input.new_zeros(*input.shape[:2], *sides)
-    view = wide
+    dilated = input.new_zeros(*input.shape[:2], *sides)
+    entries = dilated
     for axis, step in enumerate(steps, 2):
-        view = view.unfold(axis, 1, step).squeeze(-1)
-    view.copy_(input)
-    return wide
+        entries = entries.unfold(axis, 1, step).squeeze(-1)
+    entries.copy_(input)
+    return dilated
 
 
 def _convolution(name: str) -> OpSpec:
-    return OpSpec(name, _read, _refuse, _rows, _gradients)
+    return OpSpec(name, _read, _refuse, _input_rows, _output_gradient_rows)
 
 
 def _transposed(name: str) -> OpSpec:
-    return OpSpec(name, _read_transposed, _refuse, _transposed_rows, _gradients, "columns")
+    return OpSpec(
+        name, _read_transposed, _refuse, _transposed_input_rows, _output_gradient_rows, "in_out"
+    )
 
 
 CONVOLUTIONS: dict[Any, OpSpec] = {

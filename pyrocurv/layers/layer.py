@@ -16,39 +16,46 @@ from pyrocurv.structures.serialization import serializable
 @serializable
 @dataclass(frozen=True)
 class Layer:
-    """Names of sample sites or parameters, and how the weight [*shape] is seen as W.
+    """Names of the sample sites or parameters of a layer, and how the weight [*shape] becomes W.
 
-    The bias, if any, is the last column of W. The forms of a weight, for Γ groups:
+    The bias, if any, is the last column of W. The orientations of a weight, for Γ groups:
 
-        rows     [Γ·O, ...]         Linear and convolutions: W = weight flattened behind its rows
-        columns  [Γ·I, O, *kernel]  x @ w, embeddings, transposed convolutions: turned around
-        units    [...]              the scales of norm layers: a group for each, O = I = 1
-        vector   [...]              a bias alone: I = 1
-        opaque   [...]              what no supported op consumes, or not by examples: I = 1
+        out_in    [Γ·O, ...]         linear and convolutions: W is the weight with its other axes
+                                     flattened
+        in_out    [Γ·I, O, *kernel]  x @ w, embeddings, transposed convolutions: W is transposed
+        per_unit  [...]              scales of norm layers: each unit is a group with O = I = 1
+        bias      [...]              a bias alone: I = 1
+        untraced  [...]              no supported op consumes it, or not example by example: I = 1
     """
 
     weight: str
     bias: str | None
     shape: tuple[int, ...]
-    form: str = "rows"
+    orientation: str = "out_in"
     groups: int = 1
 
     @cached_property
     def matrix_shape(self) -> tuple[int, ...]:
-        """[*lead, O, I] with the bias: lead is (Γ,) or, for layers of one group, ()."""
+        """[*lead, O, I] with the bias; lead is (Γ,) or, for layers of one group, ()."""
         size, bias = math.prod(self.shape), self.bias is not None
-        if self.form == "units":
+        if self.orientation == "per_unit":
             return size, 1, 1 + bias
-        if self.form in ("vector", "opaque"):
+        if self.orientation in ("bias", "untraced"):
             return size, 1
         lead = (self.groups,) if self.groups > 1 else ()
-        outputs = self.shape[1] if self.form == "columns" else self.shape[0] // self.groups
+        is_in_out = self.orientation == "in_out"
+        outputs = self.shape[1] if is_in_out else self.shape[0] // self.groups
         return *lead, outputs, size // (self.groups * outputs) + bias
+
+    @property
+    def name(self) -> str:
+        """The name of the module, or of the weight if no module owns it."""
+        return self.weight.removesuffix(".weight")
 
     @property
     def is_untraced(self) -> bool:
         """Whether no supported op consumes the weight."""
-        return self.form == "opaque"
+        return self.orientation == "untraced"
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -56,13 +63,13 @@ class Layer:
         return self.matrix_shape[:-2]
 
     @property
-    def rows(self) -> int:
-        """O, of each group."""
+    def out_features(self) -> int:
+        """O of each group."""
         return self.matrix_shape[-2]
 
     @property
-    def columns(self) -> int:
-        """I, of each group, the bias included."""
+    def in_features(self) -> int:
+        """I of each group, the bias included."""
         return self.matrix_shape[-1]
 
     @cached_property
@@ -72,35 +79,37 @@ class Layer:
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
-        """Of the bias, if any."""
-        return self.shape if self.form == "units" else (math.prod(self.matrix_shape[:-1]),)
+        """The shape that a bias of this layer has."""
+        is_per_unit = self.orientation == "per_unit"
+        return self.shape if is_per_unit else (math.prod(self.matrix_shape[:-1]),)
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is packed."""
+        """Names and shapes of the packed tensors, in order."""
         shapes = {self.weight: self.shape}
         return shapes if self.bias is None else {**shapes, self.bias: self.bias_shape}
 
-    def _matrix(self, weight: Tensor) -> Tensor:
+    def _to_matrix(self, weight: Tensor) -> Tensor:
         """[*shape] -> [*lead, O, I], the bias not included."""
-        shape = (*self.matrix_shape[:-1], self.columns - (self.bias is not None))
-        if self.form != "columns":
+        shape = (*self.matrix_shape[:-1], self.in_features - (self.bias is not None))
+        if self.orientation != "in_out":
             return weight.reshape(shape)
-        apart = weight.reshape(self.groups, -1, self.rows, math.prod(self.shape[2:]))
-        return apart.transpose(1, 2).reshape(shape)  # [Γ, I, O, k] -> [Γ, O, I·k]
+        kernel = math.prod(self.shape[2:])
+        grouped = weight.reshape(self.groups, -1, self.out_features, kernel)
+        return grouped.transpose(1, 2).reshape(shape)  # [Γ, I, O, k] -> [Γ, O, I·k]
 
-    def _weight(self, matrix: Tensor) -> Tensor:
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
         """[..., *lead, O, I] -> [..., *shape], the bias not included."""
-        more = matrix.shape[: matrix.dim() - len(self.matrix_shape)]
-        if self.form == "columns":
+        batch = matrix.shape[: matrix.dim() - len(self.matrix_shape)]
+        if self.orientation == "in_out":
             kernel = math.prod(self.shape[2:])
-            apart = matrix.reshape(*more, self.groups, self.rows, -1, kernel)
-            matrix = apart.transpose(-3, -2)
-        return matrix.reshape((*more, *self.shape))  # also of no axis
+            grouped = matrix.reshape(*batch, self.groups, self.out_features, -1, kernel)
+            matrix = grouped.transpose(-3, -2)
+        return matrix.reshape((*batch, *self.shape))  # a tuple, since the shape may be ()
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P], W row-major, one group after the other."""
-        matrix = self._matrix(values[self.weight])
+        matrix = self._to_matrix(values[self.weight])
         if self.bias is not None:
             bias = values[self.bias].reshape(*self.matrix_shape[:-1], 1)
             matrix = torch.cat([matrix, bias], -1)
@@ -108,14 +117,14 @@ class Layer:
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, contiguous."""
-        return {name: part.contiguous() for name, part in self.views(packed).items()}
+        return {name: view.contiguous() for name, view in self.views(packed).items()}
 
     def views(self, packed: Tensor) -> dict[str, Tensor]:
-        """[..., P] -> {name: [..., *shape]}, in the memory of `packed` where the form allows it."""
-        more = packed.shape[:-1]
+        """[..., P] -> {name: [..., *shape]}, views of `packed` where the orientation allows it."""
+        batch = packed.shape[:-1]
         if self.bias is None:
-            return {self.weight: self._weight(packed.reshape(*more, *self.matrix_shape))}
-        matrix = packed.reshape(*more, *self.matrix_shape)
-        bias = matrix.select(-1, -1).reshape(*more, *self.bias_shape)
-        weight = self._weight(matrix.narrow(-1, 0, self.columns - 1))
+            return {self.weight: self._from_matrix(packed.reshape(*batch, *self.matrix_shape))}
+        matrix = packed.reshape(*batch, *self.matrix_shape)
+        bias = matrix.select(-1, -1).reshape(*batch, *self.bias_shape)
+        weight = self._from_matrix(matrix.narrow(-1, 0, self.in_features - 1))
         return {self.weight: weight, self.bias: bias}

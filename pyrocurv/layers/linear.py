@@ -1,4 +1,4 @@
-"""Matrix products and look-ups: x Wᵀ, x @ w, embeddings."""
+"""Matrix products, embeddings and added biases: x Wᵀ, x @ w, W[index], x + b."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyrocurv.layers.op import OpArguments, OpSpec, last_axis, with_ones
+from pyrocurv.layers.op import (
+    OpArguments,
+    OpSpec,
+    append_ones,
+    no_refusal,
+    rows_of_last_axis,
+)
 
-MAX_VOCABULARY = 8192  # of an embedding: its inputs are as many columns
+MAX_VOCABULARY = 8192  # rows of an embedding, since its one-hot inputs have as many columns
 
 
 def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> OpArguments:
     return OpArguments(input, weight, bias)
 
 
-def _read_product(
+def _read_matmul(
     input: Tensor, other: Tensor | None = None, mat2: Tensor | None = None
 ) -> OpArguments:
     return OpArguments(input, other if mat2 is None else mat2)
@@ -30,32 +36,49 @@ def _read_addmm(
     return OpArguments(mat1, mat2, input, {"factors": (beta, alpha)})
 
 
-def _refuse(call: OpArguments) -> str:
-    if call.input.dim() < 2:
+def _read_addition(input: Tensor, other: Tensor) -> OpArguments:
+    return OpArguments(input, None, other)
+
+
+def _refuse(arguments: OpArguments) -> str:
+    weight, bias = arguments.weight, arguments.bias
+    if arguments.input.dim() < 2:
         return "a linear op on an input without a batch axis"
-    if call.weight is not None and call.weight.dim() != 2:
-        return "a product with a weight that is no matrix"
-    factors = call.settings.get("factors")
+    if weight is not None and weight.dim() != 2:
+        return "a product with a weight that is not a matrix"
+    factors = arguments.settings.get("factors")
     if factors not in (None, (1, 1)):
         return "addmm with factors"
-    if call.bias is not None and call.weight is not None:
-        outputs = call.weight.shape[0 if factors is None else 1]
-        if call.bias.numel() != outputs:
+    if bias is not None and weight is not None:
+        outputs = weight.shape[0 if factors is None else 1]
+        if bias.numel() != outputs:
             return "a bias that is shared by outputs"
     return ""
 
 
-def _rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
-    return with_ones(last_axis(input[:count]), bias)
+def _input_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+    return append_ones(rows_of_last_axis(input[:count]), bias)
 
 
-def _gradients(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    return last_axis(gradient)
+def _addition_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+    return rows_of_last_axis(input[:count].new_ones(*input[:count].shape[:-1], 1))
 
 
-LINEAR = OpSpec("linear", _read_linear, _refuse, _rows, _gradients, last=True)
-PRODUCT = OpSpec("matmul", _read_product, _refuse, _rows, _gradients, "columns", last=True)
-ADDMM = OpSpec("addmm", _read_addmm, _refuse, _rows, _gradients, "columns")
+def _output_gradient_rows(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    return rows_of_last_axis(gradient)
+
+
+LINEAR = OpSpec(
+    "linear", _read_linear, _refuse, _input_rows, _output_gradient_rows, outputs_last=True
+)
+MATMUL = OpSpec(
+    "matmul", _read_matmul, _refuse, _input_rows, _output_gradient_rows, "in_out",
+    outputs_last=True,
+)
+ADDMM = OpSpec("addmm", _read_addmm, _refuse, _input_rows, _output_gradient_rows, "in_out")
+ADDED_BIAS = OpSpec(
+    "add", _read_addition, no_refusal, _addition_rows, _output_gradient_rows, "bias"
+)
 
 
 def _read_embedding(
@@ -69,37 +92,42 @@ def _read_embedding(
 ) -> OpArguments:
     if padding_idx is not None:
         padding_idx %= len(weight)
-    unusual = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
-    settings = {"size": len(weight), "padding": padding_idx, "dtype": weight.dtype}
-    used = [name for name, value in unusual.items() if value]
-    return OpArguments(input, weight, None, {**settings, "unusual": used})
+    options = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+    settings = {
+        "size": len(weight), "padding": padding_idx, "dtype": weight.dtype,
+        "unsupported": [name for name, value in options.items() if value],
+    }
+    return OpArguments(input, weight, None, settings)
 
 
-def _refuse_embedding(call: OpArguments) -> str:
-    if call.settings["unusual"]:
-        return f"embedding with {', '.join(call.settings['unusual'])}"
-    if call.settings["size"] > MAX_VOCABULARY:
+def _refuse_embedding(arguments: OpArguments) -> str:
+    settings = arguments.settings
+    if settings["unsupported"]:
+        return f"embedding with {', '.join(settings['unsupported'])}"
+    if settings["size"] > MAX_VOCABULARY:
         return f"embedding of more than {MAX_VOCABULARY} rows"
-    return "" if call.input.dim() else "embedding of a single index"
+    return "" if arguments.input.dim() else "embedding of a single index"
 
 
-def _one_hot(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+def _one_hot_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
     index = input[:count].reshape(len(input[:count]), -1)  # [B, S]
     rows = F.one_hot(index, settings["size"]).to(settings["dtype"])
     if settings["padding"] is not None:
-        rows[..., settings["padding"]] = 0  # that row gets no gradient
-    return with_ones(rows, bias)
+        rows[..., settings["padding"]] = 0  # the padding row has no gradient
+    return append_ones(rows, bias)
 
 
-EMBEDDING = OpSpec("embedding", _read_embedding, _refuse_embedding, _one_hot, _gradients, "columns")
+EMBEDDING = OpSpec(
+    "embedding", _read_embedding, _refuse_embedding, _one_hot_rows, _output_gradient_rows, "in_out"
+)
 
 PRODUCTS: dict[Any, OpSpec] = {
     F.linear: LINEAR,
-    torch.matmul: PRODUCT,
-    torch.mm: PRODUCT,
-    torch.Tensor.matmul: PRODUCT,
-    torch.Tensor.mm: PRODUCT,
-    torch.Tensor.__matmul__: PRODUCT,
+    torch.matmul: MATMUL,
+    torch.mm: MATMUL,
+    torch.Tensor.matmul: MATMUL,
+    torch.Tensor.mm: MATMUL,
+    torch.Tensor.__matmul__: MATMUL,
     torch.addmm: ADDMM,
     F.embedding: EMBEDDING,
 }

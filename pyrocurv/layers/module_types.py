@@ -1,4 +1,4 @@
-"""Facts about the types of torch modules."""
+"""Facts about the types of torch modules, which the priors of their weights depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NORMS = (
 
 
 def fan_in(module: nn.Module) -> int:
-    """How many inputs an output adds up."""
+    """The number of inputs that are summed in one output."""
     if isinstance(module, TRANSPOSED):
         weight = module.weight
         return weight.numel() // (weight.shape[1] * module.groups)

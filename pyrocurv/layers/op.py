@@ -1,4 +1,4 @@
-"""What has to be known of an operation, and how a call of it is read."""
+"""The description of an operation that consumes weights: how its calls are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OpArguments:
-    """One call of an op, taken apart. `settings` are what `rows` needs besides the input."""
+    """The arguments of one call; `settings` are those that the input rows depend on."""
 
     input: Tensor
     weight: Tensor | None
@@ -22,34 +22,39 @@ class OpArguments:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """How to read the calls of one function.
+    """The description of one function.
 
-    `read` takes the call's arguments apart; `refusal` says why a call is not supported, or "".
-    `rows(input, settings, bias, count)` are the inputs of the first `count` examples as
-    [*lead, count, S, I], with a column of ones if there is a bias; `gradients` does the same with a
-    gradient of the output, [*lead, count, S, O]. `form` is that of `Layer`.
+    Args:
+        read: the `OpArguments` of a call, from its arguments.
+        refusal: the reason why a call is not supported, or "".
+        input_rows: (input, settings, bias, count) -> the inputs of the first `count` examples
+            [*lead, count, S, I], with a column of ones if there is a bias.
+        output_gradient_rows: (gradient of the output, settings) -> [*lead, B, S, O].
+        orientation: that of `Layer`.
+        commutes: the weight may also be the first argument.
+        outputs_last: the outputs are the last axis, so that a vector added to them is a bias.
     """
 
     name: str
     read: Callable[..., OpArguments]
     refusal: Callable[[OpArguments], str]
-    rows: Callable[[Tensor, Mapping[str, Any], bool, int], Tensor]
-    gradients: Callable[[Tensor, Mapping[str, Any]], Tensor]
-    form: str = "rows"
-    commutes: bool = False  # the weight may be the first argument as well
-    last: bool = False  # the outputs are the last axis: a vector added to it later is a bias
+    input_rows: Callable[[Tensor, Mapping[str, Any], bool, int], Tensor]
+    output_gradient_rows: Callable[[Tensor, Mapping[str, Any]], Tensor]
+    orientation: str = "out_in"
+    commutes: bool = False
+    outputs_last: bool = False
 
 
-def with_ones(rows: Tensor, bias: bool) -> Tensor:
-    """Rows [..., I] with a column of ones for the bias."""
+def append_ones(rows: Tensor, bias: bool) -> Tensor:
+    """Rows [..., I], with a column of ones if there is a bias."""
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], -1) if bias else rows
 
 
-def last_axis(tensor: Tensor) -> Tensor:
+def rows_of_last_axis(tensor: Tensor) -> Tensor:
     """[B, *, n] -> [B, S, n]."""
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
 
 
-def no_refusal(call: OpArguments) -> str:
+def no_refusal(arguments: OpArguments) -> str:
     """Every call is supported."""
     return ""

@@ -1,7 +1,7 @@
-"""The five structures of a curvature matrix, as values: what is kept, and with which options.
+"""The five structures of a curvature matrix, each with its options.
 
-A spec says which layers share a block; how the block's matrix is computed is decided in the rooms
-that compute it, by the type of its spec.
+A spec determines which layers share a block. The modules that compute the matrix of a block
+dispatch on the type of its spec.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from pyrocurv.layers.layer import Layer
-from pyrocurv.runtime.validation import is_integer
+from pyrocurv.runtime.validation import check_integer, is_integer
 from pyrocurv.structures.serialization import serializable
 
 SHARING = ("expand", "reduce")
@@ -67,7 +67,7 @@ class Diagonal(StructureSpec):
     kind = "diag"
 
     def group(self, layer: Layer) -> Hashable:
-        """All layers share one block for speed, apart from those that no supported op consumes."""
+        """For speed there are two blocks: of the traced and of the untraced layers."""
         return layer.is_untraced
 
 
@@ -92,8 +92,7 @@ class KroneckerSpec(StructureSpec):
         return 1, 1
 
     def __post_init__(self) -> None:
-        if not (self.rank is None or self.rank == "auto" or is_integer(self.rank, 1)):
-            raise ValueError(f"rank={self.rank!r}: a whole number from 1, 'auto' or None is needed")
+        check_integer("rank", self.rank, 1, "auto", None)
         if self.sharing not in SHARING:
             raise ValueError(f"sharing={self.sharing!r}: choose one of {', '.join(SHARING)}")
 
@@ -143,7 +142,7 @@ class KFAC(KroneckerSpec):
         pair = self._pair
         if not (len(pair) == 2 and all(is_integer(number, 1) for number in pair)):
             raise ValueError(
-                f"num_blocks={self.num_blocks!r}: a whole number from 1, or a pair (A, G), is "
+                f"num_blocks={self.num_blocks!r}: an integer of at least 1, or a pair (A, G), is "
                 "needed"
             )
 
@@ -166,7 +165,7 @@ class KFAC(KroneckerSpec):
 @serializable
 @dataclass(frozen=True)
 class EKFAC(KroneckerSpec):
-    """The eigenbasis of `KFAC` with the best eigenvalues in it; `rank` and `sharing` as there.
+    """The eigenbasis of `KFAC` with the optimal eigenvalues; `rank` and `sharing` as there.
 
     Of all matrices with these eigenvectors it is the nearest to the layer's in the Frobenius norm,
     so it is never farther from it than `KFAC`, and exact where that is.
@@ -190,9 +189,9 @@ STRUCTURES: dict[str, StructureSpec] = {
 
 
 def parse_structure(structure: Any) -> StructureSpec:
-    """The spec that a structure given by name or as a spec stands for.
+    """The spec of a structure that is given by name or as a spec.
 
-    Raises ValueError that lists the names, TypeError for a class in place of its instance.
+    Raises ValueError for an unknown name, TypeError for a class in place of its instance.
     """
     if isinstance(structure, StructureSpec):
         return structure

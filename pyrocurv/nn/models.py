@@ -8,6 +8,8 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocurv.runtime.validation import is_integer
+
 
 class Classifier(PyroModule):
     """A network whose outputs are the logits of a categorical: (x, y=None) -> logits [B, C].
@@ -90,8 +92,11 @@ class Regressor(PyroModule):
 
 
 def _check_num_data(num_data: int) -> int:
-    if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
-        raise ValueError(f"num_data={num_data!r}: the number of training examples is needed")
+    if not is_integer(num_data, 1):
+        raise ValueError(
+            f"num_data={num_data!r}: the number of training examples is needed, an integer of at "
+            "least 1"
+        )
     return num_data
 
 

@@ -16,9 +16,9 @@ from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
+from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.forward_recorder import (
     ForwardPass,
     ForwardRecorder,
@@ -161,16 +161,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self.curvature.kind in DATA_KINDS,
             )
             self.has_finite_support = unwrap_independent(term.likelihood).has_enumerate_support
-            check_batch_axis(self.layout, capture, output, inputs.batch)
-            layout, calls = self._add_met_layers(capture, places)
+            trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
+            layout, calls = self._add_met_layers(trace, places)
             yield [term], layout, calls, inputs.batch
 
     def _add_met_layers(
-        self, capture: Capture, places: NamedParameters
+        self, trace: Trace, places: NamedParameters
     ) -> tuple[ParameterBlocks, list[LayerCall]]:
         """The layout with the layers of this pass, and their calls."""
-        known, calls = self.layout.names, split_by_group(capture.calls, places)
-        unsupported = {name: why for name, why in capture.unsupported.items() if name not in known}
+        known, calls = self.layout.names, split_by_group(trace.calls, places)
+        unsupported = {name: why for name, why in trace.unsupported.items() if name not in known}
         fresh = new_layers(self.layout, calls)
         if self.opaque_blocks:
             fresh += untraced_layers(unsupported, places)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pyrocurv.layers import Layer
-from pyrocurv.layers.batch_axis import find_wrong_batch_axis, per_example_scalar, total_output
+from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
 from pyrocurv.layers.block import Block, make_blocks
-from pyrocurv.layers.calls import LayerCall, split_weight_and_bias
-from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.calls import LayerCall, OpCall, split_weight_and_bias
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
+from pyrocurv.layers.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,10 @@ def new_layers(layout: ParameterBlocks, calls: Iterable[LayerCall]) -> list[Laye
 
 def untraced_layers(names: Iterable[str], places: NamedParameters) -> list[Layer]:
     """Parameters that no supported op consumes, as layers."""
-    return [Layer(name, None, tuple(places[name][0].shape), "opaque") for name in names]
+    return [Layer(name, None, tuple(places[name][0].shape), "untraced") for name in names]
 
 
-def split_by_group(calls: Iterable[LayerCall], places: NamedParameters) -> list[LayerCall]:
+def split_by_group(calls: Iterable[OpCall], places: NamedParameters) -> list[OpCall]:
     """The calls; in two where weight and bias are in two groups."""
     group = {name: id(group) for name, (_, group) in places.items()}
     return [
@@ -78,14 +78,14 @@ def split_by_group(calls: Iterable[LayerCall], places: NamedParameters) -> list[
     ]
 
 
-def check_batch_axis(layout: ParameterBlocks, capture: Capture, output: Any, count: int) -> None:
-    """Have layers missed that do not see the examples as rows, where a layer is new."""
-    calls = capture.calls
-    if calls and layout.names >= {name for call in calls for name in call.layer.tensors}:
-        return
-    capture.mark_untracked(total_output(output))
-    said = None if capture.has_batch_coupling else per_example_scalar(output, count)
-    capture.unsupported |= find_wrong_batch_axis(calls, count, said)
+def check_batch_axis(layout: ParameterBlocks, trace: Trace, output: Any, count: int) -> Trace:
+    """The trace without layers that do not see the examples as rows, where a layer is new."""
+    if trace.layers and layout.names >= {name for x in trace.layers for name in x.tensors}:
+        return trace
+    trace = trace.mark_untracked(total_output(output))
+    scalar = None if trace.has_batch_coupling else per_example_scalar(output, count)
+    return mark_wrong_batch_axis(trace, count, scalar)
+
 
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[Group]
@@ -127,6 +127,6 @@ def write_blocks(
 ) -> None:
     """Have the parameters be these, [P] each; of some `names` alone, if they are given."""
     for block, values in zip(blocks, packed, strict=True):
-        for name, value in block.parts(values).items():
+        for name, value in block.strided_views(values).items():
             if names is None or name in names:
                 places[name][0].copy_(value)

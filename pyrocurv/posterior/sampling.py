@@ -95,8 +95,8 @@ class Perturbation:
 
     def perturbed_weights(self, block: Block, loc: Tensor) -> dict[str, Tensor]:
         """The sample loc + epsilon, unpacked in the same pass."""
-        epsilon = block.parts(self.direction)
+        epsilon = block.strided_views(self.direction)
         return {
             name: torch.add(part, epsilon[name], alpha=self.sign).contiguous()
-            for name, part in block.parts(loc).items()
+            for name, part in block.strided_views(loc).items()
         }

@@ -1,20 +1,36 @@
-"""Distributions taken apart."""
+"""The distribution inside of wrappers, and the number behind an expanded tensor."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 
+def unwrap(distribution: Distribution, masks: bool = False) -> Distribution:
+    """The distribution inside of `Independent` and, with `masks`, of Pyro's `MaskedDistribution`.
+
+    The densities of single entries come from it: axes that `Independent` made part of the event are
+    batch axes again. Other wrappers (transforms, say) change the density and are kept.
+    """
+    inner: Any = distribution
+    while isinstance(inner, Independent) or masks and hasattr(inner, "_mask"):
+        inner = inner.base_dist
+    return inner
+
+
 def as_normal(prior: Distribution) -> Normal | None:
-    """The normal under `Independent`, or None where the prior is no normal."""
-    while isinstance(prior, Independent):
-        prior = prior.base_dist
-    return prior if isinstance(prior, Normal) else None
+    """The normal inside of `Independent`, or None for a prior that is not one.
+
+    A masked prior is flat where its mask is False, so it is not a normal.
+    """
+    inner = unwrap(prior)
+    return inner if isinstance(inner, Normal) else None
 
 
 def compact(value: Tensor) -> Tensor:
-    """A tensor expanded from one number, as that number."""
+    """A tensor that was expanded from a single number, as that scalar; any other as it is."""
     axes = zip(value.stride(), value.shape, strict=True)
     if all(stride == 0 or size == 1 for stride, size in axes):
         return value[(0,) * value.dim()]

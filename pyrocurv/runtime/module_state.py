@@ -1,4 +1,4 @@
-"""Putting a network's buffers back: what a forward pass moves besides its output."""
+"""State of modules that is borrowed and given back: buffers, training mode, frozen parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 
 def save_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """How to put the modules' persistent buffers (batch-norm statistics) back as they are now."""
+    """Save the persistent buffers of the modules (batch-norm statistics); returns their restorer.
+
+    Non-persistent buffers are not part of a module's state.
+    """
     saved = [
         (buffer, buffer.clone())
         for module in modules for name, buffer in module._buffers.items()
@@ -26,15 +29,42 @@ def save_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 @contextmanager
-def still_frozen(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
-    """Gives the modules' trainable parameters, and keeps the others from being made trainable.
+def still_frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the frozen parameters of the modules frozen.
 
-    Pyro's parameter store does that to whatever it meets (`requires_grad_(True)` in place).
+    Pyro's parameter store calls `requires_grad_(True)` on every parameter that it registers.
     """
-    found = [p for part in modules for p in part._parameters.values() if p is not None]
-    frozen = [p for p in found if not p.requires_grad]
+    frozen = [
+        parameter for module in modules for parameter in module._parameters.values()
+        if parameter is not None and not parameter.requires_grad
+    ]
     try:
-        yield [p for p in found if p.requires_grad]
+        yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def preserve_module_state(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the persistent buffers of the modules, and keep frozen parameters frozen."""
+    modules = list(modules)
+    restore = save_buffers(modules)
+    try:
+        with still_frozen(modules):
+            yield
+    finally:
+        restore()
+
+
+@contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the modules into eval mode, in which batch-norm statistics do not change."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

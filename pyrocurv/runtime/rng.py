@@ -1,68 +1,92 @@
-"""Random numbers of one's own: a stream beside torch's global one, which it leaves as it was.
+"""Random streams that are separate from torch's global generators, which stay as they were.
 
-A run that keeps its own stream can be stopped and resumed bit for bit, whatever the user's program
-draws in between.
+A run that draws from a stream of its own can be stopped and resumed bit for bit, whatever else the
+user's program draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _devices(device: torch.device) -> list[torch.device]:
-    """The devices whose global generators a computation on `device` draws from."""
-    cpu = torch.device("cpu")
-    return [cpu] if device.type == "cpu" else [cpu, device]
-
-
-def _get(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    module = torch.get_device_module(device)
-    return module.get_rng_state(device) if device.type == "cuda" else module.get_rng_state()
-
-
-def _set(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    elif device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.get_device_module(device).set_rng_state(state)
-
-
 class RandomStream:
-    """Seeded from torch's global generator when made, so `torch.manual_seed` reaches it."""
+    """A random stream that torch's global generators are switched to for a while.
+
+    It is seeded from torch's global generator when it is made, so `torch.manual_seed` determines
+    it, or with `seed`.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.runtime.rng import RandomStream
+        >>> stream, state = RandomStream(seed=0), torch.get_rng_state()
+        >>> with stream(torch.device("cpu")):
+        ...     first = torch.rand(3)
+        >>> torch.equal(torch.get_rng_state(), state)
+        True
+    """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
-        self.states: dict[str, Tensor] = {}
+        self.states: dict[str, Tensor] = {}  # by type of device
 
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
-        """Draw from this stream inside; on an exception it stays where it was before."""
-        outside = {place: _get(place) for place in _devices(device)}
+        """Draw from this stream inside; an exception leaves the stream where it was before."""
+        # not torch.random.fork_rng: in torch 2.6 the state of MPS does not take a device
+        global_states = {generator: _get_state(generator) for generator in _generators(device)}
         try:
-            for place in outside:
-                fresh = None if place.type in self.states else torch.Generator(place)
-                _set(place, self.states[place.type] if fresh is None else
-                     fresh.manual_seed(self.seed).get_state())
+            for generator in global_states:
+                _set_state(generator, self._state(generator))
             yield
-            self.states = {place.type: _get(place) for place in outside}
+            self.states = {
+                generator.type: _get_state(generator) for generator in global_states
+            }
         finally:
-            for place, state in outside.items():
-                _set(place, state)
+            for generator, state in global_states.items():
+                _set_state(generator, state)
+
+    def _state(self, device: torch.device) -> Tensor:
+        if device.type in self.states:
+            return self.states[device.type]
+        return torch.Generator(device).manual_seed(self.seed).get_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {"seed": self.seed, "states": dict(self.states)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Continue from a `state_dict`."""
         self.seed = state["seed"]
         self.states = {name: value.cpu() for name, value in state["states"].items()}
+
+
+def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[None]:
+    """Draw from a generator seeded with `seed` inside; the global generators are left untouched."""
+    return RandomStream(seed)(device)
+
+
+def _generators(device: torch.device) -> list[torch.device]:
+    """The devices whose global generators a computation on `device` draws from."""
+    cpu = torch.device("cpu")
+    return [cpu] if device.type == "cpu" else [cpu, device]
+
+
+def _get_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    module = torch.get_device_module(device)
+    return module.get_rng_state(device) if device.type == "cuda" else module.get_rng_state()
+
+
+def _set_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.get_device_module(device).set_rng_state(state)

@@ -1,26 +1,37 @@
-"""Checks of numbers that users pass."""
+"""Checks of numbers that users pass; a bool is not a number."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raises ValueError for what is no whole number from `least`."""
-    if not is_integer(value, least):
-        raise ValueError(f"{name}={value!r}: a whole number from {least} is needed")
+def is_integer(value: Any, minimum: int) -> bool:
+    """Whether a value is an integer of at least `minimum`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def is_integer(value: Any, least: int) -> bool:
-    """Whether a value is an integer, which a bool is not, from `least` on."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def check_positive(name: str, value: Any, *others: Any) -> None:
-    """Raises ValueError for what is neither a positive number nor one of the others."""
-    if not (any(value is one or value == one for one in others) or _is_number(value) and value > 0):
-        raise ValueError(f"{name}={value!r}: a positive number is needed")
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number other than NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def check_integer(name: str, value: Any, minimum: int, *allowed: str | None) -> None:
+    """Raise ValueError unless `value` is an integer of at least `minimum`, or one of `allowed`."""
+    if not (is_integer(value, minimum) or _is_among(value, allowed)):
+        raise ValueError(_message(name, value, f"an integer of at least {minimum}", allowed))
+
+
+def check_positive(name: str, value: Any, *allowed: str | None) -> None:
+    """Raise ValueError unless `value` is a positive number, or one of `allowed`."""
+    if not (is_number(value) and value > 0 or _is_among(value, allowed)):
+        raise ValueError(_message(name, value, "a positive number", allowed))
+
+
+def _is_among(value: Any, allowed: tuple[str | None, ...]) -> bool:
+    return (value is None or isinstance(value, str)) and value in allowed
+
+
+def _message(name: str, value: Any, kind: str, allowed: tuple[str | None, ...]) -> str:
+    *first, last = [kind, *map(repr, allowed)]
+    options = f"{', '.join(first)} or {last}" if first else last
+    return f"{name}={value!r}: {options} is needed"

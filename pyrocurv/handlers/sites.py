@@ -1,0 +1,59 @@
+"""Questions about one site of a Pyro trace: is it data, is it a latent, do its shapes fit?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributions import constraints
+
+TraceSite = Mapping[str, Any]
+
+
+def is_deterministic(site: TraceSite) -> bool:
+    """Whether a site is a `pyro.deterministic`, which Pyro marks as observed but is not data."""
+    return bool(site["infer"] and site["infer"].get("_deterministic"))
+
+
+def is_real(site: TraceSite) -> bool:
+    """Whether a latent is unconstrained, as weights are and scales are not."""
+    support = site["fn"].support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def is_single_event(site: TraceSite) -> bool:
+    """Whether all axes of a site belong to one event, as those of a weight do."""
+    return 0 < site["fn"].event_dim == site["value"].dim()
+
+
+def check_data(site: TraceSite) -> None:
+    """Check the shape of an observed site against its plates and its distribution.
+
+    Pyro's ELBOs make the first check where validation is enabled. Outside of any plate all axes are
+    data.
+
+    Raises:
+        ValueError: the distribution has batch axes that no plate accounts for, or the data are
+            broadcast against the distribution.
+    """
+    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    batch = tuple(site["fn"].batch_shape)
+    has_extra_axis = any(
+        size != 1 and axis - len(batch) not in plates for axis, size in enumerate(batch)
+    )
+    if plates and has_extra_axis:
+        raise ValueError(
+            f"site {site['name']!r}: a batch of shape {batch} in plates of sizes "
+            f"{tuple(plates.values())}; does an output [B, 1] need .squeeze(-1)? Declare axes that "
+            "belong to one datum with .to_event(...), and put other data into a plate of their own"
+        )
+    shape, value = tuple(site["fn"].shape()), tuple(site["value"].shape)
+    if value == shape or not site["cond_indep_stack"]:
+        return
+    if torch.broadcast_shapes(value, shape) != shape:
+        raise ValueError(
+            f"site {site['name']!r}: data of shape {value} against a distribution of shape {shape}"
+        )
