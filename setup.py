@@ -9,7 +9,7 @@ PEERS = [  # what the benchmarks compare with
     "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
     "laplace-torch", "mlxtend",
 ]
-TEST = ["pytest", "pytest-xdist", "curvlinops-for-pytorch", *EXAMPLES]  # the suite runs the examples too
+TEST = ["pytest", "pytest-xdist", "curvlinops-for-pytorch", *EXAMPLES]  # it runs the examples too
 
 setup(
     name="pyrocurv",
