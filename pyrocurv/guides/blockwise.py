@@ -54,7 +54,7 @@ class BlockwiseGuide(ParamStoreGuide):
     def is_initialized(self) -> bool:
         """Whether the guide can be drawn from: after its first call, or a state that suffices."""
         has_sites = bool(self.sites or self.fallback_sites)
-        has_transforms = not self.is_whole or bool(self._latents)
+        has_transforms = not self.is_joint or bool(self._latents)
         return has_sites and has_transforms and not self._fallback_state
 
     def _ready(self) -> BlockwisePosterior:
