@@ -153,13 +153,11 @@ def _layers(
             count = max(rows for rows, _ in terms)
             densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
                          if rows == count and log_prob.dim()]
-            if trace.has_batch_coupling or not densities:
-                said = None
-            else:
-                said = torch.stack(densities).sum(0)
+            is_coupled = trace.has_batch_coupling or not densities
+            density = None if is_coupled else torch.stack(densities).sum(0)  # [B]
             total = torch.stack([log_prob.sum() for _, log_prob in terms]).sum()
             with _explain_checkpoints():
-                trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, said)
+                trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, density)
             _refuse_checkpoints(total, weights.keys() - trace.tracked_names)
     return [*trace.layers], dict(trace.unsupported)
 

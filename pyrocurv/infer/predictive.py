@@ -47,7 +47,7 @@ class Predictive(pyro.infer.Predictive):
         return_sites: names of sites, with "_RETURN" for the return value of the model. Empty: all
             sites or, without a guide, all that are not in `posterior_samples`. None: all sites.
         parallel: Pyro runs the model inside a plate then. Here all samples run at once where
-            possible, whatever its value.
+            possible, with either value.
 
     Called with the model's arguments it returns {site: [S, ...]} in Pyro's shapes, without
     gradients. The samples have the same distribution as Pyro's. The random numbers are others than
@@ -63,7 +63,7 @@ class Predictive(pyro.infer.Predictive):
         ValueError: a guide that is not initialized, and cannot be from these arguments; a guide
             whose state belongs to another model.
         TypeError: `return_sites` is a string.
-        Exception: whatever Pyro's `Predictive` and the model raise.
+        Exception: any error of Pyro's `Predictive` or of the model.
 
     Example:
         >>> import torch, pyrocurv
@@ -132,7 +132,7 @@ class Predictive(pyro.infer.Predictive):
     def _to_pyro_shapes(self, runs: RunResults) -> dict[str, Tensor]:
         """{site: [S, 1 for each plate that the site is not in, *shape]}, observed sites last.
 
-        Each tensor has memory of its own.
+        No tensor shares memory with the posterior samples or the data.
         """
         names = sorted(runs.values, key=lambda name: (name == RETURN, runs.sites[name].is_observed))
         result = {}
@@ -187,8 +187,8 @@ class Predictive(pyro.infer.Predictive):
     @contextmanager
     def _preserve_module_state(self) -> Iterator[None]:
         """Restore batch-norm statistics, keep frozen parameters frozen."""
-        parts = modules(self.model)
-        updated = [module for module in parts if _updates_statistics(module)]
+        all_modules = modules(self.model)
+        updated = [module for module in all_modules if _updates_statistics(module)]
         if updated and not self._warned:
             self._warned = True
             kind = type(updated[0]).__name__.removeprefix("Pyro")
@@ -196,7 +196,7 @@ class Predictive(pyro.infer.Predictive):
                 f"the model is in train() mode: {kind} uses the statistics of the batch. Call "
                 "model.eval() before predicting"
             )
-        with preserve_module_state(updated), still_frozen(parts):
+        with preserve_module_state(updated), still_frozen(all_modules):
             yield
 
 

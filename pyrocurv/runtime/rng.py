@@ -1,7 +1,7 @@
 """Random streams that are separate from torch's global generators, which stay as they were.
 
-A run that draws from a stream of its own can be stopped and resumed bit for bit, whatever else the
-user's program draws.
+A run that draws from its own stream can be stopped and resumed bit for bit, regardless of what else
+the user's program draws.
 """
 
 from __future__ import annotations

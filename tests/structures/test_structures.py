@@ -478,7 +478,7 @@ def test_groups_in_their_eigenbases() -> None:
         thin, other = a.eigen(ranks), b.eigen(ranks)
         found = (
             thin, a.lerp(b, 0.3), a.rescaled(p, r), thin.lerp(other, 0.3),
-            thin.rotated(other.output_basis, other.input_basis), a.nearest_kronecker_sum(b),
+            thin.change_basis(other.output_basis, other.input_basis), a.nearest_kronecker_sum(b),
         )
         for group in range(3):
             one, two = Kronecker(a.output[group], a.input[group]), Kronecker(*(
@@ -487,7 +487,7 @@ def test_groups_in_their_eigenbases() -> None:
             expected = (
                 alone, one.lerp(two, 0.3), one.rescaled(p[group], r[group]),
                 alone.lerp(another, 0.3),
-                alone.rotated(
+                alone.change_basis(
                     another.output_basis, another.input_basis
                 ), one.nearest_kronecker_sum(two),
             )
