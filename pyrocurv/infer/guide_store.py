@@ -10,6 +10,7 @@ import torch
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.handlers.sites import prior_power
 from pyrocurv.infer.model_run import ModelRun
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.hyperparameters import Hyperparameters
@@ -44,8 +45,11 @@ class GuideStore:
 
     def _prototype_sites(self) -> dict[str, PriorSite]:
         """The priors at the guide's first call."""
-        nodes = self.guide.prototype_trace.nodes
-        return {n: PriorSite(nodes[n]["fn"], float(nodes[n]["scale"])) for n in self.guide.sites}
+        nodes = {name: self.guide.prototype_trace.nodes[name] for name in self.guide.sites}
+        return {
+            name: PriorSite(node["fn"], prior_power(name, node["scale"]))
+            for name, node in nodes.items()
+        }
 
     # ---- the posterior --------------------------------------------------------------------------
 

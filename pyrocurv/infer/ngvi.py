@@ -36,11 +36,10 @@ from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel
 from pyrocurv.infer.resume_checks import (
     DatasetSizeCheck,
-    MeanChecksum,
+    RunSignature,
     check_blocks,
-    check_means,
+    check_signature,
     check_state,
-    mean_checksum,
 )
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.posterior.hyperparameters import TemperatureRule
@@ -172,7 +171,7 @@ class NGVI:
         self._store = GuideStore(guide)
         self._rule: UpdateRule | None = None  # chosen at the first step
         self._posterior: Posterior | None = None
-        self._loaded_means: MeanChecksum | None = None  # of a state that no step has used yet
+        self._loaded: RunSignature | None = None  # of a state that no step has used yet
         self._dataset_size = DatasetSizeCheck()
 
     # ---- a step ---------------------------------------------------------------------------------
@@ -237,10 +236,10 @@ class NGVI:
             self._rule = choose_rule(self.curvature, self._store, self._prefers_joint)
         if self._posterior is None:
             return self._rule, self._rule.init(self.optimizer.param_groups[0])
-        if self._loaded_means is not None:
+        if self._loaded is not None:
             self._check_blocks(self._posterior)
-            check_means(self._loaded_means, mean_checksum(self.guide.blocks))
-            self._loaded_means = None
+            check_signature(self._loaded, self._signature())
+            self._loaded = None
         return self._rule, self._posterior
 
     def _settings(self) -> StepSettings:
@@ -284,7 +283,7 @@ class NGVI:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states."""
-        posterior = self._posterior
+        posterior, signature = self._posterior, self._loaded or self._signature()
         return {
             "version": FORMAT_VERSION,
             "optimizer": self.optimizer.state_dict(),
@@ -293,7 +292,8 @@ class NGVI:
             "skipped": self.skipped,
             "average": self.average,
             "temperature": self.temperature,
-            "means": self._loaded_means or mean_checksum(self.guide.blocks),
+            "is_joint": signature.is_joint,
+            "means": signature.means,
             "posterior": None if posterior is None else to_state(posterior.without_means()),
         }
 
@@ -318,7 +318,13 @@ class NGVI:
             self._stream.load_state_dict(state["stream"])
             self.skipped, self._posterior = state["skipped"], posterior
             self.temperature = state["temperature"]
-            self._loaded_means = None if posterior is None else state["means"]
+            self._loaded = None
+            if posterior is not None:
+                self._loaded = RunSignature(state["is_joint"], state["means"])
+
+    def _signature(self) -> RunSignature:
+        is_joint = self._rule is not None and self._rule.is_joint
+        return RunSignature.of(is_joint, self.guide.blocks)
 
     def _check_blocks(self, posterior: Posterior) -> None:
         check_blocks([block_state.block for block_state in posterior.blocks], self._store.blocks)

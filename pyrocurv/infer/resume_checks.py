@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyrocurv.guides.families import Family
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import check_version
 
-MeanChecksum = Sequence[float]
+
+class RunSignature(NamedTuple):
+    """The update rule of a run, and the sum of each block's mean."""
+
+    is_joint: bool
+    means: Sequence[float]
+
+    @staticmethod
+    def of(is_joint: bool, families: Iterable[Family]) -> RunSignature:
+        """The signature of a run that trains these families."""
+        return RunSignature(is_joint, [float(f.raw_loc.detach().double().sum()) for f in families])
 
 
 def check_state(state: Mapping[str, Any], average: bool) -> None:
@@ -39,20 +49,25 @@ def check_blocks(saved: Sequence[Block], current: Sequence[Block]) -> None:
             )
 
 
-def mean_checksum(families: Iterable[Family]) -> MeanChecksum:
-    """The sum of each block's mean."""
-    return [float(family.raw_loc.detach().double().sum()) for family in families]
-
-
-def check_means(saved: MeanChecksum | None, current: MeanChecksum) -> None:
-    """Warn if the guide has other means than when the state was saved."""
-    if saved and not all(
-        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(saved, current, strict=True)
+def check_signature(saved: RunSignature, current: RunSignature) -> None:
+    """Raise ValueError for another update rule; warn if the guide has other means."""
+    if saved.is_joint != current.is_joint:
+        raise ValueError(
+            f"the state is of steps {_rule(saved)}, this NGVI steps {_rule(current)}: give it the "
+            "curvature that the state was saved with"
+        )
+    if not all(
+        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
+        for a, b in zip(saved.means, current.means, strict=True)
     ):
         warn_user(
             "the guide has other means than when this state of NGVI was saved: load the guide's "
             "own state too, guide.load_state_dict(...)"
         )
+
+
+def _rule(signature: RunSignature) -> str:
+    return "over all latents jointly" if signature.is_joint else "layer by layer"
 
 
 def _description(block: Block | None) -> str:

@@ -37,7 +37,8 @@ class UpdateRule(Protocol):
 def choose_rule(spec: Curvature, store: GuideStore, prefers_joint: bool) -> UpdateRule:
     """Joint for one Gaussian over all latents, if that is preferred or the guide is laid out so.
 
-    Raises ValueError for a joint guide with a curvature of layers.
+    Raises ValueError for a joint guide with a curvature of layers, and for a guide that has been
+    laid out layer by layer although the joint rule is preferred.
     """
     guide = store.guide
     if guide.is_joint and spec.kind != "hessian":
@@ -46,6 +47,12 @@ def choose_rule(spec: Curvature, store: GuideStore, prefers_joint: bool) -> Upda
             "in one Gaussian, as for a model without a network: use 'hessian', or a Gaussian for "
             f"the layers alone, structure={{'*': {guide.structure!r}}}"
         )
-    if (prefers_joint or guide.is_joint) and guide.is_one_block:
-        return JointRule(store)
-    return LayerwiseRule(spec, store)
+    if not (prefers_joint or guide.is_joint):
+        return LayerwiseRule(spec, store)
+    if not guide.is_one_block:
+        raise ValueError(
+            "this NGVI was made to train all latents jointly, but since then the guide was called "
+            "or loaded and has separate Gaussians: make the NGVI after that, or leave the guide's "
+            "first call to NGVI.step"
+        )
+    return JointRule(store)

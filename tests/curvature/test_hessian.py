@@ -27,7 +27,6 @@ from test_estimate import (
     true_blocks,
     true_matrix,
 )
-from test_ngvi import exactly, linear, truth
 from test_structures import projectors
 from torch import Tensor, nn
 from torch.distributions import Distribution, Laplace
@@ -36,9 +35,12 @@ from toys import (
     NUM_DATA,
     class_data,
     classifier,
+    exactly,
+    linear,
     normal_prior,
     regression_data,
     regressor,
+    truth,
 )
 
 import pyrocurv

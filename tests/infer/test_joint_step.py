@@ -17,7 +17,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Regressor, bayesianize
-from pyrocurv.posterior.joint_update import Whole, blended
+from pyrocurv.posterior.joint_update import retract
 from pyrocurv.structures import Dense, Diagonal
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -62,14 +62,14 @@ def test_a_precision_stays_positive_and_keeps_its_target(rate: float) -> None:
     precision = Dense(root @ root.mT + 0.1 * torch.eye(6))
     target = torch.randn(6, 6)
     target = target + target.mT  # indefinite
-    assert (blended(precision, target, rate).eigenvalues() > 0).all()
+    assert (retract(precision, target, rate).eigenvalues() > 0).all()
     torch.testing.assert_close(
-        blended(precision, precision.dense(), rate).dense(), precision.dense()
+        retract(precision, precision.dense(), rate).dense(), precision.dense()
     )
     diagonal = Diagonal(torch.rand(6) + 0.1)
-    moved = blended(diagonal, torch.randn(6), rate)
+    moved = retract(diagonal, torch.randn(6), rate)
     assert (moved.diag() > 0).all()
-    assert torch.equal(blended(diagonal, diagonal.diag(), rate).diag(), diagonal.diag())
+    assert torch.equal(retract(diagonal, diagonal.diag(), rate).diag(), diagonal.diag())
 
 
 def test_small_steps_of_the_precision_are_linear_with_the_correction() -> None:
@@ -78,7 +78,7 @@ def test_small_steps_of_the_precision_are_linear_with_the_correction() -> None:
     change = torch.randn(5, 5) / 50
     change = change + change.mT
     wanted = matrix + 0.3 * change + 0.09 / 2 * change @ torch.linalg.solve(matrix, change)
-    torch.testing.assert_close(blended(Dense(matrix), matrix + change, 0.3).dense(), wanted)
+    torch.testing.assert_close(retract(Dense(matrix), matrix + change, 0.3).dense(), wanted)
 
 
 # ---- exact answers ------------------------------------------------------------------------------
@@ -285,18 +285,18 @@ def test_models_that_branch_go_one_sample_at_a_time() -> None:
     x, y = torch.randn(12, 3), torch.randn(12)
     ngvi = NGVI(branching, FullGuide(branching), curvature="hessian")
     losses = [ngvi.step(x, y) for _ in range(20)]
-    assert not ngvi._at_once and losses[-1] < losses[0]
+    assert not ngvi._rule._can_vectorize and losses[-1] < losses[0]
 
 
 def test_samples_at_once_or_one_by_one_are_the_same_step() -> None:
-    def run(at_once: bool) -> Tensor:
+    def run(vectorized: bool) -> Tensor:
         torch.manual_seed(0)
         guide = FullGuide(hierarchical)
         ngvi = NGVI(hierarchical, guide, curvature="hessian")
-        ngvi._at_once = at_once
         x, y = torch.randn(12, 3), torch.randn(12)
-        for _ in range(5):
+        for _ in range(5):  # the first step is never vectorized
             ngvi.step(x, y)
+            ngvi._rule._can_vectorize = vectorized
         return guide.posterior.loc.detach()
 
     torch.testing.assert_close(run(True), run(False))
@@ -462,14 +462,14 @@ def test_a_kind_is_short_for_its_curvature() -> None:
         guide = FullGuide(model)
         ngvi = NGVI(model, guide, curvature=curvature)
         losses = [ngvi.step(x, x.squeeze(-1)) for _ in range(3)]
-        assert isinstance(ngvi._state, Whole)
+        assert ngvi._rule.is_joint
         found.append((losses, guide.posterior.precision.dense()))
     for losses, precision in found[1:]:  # 1 - 0.7 is the rate of the others
         assert losses == pytest.approx(found[0][0], rel=1e-5)
         assert torch.allclose(precision, found[0][1], rtol=1e-4, atol=1e-4)
     ngvi = NGVI(model, FullGuide(model), curvature=Curvature("hessian", every=5))
     ngvi.step(x, x.squeeze(-1))
-    assert not isinstance(ngvi._state, Whole) and ngvi.optimizer.param_groups[0]["lr"] == 0.02
+    assert not ngvi._rule.is_joint and ngvi.optimizer.param_groups[0]["lr"] == 0.02
 
 
 def test_at_the_mean_it_is_newton_and_ends_in_a_laplace_approximation() -> None:
@@ -512,7 +512,7 @@ def test_without_a_network_every_hessian_is_of_the_whole_and_says_where_there_is
     guide = FullGuide(funnel)
     ngvi = NGVI(funnel, guide, curvature=Curvature("hessian", every=1), num_particles=0)
     ngvi.step()
-    assert isinstance(ngvi._state, Whole)
+    assert ngvi._rule.is_joint
     with pytest.raises(FloatingPointError, match="no mode.*num_particles"):
         for _ in range(2000):
             before = guide.posterior.loc.clone()
