@@ -51,7 +51,7 @@ def root(likelihood: Distribution) -> Iterator[Tensor]:
     Example:
         >>> import torch
         >>> from torch.distributions import HalfNormal
-        >>> from pyrocurv.curvature.information import root
+        >>> from pyrocurv.curvature.fisher_information import root
         >>> @root.register
         ... def _(likelihood: HalfNormal):  # the information in the scale is 2/σ²
         ...     yield 2**0.5 * likelihood.scale / likelihood.scale.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Update, average_weight
-from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal
 
 
@@ -92,21 +91,27 @@ class GuideStore:
     # ---- a step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def commit(self, update: Update, undo: Undo) -> None:
-        """Write means and precisions into the guide; all that may fail is computed before."""
+    def prepare(self, update: Update) -> Callable[[], None]:
+        """A function that writes means and precisions into the guide, in place."""
         families = [*self.guide.blocks]
-        pairs = [*zip(update.before.blocks, update.posterior.blocks, strict=True)]
+        pairs = zip(update.before.blocks, update.posterior.blocks, strict=True)
         encoded = [
             family.encode(new.averaged_precision or new.precision)
             if new.averaged_precision is not None or new.precision is not old.precision else {}
             for family, (old, new) in zip(families, pairs, strict=True)
         ]
         weight = average_weight(update.before.step)
-        for family, values in zip(families, encoded, strict=True):
-            family.keep(undo, values)
-        for move, family, values in zip(update.moves, families, encoded, strict=True):
-            if move.state.averaged_precision is None:
-                move.moved(family.raw_loc)
-            else:
-                family.raw_loc.lerp_(move.state.mean, weight)
-            family.write(values)
+        versions = [family.raw_loc._version for family in families]
+        moves = [*zip(update.moves, families, encoded, versions, strict=True)]
+
+        @torch.no_grad()
+        def write() -> None:
+            for move, family, values, version in moves:
+                if family.raw_loc._version == version:  # not moved yet
+                    if move.state.averaged_precision is None:
+                        move.moved(family.raw_loc)
+                    else:
+                        family.raw_loc.lerp_(move.state.mean, weight)
+                family.write(values)
+
+        return write

@@ -1,4 +1,4 @@
-"""The evidence of a Laplace approximation, and the prior precisions that maximise it.
+"""The evidence of a Laplace approximation, and the prior precisions that maximize it.
 
 With C the curvature of all data at the mean M, δ the prior precision, Λ = C + δ, for P weights:
 
@@ -23,12 +23,12 @@ from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.structures import Structure
 from pyrocurv.structures.serialization import map_tensors
 
-FARTHEST = 30.0  # of the logarithm of a factor: where the data say nothing of a prior
+MAX_LOG_FACTOR = 30.0  # where the evidence does not depend on a prior
 
 
 @dataclass(frozen=True, eq=False)
 class LaplaceBlock:
-    """A block's curvature C, the sum over the data, in the units of its prior; and its mean [P]."""
+    """A block's curvature C, summed over the data and scaled by its prior; and its mean [P]."""
 
     block: Block
     curvature: Structure
@@ -41,7 +41,7 @@ class LaplaceBlock:
         return posterior_precision(self.curvature, 0.0, self.prior, 1.0, 0.0)[0]
 
     def log_evidence(self) -> Tensor:
-        """The block's part in the log evidence, beside log p(D | M). A scalar, in nats."""
+        """The block's term of the log evidence, without log p(D | M). A scalar, in nats."""
         prior = self.prior.gaussian
         fit = prior.logdet(self.block.size) - prior.distance(self.loc)
         return (fit - self.precision.logdet()) / 2
@@ -65,33 +65,32 @@ class LaplaceBlock:
 
 
 def log_evidence(fitted: Sequence[LaplaceBlock], log_factors: Tensor) -> Tensor:
-    """Log evidence but for log p(D | M), in nats, with prior precisions δ exp(log_factors).
+    """The log evidence without log p(D | M), in nats, with prior precisions δ exp(log_factors).
 
     One factor for all layers [1], or one for each [L], block after block.
     """
-    return torch.stack([one.log_evidence() for one in with_prior_scales(fitted, log_factors)]).sum()
+    scaled = with_prior_scales(fitted, log_factors)
+    return torch.stack([block.log_evidence() for block in scaled]).sum()
 
 
 def with_prior_scales(fitted: Sequence[LaplaceBlock], log_factors: Tensor) -> list[LaplaceBlock]:
     """With the prior precisions times exp(log_factors), [1] or [L]."""
-    counts = [len(one.block.layers) for one in fitted]
-    each = log_factors.exp().expand(sum(counts))
-    return [
-        one.with_prior_scales(part) for one, part in zip(fitted, each.split(counts), strict=True)
-    ]
+    counts = [len(item.block.layers) for item in fitted]
+    factors = log_factors.exp().expand(sum(counts)).split(counts)
+    return [item.with_prior_scales(f) for item, f in zip(fitted, factors, strict=True)]
 
 
 def maximize_evidence(fitted: Sequence[LaplaceBlock], per_layer: bool) -> Tensor:
-    """log_factors of the highest evidence, [1] or [L], in float64.
+    """The log_factors of the highest evidence, [1] or [L], in float64.
 
-    The curvature stays, so that eigenvalues make each layer's evidence a sum that rises to one
-    maximum and falls: quasi-Newton steps find it.
+    With the curvature fixed, each layer's evidence is a sum over eigenvalues with a single maximum,
+    which quasi-Newton steps find.
     """
-    fitted = [one.to(torch.float64) for one in fitted]
-    size = sum(len(one.block.layers) for one in fitted) if per_layer else 1
+    fitted = [block.to(torch.float64) for block in fitted]
+    size = sum(len(item.block.layers) for item in fitted) if per_layer else 1
     like = fitted[0].loc
     factors = torch.zeros(size, dtype=like.dtype, device=like.device, requires_grad=True)
-    weights = sum(one.block.size for one in fitted)
+    weights = sum(item.block.size for item in fitted)
     optimizer = torch.optim.LBFGS(
         [factors], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
@@ -99,10 +98,10 @@ def maximize_evidence(fitted: Sequence[LaplaceBlock], per_layer: bool) -> Tensor
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -log_evidence(fitted, factors.clamp(-FARTHEST, FARTHEST)) / weights
+        loss = -log_evidence(fitted, factors.clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR)) / weights
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return factors.detach().clamp(-FARTHEST, FARTHEST)
+    return factors.detach().clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR)

@@ -45,6 +45,7 @@ from pyrocurv.infer.resume_checks import (
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
@@ -59,55 +60,54 @@ class NGVI:
 
     Args:
         model: a Pyro model. The number of data N is the full size of the plate around its observed
-            site; a `poutine.scale` on top of it tempers the likelihood.
+            site; an additional `poutine.scale` tempers the likelihood.
         guide: one of `pyrocurv.guides`, made for the model.
-        lr: of the mean. 0.02 suits batches of 128 and a thousand steps or more; smaller batches
-            want a smaller one, shorter runs a larger one.
-        momentum: β of the gradient's running average.
+        lr: learning rate of the mean. 0.02 suits batches of 128 and a thousand steps or more;
+            smaller batches need a smaller one, shorter runs a larger one.
+        momentum: β of the running average of gradients.
         curvature: a kind or a `Curvature`.
-        temperature: T multiplies the KL term alone. 1 is the ELBO, which under-fits networks
-            that have few data, and may leave one with many weights for each datum at chance. "auto"
-            is a rule of thumb, chosen after a handful of measured cases: min(0.1, N/P) for
-            likelihoods of finite support, with P the number of weights here, and 0.3 for others.
-        damping: added to the curvature in the mean's step, never to the posterior.
-        kl_clip: trust region κ of a step; None for no clipping. The momentum keeps of a gradient no
-            more than ten times its radius, so that an outlier does not rule the steps to come.
-        num_particles: samples S of the posterior a step, in antithetic pairs; gradients and
-            curvature are means over them. 0: none, all is taken at the mean, which so goes to a
-            mode of the log joint (at T = 1); the posterior there is a Laplace approximation, for
-            `Laplace(model, guide).predict(x)`, not for sampling.
-        antithetic: use each noise a second time with its sign turned, also from step to step.
-        average: keep a running average of mean and precision, of weight 4/(t+4), and let the guide
-            be that average; training goes on from the iterate.
-        optim: trains all that is no natural-gradient latent, the model's parameters and the
-            fallback guide: a callable from parameters to a `torch.optim.Optimizer`, or a
-            `PyroOptim`. By default Adam with β₂ = 0.99, 0.002 for the model, 0.01 for the guide.
-            The learning rates of a torch optimizer follow the schedule on `.optimizer` in
-            proportion.
-        on_nonfinite: when a loss or a gradient is not finite, "raise" a FloatingPointError, or
-            "skip" the step and count it in `.skipped`; posterior, momentum and random numbers stay
-            as they were either way.
+        temperature: T multiplies the KL term alone. 1 is the ELBO, which underfits networks with
+            few data, and may leave a network with many weights per datum at chance. "auto" is a
+            rule of thumb from a handful of measured cases: min(0.1, N/P) for likelihoods of finite
+            support, with P the number of weights in the guide, and 0.3 for others.
+        damping: added to the curvature in the step of the mean, never to the posterior.
+        kl_clip: trust region κ of a step; None for no clipping. An outlier enters the momentum with
+            at most ten times the radius of the trust region.
+        num_particles: samples S of the posterior per step, in antithetic pairs; gradients and
+            curvature are means over them. With 0 everything is computed at the mean, which then
+            converges to a mode of the log joint (at T = 1). The posterior there is a Laplace
+            approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
+        antithetic: use each perturbation a second time with its sign turned, also across steps.
+        average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
+            training continues from the iterate.
+        optim: the optimizer of everything without a natural gradient, the parameters of the model
+            and the fallback guide: a callable from parameters to a `torch.optim.Optimizer`, or a
+            `PyroOptim`. By default Adam with β₂ = 0.99 and learning rates 0.002 (model) and 0.01
+            (guide). The learning rates of a torch optimizer follow the schedule on `.optimizer`.
+        on_nonfinite: if a loss or a gradient is not finite, "raise" a FloatingPointError, or
+            "skip" the step and count it in `.skipped`. Either way posterior, momentum and random
+            numbers stay unchanged.
 
-    "auto" is, for networks (of convolutions, and MLPs): lr 0.02, momentum 0.9, damping 0.003,
-    kl_clip 0.001, one sample, no average; the first step is taken at the mean. For a `FullGuide`
-    with curvature="hessian", and for a `DiagonalGuide` of a model without a network, Gaussian and
-    Hessian are of the whole log joint in unconstrained space, in steps of their own: lr 0.3, the
-    precision moves by 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples where a
-    latent has bounds, as scales have. `Curvature("hessian", decay=...)` sets that rate, 1 - decay
-    (0.95, its default, is as good as not given); momentum and damping play no part there. Other
-    numbers of a `Curvature`, `every` or `batch` say, are of running estimates: given for a network
-    they ask for the steps above, without a network they play no part. Random numbers come from a
-    stream of its own, seeded from torch's generator when it is made.
+    "auto" stands for lr 0.02, momentum 0.9, damping 0.003, kl_clip 0.001, one sample and no average
+    for networks (convolutional networks and MLPs); the first step is taken at the mean. A
+    `FullGuide` with curvature="hessian", and a `DiagonalGuide` of a model without a network, have
+    one Gaussian over all latents in unconstrained space, trained by the Hessian of the log joint:
+    lr 0.3, the precision moves 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples
+    if a latent is constrained, as scales are. There `Curvature("hessian", decay=...)` sets that
+    rate, 1 - decay, unless it is the default of 0.95, and momentum and damping are not used. Other
+    arguments of `Curvature`, such as `every` or `batch`, belong to running averages: with them a
+    network is trained layer by layer, and without a network they are not used.
 
-    `.optimizer` is a `torch.optim.Optimizer` for schedulers, whose step each `step` is. Where
-    samples are so unlike the mean that training goes nowhere (learned log scales, priors much wider
-    than 1/fan_in), several of them (`num_particles=4`) or a lower temperature help.
+    Random numbers come from a separate stream, seeded from torch's generator at construction.
+    `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so different from the
+    mean that training does not progress (learned log scales, priors much wider than 1/fan_in), use
+    several of them (`num_particles=4`) or a lower temperature.
 
     Raises:
-        TypeError: the guide is none of `pyrocurv.guides`.
+        TypeError: the guide is not one of `pyrocurv.guides`.
         ValueError: an unknown name or a number out of its range; at a step, before any state is
             changed, what the guide raises at its first call, a plate smaller than the batch in it,
-            a latent that the guide does not know.
+            a latent that the guide does not have.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390; Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562.
@@ -212,15 +212,14 @@ class NGVI:
             factor = group["lr"] / group.get("initial_lr", group["lr"])
             auxiliary = [parameter._replace(lr_factor=factor) for parameter in auxiliary]
 
-            @torch.no_grad()
-            def commit() -> None:
-                self._auxiliary.keep(undo, auxiliary)
-                self._auxiliary.step(auxiliary)
-                self._store.commit(update, undo)
-                self.guide.is_laplace = self.num_particles == 0
-                self._posterior = update.posterior
+            self._auxiliary.keep(undo, auxiliary)
+            self.optimizer.step(lambda: self._auxiliary.step(auxiliary))
 
-            self.optimizer.step(commit)
+        def assign() -> None:
+            self.guide.is_laplace = self.num_particles == 0
+            self._posterior = update.posterior
+
+        commit(update, self._store, undo, assign)
         return update.loss
 
     def _setup_guide(self, undo: Undo, args: Any, kwargs: Any) -> None:

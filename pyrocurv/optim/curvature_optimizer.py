@@ -49,7 +49,7 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import Posterior
-from pyrocurv.posterior.step import Evaluation, step
+from pyrocurv.posterior.step import Evaluation, commit, step
 from pyrocurv.posterior.summary import UpdateCount, format_table, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.distributions import unwrap
@@ -256,10 +256,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _move(
-        self, layout: ParameterBlocks, posterior: Posterior, store: ParameterStore,
+        self, layout: ParameterBlocks, posterior: Posterior, store: ParameterStore, undo: Undo,
         num_samples: int = 1,
     ) -> None:
-        """Step from the parameters' gradients, which are sums over `num_samples` samples."""
+        """Step from the parameters' gradients, which are sums over `num_samples` samples.
+
+        `undo` keeps what else the step has changed.
+        """
         posterior = store.load(self._in_context(posterior, layout, store))
         gradients = {n: p.grad for n, (p, _) in store.named.items() if p.grad is not None}
         blocked = {name for block in layout.blocks for name in block.tensors}
@@ -274,13 +277,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         update = step(self._posterior, evaluation)
         not_seen = {name: name for name in rest if name not in layout.names}
         self._warn_once(not_seen, "not used yet in a pass that gave a curvature")
-        with Undo() as undo:
-            undo.keep_attributes(self)
-            self._auxiliary.keep(undo, auxiliary)
-            self._auxiliary.step(auxiliary, 1 / num_samples)
-            store.commit(update, undo)
+        self._auxiliary.keep(undo, auxiliary)
+        self._auxiliary.step(auxiliary, 1 / num_samples)
+
+        def assign() -> None:
             self.layout, self._posterior = layout, update.posterior
             self._schedule_recording()
+
+        commit(update, store, undo, assign)
 
     def _auxiliary_parameters(
         self, moving: Sequence[str], store: ParameterStore

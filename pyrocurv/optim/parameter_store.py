@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Update
-from pyrocurv.runtime.undo import Undo, complete
+from pyrocurv.runtime.undo import complete
 
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[Group]
@@ -62,14 +62,13 @@ class ParameterStore:
             self.named[name][0].copy_(value)
 
     @torch.no_grad()
-    def commit(self, update: Update, undo: Undo) -> None:
-        """Move the parameters that have a gradient."""
+    def prepare(self, update: Update) -> Callable[[], None]:
+        """A function that moves the parameters that have a gradient, in place."""
         values: dict[str, Tensor] = {}
         for move in update.moves:
             values.update(move.state.block.strided_views(move.moved(move.state.mean)))
         values = {n: v for n, v in values.items() if self.named[n][0].grad is not None}
-        undo.keep_tensors(self.named[name][0] for name in values)
-        self.write(values)
+        return lambda: self.write(values)
 
     @contextmanager
     def restoring(self, blocks: Iterable[BlockState]) -> Iterator[None]:

@@ -127,7 +127,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                     "step() before any forward pass of the network that had a gradient: call the "
                     "network itself, then backward()"
                 )
-            self._move(layout, posterior, store)
+            self._move(layout, posterior, store, undo)
         return loss
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:

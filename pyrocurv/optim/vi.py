@@ -256,7 +256,7 @@ class VIOptimizer(CurvatureOptimizer):
                 samples.mean_price, samples.batch_size / self._num_data,
             )
             posterior = posterior.with_mirrors(samples.mirrors)
-            self._move(samples.layout, posterior, store, samples.count)
+            self._move(samples.layout, posterior, store, undo, samples.count)
         return loss
 
     def _sample_closure(self, closure: Callable[[], Any]) -> Any:

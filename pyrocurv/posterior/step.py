@@ -7,7 +7,7 @@ returns an `Update` and changes nothing; a store of the weights commits it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from pyrocurv.posterior.natural_gradient import (
     trust_region_scale,
 )
 from pyrocurv.posterior.state import BlockState, Posterior
-from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.undo import Undo, complete
 from pyrocurv.structures import Solution
 
 
@@ -63,8 +63,29 @@ class WeightStore(Protocol):
     def load(self, posterior: Posterior) -> Posterior:
         """The posterior with the means that the store has now."""
 
-    def commit(self, update: Update, undo: Undo) -> None:
-        """Write the update; `undo` keeps all that this changes."""
+    def prepare(self, update: Update) -> Callable[[], None]:
+        """A function that writes the update, and may be called again if it is interrupted.
+
+        Everything that may fail is done before it is returned.
+        """
+
+
+def commit(
+    update: Update, store: WeightStore, undo: Undo, assign: Callable[[], None]
+) -> None:
+    """Write an update into its store, and call `assign` for what else changes with it.
+
+    Until all is prepared an exception changes nothing; from then on the step is completed before an
+    interrupt is raised again, and `undo` restores nothing.
+    """
+    write = store.prepare(update)
+
+    def finish() -> None:
+        undo.forget()
+        write()
+        assign()
+
+    complete(finish)
 
 
 def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Update:

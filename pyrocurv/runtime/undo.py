@@ -20,7 +20,7 @@ class Undo:
         >>> try:
         ...     with Undo() as undo:
         ...         undo.keep_tensors([weight])
-        ...         weight.add_(1)
+        ...         _ = weight.add_(1)
         ...         raise KeyboardInterrupt
         ... except KeyboardInterrupt:
         ...     print(weight)
@@ -42,6 +42,10 @@ class Undo:
     def keep(self, restore: Callable[[], Any]) -> None:
         """Have `restore` called if the body raises."""
         self._restore.append(restore)
+
+    def forget(self) -> None:
+        """Restore nothing from now on."""
+        self._restore.clear()
 
     @torch.no_grad()
     def keep_tensors(self, tensors: Iterable[Tensor]) -> None:
