@@ -22,6 +22,7 @@ from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.rng import isolated_rng
+from pyrocurv.runtime.validation import is_out_of_memory
 
 CHECKPOINT = (
     "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "
@@ -98,8 +99,10 @@ def _trace(
         try:
             with torch.no_grad():
                 return run()
-        except RuntimeError:  # the model may take derivatives; other errors are raised again below
-            return run()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return run()  # the model may take derivatives; other errors are raised again
 
 
 def _check_latents(latents: Mapping[str, TraceSite]) -> None:
