@@ -1,23 +1,25 @@
-"""What one forward pass gives for the curvature: masks, the batch axis and layer statistics."""
+"""The statistics of one forward pass that the curvature of each block is computed from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from functools import singledispatch
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from pyrocurv.curvature.hessian import BlockStatistics, hessians
-from pyrocurv.curvature.layer_statistics import (
-    collect,
-    select_examples,
-)
+from pyrocurv.curvature.examples import ExampleSelection, check_batch
+from pyrocurv.curvature.hessian import hessians
+from pyrocurv.curvature.layer_statistics import LayerStatistics, gradient_statistics
 from pyrocurv.curvature.likelihood import LikelihoodTerm
 from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature
+from pyrocurv.layers import structure_spec
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.structure_spec import KroneckerSpec, StructureSpec
+from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures.rescaled import KroneckerScaling
 
 
 class ForwardPass(NamedTuple):
@@ -28,44 +30,70 @@ class ForwardPass(NamedTuple):
     rows: int
 
 
-def collect_statistics(
-    spec: Curvature, blocks: Sequence[Block], terms: Sequence[LikelihoodTerm],
-    calls: Sequence[LayerCall], count: int, kept: Tensor | None,
-) -> Iterable[BlockStatistics]:
-    """What each block is estimated from."""
-    masked = masked_positions(terms, count)
+class BlockStatistics(Protocol):
+    """One block's curvature, a SUM over the examples, in whichever structure is asked for.
+
+    A block with Kronecker factors has one layer.
+    """
+
+    @property
+    def layers(self) -> Sequence[Sequence[LayerStatistics]]:
+        """Inputs and output gradients; two for a layer whose matrix is also used transposed."""
+
+    def dense(self) -> Dense:
+        """The matrix itself."""
+
+    def diagonal(self) -> Diagonal:
+        """Its diagonal."""
+
+    def kronecker(self, sharing: str) -> Kronecker:
+        """Its Kronecker factors."""
+
+    def eigenvalues(
+        self, basis: KroneckerEigen, scaling: KroneckerScaling | None = None
+    ) -> KroneckerEigen:
+        """The mean of the matrix, scaled by a prior, over the eigenspaces of a basis."""
+
+    def output_factor(self, sharing: str, scaling: KroneckerScaling | None) -> Tensor | None:
+        """G, scaled by a prior; None where it is to be computed from the rows of `layers`."""
+
+
+@singledispatch
+def assemble(structure: StructureSpec, statistics: BlockStatistics) -> Structure:
+    """The curvature of a block in its structure; Kronecker factors without an eigenbasis."""
+    return statistics.dense()
+
+
+@assemble.register
+def _(structure: structure_spec.Diagonal, statistics: BlockStatistics) -> Structure:
+    return statistics.diagonal()
+
+
+@assemble.register
+def _(structure: KroneckerSpec, statistics: BlockStatistics) -> Structure:
+    return statistics.kronecker(structure.sharing)
+
+
+def collect(
+    spec: Curvature, blocks: Sequence[Block], forward: ForwardPass, count: int
+) -> tuple[int, Iterable[BlockStatistics]]:
+    """The statistics of each block, and the number of examples that they are sums over.
+
+    These are the first `count` examples that are not masked. The statistics are computed while they
+    are iterated over, so that the rows of one layer are in memory at a time. No gradient is taken
+    onto the ops of other layers.
+
+    Raises ValueError for a layer that does not read the batch as its first axis.
+    """
+    layers = {layer for block in blocks for layer in block.layers}
+    calls = [call for call in forward.calls if call.layer in layers]
+    check_batch(calls, forward.rows)
+    examples = ExampleSelection.of(forward.terms, count)
+    if examples.size == 0:
+        return 0, ()
     if spec.kind == "hessian":
-        return hessians(blocks, terms, calls, count, spec.num_samples, kept, masked)
-    gradients = pullback(spec.kind, terms, calls, count, spec.num_samples)
-    return (
-        select_examples(collect(block, calls, gradients, count, masked), kept) for block in blocks
+        return examples.size, hessians(blocks, forward.terms, calls, examples, spec.num_samples)
+    gradients = pullback(spec.kind, forward.terms, calls, count, spec.num_samples)
+    return examples.size, (
+        gradient_statistics(block, calls, gradients, examples) for block in blocks
     )
-
-
-def masked_positions(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | None:
-    """Which positions [count, S] the mask of the one likelihood drops; None where it has none."""
-    if len(terms) != 1 or terms[0].mask is None:
-        return None
-    mask, shape = torch.as_tensor(terms[0].mask), terms[0].likelihood.batch_shape
-    return ~mask.expand(shape)[:count].flatten(1) if len(shape) > 1 and mask.dim() > 1 else None
-
-
-def unmasked_examples(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | None:
-    """The rows that no mask drops from all terms; None where all are kept."""
-    masks = [torch.as_tensor(term.mask) for term in terms if term.mask is not None]
-    if len(masks) < len(terms) or not all(mask.dim() for mask in masks):
-        return None
-    rows = [mask.expand(term.likelihood.batch_shape)[:count].flatten(1).any(1) if mask.dim() > 1
-            else mask[:count] for mask, term in zip(masks, terms, strict=True)]
-    return torch.stack([row.expand(count) for row in rows]).any(0).nonzero().squeeze(1)
-
-
-def check_batch(calls: Sequence[LayerCall], batch: int) -> None:
-    """Examples must be the first axis of every layer's input."""
-    for call in calls:
-        if call.batch_size != batch:
-            raise ValueError(
-                f"{call.layer.weight!r} reads {call.batch_size} rows where there are {batch} "
-                "examples: keep the batch as the first axis of the layer's input, other axes "
-                "behind it"
-            )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pyrocurv.curvature import hessian
-from pyrocurv.curvature.hessian import BlockStatistics, hessians, twice_differentiable
-from pyrocurv.curvature.layer_statistics import collect
+from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
+from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.likelihood import (
     Likelihood,
-    _term,
-    _widened,
     as_likelihood,
+    likelihood_term,
+    to_single_precision,
 )
-from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature, as_curvature
 from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
@@ -27,23 +25,31 @@ from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_selection import StructureChoice, select_structures
-from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
+from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 
-def _reduce(block: Block, seen: BlockStatistics) -> Structure:
-    spec, assemble = block.structure, hessian.assemble(block, seen)
-    if not isinstance(spec, KroneckerSpec):
-        return assemble
-    ranks = None if spec.rank == "auto" else block.ranks
-    if isinstance(spec, EKFAC):
-        return hessian.eigen(seen, assemble.eigen(ranks))
-    if ranks is not None:
-        return assemble.eigen(ranks, spec.cuts)
-    factors = zip((assemble.output, assemble.input), spec.cuts, strict=True)
-    return Kronecker(*(cut(factor, blocks) for factor, blocks in factors))
+@singledispatch
+def _matrix(structure: StructureSpec, block: Block, statistics: BlockStatistics) -> Structure:
+    """The curvature of a block in its structure."""
+    return assemble(structure, statistics)
+
+
+@_matrix.register
+def _(structure: KFAC, block: Block, statistics: BlockStatistics) -> Structure:
+    factors = statistics.kronecker(structure.sharing)
+    if structure.rank != "auto":
+        return factors.eigen(block.ranks, structure.cuts)
+    output_blocks, input_blocks = structure.cuts
+    return Kronecker(cut(factors.output, output_blocks), cut(factors.input, input_blocks))
+
+
+@_matrix.register
+def _(structure: EKFAC, block: Block, statistics: BlockStatistics) -> Structure:
+    ranks = None if structure.rank == "auto" else block.ranks
+    return statistics.eigenvalues(statistics.kronecker(structure.sharing).eigen(ranks))
 
 
 def estimate(
@@ -109,62 +115,64 @@ def estimate(
         >>> matrix.dense().shape
         torch.Size([8, 8])
     """
-    curvature, density = as_curvature(curvature), as_likelihood(likelihood)
+    curvature, distribution = as_curvature(curvature), as_likelihood(likelihood)
     if curvature.uses_sample_gradients:
-        raise ValueError("curvature='noise' is known from a posterior's samples, not from data")
-    named = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    if not named:
+        raise ValueError(
+            "curvature='noise' is computed from the samples of a posterior, not from data"
+        )
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if not parameters:
         raise ValueError("no parameter of the network has requires_grad")
     if y.shape[:1] == (0,):
         raise ValueError("the batch has no examples")
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
-    with twice(), torch.enable_grad(), Capture(dict(named)) as capture:
+    with twice(), torch.enable_grad(), Capture(dict(parameters)) as capture:
         output = net(x)
-    device = next(iter(named.values())).device
+    device = next(iter(parameters.values())).device
     with torch.enable_grad(), disable_autocast(device):
-        term = _term(density(tree_map(_widened, output)), y, output)
-        terms, count = [term], len(term.value)
-        dense = ("full", "block", structure_spec.Full(), structure_spec.Block())
-        whole = curvature.kind == "hessian" and structure in dense  # whatever is shared
-        each = per_example_scalar(output, count)
-        if callable(likelihood):  # which may arrange and reuse the output in its own way
+        term = likelihood_term(distribution(tree_map(to_single_precision, output)), y, output)
+        count = len(term.value)
+        scalar = per_example_scalar(output, count)
+        if callable(likelihood):  # it may combine the rows of the output
             log_prob = term.likelihood.log_prob(term.value)
-            each = log_prob.reshape(count, -1).sum(1) if log_prob.dim() else None
-        trace = capture.trace().mark_untracked(total_output(output) if each is None else each.sum())
-        said = None if whole or trace.has_batch_coupling else each
-        trace = mark_wrong_batch_axis(trace, count, said)
-        layers, calls = _with_opaque(trace, named, count)
+            scalar = log_prob.reshape(count, -1).sum(1) if log_prob.dim() else None
+        total = total_output(output) if scalar is None else scalar.sum()
+        trace = capture.trace().mark_untracked(total)
+        dense = ("full", "block", structure_spec.Full(), structure_spec.Block())
+        is_exact = curvature.kind == "hessian" and structure in dense  # for any dependence
+        checked = None if is_exact or trace.has_batch_coupling else scalar
+        trace = mark_wrong_batch_axis(trace, count, checked)
+        layers, calls = _with_untraced(trace, parameters, count)
         chosen = select_structures(structure, "kfac", layers, dict(net.named_modules()))
         blocks = make_blocks(layers, chosen.__getitem__, dense_untraced=True)
-        seen: Iterable[BlockStatistics]
-        if curvature.kind == "hessian":
-            seen = hessians(blocks, terms, calls, count, curvature.num_samples)
-        else:
-            gradients = pullback(curvature.kind, terms, calls, count, curvature.num_samples)
-            seen = (collect(block, calls, gradients, count) for block in blocks)
-        found = tuple(_reduce(block, one) for block, one in zip(blocks, seen, strict=True))
-    order = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    return BlockDiagonal(found, BlockIndices(blocks, order, device))
+        forward = ForwardPass([term], calls, count)
+        _, statistics = collect(curvature, blocks, forward, count)
+        matrices = tuple(
+            _matrix(block.structure, block, one)
+            for block, one in zip(blocks, statistics, strict=True)
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    return BlockDiagonal(matrices, BlockIndices(blocks, shapes, device))
 
 
-def _with_opaque(
-    trace: Trace, named: dict[str, nn.Parameter], batch: int
+def _with_untraced(
+    trace: Trace, parameters: dict[str, nn.Parameter], batch_size: int
 ) -> tuple[list[Layer], list[LayerCall]]:
-    """The layers and calls of a forward pass, with those that no supported op consumes."""
-    found = {name for layer in trace.layers for name in layer.tensors}
-    left = [name for name in named if name not in found]
-    if unused := [name for name in left if name not in trace.unsupported]:
+    """The layers and calls of a forward pass, with parameters that no supported op consumes."""
+    traced = {name for layer in trace.layers for name in layer.tensors}
+    names = [name for name in parameters if name not in traced]
+    if unused := [name for name in names if name not in trace.unsupported]:
         raise ValueError(
-            f"{', '.join(unused)} took no part in the forward pass, or none with a gradient: set "
+            f"the output has no gradient with respect to {', '.join(unused)}: set "
             "requires_grad=False to leave it out"
         )
-    if left:
+    if names:
         warnings.warn(
             "no supported op consumes "
-            f"{', '.join(f'{name} ({trace.unsupported[name]})' for name in left)}: "
+            f"{', '.join(f'{name} ({trace.unsupported[name]})' for name in names)}: "
             "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
             stacklevel=3,
         )
-    more = [Layer(name, None, tuple(named[name].shape), "untraced") for name in left]
-    opaque = [UntracedWeight(layer, named[layer.weight], batch) for layer in more]
-    return [*trace.layers, *more], [*trace.calls, *opaque]
+    untraced = [Layer(name, None, tuple(parameters[name].shape), "untraced") for name in names]
+    more = [UntracedWeight(layer, parameters[layer.weight], batch_size) for layer in untraced]
+    return [*trace.layers, *untraced], [*trace.calls, *more]

@@ -1,112 +1,90 @@
-"""The curvature of all data as one sum, batch after batch, at one set of weights.
+"""The curvature of a whole data set as one sum, batch after batch, at one set of weights.
 
-Nothing fades here: Kronecker factors are G = sum g gᵀ and A = E[a aᵀ] over all data, so that
-G ⊗ A is what one batch of all of them would give. The eigenvalues of EK-FAC are taken in the
-eigenbasis of the whole factors, which is a second pass.
+All batches have equal weight: Kronecker factors are G = sum g gᵀ and A = E[a aᵀ] over the data, so
+G ⊗ A is the same as from one batch of all data. The eigenvalues of EK-FAC are summed in the
+eigenbasis of the complete factors, which takes a second pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from pyrocurv.curvature import hessian
-from pyrocurv.curvature.collect import check_batch, collect_statistics, unmasked_examples
-from pyrocurv.curvature.hessian import BlockStatistics
-from pyrocurv.curvature.likelihood import LikelihoodTerm
+from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
+from pyrocurv.curvature.running_average import average, eigenbasis
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_spec import EKFAC
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 
-
-@dataclass(frozen=True, eq=False)
-class BatchTerms:
-    """One forward pass: terms of the likelihood as a mean over `rows` examples, and the ops."""
-
-    terms: Sequence[LikelihoodTerm]
-    calls: Sequence[LayerCall]
-    rows: int
-    data: float  # how many data it stands for, in a sum
+NO_EXAMPLE = "the mask leaves no example to compute the curvature from"
 
 
 @dataclass(frozen=True, eq=False)
 class CurvatureSum:
-    """A block's curvature over the data so far: `count` times `mean`, in the units of the prior.
+    """A block's curvature over the data so far: `count` times `mean`.
 
-    With a `basis` they are the eigenvalues in it, of a second pass.
+    With a `basis`, of a second pass, the mean is of the eigenvalues in it, scaled by the prior.
     """
 
     block: Block
-    units: KroneckerScaling | None = None
+    scaling: KroneckerScaling | None = None
     count: int = 0
-    mean: Any = None
+    mean: Structure | None = None
     basis: KroneckerEigen | None = None
 
     @property
-    def wants_another_pass(self) -> bool:
-        """Whether the eigenvalues are to be taken in a basis that is known only now."""
-        return isinstance(self.block.structure, EKFAC) and self.basis is None
+    def needs_second_pass(self) -> bool:
+        """Whether eigenvalues have to be summed in a basis that is known after the first pass."""
+        return self.block.structure.corrects_eigenvalues and self.basis is None
 
-    def plus(self, seen: BlockStatistics, count: int, worth: float) -> CurvatureSum:
-        """With what `count` more examples gave, each of which stands for `worth` data."""
+    def add(self, statistics: BlockStatistics, count: int, weight: float) -> CurvatureSum:
+        """The sum with `count` more examples, each of which stands for `weight` data points."""
         if self.basis is None:
-            value = hessian.assemble(self.block, seen)
+            value = assemble(self.block.structure, statistics)
         else:
-            value = hessian.eigen(seen, self.basis, self._roots)
+            value = statistics.eigenvalues(self.basis, self.scaling)
         if not bool(torch.isfinite(value.trace())):
             raise FloatingPointError(f"the curvature of {self.block.name} is not finite")
         total = self.count + count
-        value = value.scale(worth / count)
-        mean = value if self.mean is None else self.mean.lerp(value, count / total)
+        mean = average(self.mean, value.scale(weight / count), count / total)
         return replace(self, count=total, mean=mean)
 
-    @property
-    def _roots(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.units is None else self.units.roots
+    def second_pass(self) -> CurvatureSum:
+        """An empty sum in the eigenbasis of this one."""
+        if not isinstance(self.mean, Kronecker):
+            raise ValueError(NO_EXAMPLE)
+        basis = eigenbasis(self.block, self.mean, self.scaling)
+        return CurvatureSum(self.block, self.scaling, basis=basis)
 
-    def second(self) -> CurvatureSum:
-        """For the second pass, nothing summed yet."""
-        return CurvatureSum(self.block, self.units, basis=self._in_eigenbasis(self.mean))
+    def total(self) -> Structure:
+        """The sum over the data, positive semi-definite; Kronecker factors are scaled by the prior.
 
-    def _in_eigenbasis(self, factors: Kronecker) -> KroneckerEigen:
-        factors = factors if self._roots is None else factors.rescaled(*self._roots)
-        return factors.eigen(self.block.ranks, self.block.kronecker.cuts)
-
-    def sum(self) -> Structure:
-        """The sum over the data, in the units of the prior if it has any, positive semi-definite.
-
-        What a Hessian has below zero is left out.
+        The negative part of a Hessian is left out.
         """
+        if self.mean is None:
+            raise ValueError(NO_EXAMPLE)
         mean = self.mean
         if isinstance(mean, Kronecker):
-            mean = self._in_eigenbasis(mean)
+            mean = eigenbasis(self.block, mean, self.scaling)
         return mean.scale(self.count).psd()
 
 
 def accumulate(
-    spec: Curvature, totals: Sequence[CurvatureSum], batch: BatchTerms
+    spec: Curvature, sums: Sequence[CurvatureSum], forward: ForwardPass, num_data: float
 ) -> list[CurvatureSum]:
-    """The totals with all examples of one more batch; of `spec`, kind and samples count.
+    """The sums with all examples of one more batch, which stands for `num_data` data points.
 
-    Raises ValueError for a layer that does not see the batch as its first axis.
+    Of `spec`, only `kind` and `num_samples` are used. Raises ValueError for a layer that does not
+    read the batch as its first axis.
     """
-    check_batch(batch.calls, batch.rows)
-    kept = unmasked_examples(batch.terms, batch.rows)
-    count = batch.rows if kept is None else len(kept)
+    count, statistics = collect(spec, [one.block for one in sums], forward, forward.rows)
     if count == 0:
-        return list(totals)
-    found = collect_statistics(
-        spec, [total.block for total in totals], batch.terms, batch.calls, batch.rows, kept
-    )
+        return list(sums)
     with torch.no_grad():
         return [
-            total.plus(seen, count, batch.data / batch.rows)
-            for total, seen in zip(totals, found, strict=True)
+            one.add(block, count, num_data / forward.rows)
+            for one, block in zip(sums, statistics, strict=True)
         ]

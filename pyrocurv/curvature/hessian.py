@@ -1,38 +1,41 @@
-"""The Hessian of the negative log likelihood, by backward passes through its gradient's graph.
+"""The Hessian of the negative log likelihood, by backward passes through the graph of its gradient.
 
-"full", "block" and "diag" are exact for any network: a pass for each row, in the weights. Kronecker
-factors go through the outputs of a layer, see `in_outputs`; the eigenvalues of EK-FAC too, unless
-the layer runs more than once and has no more than `PASSES` weights: those come from its rows. The
-diagonal of a layer of more weights goes through its outputs where that takes no more passes.
+"full", "block" and "diag" are exact for any network: one pass for each row, in the weights.
+Kronecker factors are computed in the outputs of a layer, see `hessian_outputs`. So are the
+eigenvalues of EK-FAC, unless the layer runs more than once and has no more than `MAX_PASSES`
+weights: then they are computed from its rows. The diagonal of a layer with more weights is computed
+in its outputs if that takes no more passes.
 
-What would take more than `PASSES` passes for a layer comes from `num_samples` draws of random
-signs, without bias: diagonals, the positions in G, the eigenvalues of EK-FAC. "full" and "block",
-and the outputs of K-FAC at one position, are exact whatever it takes.
+Where a layer would take more than `MAX_PASSES` passes, `num_samples` draws of random signs give an
+unbiased estimate: of diagonals, of the sum over positions in G, of the eigenvalues of EK-FAC.
+"full", "block" and the outputs of K-FAC at one position are exact at any cost.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyrocurv.curvature import hessian_weights, layer_statistics
+from pyrocurv.curvature import hessian_weights
+from pyrocurv.curvature.examples import ExampleSelection
 from pyrocurv.curvature.hessian_outputs import OutputHessian
-from pyrocurv.curvature.hessian_weights import Units, WeightHessian
-from pyrocurv.curvature.layer_statistics import Pairs
+from pyrocurv.curvature.hessian_weights import WeightHessian
+from pyrocurv.curvature.layer_statistics import LayerStatistics, gradient_statistics
 from pyrocurv.curvature.likelihood import LikelihoodTerm
-from pyrocurv.layers import Layer, structure_spec
+from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall, OpCall
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
+from pyrocurv.structures.rescaled import KroneckerScaling
 
-NUMBERS = 2**22  # that the vectors of one batched pass, and all on their way, should not exceed
+MAX_ELEMENTS = 2**22  # of the vectors of one batched pass at any point of the graph
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -40,8 +43,8 @@ def twice_differentiable() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def energy(terms: Sequence[LikelihoodTerm], count: int) -> Tensor:
-    """-log p of the first `count` examples, weights and masks applied."""
+def negative_log_likelihood(terms: Sequence[LikelihoodTerm], count: int) -> Tensor:
+    """-log p of the first `count` examples, with weights and masks."""
     return -torch.stack([_log_prob(term, count) for term in terms]).sum()
 
 
@@ -55,205 +58,161 @@ def _log_prob(term: LikelihoodTerm, count: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class _GradientGraph:
+    """The gradient with its graph, in the weights where that is needed and in all outputs."""
+
+    calls: dict[Layer, list[OpCall]]
+    leaves: dict[str, Tensor]
+    weight_gradients: dict[str, Tensor]
+    output_gradients: dict[int, Tensor | None]  # by the id of the call
+    examples: ExampleSelection
+    num_samples: int
+    largest: int  # elements of the largest gradient
+
+    def chunk(self, size: int) -> int:
+        """The number of vectors of `size` elements that one batched pass takes."""
+        return max(1, MAX_ELEMENTS // max(size, self.largest))
+
+
+@dataclass(frozen=True, eq=False)
 class HessianStatistics:
-    """What the graph of a gradient says of one block, a SUM over the examples."""
+    """The Hessian of one block, a SUM over the examples, from the graph of a gradient."""
 
     block: Block
-    _graph: _GradientGraph
-    _make: Callable[[], Dense | Diagonal | Kronecker]
-    _source: WeightHessian | OutputHessian | None = None  # of the eigenvalues in a basis
-    outputs: OutputHessian | None = None  # of a Kronecker block that is used one way
+    graph: _GradientGraph
 
-    @functools.cached_property
-    def assemble(self) -> Any:
-        """In the block's structure, before any eigenbasis: Dense, Diagonal or Kronecker."""
-        return self._make()
+    @cached_property
+    def layers(self) -> Sequence[Sequence[LayerStatistics]]:
+        """The inputs of the block's layers and the gradients in their outputs."""
+        graph, examples = self.graph, self.graph.examples
+        calls = [call for layer in self.block.layers for call in graph.calls.get(layer, ())]
+        gradients = [
+            call.output_gradient_rows(graph.output_gradients[id(call)], examples.count).detach()
+            for call in calls
+        ]
+        vectors = [gradient.unsqueeze(0) for gradient in gradients]
+        return gradient_statistics(self.block, calls, vectors, examples).layers
 
-    def eigen(self, basis: KroneckerEigen, units: Units | None = None) -> KroneckerEigen:
-        """The nearest matrix to a layer's Hessian on these eigenspaces, in the units of a prior."""
-        assert self._source is not None
-        return self._source.eigen(basis, units)
+    @cached_property
+    @torch.enable_grad()
+    def _in_weights(self) -> WeightHessian:
+        graph, block = self.graph, self.block
+        return WeightHessian(
+            block, block.pack(graph.weight_gradients),
+            tuple(graph.leaves[name] for name in block.tensors), graph.chunk(block.size),
+            graph.num_samples,
+        )
 
-    def output(self, units: Units | None) -> Tensor:
-        """G alone, in the units of a prior."""
-        assert self.outputs is not None
-        matrix = self.outputs.output(self.block.kronecker.sharing)
-        return matrix if units is None else matrix / torch.outer(units[0], units[0])
+    @cached_property
+    def _in_outputs(self) -> dict[bool, OutputHessian]:
+        """In the outputs of the calls that use the matrix as it is (False), and transposed (True).
+        """
+        graph, hessians = self.graph, {}
+        for transposed in (False, True):
+            calls = [call for call in self._calls if call.transposed == transposed]
+            if calls:
+                gradients = [graph.output_gradients[id(call)] for call in calls]
+                hessians[transposed] = OutputHessian(
+                    calls, gradients, graph.examples, graph.chunk(1), graph.num_samples
+                )
+        return hessians
 
     @property
-    def pairs(self) -> Pairs:
-        """The inputs of the block's layers and the gradients in their outputs."""
-        return self._graph.pairs(self.block)
+    def _calls(self) -> Sequence[OpCall]:
+        """Of the layer of a block that has one."""
+        (layer,) = self.block.layers
+        return self.graph.calls.get(layer, ())
 
+    @property
+    def _is_per_unit(self) -> bool:
+        return self.block.layers[0].orientation == "per_unit"
 
-BlockStatistics = Pairs | HessianStatistics
+    def dense(self) -> Dense:
+        """The Hessian itself."""
+        return Dense(self._in_weights.matrix())
 
+    def diagonal(self) -> Diagonal:
+        """Its diagonal, layer by layer."""
+        blocks = (Block((layer,), self.block.structure) for layer in self.block.layers)
+        layers = [HessianStatistics(block, self.graph)._layer_diagonal() for block in blocks]
+        return Diagonal(torch.cat(layers))
 
-def assemble(block: Block, seen: BlockStatistics) -> Any:
-    """In the block's structure, before any eigenbasis: a `Kronecker` for the Kronecker ones."""
-    return seen.assemble if isinstance(
-        seen, HessianStatistics
-    ) else layer_statistics.assemble(block, seen)
+    def _layer_diagonal(self) -> Tensor:
+        has_one_use = [call.transposed for call in self._calls] == [False]
+        if has_one_use and not self._in_weights.is_exact and not self._is_per_unit:
+            outputs = self._in_outputs[False]
+            if outputs.num_passes <= hessian_weights.MAX_PASSES:
+                return outputs.diagonal()
+        return self._in_weights.diagonal()
 
+    def kronecker(self, sharing: str) -> Kronecker:
+        """G ⊗ A; the nearest product to the sum where a matrix is also used transposed."""
+        if self._is_per_unit:
+            return self._in_weights.kronecker(self.graph.examples.count)
+        factors = []
+        for transposed, outputs in self._in_outputs.items():
+            product = outputs.kronecker(sharing)
+            factors.append(Kronecker(product.input, product.output) if transposed else product)
+        return reduce(Kronecker.nearest_kronecker_sum, factors)
 
-def pairs(seen: BlockStatistics) -> Pairs:
-    """The inputs of the block's layers and the gradients in their outputs."""
-    return seen.pairs if isinstance(seen, HessianStatistics) else seen
+    def eigenvalues(
+        self, basis: KroneckerEigen, scaling: KroneckerScaling | None = None
+    ) -> KroneckerEigen:
+        """The nearest matrix to a layer's Hessian, scaled by a prior, on these eigenspaces."""
+        is_reused = len(self._calls) > 1 and self.block.size <= hessian_weights.MAX_PASSES
+        if self._is_per_unit or is_reused or True in self._in_outputs:
+            return self._in_weights.eigenvalues(basis, scaling)
+        return self._in_outputs[False].eigenvalues(basis, scaling)
 
-
-def eigen(
-    seen: BlockStatistics, basis: KroneckerEigen, units: Units | None = None
-) -> KroneckerEigen:
-    """The mean of a layer's curvature over the eigenspaces of a basis, in the units of a prior."""
-    if isinstance(seen, HessianStatistics):
-        return seen.eigen(basis, units)
-    return layer_statistics.kronecker_eigen(layer_statistics.whiten(seen, units), basis)
+    def output_factor(self, sharing: str, scaling: KroneckerScaling | None) -> Tensor:
+        """G alone, scaled by a prior, of a layer that is not used transposed."""
+        matrix = self._in_outputs[False].output_factor(sharing)
+        if scaling is None or scaling.roots is None:
+            return matrix
+        root, _ = scaling.roots
+        return matrix / torch.outer(root, root)
 
 
 def hessians(
     blocks: Sequence[Block], terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall],
-    count: int, num_samples: int, kept: Tensor | None = None, masked: Tensor | None = None,
-) -> list[HessianStatistics]:
-    """The Hessian of each block, from the first `count` examples; `kept` are those not masked.
+    examples: ExampleSelection, num_samples: int,
+) -> Iterator[HessianStatistics]:
+    """The Hessian of each block, from the selected examples.
 
-    `masked` [count, S] are positions that count for nothing; see `reduce.gather`.
-
-    The graph of the forward pass is kept; nobody's `.grad` is touched.
+    One backward pass; the graph of the forward pass is kept, and no `.grad` is changed.
     """
-    seen = {call.layer for call in calls}
+    called = {call.layer for call in calls}
     for layer in (layer for block in blocks for layer in block.layers):
-        if layer not in seen:
+        if layer not in called:
             raise ValueError(
-                f"{layer.weight!r} took no part in this forward pass, or none with a gradient"
+                f"{layer.weight!r} was not used in this forward pass, or only without a gradient"
             )
-    names = {name for block in blocks if _is_in_weights(block, calls) for name in block.tensors}
-    graph = _GradientGraph.of(names, terms, calls, count, num_samples, kept, masked)
-    return [graph.block(block) for block in blocks]
+    names = {name for block in blocks if _uses_weights(block, calls) for name in block.tensors}
+    leaves = {name: leaf for call in calls for name, leaf in call.leaves.items() if name in names}
+    traced = [call for call in calls if isinstance(call, OpCall)]
+    by_layer: dict[Layer, list[OpCall]] = {}
+    for call in traced:
+        by_layer.setdefault(call.layer, []).append(call)
+    loss = negative_log_likelihood(terms, examples.count)
+    edges = [*map(get_gradient_edge, leaves.values()), *(call.edge for call in traced)]
+    gradients: Sequence[Tensor | None] = [None] * len(edges)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, edges, create_graph=True, allow_unused=True)
+    graph = _GradientGraph(
+        by_layer, leaves,
+        {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=False)
+        },
+        {id(call): g for call, g in zip(traced, gradients[len(leaves):], strict=True)},
+        examples, num_samples, max(1 if g is None else g.numel() for g in gradients),
+    )
+    return (HessianStatistics(block, graph) for block in blocks)
 
 
-def _is_in_weights(block: Block, calls: Sequence[LayerCall]) -> bool:
-    """Whether something of a block may be read from the rows of its weights."""
-    (first, *more) = (call.transposed for call in calls if call.layer == block.layers[0])
-    is_per_unit = block.layers[0].orientation == "per_unit"
-    return not block.structure.is_kronecker or first or bool(more) or is_per_unit
-
-
-@dataclass(frozen=True, eq=False)
-class _GradientGraph:
-    """The gradient with its graph, in weights that it is wanted in and in all outputs."""
-
-    calls: Sequence[LayerCall]
-    leaves: dict[str, Tensor]
-    in_leaves: dict[str, Tensor]  # by name
-    in_calls: dict[int, Tensor | None]  # by the call's id
-    count: int
-    num_samples: int
-    kept: Tensor | None
-    masked: Tensor | None
-    widest: int
-
-    @staticmethod
-    def of(
-        names: Container[str], terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall],
-        count: int, num_samples: int, kept: Tensor | None, masked: Tensor | None,
-    ) -> _GradientGraph:
-        """One backward pass."""
-        seen = [call for call in calls if isinstance(call, OpCall)]
-        edges = [call.edge for call in seen]
-        leaves = {
-            name: leaf for call in calls for name, leaf in call.leaves.items() if name in names
-        }
-        loss, wanted = energy(terms, count), [*leaves.values(), *edges]
-        found: Sequence[Tensor | None] = [None] * len(wanted)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]  # the stubs know no gradient edges
-        in_leaves = {
-            name: torch.zeros_like(leaf) if g is None else g
-            for (name, leaf), g in zip(leaves.items(), found, strict=False)
-        }
-        in_calls = {id(c): g for c, g in zip(seen, found[len(leaves):], strict=True)}
-        widest = max(1 if g is None else g.numel() for g in found)
-        return _GradientGraph(
-            calls, leaves, in_leaves, in_calls, count, num_samples, kept, masked, widest
-        )
-
-    def _chunk(self, size: int) -> int:
-        return max(1, NUMBERS // max(size, self.widest))
-
-    def weights(self, block: Block) -> WeightHessian:
-        """In the weights of a block."""
-        return WeightHessian(
-            block, block.pack(self.in_leaves), tuple(self.leaves[name] for name in block.tensors),
-            self._chunk(block.size), self.num_samples,
-        )
-
-    def outputs(self, calls: Sequence[OpCall]) -> OutputHessian:
-        """In the outputs of some calls of one layer."""
-        gradients = [self.in_calls[id(call)] for call in calls]
-        return OutputHessian.of(
-            calls, gradients, self.count, self.kept, self._chunk(1), self.num_samples, self.masked
-        )
-
-    def uses(self, layer: Layer) -> list[OpCall]:
-        """The calls of a layer that is no opaque one."""
-        return [c for c in self.calls if isinstance(c, OpCall) and c.layer == layer]
-
-    def block(self, block: Block) -> HessianStatistics:
-        """In the block's structure."""
-        if block.kind == "diag":
-            parts = [self._diagonal(layer) for layer in block.layers]
-            return HessianStatistics(block, self, lambda: Diagonal(torch.cat([p() for p in parts])))
-        if not block.structure.is_kronecker:
-            weights = self.weights(block)
-            return HessianStatistics(block, self, lambda: Dense(weights.matrix()))
-        sharing, (layer,) = block.kronecker.sharing, block.layers
-        if layer.orientation == "per_unit":
-            weights = self.weights(block)
-            return HessianStatistics(
-                block, self, lambda: _units(weights.groups(), self.count), weights
-            )
-        mine = self.uses(layer)
-        straight, transposed = ([c for c in mine if c.transposed == f] for f in (False, True))
-        if transposed:
-            uses = [(self.outputs(straight), False)] if straight else []
-            uses.append((self.outputs(transposed), True))
-            return HessianStatistics(
-                block, self, lambda: _both_ways(uses, sharing), self.weights(block)
-            )
-        outputs = self.outputs(mine)
-        often = len(mine) > 1 and block.size <= hessian_weights.PASSES
-        source = self.weights(block) if often else outputs
-        return HessianStatistics(block, self, lambda: outputs.kronecker(sharing), source, outputs)
-
-    def _diagonal(self, layer: Layer) -> Callable[[], Tensor]:
-        weights, mine = self.weights(Block((layer,), structure_spec.Diagonal())), self.uses(layer)
-        once = len(mine) == 1 and not mine[0].transposed and layer.orientation != "per_unit"
-        if once and not weights.is_exact:
-            outputs = self.outputs(mine)
-            if outputs.passes <= hessian_weights.PASSES:
-                return outputs.diagonal
-        return weights.diagonal
-
-    def pairs(self, block: Block) -> Pairs:
-        """The inputs and the gradients of layers that are no opaque ones, without their graph."""
-        calls = [call for layer in block.layers for call in self.uses(layer)]
-        arranged = [
-            call.output_gradient_rows(self.in_calls[id(call)], self.count).detach().unsqueeze(0)
-            for call in calls
-        ]
-        found = layer_statistics.collect(block, calls, arranged, self.count, self.masked)
-        return layer_statistics.select_examples(found, self.kept)
-
-
-def _units(groups: Tensor, count: int) -> Kronecker:
-    """Blocks [Γ, I, I] of groups that have one output: each is 1 ⊗ itself."""
-    return Kronecker(groups.new_ones(len(groups), 1, 1) * count, groups / count)
-
-
-def _both_ways(uses: Sequence[tuple[OutputHessian, bool]], sharing: str) -> Kronecker:
-    """Of a matrix that is used transposed (True): the nearest product to the sum over its uses."""
-    factors = []
-    for outputs, transposed in uses:
-        one = outputs.kronecker(sharing)
-        factors.append(Kronecker(one.input, one.output) if transposed else one)
-    return functools.reduce(Kronecker.nearest_kronecker_sum, factors)
+def _uses_weights(block: Block, calls: Sequence[LayerCall]) -> bool:
+    """Whether part of a block may be computed in its weights."""
+    layer = block.layers[0]
+    uses = [call.transposed for call in calls if call.layer == layer]
+    is_per_unit = layer.orientation == "per_unit"
+    return not block.structure.is_kronecker or uses != [False] or is_per_unit

@@ -1,7 +1,7 @@
-"""Products with the Hessian in the weights: exact for any network, a backward pass for each row.
+"""Products with the Hessian in the weights: exact for any network, one backward pass for each row.
 
 With g the gradient of a scalar and its graph kept, a vector v gives H v = ∇(gᵀv). Random signs v
-give what the rows are too many for (Hutchinson 1990): E[v vᵀ] = 1, so E[(v ∘ H v)_i] = H_ii.
+replace the rows where there are too many (Hutchinson 1990): E[v vᵀ] = 1, so E[(v ∘ H v)_i] = H_ii.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch.autograd.graph import GradientEdge
 
 from pyrocurv.layers.block import Block, BlockIndices
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.structures import KroneckerEigen
+from pyrocurv.structures import Kronecker, KroneckerEigen
+from pyrocurv.structures.rescaled import KroneckerScaling
 
-PASSES = 512  # backward passes that an exact answer may take for one layer
-Units = tuple[Tensor, Tensor]  # the roots p [*Γ, O] and r [*Γ, I] of a prior
+MAX_PASSES = 512  # backward passes that an exact result may take for one layer
 
 
 def vector_hessian_products(
     gradient: Tensor, inputs: Sequence[Tensor] | Sequence[GradientEdge], vectors: Tensor
 ) -> list[Tensor | None]:
-    """For each of vectors [N, *gradient.shape] the gradients of its product with `gradient`.
+    """The gradients of gᵀv with respect to the inputs, for vectors v [N, *gradient.shape].
 
-    One batched pass, or a loop where an op on the way has no batched form. None: no path.
+    One batched pass, or a loop if an op in the graph does not support it. None: no path.
     """
-    if not gradient.requires_grad:  # L is linear
+    if not gradient.requires_grad:  # the scalar is linear
         return [None] * len(inputs)
     if len(vectors) > 1:
         try:
@@ -37,12 +37,14 @@ def vector_hessian_products(
                 is_grads_batched=True,
             ))
         except RuntimeError:
-            pass  # a true fault comes up again below
-    rows = [
+            pass  # a genuine error is raised again below
+    products = [
         torch.autograd.grad(gradient, inputs, v, retain_graph=True, allow_unused=True)
         for v in vectors
     ]
-    return [None if part[0] is None else torch.stack(part) for part in zip(*rows, strict=True)]
+    return [
+        None if rows[0] is None else torch.stack(rows) for rows in zip(*products, strict=True)
+    ]
 
 
 def rademacher(*shape: int, like: Tensor) -> Tensor:
@@ -52,49 +54,48 @@ def rademacher(*shape: int, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class WeightHessian:
-    """g in the weights of a block, packed [P], with its graph; the weights are its leaves."""
+    """The gradient g in the weights of a block, with its graph; `leaves` are these weights."""
 
     block: Block
-    gradient: Tensor
+    gradient: Tensor  # [P]
     leaves: tuple[Tensor, ...]
-    chunk: int  # vectors that go at once
+    chunk: int  # vectors of one batched pass
     num_samples: int
 
     @property
     def is_exact(self) -> bool:
-        """Whether the rows are taken one by one."""
-        return self.block.size <= PASSES
+        """Whether the rows are computed one by one."""
+        return self.block.size <= MAX_PASSES
 
     def matvec(self, vectors: Tensor) -> Tensor:
         """H v for vectors [N, P]."""
         (order,) = BlockIndices((self.block,), self.block.tensors, vectors.device)
-        return torch.cat([self._flat(some)[:, order] for some in vectors.split(self.chunk)])
+        return torch.cat([self._flat(chunk)[:, order] for chunk in vectors.split(self.chunk)])
 
     def _flat(self, vectors: Tensor) -> Tensor:
         """H v [N, P] in the order of the leaves."""
-        parts = zip(
-            vector_hessian_products(self.gradient, self.leaves, vectors), self.leaves, strict=True
-        )
+        products = vector_hessian_products(self.gradient, self.leaves, vectors)
         return torch.cat([
-            vectors.new_zeros(len(vectors), leaf.numel()) if part is None
-            else part.reshape(len(part), -1) for part, leaf in parts
+            vectors.new_zeros(len(vectors), leaf.numel()) if product is None
+            else product.reshape(len(product), -1)
+            for product, leaf in zip(products, self.leaves, strict=True)
         ], 1)
 
     def matrix(self) -> Tensor:
-        """H [P, P], with a word where torch's second derivatives are not those of one function."""
-        found = self.matvec(identity(self.gradient, self.block.size))
+        """H [P, P]; warns where torch's second derivatives are not those of one function."""
+        rows = self.matvec(identity(self.gradient, self.block.size))
         rounding = 1e-4 * self.gradient.norm()
-        # A wrong op shows .5 and more here; bfloat16 in three layers .007.
-        if bool((found - found.mT).norm() > 0.1 * found.norm() + rounding):
+        # A wrong op gives 0.5 and more here; bfloat16 in three layers gives 0.007.
+        if bool((rows - rows.mT).norm() > 0.1 * rows.norm() + rounding):
             warn_user(
-                f"the second derivatives that torch gives of {self.block.name} are not symmetric: "
-                "an op there has a wrong double backward, as weight norm has, and the Hessian is "
-                "wrong with it"
+                f"the second derivatives that torch computes for {self.block.name} are not "
+                "symmetric: an op there has a wrong double backward, as weight norm has, so the "
+                "Hessian is wrong too"
             )
-        return symmetric(found)
+        return symmetric(rows)
 
     def diagonal(self) -> Tensor:
-        """diag H [P]; by signs its variance is 2 sum_j≠i H_ij² / num_samples."""
+        """diag H [P]; with random signs its variance is 2 sum_j≠i H_ij² / num_samples."""
         if self.is_exact:
             return self.matrix().diagonal()
         vectors = rademacher(self.num_samples, self.block.size, like=self.gradient)
@@ -106,20 +107,27 @@ class WeightHessian:
         count = layer.lead[0]
         size = self.block.size // count
         if self.is_exact:
-            apart = self.matrix().view(count, size, count, size)
-            return apart.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            blocks = self.matrix().view(count, size, count, size)
+            return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         sign = rademacher(self.num_samples, 1, count, 1, like=self.gradient)
         vectors = sign * identity(self.gradient, size)[:, None]  # [N, n, Γ, n]
-        found = self.matvec(vectors.reshape(-1, self.block.size)).view(vectors.shape)
-        return symmetric((sign * found).mean(0).movedim(0, -1))
+        products = self.matvec(vectors.reshape(-1, self.block.size)).view(vectors.shape)
+        return symmetric((sign * products).mean(0).movedim(0, -1))
 
-    def eigen(self, basis: KroneckerEigen, units: Units | None) -> KroneckerEigen:
-        """The mean of one layer's H over the eigenspaces of a basis, in the units of a prior."""
+    def kronecker(self, batch_size: int) -> Kronecker:
+        """The blocks of a layer with one output for each group, each as 1 ⊗ itself."""
+        groups = self.groups()
+        output = groups.new_ones(len(groups), 1, 1) * batch_size
+        return Kronecker(output, groups / batch_size)
+
+    def eigenvalues(
+        self, basis: KroneckerEigen, scaling: KroneckerScaling | None
+    ) -> KroneckerEigen:
+        """The mean of one layer's H, scaled by a prior, over the eigenspaces of a basis."""
         (layer,) = self.block.layers
         u, v, shape = basis.output_basis, basis.input_basis, layer.matrix_shape
-        root = self.gradient.new_ones(shape)
-        if units is not None:
-            root = units[0].unsqueeze(-1) * units[1].unsqueeze(-2)
+        root = None if scaling is None else scaling.root
+        root = self.gradient.new_ones(shape) if root is None else root.view(shape)
         if self.is_exact:
             matrix = self.matrix() / torch.outer(root.flatten(), root.flatten())
             matrix = matrix.view(*shape, *shape)
@@ -133,9 +141,11 @@ class WeightHessian:
         vectors = rademacher(self.num_samples, *shape, like=root)
         leading = rademacher(self.num_samples, *shape[:-2], u.shape[-1], v.shape[-1], like=root)
         vectors = vectors + u @ (leading - u.mT @ vectors @ v) @ v.mT  # signs in the basis
-        found = self.matvec((vectors / root).flatten(1)).view(vectors.shape) / root
+        products = self.matvec((vectors / root).flatten(1)).view(vectors.shape) / root
         left, right = complete_basis(u).mT, complete_basis(v)
-        return eigenspace_means(((left @ vectors @ right) * (left @ found @ right)).mean(0), u, v)
+        return eigenspace_means(
+            ((left @ vectors @ right) * (left @ products @ right)).mean(0), u, v
+        )
 
 
 def identity(like: Tensor, size: int, *groups: int) -> Tensor:
@@ -149,14 +159,14 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 
 def complete_basis(basis: Tensor) -> Tensor:
-    """The columns of a basis and, where it is truncated, those of the identity beside them."""
+    """The columns of a basis, followed by those of the identity if it is truncated."""
     *groups, size, rank = basis.shape
     return basis if size == rank else torch.cat([basis, identity(basis, size, *groups)], -1)
 
 
 def eigenspace_means(table: Tensor, u: Tensor, v: Tensor) -> KroneckerEigen:
-    """Quadratic forms of the columns of `complete_basis` as means over the eigenspaces of u and
-    v."""
+    """Means over the eigenspaces of u and v, from quadratic forms of columns of `complete_basis`.
+    """
     return KroneckerEigen(u, v, _means(_means(table, v).mT, u).mT)
 
 

@@ -49,14 +49,14 @@ def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
     return LIKELIHOODS[likelihood]
 
 
-def _widened(output: Any) -> Any:
+def to_single_precision(output: Any) -> Any:
     """In single precision at least: the densities of half of it are too coarse."""
     if not isinstance(output, Tensor):
         return output
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def _term(likelihood: Distribution, y: Tensor, output: Any) -> LikelihoodTerm:
+def likelihood_term(likelihood: Distribution, y: Tensor, output: Any) -> LikelihoodTerm:
     shape = likelihood.batch_shape + likelihood.event_shape
     count = len(output) if isinstance(output, Tensor) and output.dim() else y.shape[:1].numel()
     if y.shape != shape:

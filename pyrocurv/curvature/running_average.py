@@ -1,7 +1,7 @@
 """The running average of a block's curvature over a training run.
 
-A block's state is a frozen value; `update` gives the next one and leaves the old as it was, so a
-step that fails has changed nothing. All structures here are per datum: a mean over examples.
+The state of a block is a frozen value: `update` returns the next one and does not change the last,
+so a step that fails has no effect. All structures here are a mean over examples.
 """
 
 from __future__ import annotations
@@ -9,46 +9,42 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial, singledispatch
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyrocurv.curvature import hessian, layer_statistics
-from pyrocurv.curvature.collect import (
-    ForwardPass,
-    check_batch,
-    collect_statistics,
-    unmasked_examples,
-)
-from pyrocurv.curvature.hessian import BlockStatistics, HessianStatistics
+from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, product
-from pyrocurv.curvature.update_interval import UpdateInterval, tick
+from pyrocurv.curvature.update_interval import UpdateInterval
+from pyrocurv.layers import structure_spec
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_spec import EKFAC, KroneckerSpec
+from pyrocurv.layers.structure_spec import KroneckerSpec, StructureSpec
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
 
-BASIS_WARMUP = (1, 2, 4, 8, 16)  # estimates that have an eigendecomposition whatever the interval
+BASIS_WARMUP = (1, 2, 4, 8, 16)  # estimates with an eigendecomposition at any interval
+S = TypeVar("S", bound=Structure)
 
 
 @serializable
 @dataclass(frozen=True, eq=False)
 class RunningCurvature:
-    """The curvature of a block after `count` estimates, with what the next average is formed from.
+    """The curvature of a block after `count` estimates, and what the next average is formed from.
 
-    `count` 0 is a block without an estimate: its curvature is zero, and the first estimate replaces
-    it. Kronecker blocks average their factors; where a side is truncated, `truncated_factors` are
-    averaged instead. `curvature` and `truncated_factors` are scaled by the prior of the last
-    estimate, `scaling`. `interval` is used where the curvature has `every="auto"`.
+    With `count` 0 the curvature is zero, and the first estimate replaces it. Kronecker blocks
+    average their factors, or `truncated_factors` if a factor is truncated. `curvature` and
+    `truncated_factors` are scaled by `scaling`, that of the prior at the last estimate. `interval`
+    is used with `every="auto"`.
 
-    Hessians are averaged as they are, and the average may be indefinite; `semidefinite` is the
-    nearest matrix that can be part of a precision. Noise of either sign cancels in the average
-    before it is projected. A correction that keeps each estimate positive would add the variance of
-    the noise instead, and is not known for factors.
+    The average of Hessians may be indefinite; `semidefinite` is the nearest matrix that can be part
+    of a precision. The noise of single estimates cancels in the average before it is projected. A
+    correction that keeps each estimate positive would add the variance of the noise instead, and is
+    not known for factors.
     """
 
     count: int
@@ -59,16 +55,19 @@ class RunningCurvature:
     scaling: KroneckerScaling | None = None
 
     def semidefinite(self, kind: str) -> Structure:
-        """The curvature of this kind, positive semi-definite."""
+        """The curvature, of this kind, as a positive semi-definite matrix."""
         return self.curvature.psd() if kind == "hessian" else self.curvature
 
     def is_in(self, scaling: KroneckerScaling | None) -> bool:
-        """Whether `curvature` is scaled by the same roots."""
-        return _same(_roots(self.scaling), _roots(scaling))
+        """Whether `curvature` is scaled in this way."""
+        old, new = _roots(self.scaling), _roots(scaling)
+        if old is None or new is None:
+            return old is new
+        return torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
 
 
 class DueBlock(NamedTuple):
-    """A block that takes an estimate now, its average so far, and the scaling of its prior."""
+    """A block that takes an estimate, its average so far, and the scaling of its prior."""
 
     block: Block
     average: RunningCurvature
@@ -84,23 +83,23 @@ class Particle:
 
     @property
     def is_last(self) -> bool:
-        """Whether the step's estimate is complete with it."""
+        """Whether it completes the estimate of the step."""
         return self.index == self.of - 1
 
     def count(self, average: RunningCurvature) -> int:
-        """The number of the estimate that is being formed, from 1."""
+        """The number of the estimate that it belongs to, from 1."""
         return average.count + (self.index == 0) if average.count else 1
 
     def weight(self, average: RunningCurvature, decay: float) -> float:
-        """The weight of this sample: those of a step have equal ones, max(1 - decay, 1/count) in
-        all.
+        """The weight of its curvature in the average.
 
-        It is 1 for the first sample that a block is estimated from, be it a later one of a step.
+        The samples of a step have equal weights, max(1 - decay, 1/count) in total. The first sample
+        of a block has weight 1, even if it is not the first of the step.
         """
         if average.count == 0:
             return 1.0
-        whole = max(1 - decay, 1 / self.count(average))
-        return whole / (self.of - (self.of - 1 - self.index) * whole)
+        total = max(1 - decay, 1 / self.count(average))
+        return total / (self.of - (self.of - 1 - self.index) * total)
 
 
 SINGLE_PARTICLE = Particle()
@@ -110,146 +109,173 @@ def update_curvature(
     spec: Curvature, step: int, due: Sequence[DueBlock], forward: ForwardPass,
     particle: Particle = SINGLE_PARTICLE,
 ) -> list[RunningCurvature]:
-    """The averages of the blocks that are due with one more estimate, in their order.
-
-    No gradient is taken onto the ops of other layers. The eigenbasis of a Kronecker block is that
-    of its scaled factors; when the scaling changes, the eigenvalues of EK-FAC are carried over.
+    """The averages of the blocks that are due, in their order, with one more estimate.
 
     Raises:
         ValueError: a layer that does not read the batch as its first axis, or a first estimate
-            from a pass whose examples are all masked.
+            from a batch in which all examples are masked.
         FloatingPointError: a first estimate that is not finite.
     """
     if not due:
         return []
-    count = forward.rows if spec.batch is None else min(spec.batch, forward.rows)
-    layers = {layer for block, *_ in due for layer in block.layers}
-    calls = [call for call in forward.calls if call.layer in layers]
-    check_batch(calls, forward.rows)
-    kept = unmasked_examples(forward.terms, count)
-    if kept is not None and len(kept) == 0:
+    rows = forward.rows if spec.batch is None else min(spec.batch, forward.rows)
+    count, statistics = collect(spec, [block for block, *_ in due], forward, rows)
+    if count == 0:
         if any(average.count == 0 for _, average, _ in due):
-            raise ValueError("the mask leaves no example to take the first curvature from")
+            raise ValueError("the mask leaves no example to compute the first curvature from")
         return [average for _, average, _ in due]
-    blocks = [block for block, *_ in due]
-    statistics = collect_statistics(spec, blocks, forward.terms, calls, count, kept)
-    with torch.no_grad():
-        return [
-            _estimate(spec, step, one, seen, count, particle)
-            for one, seen in zip(due, statistics, strict=True)
-        ]
+    with torch.no_grad():  # `map` lets go of the statistics of a block before the next ones
+        return [*map(partial(_update_due, spec, step, rows, particle), due, statistics)]
 
 
-def _estimate(
-    spec: Curvature, step: int, due: DueBlock, seen: BlockStatistics, rows: int, particle: Particle
+def _update_due(
+    spec: Curvature, step: int, rows: int, particle: Particle, due: DueBlock,
+    statistics: BlockStatistics,
 ) -> RunningCurvature:
-    """The average of one block with its estimate, and with its next interval."""
-    block, average, scaling = due
+    """`update`, with the next interval of the block."""
+    block, old, scaling = due
     refresh = particle.is_last and (
-        particle.count(average) in BASIS_WARMUP or spec.is_basis_due(step, average.interval)
+        particle.count(old) in BASIS_WARMUP or spec.is_basis_due(step, old.interval)
     )
-    new = update(average, block, seen, rows, spec.decay, refresh, scaling, particle)
+    new = update(old, block, statistics, rows, spec.decay, refresh, scaling, particle)
     if spec.every != "auto" or not particle.is_last:
         return new
-    if new is average:
-        return replace(new, interval=average.interval.postponed(step))
-    pairs = seen.pairs if isinstance(seen, HessianStatistics) else seen
-    return replace(new, interval=tick(average.interval, step, pairs))
+    if new is old:
+        return replace(old, interval=old.interval.postpone(step))
+    return replace(new, interval=old.interval.after_estimate(step, statistics.layers))
 
 
 def has_statistics(spec: Curvature, block: Block, calls: Sequence[LayerCall]) -> bool:
-    """Whether an estimate of a block can be taken from these calls of its layers."""
+    """Whether an estimate of a block can be computed from these calls of its layers."""
     called = {call.layer for call in calls}
-    parts = [layer in called for layer in block.layers]
-    return all(parts) if spec.kind == "hessian" else any(parts)
+    layers = [layer in called for layer in block.layers]
+    return all(layers) if spec.kind == "hessian" else any(layers)
 
 
 def zero_curvature(
     block: Block, like: Tensor, scaling: KroneckerScaling | None
 ) -> RunningCurvature:
-    """The average before any estimate: zero, of the dtype and on the device of `like`."""
-    if block.kind == "diag":
-        return RunningCurvature(0, Diagonal(like.new_zeros(block.size)))
-    if not block.structure.is_kronecker:
-        return RunningCurvature(0, Dense(like.new_zeros(block.size, block.size)))
+    """The average before any estimate, with the dtype and the device of `like`."""
+    return RunningCurvature(0, _zeros(block.structure, block, like), scaling=scaling)
+
+
+@singledispatch
+def _zeros(structure: StructureSpec, block: Block, like: Tensor) -> Structure:
+    return Dense(like.new_zeros(block.size, block.size))
+
+
+@_zeros.register
+def _(structure: structure_spec.Diagonal, block: Block, like: Tensor) -> Structure:
+    return Diagonal(like.new_zeros(block.size))
+
+
+@_zeros.register
+def _(structure: KroneckerSpec, block: Block, like: Tensor) -> Structure:
     *groups, outputs, inputs = block.layers[0].matrix_shape
-    sides = [*zip((outputs, inputs), block.ranks, strict=True)]
     output_basis, input_basis = (
         torch.eye(size, rank, dtype=like.dtype, device=like.device).expand(*groups, size, rank)
-        for size, rank in sides
+        for size, rank in zip((outputs, inputs), block.ranks, strict=True)
     )
-    spectrum = like.new_zeros(*groups, *(rank + (rank < size) for size, rank in sides))
-    return RunningCurvature(0, KroneckerEigen(output_basis, input_basis, spectrum), scaling=scaling)
+    spectrum = [rank + (rank < size) for *_, size, rank in (output_basis.shape, input_basis.shape)]
+    return KroneckerEigen(output_basis, input_basis, like.new_zeros(*groups, *spectrum))
 
 
 def update(
-    average: RunningCurvature, block: Block, seen: BlockStatistics, rows: int, decay: float,
+    old: RunningCurvature, block: Block, statistics: BlockStatistics, rows: int, decay: float,
     refresh: bool, scaling: KroneckerScaling | None = None, particle: Particle = SINGLE_PARTICLE,
 ) -> RunningCurvature:
-    """Average one more estimate in, from `rows` data, with weight max(1 - decay, 1/count).
+    """The average with one more estimate, a sum over `rows` examples.
 
-    That is the weight of all samples of a step, of which this may be one `particle`.
-
-    `refresh` asks for new eigenvectors of Kronecker factors. Sides that are truncated by `rank` are
-    kept as their leading part, and have new eigenvectors at every estimate. An estimate that is not
-    finite is left out, with a warning.
+    `refresh` asks for new eigenvectors of Kronecker factors; truncated factors have new ones at
+    every estimate. When the scaling changes, the eigenvalues of EK-FAC are kept. An estimate that
+    is not finite is left out, with a warning.
     """
-    weight, first = particle.weight(average, decay), average.count == 0
-    if _is_thin(block, seen):
-        return _thin(average, block, seen, rows, scaling, particle.count(average), weight)
-    new = hessian.assemble(block, seen).scale(1 / rows)
-    if not bool(torch.isfinite(new.trace())):
-        return _left_out(average)
-    result = replace(average, count=particle.count(average), truncated_factors=None)
-    if not isinstance(new, Kronecker):
-        return replace(result, curvature=new if first else average.curvature.lerp(new, weight))
-    factors = new if average.factors is None else average.factors.lerp(new, weight)
-    if first or refresh or not average.is_in(scaling):
-        curvature = _eigen(block, factors, scaling, average)
-    else:
-        curvature = average.curvature  # type: ignore[assignment]  # and a KroneckerEigen
-    if isinstance(block.structure, EKFAC):
-        moment = hessian.eigen(seen, curvature, _roots(scaling)).scale(1 / rows)
-        curvature = moment if first else average.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
-    return replace(result, curvature=curvature, factors=factors, scaling=scaling)
+    count, weight = particle.count(old), particle.weight(old, decay)
+    new = replace(old, count=count, factors=None, truncated_factors=None, scaling=scaling)
+    if _is_truncated(block, statistics):
+        return _update_truncated(new, old, block, statistics, rows, weight)
+    value = assemble(block.structure, statistics).scale(1 / rows)
+    if not bool(torch.isfinite(value.trace())):
+        return _left_out(old)
+    if not isinstance(value, Kronecker):
+        return replace(new, curvature=average(_last(old), value, weight))
+    factors = average(old.factors, value, weight)
+    basis = _basis(old, block, factors, scaling, refresh)
+    curvature: Structure = basis
+    if block.structure.corrects_eigenvalues:
+        eigenvalues = statistics.eigenvalues(basis, scaling).scale(1 / rows)
+        curvature = average(_last(old), eigenvalues, weight)
+    return replace(new, curvature=curvature, factors=factors)
+
+
+def average(mean: S | None, value: S, weight: float) -> S:
+    """The mean with one more value of this weight; the value itself if it is the first."""
+    return value if mean is None else mean.lerp(value, weight)
+
+
+def _last(average: RunningCurvature) -> Structure | None:
+    return average.curvature if average.count else None
 
 
 def _left_out(average: RunningCurvature) -> RunningCurvature:
     if average.count == 0:
         raise FloatingPointError("the first curvature estimate is not finite")
-    warnings.warn("a curvature estimate is not finite: the last one stays", stacklevel=3)
+    warnings.warn("a curvature estimate is not finite: the last average is kept", stacklevel=3)
     return average
 
 
-def _is_thin(block: Block, seen: BlockStatistics) -> bool:
-    """Whether leading parts of the factors are kept up from rows, without the factors."""
-    spec, (layer, *_) = block.structure, block.layers
-    if not isinstance(spec, KroneckerSpec) or spec.cuts != (1, 1) or layer.lead:
-        return False
-    uses = hessian.pairs(seen)[0]
-    if len(uses) > 1 or len(uses[0].a) > 1:  # used transposed too
-        return False
-    return block.ranks != layer.matrix_shape
+def eigenbasis(
+    block: Block, factors: Kronecker, scaling: KroneckerScaling | None
+) -> KroneckerEigen:
+    """The factors, scaled by a prior, in the eigenbasis that the block's structure keeps."""
+    if (roots := _roots(scaling)) is not None:
+        factors = factors.rescaled(*roots)
+    return factors.eigen(block.ranks, block.kronecker.cuts)
 
 
-def _thin(
-    average: RunningCurvature, block: Block, seen: BlockStatistics, rows: int,
-    scaling: KroneckerScaling | None, count: int, weight: float,
+def _basis(
+    old: RunningCurvature, block: Block, factors: Kronecker, scaling: KroneckerScaling | None,
+    refresh: bool,
+) -> KroneckerEigen:
+    """The eigenbasis of the factors; the last one unless `refresh` asks for another."""
+    last = _last(old) if old.is_in(scaling) else None
+    if not isinstance(last, KroneckerEigen):
+        return eigenbasis(block, factors, scaling).psd()
+    if not refresh:
+        return last
+    try:
+        return eigenbasis(block, factors, scaling).psd()
+    except torch.linalg.LinAlgError as error:
+        warnings.warn(f"the last eigenvectors are kept: {error}", stacklevel=3)
+        return last
+
+
+def _is_truncated(block: Block, statistics: BlockStatistics) -> bool:
+    """Whether truncated factors are averaged, for which the complete ones are never formed."""
+    structure, (layer, *_) = block.structure, block.layers
+    if not structure.is_kronecker or block.kronecker.cuts != (1, 1) or layer.lead:
+        return False
+    if block.ranks == layer.matrix_shape:
+        return False
+    (uses,) = statistics.layers
+    return len(uses) == 1 and len(uses[0].a) == 1  # not used transposed
+
+
+def _update_truncated(
+    new: RunningCurvature, old: RunningCurvature, block: Block, statistics: BlockStatistics,
+    rows: int, weight: float,
 ) -> RunningCurvature:
-    """`update` of a layer with a truncated side; G is averaged over positions, A summed."""
-    roots = _roots(scaling)
-    ((pair,),) = layer_statistics.whiten(hessian.pairs(seen), roots)
-    shared = layer_statistics.apply_weight_sharing(pair, block.kronecker.sharing)
+    """`update` with truncated factors; G is a mean over positions, A a sum."""
+    ((layer,),), sharing, scaling = statistics.layers, block.kronecker.sharing, new.scaling
+    layer = layer.whiten(scaling)
+    shared = layer.share_weights(sharing)
     a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
-    matrix = seen.output(roots) / rows if isinstance(seen, HessianStatistics) else None
+    matrix = statistics.output_factor(sharing, scaling)  # [O, O]
+    if matrix is not None:
+        matrix = matrix / rows
     if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
-        return _left_out(average)
-    if average.truncated_factors is None:
-        output, input = (
-            TruncatedFactor.zeros(x, n) for x, n in zip((g, a), block.ranks, strict=True)
-        )
-    else:
-        output, input = _rescaled(average.truncated_factors, _roots(average.scaling), roots)
+        return _left_out(old)
+    output, input = _truncated_factors(old, block, scaling, g, a)
     try:
         if matrix is None:
             output = output.average(g, 1 / (rows * a.shape[1]), weight)
@@ -257,54 +283,35 @@ def _thin(
             output = output.average_matrix(matrix, weight)
         input = input.average(a, 1 / len(a), weight)  # masks may have left fewer than `rows`
     except torch.linalg.LinAlgError as error:
-        if average.count == 0:
+        if old.count == 0:
             raise
-        warnings.warn(f"the curvature stays as it is: {error}", stacklevel=3)
-        return average
-    curvature = product(output, input)
-    if isinstance(block.structure, EKFAC):
-        if isinstance(seen, HessianStatistics):
-            moment = seen.eigen(curvature, roots).scale(1 / rows)
+        warnings.warn(f"the last curvature is kept: {error}", stacklevel=3)
+        return old
+    basis = product(output, input)
+    curvature: Structure = basis
+    if block.structure.corrects_eigenvalues:
+        if matrix is None:
+            eigenvalues = mean_squares(layer.a[0], layer.g, basis)
         else:
-            moment = mean_squares(pair.a[0], pair.g, curvature).scale(1 / rows)
-        curvature = moment if average.count == 0 else average.curvature.lerp(moment, weight)  # type: ignore[assignment]  # the same
-    return RunningCurvature(
-        count, curvature, average.interval, None, (output, input), scaling
-    )
+            eigenvalues = statistics.eigenvalues(basis, scaling)
+        curvature = average(_last(old), eigenvalues.scale(1 / rows), weight)
+    return replace(new, curvature=curvature, truncated_factors=(output, input))
 
 
-def _rescaled(
-    factors: tuple[TruncatedFactor, TruncatedFactor],
-    old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor] | None,
+def _truncated_factors(
+    average: RunningCurvature, block: Block, scaling: KroneckerScaling | None, g: Tensor, a: Tensor
 ) -> tuple[TruncatedFactor, TruncatedFactor]:
-    """The factors of the output and the input, from one scaling to another."""
-    if _same(new, old):
-        return factors
-    output, input = factors
-    old = old or (torch.ones_like(output.diagonal), torch.ones_like(input.diagonal))
-    new = new or (torch.ones_like(old[0]), torch.ones_like(old[1]))
+    """The output and the input factor so far, scaled in another way."""
+    if average.truncated_factors is None:
+        outputs, inputs = block.ranks
+        return TruncatedFactor.zeros(g, outputs), TruncatedFactor.zeros(a, inputs)
+    output, input = average.truncated_factors
+    if average.is_in(scaling):
+        return output, input
+    ones = torch.ones_like(output.diagonal), torch.ones_like(input.diagonal)
+    old, new = _roots(average.scaling) or ones, _roots(scaling) or ones
     return output.rescaled(old[0] / new[0]), input.rescaled(old[1] / new[1])
-
-
-def _eigen(
-    block: Block, factors: Kronecker, scaling: KroneckerScaling | None, average: RunningCurvature
-) -> KroneckerEigen:
-    roots = _roots(scaling)
-    try:
-        factors = factors if roots is None else factors.rescaled(*roots)
-        return factors.eigen(block.ranks, block.kronecker.cuts).psd()
-    except torch.linalg.LinAlgError as error:
-        if average.count == 0 or not average.is_in(scaling):
-            raise
-        warnings.warn(f"the eigenvectors stay as they are: {error}", stacklevel=3)
-        return average.curvature  # type: ignore[return-value]  # a KroneckerEigen
 
 
 def _roots(scaling: KroneckerScaling | None) -> tuple[Tensor, Tensor] | None:
     return None if scaling is None else scaling.roots
-
-
-def _same(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

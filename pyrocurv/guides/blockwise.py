@@ -50,6 +50,13 @@ class BlockwiseGuide(ParamStoreGuide):
             self.blocks.append(FAMILIES[block.kind](block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the guide can be drawn from: after its first call, or a state that suffices."""
+        has_sites = bool(self.sites or self.fallback_sites)
+        has_transforms = not self.is_whole or bool(self._latents)
+        return has_sites and has_transforms and not self._fallback_state
+
     def _ready(self) -> BlockwisePosterior:
         """The Gaussians together, of a guide that has met its model."""
         if not self.sites and not self.fallback_sites:

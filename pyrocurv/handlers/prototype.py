@@ -21,8 +21,8 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
-from pyrocurv.runtime.rng import isolated_rng
-from pyrocurv.runtime.validation import is_out_of_memory
+from pyrocurv.runtime.out_of_memory import is_out_of_memory
+from pyrocurv.runtime.rng import device_of, isolated_rng
 
 CHECKPOINT = (
     "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "
@@ -99,10 +99,10 @@ def _trace(
         try:
             with torch.no_grad():
                 return run()
-        except RuntimeError as error:
+        except RuntimeError as error:  # the model may take derivatives; other errors come again
             if is_out_of_memory(error):
                 raise
-            return run()  # the model may take derivatives; other errors are raised again
+            return run()
 
 
 def _check_latents(latents: Mapping[str, TraceSite]) -> None:
@@ -135,10 +135,12 @@ def _layers(
 
     The global random number generators are left as they were.
     """
-    device = next((value.device for value in values.values()), torch.device("cpu"))
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     capture, replay = Capture(dict(weights)), ReplayMessenger(weights, partial=True)
-    with torch.enable_grad(), isolated_rng(device), preserve_module_state(modules(model)):
+    with (
+        torch.enable_grad(), isolated_rng(device_of(values.values())),
+        preserve_module_state(modules(model)),
+    ):
         with poutine.block(), validation_enabled(False):
             with capture:
                 replay(model)(*args, **kwargs)

@@ -7,7 +7,7 @@ unconstrained space; see `pyrocurv.posterior.joint_update` for the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,18 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.hessian_weights import vector_hessian_products
 from pyrocurv.guides.unconstrained import has_network
+from pyrocurv.handlers.modules import modules
+from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.layerwise_step import StepSettings
-from pyrocurv.infer.model_run import BatchModel, ModelRun
+from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.hyperparameters import Hyperparameters
-from pyrocurv.posterior.joint_update import log_density, update_joint
+from pyrocurv.posterior.joint_update import ill_conditioned, log_density, update_joint
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Posterior
-from pyrocurv.posterior.step import Evaluation
+from pyrocurv.posterior.step import Evaluation, Update, step
+from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.validation import is_out_of_memory
 from pyrocurv.structures import Diagonal
 
 MAX_ROWS = 256  # of a Hessian at once
@@ -37,50 +41,99 @@ def uses_joint_update(spec: Curvature, model: Callable[..., Any]) -> bool:
     return is_plain or spec.kind == "hessian" and not has_network(model)
 
 
-def evaluate(
-    posterior: Posterior, settings: StepSettings, model: BatchModel, has_constrained: bool,
-    vectorize: bool,
-) -> tuple[Evaluation, list[AuxiliaryParameter]]:
-    """The model at S samples, in one vectorized run if `vectorize`; and the precision's step.
+class JointRule:
+    """Trains one Gaussian over all latents of a guide by the Hessian of the log joint."""
 
-    Raises ValueError for a log joint that does not depend on the latents, FloatingPointError if the
-    loss is not finite.
-    """
-    (state,) = posterior.blocks
-    rate, num_particles = _defaults(settings, has_constrained)
-    z = torch.stack([*_antithetic_normals(num_particles, state, settings.antithetic)])
-    samples = (state.mean + state.precision.rsqrt(z)).detach().requires_grad_()
-    with twice_differentiable():
-        energies, run, temperature = _energies(samples, state, settings, model, vectorize)
-    gradient, *rest = torch.autograd.grad(
-        energies.mean(), [samples, *run.params], create_graph=True, allow_unused=True
-    )
-    if gradient is None:
-        raise ValueError("the log joint does not depend on the latents")
-    hessian = mean_hessian(gradient, samples, isinstance(state.precision, Diagonal))
-    log_q = log_density(state.precision, z.square().sum(-1))
-    loss = (energies.detach() + temperature * log_q).mean()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"step {posterior.step}: the loss is {loss.item()}")
-    numbers = Hyperparameters.of(settings.group, 1, 1)
-    moved = update_joint(
-        replace(state, hyperparameters=numbers), hessian / temperature, rate, posterior.step
-    )
-    gradients = state.block.unpack(gradient.detach().sum(0) / temperature)
-    auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
-    moved_posterior = replace(posterior, blocks=(moved,))
-    evaluation = Evaluation(moved_posterior, loss, gradients, [p.gradient for p in auxiliary])
-    return evaluation, auxiliary
+    is_joint = True
 
+    def __init__(self, store: GuideStore) -> None:
+        self._store = store
+        self._can_vectorize = True  # until the model turns out to have no vectorized form
 
-def _defaults(settings: StepSettings, has_constrained: bool) -> tuple[float, int]:
-    """Rate of the precision's step and number of samples; careful where a latent has bounds."""
-    rate, num_particles = (0.1, 32) if has_constrained else (0.3, 8)
-    if settings.curvature.decay != Curvature.decay:
-        rate = 1 - settings.curvature.decay
-    if isinstance(settings.num_particles, int):
-        num_particles = settings.num_particles
-    return rate, num_particles
+    def init(self, group: Mapping[str, Any]) -> Posterior:
+        """The posterior before the first step."""
+        return self._store.init_joint(group)
+
+    def update(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[Update, list[AuxiliaryParameter]]:
+        """A step from S samples, in one vectorized run if the model allows it.
+
+        The first step runs them one by one, and so validates the model's values. Raises ValueError
+        for a log joint that does not depend on the latents, FloatingPointError if the loss is not
+        finite or the precision too ill-conditioned.
+        """
+        vectorize = self._can_vectorize and posterior.step > 0
+        restore = save_buffers(modules(model.model))
+        try:
+            evaluation, auxiliary = self._evaluate(posterior, settings, model, vectorize)
+        except (RuntimeError, ValueError) as error:
+            if not vectorize or is_out_of_memory(error):
+                raise
+            self._can_vectorize = False  # a genuine error is raised again below
+            restore()
+            evaluation, auxiliary = self._evaluate(posterior, settings, model, False)
+        try:
+            return step(posterior, evaluation, settings.average), auxiliary
+        except torch.linalg.LinAlgError as error:
+            raise ill_conditioned(posterior.step) from error
+
+    def _evaluate(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel, vectorize: bool
+    ) -> tuple[Evaluation, list[AuxiliaryParameter]]:
+        """Loss, gradient and Hessian at S samples."""
+        (state,) = posterior.blocks
+        rate, num_particles = self._defaults(settings)
+        z = torch.stack([*_antithetic_normals(num_particles, state, settings.antithetic)])
+        samples = (state.mean + state.precision.rsqrt(z)).detach().requires_grad_()
+        with twice_differentiable():
+            energies, run, temperature = _energies(samples, state, settings, model, vectorize)
+        gradient, *rest = torch.autograd.grad(
+            energies.mean(), [samples, *run.params], create_graph=True, allow_unused=True
+        )
+        if gradient is None:
+            raise ValueError("the log joint does not depend on the latents")
+        hessian = mean_hessian(gradient, samples, isinstance(state.precision, Diagonal))
+        log_q = log_density(state.precision, z.square().sum(-1))
+        loss = (energies.detach() + temperature * log_q).mean()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {posterior.step}: the loss is {loss.item()}")
+        state = replace(state, hyperparameters=Hyperparameters.of(settings.group, 1, 1))
+        moved = update_joint(state, hessian / temperature, rate, posterior.step)
+        gradients = state.block.unpack(gradient.detach().sum(0) / temperature)
+        auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
+        evaluation = Evaluation(
+            replace(posterior, blocks=(moved,)), loss, gradients, [p.gradient for p in auxiliary]
+        )
+        return evaluation, auxiliary
+
+    def negative_elbo(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[float, float]:
+        """E + T log q, the mean over as many samples as a step has; and T."""
+        (state,) = posterior.blocks
+        _, num_particles = self._defaults(settings)
+        sampler = Sampler(posterior.blocks, settings.antithetic)
+        losses = []
+        for _ in range(max(1, num_particles)):
+            perturbations = sampler.draw() if num_particles else None
+            weights = require_grad(perturbed_weights(posterior.blocks, perturbations))
+            square = perturbations[0].squared_norm if perturbations else state.mean.new_zeros(())
+            with model.network(), torch.set_grad_enabled(settings.temperature.is_automatic):
+                run = model(weights)
+            temperature = settings.temperature_of(run)
+            log_q = log_density(state.precision, square)
+            losses.append(run.negative_log_joint(temperature).detach() + temperature * log_q)
+        return float(torch.stack(losses).mean()), temperature
+
+    def _defaults(self, settings: StepSettings) -> tuple[float, int]:
+        """Rate of the precision's step and number of samples; careful if a latent has bounds."""
+        rate, num_particles = (0.1, 32) if self._store.guide.has_constrained else (0.3, 8)
+        if settings.curvature.decay != Curvature.decay:
+            rate = 1 - settings.curvature.decay
+        if isinstance(settings.num_particles, int):
+            num_particles = settings.num_particles
+        return rate, num_particles
 
 
 def _antithetic_normals(
@@ -127,23 +180,3 @@ def mean_hessian(gradient: Tensor, samples: Tensor, is_diagonal: bool) -> Tensor
         rows.append(torch.zeros_like(identity) if products is None else products.sum(1))
     matrix = torch.cat(rows).detach()
     return matrix.diagonal() if is_diagonal else (matrix + matrix.mT) / 2
-
-
-def negative_elbo(
-    posterior: Posterior, settings: StepSettings, model: BatchModel, has_constrained: bool
-) -> tuple[float, float]:
-    """E - T entropy, the mean over as many samples as a step has; and T."""
-    (state,) = posterior.blocks
-    _, num_particles = _defaults(settings, has_constrained)
-    sampler = Sampler(posterior.blocks, settings.antithetic)
-    losses = []
-    for _ in range(max(1, num_particles)):
-        perturbations = sampler.draw() if num_particles else None
-        weights = perturbed_weights(posterior.blocks, perturbations)
-        square = perturbations[0].squared_norm if perturbations else state.mean.new_zeros(())
-        with model.network(), torch.set_grad_enabled(settings.temperature.is_automatic):
-            run = model({n: w.detach().requires_grad_() for n, w in weights.items()})
-        temperature = settings.temperature_of(run)
-        log_q = log_density(state.precision, square)
-        losses.append(run.negative_log_joint(temperature).detach() + temperature * log_q)
-    return float(torch.stack(losses).mean()), temperature

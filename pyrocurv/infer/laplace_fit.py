@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.full_data import BatchTerms, CurvatureSum, accumulate
+from pyrocurv.curvature.collect import ForwardPass
+from pyrocurv.curvature.full_data import CurvatureSum, accumulate
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.modules import modules
@@ -50,19 +51,19 @@ def sum_curvature(
         count, num_data = count + run.batch, run.num_data
         totals = _add(totals, guide, spec, run)
     _check_count(count, num_data)
-    incomplete = [total for total in totals if total.wants_another_pass]
+    incomplete = [total for total in totals if total.needs_second_pass]
     if incomplete:
-        second, second_count = [total.second() for total in incomplete], 0
+        second, second_count = [total.second_pass() for total in incomplete], 0
         for run in _runs(model, guide, spec, loader):
             second, second_count = _add(second, guide, spec, run), second_count + run.batch
         _check_second_pass(count, second_count)
         complete = iter(second)
-        totals = [next(complete) if total.wants_another_pass else total for total in totals]
+        totals = [next(complete) if total.needs_second_pass else total for total in totals]
     if not torch.isfinite(torch.tensor(log_likelihood)):
         raise FloatingPointError(f"the log likelihood is {log_likelihood}")
     parts = zip(totals, priors, guide.blocks, strict=True)
     return [
-        LaplaceBlock(total.block, total.sum(), prior, family.raw_loc.detach().clone())
+        LaplaceBlock(total.block, total.total(), prior, family.raw_loc.detach().clone())
         for total, prior, family in parts
     ], log_likelihood
 
@@ -96,7 +97,7 @@ def _add(
     rows = run.primary_likelihood.rows
     calls = layer_calls(guide, run.calls, run.weights, rows)
     with torch.enable_grad():
-        return accumulate(spec, totals, BatchTerms(run.likelihood_terms, calls, rows, run.batch))
+        return accumulate(spec, totals, ForwardPass(run.likelihood_terms, calls, rows), run.batch)
 
 
 def _check_count(count: int, num_data: int) -> None:

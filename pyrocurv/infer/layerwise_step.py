@@ -33,7 +33,7 @@ from pyrocurv.posterior.precision import (
 )
 from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed_weights
 from pyrocurv.posterior.state import Perturbation, Posterior
-from pyrocurv.posterior.step import Evaluation
+from pyrocurv.posterior.step import Evaluation, Update, step
 
 
 @dataclass(frozen=True)
@@ -76,58 +76,6 @@ class Sample:
         return self.nll.detach() + self.temperature * divergence
 
 
-def run_sample(
-    posterior: Posterior, perturbations: list[Perturbation] | None, settings: StepSettings,
-    store: GuideStore, model: BatchModel, capture: bool = False,
-) -> Sample:
-    """Run the model at one sample; with `capture` its ops are recorded for the curvature."""
-    weights = perturbed_weights(posterior.blocks, perturbations)
-    twice = capture and settings.curvature.kind == "hessian"
-    with model.network(), twice_differentiable() if twice else nullcontext():
-        run = model(require_grad(weights), capture)
-    temperature = settings.temperature_of(run)
-    numbers = Hyperparameters.of(settings.group, run.num_data, temperature)
-    blocks = tuple(
-        replace(state, prior=prior, hyperparameters=numbers)
-        for state, prior in zip(posterior.blocks, store.priors(run), strict=True)
-    )
-    nll = run.tempered_nll(temperature)
-    return Sample(replace(posterior, blocks=blocks), perturbations, run, temperature, nll)
-
-
-def evaluate(
-    posterior: Posterior, settings: StepSettings, store: GuideStore, model: BatchModel
-) -> tuple[Evaluation, list[AuxiliaryParameter]]:
-    """The model at S samples, or at the mean: means of loss and gradients, and the curvature.
-
-    The first step is taken at the mean. Raises FloatingPointError if the loss is not finite where a
-    curvature is due.
-    """
-    spec, count = settings.curvature, max(1, settings.num_particles)
-    is_due = posterior.step == 0 or is_any_due(spec, posterior)
-    sampler = Sampler(posterior.blocks, settings.antithetic, mirrors(posterior.blocks))
-    gradients = SampleGradients(spec, count)
-    updated = posterior
-    for index in range(count):
-        at_mean = posterior.step == 0 or not settings.num_particles
-        sample = run_sample(
-            posterior, None if at_mean else sampler.draw(), settings, store, model, is_due
-        )
-        updated = _with_context(updated, sample.posterior)
-        if is_due:
-            updated = _observe(updated, sample, spec, Particle(index, count))
-        gradients.add(sample)
-    if not is_due and spec.decays_at(posterior.step):
-        updated = refresh(spec, updated, gradients.batch_fraction)
-    updated = update_from_sample_gradients(spec, updated, gradients.price, gradients.batch_fraction)
-    auxiliary = gradients.auxiliary
-    evaluation = Evaluation(
-        updated.with_mirrors(sampler.mirrors), gradients.loss / count, gradients.weights,
-        [p.gradient for p in auxiliary],
-    )
-    return evaluation, auxiliary
-
-
 def _with_context(posterior: Posterior, sampled: Posterior) -> Posterior:
     """The posterior with the priors and hyperparameters of a sample."""
     pairs = zip(posterior.blocks, sampled.blocks, strict=True)
@@ -149,7 +97,7 @@ def _observe(
     return update_curvature(spec, posterior, forward, sample.batch_fraction, particle)
 
 
-class SampleGradients:
+class SampleSums:
     """Sums the losses and gradients of `count` samples; each sample's graph is used up."""
 
     def __init__(self, spec: Curvature, count: int) -> None:
@@ -200,25 +148,84 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def negative_elbo(
-    posterior: Posterior, settings: StepSettings, store: GuideStore, model: BatchModel
-) -> tuple[float, float]:
-    """N nll + T (log q - log p), the mean over as many samples as a step has; and T."""
-    sampler = Sampler(posterior.blocks, settings.antithetic)
-    losses = []
-    for _ in range(max(1, settings.num_particles)):
-        perturbations = sampler.draw() if settings.num_particles else None
-        with torch.set_grad_enabled(settings.temperature.is_automatic):
-            sample = run_sample(posterior, perturbations, settings, store, model)
-        losses.append(sample.loss())
-    return float(torch.stack(losses).mean()), sample.temperature
+class LayerwiseRule:
+    """Trains the layers of a guide by their own curvature."""
 
+    is_joint = False
 
-def check_samples(spec: Curvature, store: GuideStore, num_particles: int) -> None:
-    """Raise ValueError if there are no samples, but the curvature of a block needs them."""
-    names = [block.name for block in store.blocks if uses_sample_gradients(spec, block)]
-    if names and not num_particles:
-        raise ValueError(
-            f"num_particles=0, but the curvature of {', '.join(names)} is estimated from samples "
-            'alone: leave them out (structure={...: "point"}) or use another curvature'
+    def __init__(self, spec: Curvature, store: GuideStore) -> None:
+        self._spec, self._store = spec, store
+
+    def init(self, group: Mapping[str, Any]) -> Posterior:
+        """The posterior before the first step."""
+        return self._store.init(self._spec, group)
+
+    def update(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[Update, list[AuxiliaryParameter]]:
+        """A step from S samples, or from the mean, as the first step is.
+
+        Raises FloatingPointError if the loss or a gradient is not finite, ValueError if there are
+        no samples, but the curvature of a block is estimated from them.
+        """
+        spec, count = self._spec, max(1, settings.num_particles)
+        self._check_samples(settings.num_particles)
+        is_due = posterior.step == 0 or is_any_due(spec, posterior)
+        sampler = Sampler(posterior.blocks, settings.antithetic, mirrors(posterior.blocks))
+        sums, updated = SampleSums(spec, count), posterior
+        for index in range(count):
+            at_mean = posterior.step == 0 or not settings.num_particles
+            perturbations = None if at_mean else sampler.draw()
+            sample = self._run(posterior, perturbations, settings, model, is_due)
+            updated = _with_context(updated, sample.posterior)
+            if is_due:
+                updated = _observe(updated, sample, spec, Particle(index, count))
+            sums.add(sample)
+        if not is_due and spec.decays_at(posterior.step):
+            updated = refresh(spec, updated, sums.batch_fraction)
+        updated = update_from_sample_gradients(spec, updated, sums.price, sums.batch_fraction)
+        evaluation = Evaluation(
+            updated.with_mirrors(sampler.mirrors), sums.loss / count, sums.weights,
+            [parameter.gradient for parameter in sums.auxiliary],
         )
+        return step(posterior, evaluation, settings.average), sums.auxiliary
+
+    def negative_elbo(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[float, float]:
+        """N nll + T (log q - log p), the mean over as many samples as a step has; and T."""
+        sampler = Sampler(posterior.blocks, settings.antithetic)
+        losses = []
+        for _ in range(max(1, settings.num_particles)):
+            perturbations = sampler.draw() if settings.num_particles else None
+            with torch.set_grad_enabled(settings.temperature.is_automatic):
+                sample = self._run(posterior, perturbations, settings, model)
+            losses.append(sample.loss())
+        return float(torch.stack(losses).mean()), sample.temperature
+
+    def _run(
+        self, posterior: Posterior, perturbations: list[Perturbation] | None,
+        settings: StepSettings, model: BatchModel, capture: bool = False,
+    ) -> Sample:
+        """Run the model at one sample; with `capture` its ops are recorded for the curvature."""
+        weights = perturbed_weights(posterior.blocks, perturbations)
+        twice = capture and self._spec.kind == "hessian"
+        with model.network(), twice_differentiable() if twice else nullcontext():
+            run = model(require_grad(weights), capture)
+        temperature = settings.temperature_of(run)
+        numbers = Hyperparameters.of(settings.group, run.num_data, temperature)
+        blocks = tuple(
+            replace(state, prior=prior, hyperparameters=numbers)
+            for state, prior in zip(posterior.blocks, self._store.priors(run), strict=True)
+        )
+        nll = run.tempered_nll(temperature)
+        return Sample(replace(posterior, blocks=blocks), perturbations, run, temperature, nll)
+
+    def _check_samples(self, num_particles: int) -> None:
+        blocks = self._store.blocks
+        names = [block.name for block in blocks if uses_sample_gradients(self._spec, block)]
+        if names and not num_particles:
+            raise ValueError(
+                f"num_particles=0, but the curvature of {', '.join(names)} is estimated from "
+                'samples alone: leave them out (structure={...: "point"}) or use another curvature'
+            )

@@ -27,6 +27,7 @@ class StructureSpec(ABC):
 
     kind: ClassVar[str]
     is_kronecker: ClassVar[bool] = False
+    corrects_eigenvalues: ClassVar[bool] = False  # in the eigenbasis of the Kronecker factors
 
     @property
     def label(self) -> str:
@@ -176,6 +177,7 @@ class EKFAC(KroneckerSpec):
     """
 
     kind = "ekfac"
+    corrects_eigenvalues = True
     rank: int | str | None = "auto"
     sharing: str = "expand"
 

@@ -50,6 +50,8 @@ from pyrocurv.curvature import (
     hessian_weights,
     running_average,
 )
+from pyrocurv.curvature.collect import assemble
+from pyrocurv.curvature.examples import ExampleSelection
 from pyrocurv.curvature.likelihood import LikelihoodTerm, as_likelihood
 from pyrocurv.infer import NGVI
 from pyrocurv.layers.block import Block
@@ -145,7 +147,7 @@ def test_an_indefinite_estimate_keeps_its_signs(structure: str) -> None:
 
 
 def test_chunks_of_vectors_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian, "NUMBERS", 200)
+    monkeypatch.setattr(hessian, "MAX_ELEMENTS", 200)
     for structure in STRUCTURES:
         expected = true("conv1d", "categorical", structure)
         assert_same(found("conv1d", "categorical", structure), expected, 1e-7)
@@ -248,7 +250,7 @@ NUM_SAMPLES = 400
 
 def probed(monkeypatch: pytest.MonkeyPatch, *args: Any, draws: int = 1, **options: Any) -> Tensor:
     """Estimates by random signs alone, [draws, P, P]."""
-    monkeypatch.setattr(hessian_weights, "PASSES", 0)
+    monkeypatch.setattr(hessian_weights, "MAX_PASSES", 0)
     return torch.stack([found(*args, **options) for _ in range(draws)])
 
 
@@ -294,7 +296,7 @@ def test_eigenvalues_by_signs_in_the_outputs(monkeypatch, model: str, likelihood
 def test_groups_by_signs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Of K-FAC: groups, and the exact blocks of the units of a norm layer."""
     expected = of_layers(name, "normal", "kfac")
-    monkeypatch.setattr(hessian_weights, "PASSES", 0)
+    monkeypatch.setattr(hessian_weights, "MAX_PASSES", 0)
     draws = torch.stack([of_layers(name, "normal", "kfac") for _ in range(200)])
     assert_unbiased_draws(draws, expected)
 
@@ -304,7 +306,7 @@ def test_eigenvalues_by_signs_in_the_weights(monkeypatch: pytest.MonkeyPatch, na
     """Of layers whose outputs do not say all."""
     expected = of_layers(name, "normal", "ekfac")
     exact_factors(monkeypatch)
-    monkeypatch.setattr(hessian_weights, "PASSES", 0)
+    monkeypatch.setattr(hessian_weights, "MAX_PASSES", 0)
     draws = torch.stack([of_layers(name, "normal", "ekfac") for _ in range(200)])
     assert_unbiased_draws(draws, expected)
 
@@ -325,7 +327,7 @@ def exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def exactly(*args: Any, function: Callable[..., Any] = function) -> Any:
             with monkeypatch.context() as patch:
-                patch.setattr(hessian_weights, "PASSES", 10**6)
+                patch.setattr(hessian_weights, "MAX_PASSES", 10**6)
                 return function(*args)
 
         monkeypatch.setattr(owner, name, exactly)
@@ -338,7 +340,7 @@ def test_the_diagonal_of_a_larger_layer_goes_through_its_outputs(
 ) -> None:
     """Exactly, in fewer passes than it has weights."""
     smallest = min(oracles.block_sizes(make_net(model)))
-    monkeypatch.setattr(hessian_weights, "PASSES", smallest - 1)
+    monkeypatch.setattr(hessian_weights, "MAX_PASSES", smallest - 1)
     taken = []
     through = hessian_outputs.OutputHessian.diagonal
     monkeypatch.setattr(
@@ -481,7 +483,13 @@ def blocks_of(
     trace = capture.trace()
     blocks = [Block((layer,), parse_structure(structure)) for layer in trace.layers]
     seen = [term(output) for term in terms]
-    return hessian.hessians(blocks, seen, trace.calls, count, 1, kept)
+    examples = ExampleSelection(count, kept)
+    return [*hessian.hessians(blocks, seen, trace.calls, examples, 1)]
+
+
+def assembled(statistics: hessian.HessianStatistics) -> Any:
+    """In the block's structure."""
+    return assemble(statistics.block.structure, statistics)
 
 
 @pytest.mark.parametrize("structure", ["block", "kfac"])
@@ -497,7 +505,7 @@ def test_weights_masks_and_the_first_examples(structure: str) -> None:
     )
     order = [oracles.parameter_order(*size, bias=True) for size in ((4, 4), (3, 5))]
     found = torch.block_diag(*[
-        one.assemble.dense()[rows][:, rows] for one, rows in zip(seen, order, strict=True)
+        assembled(one).dense()[rows][:, rows] for one, rows in zip(seen, order, strict=True)
     ])
     if structure == "block":
         parts = [
@@ -534,10 +542,10 @@ def test_examples_that_are_not_kept_are_in_neither_factor() -> None:
         net, x[kept], "ekfac", lambda f: LikelihoodTerm(density(f), y[kept]), count=3
     )
     for one, other in zip(masked, alone, strict=True):
-        assert_same(one.assemble.dense(), other.assemble.dense())
-        basis = other.assemble.eigen()
-        assert_same(one.eigen(basis).spectrum, other.eigen(basis).spectrum)
-        for (pair,), (same,) in zip(one.pairs, other.pairs, strict=True):
+        assert_same(assembled(one).dense(), assembled(other).dense())
+        basis = assembled(other).eigen()
+        assert_same(one.eigenvalues(basis).spectrum, other.eigenvalues(basis).spectrum)
+        for (pair,), (same,) in zip(one.layers, other.layers, strict=True):
             assert_same(pair.a, same.a)
             assert_same(pair.g, same.g)
 
@@ -551,12 +559,13 @@ def test_a_truncated_basis_has_the_means_over_its_eigenspaces(model, ranks, in_u
     seen = blocks_of(net, x, "ekfac", lambda f: LikelihoodTerm(density(f), y), count=len(x))
     hessians = oracles.layer_output_hessians(net, x, y, "categorical").values()
     for one, (per_example,) in zip(seen, hessians, strict=True):
-        factors: Kronecker = one.assemble
+        factors: Kronecker = assembled(one)
         rows, columns = factors.shape
         p = torch.arange(1.0, rows + 1).double() if in_units else torch.ones(rows).double()
         r = torch.arange(1.0, columns + 1).double() if in_units else torch.ones(columns).double()
         basis = factors.rescaled(p, r).eigen((min(rows, ranks[0]), min(columns, ranks[1])))
-        eigen = one.eigen(basis, (p, r) if in_units else None)
+        scaling = KroneckerScaling(torch.ones(()).double(), (p, r)) if in_units else None
+        eigen = one.eigenvalues(basis, scaling)
         root = torch.outer(p, r).flatten()
         C = oracles.output_block(per_example) / torch.outer(root, root)
         expected = torch.tensor([
@@ -624,7 +633,7 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
         running = running or running_average.zero_curvature(seen.block, x, None)
         running = running_average.update(running, seen.block, seen, len(x), 0.9, True)
-        parts.append(seen.assemble.dense() / len(x))
+        parts.append(assembled(seen).dense() / len(x))
     assert running is not None
     for part in parts:
         assert torch.linalg.eigvalsh(part)[0] < -1e-3
@@ -649,14 +658,14 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         units = tuple(torch.arange(1.0, 1.0 + n).double() for n in one.block.layers[0].matrix_shape)
         units = units if in_units else tuple(map(torch.ones_like, units))
         scaling = KroneckerScaling(torch.ones(()).double(), units)
-        factors = one.assemble.rescaled(*units)
+        factors = assembled(one).rescaled(*units)
         zero = running_average.zero_curvature(seen.block, x, scaling)
         with monkeypatch.context() as patch:
             patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
             running = running_average.update(zero, seen.block, seen, len(x), 0.9, True, scaling)
         expected = factors.eigen((2, 2)).psd()
         if isinstance(spec, EKFAC):
-            expected = one.eigen(expected, units)
+            expected = one.eigenvalues(expected, scaling)
         assert_same(running.curvature.dense(), expected.dense() / len(x), rtol=1e-8)
         assert running.factors is None
         # the first sample of several that the layer has a part in
@@ -666,7 +675,7 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
 
 
 def test_a_large_convolution_by_signs() -> None:
-    """More passes than `PASSES` for an exact answer: still a few steps of training."""
+    """More passes than `MAX_PASSES` for an exact answer: still a few steps of training."""
     torch.manual_seed(1)
     conv = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(784, 2))
     model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(conv), num_data=NUM_DATA)

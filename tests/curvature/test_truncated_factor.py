@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
-from pyrocurv.curvature.layer_statistics import LayerStatistics
+from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
 from pyrocurv.curvature.running_average import RunningCurvature, update, zero_curvature
 from pyrocurv.curvature.truncated_factor import ROWS, TruncatedFactor, mean_squares
 from pyrocurv.guides import EKFACGuide, KFACGuide
@@ -50,7 +50,8 @@ def step(
     layer = Layer("w", None, (g.shape[-1], a.shape[-1]))
     block = Block((layer,), {"kfac": KFAC, "ekfac": EKFAC}[structure](rank=rank))
     running = running or zero_curvature(block, a, scaling)
-    return update(running, block, [[LayerStatistics(a[None], g)]], rows, decay, refresh, scaling)
+    statistics = GradientStatistics([[LayerStatistics(a[None], g)]])
+    return update(running, block, statistics, rows, decay, refresh, scaling)
 
 
 def weights(count: int) -> list[float]:

@@ -20,7 +20,7 @@ from toys import GUIDES, NUM_DATA, class_data, classifier, regression_data, regr
 
 from pyrocurv.curvature import Curvature, collect, running_average
 from pyrocurv.curvature import update_interval as clock
-from pyrocurv.curvature.layer_statistics import LayerStatistics
+from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
 from pyrocurv.curvature.spec import KINDS
 from pyrocurv.curvature.update_interval import LONGEST, SHORTEST, START, UpdateInterval
 from pyrocurv.guides import KFACGuide
@@ -55,7 +55,7 @@ class RandomStream:
 
 def tick(now: UpdateInterval, step: int, *pairs: LayerStatistics) -> UpdateInterval:
     """Of a block whose layers have one use each."""
-    return clock.tick(now, step, [[pair] for pair in pairs])
+    return now.after_estimate(step, [[pair] for pair in pairs])
 
 
 def intervals(
@@ -183,7 +183,7 @@ def test_movement_is_zero_on_average_at_rest() -> None:
             before = now
             now = tick(now, step, stream.pair())
         pairs = zip(before.averages, now.averages, strict=True)
-        found.append([(new.drift - (1 - clock.NEWS) * old.drift) / clock.NEWS
+        found.append([(new.drift - (1 - clock.NOISE_WEIGHT) * old.drift) / clock.NOISE_WEIGHT
                       for old, new in pairs])
     rho = torch.tensor(found)
     assert (rho.mean(0).abs() < 4 * rho.std(0) / math.sqrt(len(rho))).all()
@@ -261,7 +261,7 @@ def test_gradients_that_are_all_zero_stand_still() -> None:
 def test_blocks_of_longer_intervals_join_those_of_shorter_ones() -> None:
     """Intervals are 500 or 5 times a power of two, and so are their halves."""
     assert [clock._half(k) for k in (500, 320, 160, 20, 10, 5)] == [160, 160, 80, 10, 5, 5]
-    assert [clock._after(step, 20) for step in (0, 19, 20, 41)] == [20, 20, 40, 60]
+    assert [UpdateInterval().postpone(step).due for step in (0, 19, 20, 41)] == [20, 20, 40, 60]
 
 
 def test_turns_at_regular_steps_are_those_of_a_fixed_interval() -> None:
@@ -487,7 +487,7 @@ def test_a_clock_that_never_moves_is_a_fixed_interval(
     structure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit."""
-    monkeypatch.setattr(clock, "FEW", 10**9)
+    monkeypatch.setattr(clock, "MIN_COUNT", 10**9)
     losses = []
     for every in (START, "auto"):
         torch.manual_seed(5)
@@ -532,17 +532,19 @@ def test_an_estimate_that_is_left_out_is_not_counted(monkeypatch: pytest.MonkeyP
     ngvi = NGVI(model, GUIDES["kfac"](model), curvature=Curvature("ggn", every="auto"))
     data = regression_data()
     ngvi.step(*data)
-    gather = collect.collect
+    gather = collect.gradient_statistics
     monkeypatch.setattr(
-        collect, "collect",
-        lambda *args: [[LayerStatistics(pair.a * math.nan, pair.g) for pair in uses]
-                       for uses in gather(*args)],
+        collect, "gradient_statistics",
+        lambda *args: GradientStatistics([
+            [LayerStatistics(pair.a * math.nan, pair.g) for pair in layer]
+            for layer in gather(*args).layers
+        ]),
     )
     with pytest.warns(UserWarning, match="a curvature estimate is not finite"):
         for _ in range(25):
             ngvi.step(*data)
     assert set(ngvi.update_counts().values()) == {(1, START)}
-    monkeypatch.setattr(collect, "collect", gather)
+    monkeypatch.setattr(collect, "gradient_statistics", gather)
     for _ in range(20):
         ngvi.step(*data)
     assert set(ngvi.update_counts().values()) == {(2, START)}

@@ -390,7 +390,7 @@ def test_no_jacobian_is_formed_at_one_position(rank: int | None, priors: str) ->
 def test_a_jacobian_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     laplace, x, _ = fitted_linear("kfac", "unequal")
     whole = laplace.predict(x).covariance_matrix
-    monkeypatch.setattr("pyrocurv.curvature.output_covariance.NUMBERS", 1)
+    monkeypatch.setattr("pyrocurv.curvature.output_covariance.MAX_ELEMENTS", 1)
     with torch.no_grad():
         found = laplace.predict(x).covariance_matrix
     torch.testing.assert_close(found, whole)

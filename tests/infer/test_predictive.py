@@ -278,7 +278,7 @@ def exact(model: Callable[..., Any], samples: dict[str, Tensor], *args: Any) -> 
 
 @pytest.mark.parametrize("largest", [1, 6_000, 1 << 24], ids=["one by one", "chunks", "at once"])
 def test_what_the_model_returns(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectorized, "LARGEST", largest)
+    monkeypatch.setattr(vectorized, "MAX_TENSOR_BYTES", largest)
     model, x = classifier(), inputs()
     guide = DiagonalGuide(model, init_scale=1.0)
     guide(x, x.argmax(1))
@@ -344,6 +344,54 @@ def test_what_fails_at_some_values_only_is_run_there() -> None:
     assert torch.equal(result, 2 * samples["a"]) and calls.calls == 3 + 9
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "host", "torch on the host"])
+@pytest.mark.parametrize("call", [1, 2, 3], ids=["first run", "vmap is tried", "vmap runs"])
+def test_out_of_memory_is_not_taken_for_a_program_without_a_vectorized_form(
+    call: int, error: Exception
+) -> None:
+    def model() -> Tensor:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        if calls.calls == call:
+            raise error
+        return a
+
+    calls = Counting(model)
+    with pytest.raises(type(error)) as caught:
+        Predictive(calls, {"a": torch.randn(9)})()
+    assert caught.value is error and calls.calls == call
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "host", "torch on the host"])
+def test_out_of_memory_is_not_taken_for_a_guide_or_a_model_that_needs_another_call(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        calls.append(torch.is_grad_enabled())
+        raise error
+
+    calls: list[bool] = []
+    with pytest.raises(type(error)):
+        KFACGuide(model)(torch.randn(4, 3), torch.randn(4))
+    assert calls == [False]
+
+    def draw(n: int) -> None:
+        raise error
+
+    guide = KFACGuide(regressor())
+    guide(*regression_data())
+    monkeypatch.setattr(guide, "sample_posterior", draw)
+    monkeypatch.setattr(guide, "forward", lambda *args: pytest.fail("called again"))
+    with pytest.raises(type(error)) as caught:
+        Predictive(regressor(), guide=guide, num_samples=3)(inputs())
+    assert caught.value is error
+
+
 def test_errors_of_the_model_are_its_own() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2|shape"):
         Predictive(classifier(), num_samples=5)(torch.randn(4, 7, dtype=torch.float64))
@@ -351,7 +399,7 @@ def test_errors_of_the_model_are_its_own() -> None:
 
 def test_in_groups_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     ngvi, (x, _) = trained("kfac")
-    monkeypatch.setattr(predictive, "NUMBERS", 26 * 4)
+    monkeypatch.setattr(predictive, "MAX_ELEMENTS", 26 * 4)
     samples = Predictive(ngvi.model, guide=ngvi.guide, num_samples=10)(x)
     assert all(len(value) == 10 for value in samples.values())
     assert_different(samples["net.0.weight"]), assert_different(samples["obs"])
@@ -452,7 +500,7 @@ def test_a_loaded_guide_needs_no_data() -> None:
 
 def test_a_guide_that_has_not_met_its_model() -> None:
     model, (x, y) = classifier(), class_data()
-    with pytest.raises(ValueError, match="has not seen its model, .* train it first"):
+    with pytest.raises(ValueError, match="is not initialized, .* train it first"):
         Predictive(model, guide=KFACGuide(model), num_samples=3)(x)
     samples = Predictive(model, guide=KFACGuide(model), num_samples=3)(x, y)
     assert torch.equal(samples["obs"], y.expand(3, -1))
@@ -475,7 +523,7 @@ def test_a_result_that_is_no_tensor() -> None:
         model, num_samples=4, return_sites=["_RETURN"], parallel=True
     )()["_RETURN"]
     assert torch.equal(2 * a, twice) and len(a) == 4
-    with pytest.raises(TypeError, match=r"return_sites='_RETURN': names in a list"):
+    with pytest.raises(TypeError, match=r"return_sites='_RETURN': a list of names"):
         Predictive(regressor(), {}, num_samples=2, return_sites="_RETURN")
     with pytest.raises(TypeError):
         Predictive(model, num_samples=4, return_sites=["_RETURN"])()
