@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.undo import complete
 
 
 @dataclass(eq=False)
@@ -112,7 +113,7 @@ class ForwardRecorder:
                 yield output, capture
         finally:
             self._is_still = False
-            restore()
+            complete(restore)
 
 
 class _WeakHook:

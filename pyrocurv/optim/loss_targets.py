@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import is_out_of_memory
 
 DATA_KINDS = ("empirical", "hessian")
 
@@ -103,6 +104,8 @@ def observation(
     try:
         fitted = density(output)
     except (AttributeError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"likelihood={likelihood!r} does not fit an output {shape}") from error
     if not isinstance(fitted, Distribution):
         raise ValueError(f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}")

@@ -195,6 +195,7 @@ class VIOptimizer(CurvatureOptimizer):
             self._samples = samples
         except BaseException:
             self._stream.load_state_dict(stream)
+            self._recorder.pop_passes()
             raise
         finally:
             self._is_sampling, self._means, self._gradients_before = False, (), {}

@@ -36,11 +36,14 @@ class Undo:
     @torch.no_grad()
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None:
-            for restore in reversed(self._restore):
-                complete(restore)
+            complete(self._restore_all)
+
+    def _restore_all(self) -> None:
+        for restore in reversed(self._restore):
+            restore()
 
     def keep(self, restore: Callable[[], Any]) -> None:
-        """Have `restore` called if the body raises."""
+        """Have `restore`, an idempotent function, called if the body raises."""
         self._restore.append(restore)
 
     def forget(self) -> None:
@@ -79,12 +82,13 @@ class Undo:
         self._restore.append(restore)
 
 
-def complete(restore: Callable[[], Any]) -> None:
-    """Call an idempotent function, a second time if an interrupt comes in between."""
+def complete(function: Callable[[], Any], attempts: int = 3) -> None:
+    """Call an idempotent function, again if an interrupt comes in between, and raise that then."""
     try:
-        restore()
+        function()
     except BaseException:
-        restore()
+        if attempts > 1:
+            complete(function, attempts - 1)
         raise
 
 

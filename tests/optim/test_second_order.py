@@ -148,8 +148,8 @@ def test_the_initial_curvature_fades_between_estimates_of_every_auto() -> None:
     damped = []
     for _ in range(45):
         train(net, optimizer, 1)
-        metric = optimizer._state.blocks[0].metric
-        damped.append(metric.preconditioner.diag().min().item())  # type: ignore[union-attr]
+        (state, *_) = optimizer._posterior.blocks
+        damped.append(state.preconditioner.diag().min().item())
     for step in (0, 20, 40):
         assert damped[step] == pytest.approx(10 * 0.99**step + 3e-3, abs=0.01)
 
@@ -164,7 +164,7 @@ def test_sampled_targets_average_to_the_exact_fisher() -> None:
     p = net(x).softmax(-1).detach()
     F.cross_entropy(net(x), y).backward()
     optimizer.step()
-    found = optimizer._state.blocks[0].running.curvature.dense()  # type: ignore[union-attr]
+    found = optimizer._posterior.blocks[0].curvature.curvature.dense()
     # one draw's second moment: Σ_n E[(v_i v_j)²] / 16², over the classes
     v = (torch.eye(3)[:, None] - p)[..., None] * x[None, :, None]  # [class, n, O, I]
     products = torch.einsum("kni,knj->knij", v.flatten(2), v.flatten(2)).square()
@@ -299,7 +299,7 @@ def test_a_layer_that_joins_later_has_a_block() -> None:
     for p in net[0].parameters():
         p.requires_grad_(True)
     optimizer.add_param_group({"params": list(net[0].parameters()), "lr": 0.01})
-    with pytest.warns(UserWarning, match="0.weight, 0.bias had no part yet") as caught:
+    with pytest.warns(UserWarning, match="0.weight, 0.bias not used yet in a pass") as caught:
         train(net, optimizer, 1)  # the next estimate is a step away
         train(net, optimizer, 2)
     assert len(caught) == 1
@@ -358,9 +358,9 @@ def test_two_passes_before_a_step_are_both_seen() -> None:
     optimizer = SecondOrderOptimizer(net, curvature=Curvature("fisher", batch=None))
     x, y = classes()
     (F.cross_entropy(net(x[:10]), y[:10]) + F.cross_entropy(net(x[10:]), y[10:])).backward()
-    assert sum(one.batch for one in optimizer._watch.passes) == 16
+    assert sum(one.batch for one in optimizer._recorder.passes) == 16
     optimizer.step()
-    assert optimizer._watch.passes == []
+    assert optimizer._recorder.passes == []
 
 
 def test_a_step_leaves_gradients_buffers_and_random_numbers() -> None:
@@ -377,7 +377,7 @@ def test_a_step_leaves_gradients_buffers_and_random_numbers() -> None:
     for name, value in net.named_buffers():
         assert torch.equal(value, buffers[name]), name
     optimizer.zero_grad(set_to_none=False)  # the momentum is not in the gradients' memory
-    assert all(one.momentum.abs().sum() > 0 for one in optimizer._state.blocks)  # type: ignore[union-attr]
+    assert all(state.momentum.abs().sum() > 0 for state in optimizer._posterior.blocks)
 
 
 def test_how_large_an_outlier_among_gradients_is_makes_no_difference() -> None:
@@ -666,7 +666,7 @@ def test_parameters_twice_or_of_another_net() -> None:
         ])
     optimizer = SecondOrderOptimizer(net, params=nn.Linear(2, 3).parameters())
     F.cross_entropy(net(torch.randn(4, 5)), torch.zeros(4, dtype=torch.long)).backward()
-    with pytest.raises(ValueError, match="none of the network's"):
+    with pytest.raises(ValueError, match="do not belong to the network"):
         optimizer.step()
 
 
@@ -699,8 +699,9 @@ def test_gradients_that_are_not_finite_change_nothing(steps: int) -> None:
         optimizer.step()
     assert torch.equal(flat(net), before)
     after = optimizer.state_dict()
-    assert after["step"] == state["step"] and len(after["blocks"]) == len(state["blocks"])
-    for a, b in zip(after["carried"], state["carried"], strict=True):
+    blocks, known = after["posterior"]["blocks"], state["posterior"]["blocks"]
+    assert after["step"] == state["step"] and len(blocks) == len(known)
+    for a, b in zip(blocks, known, strict=True):
         assert torch.equal(a["momentum"], b["momentum"])
     optimizer.zero_grad()
     train(net, optimizer, 1)
@@ -757,7 +758,7 @@ def test_a_summary_and_counts_tell_what_has_a_curvature() -> None:
         "0.weight": "diag", "0.bias": "diag", "2.weight": "kfac-block", "2.bias": "kfac-block",
         "4.weight": "point", "4.bias": "point", "5.weight": "frozen", "5.bias": "frozen",
     }
-    assert optimizer.summary().endswith("44 of 71 numbers have a curvature here")
+    assert optimizer.summary().endswith("44 of 71 parameters have a curvature")
     assert optimizer.update_counts() == {"0": (3, 2), "2": (3, 2)}
 
 

@@ -386,29 +386,34 @@ def test_augmentation_multiplies_the_data_and_warmup_heats_up() -> None:
     assert not torch.allclose(run(N, kl_warmup=100), run(N))
     optimizer = VIOptimizer(small(), N, temperature=0.8, kl_warmup=4)
     net = optimizer.net
-    heats = []
+    temperatures = []
     for _ in range(6):
-        heats.append(optimizer._numbers(optimizer.layout, optimizer._places()))
         step(optimizer, net, *classes())
-    assert [h[0].temperature for h in heats[1:]] == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.8])
+        temperatures.append({b.hyperparameters.temperature for b in optimizer._posterior.blocks})
+    for (temperature,), expected in zip(temperatures, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], strict=True):
+        assert temperature == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("likelihood", "heat"), [
+@pytest.mark.parametrize(("likelihood", "temperature"), [
     ("categorical", 0.1), ("normal", 0.3),
     (lambda out: torch.distributions.Categorical(logits=out), 0.1),
     (lambda out: torch.distributions.Poisson(out.exp()), 0.3),
 ])
-def test_an_automatic_temperature_is_by_the_likelihood(likelihood: Any, heat: float) -> None:
+def test_an_automatic_temperature_is_by_the_likelihood(
+    likelihood: Any, temperature: float
+) -> None:
     net = small()
     optimizer = VIOptimizer(net, 1000, likelihood=likelihood, temperature="auto")
     for _ in range(2):
         with optimizer.sampled_params():
             out = net(torch.randn(4, 5))
-            loss = F.cross_entropy(out, torch.arange(4) % 3) if heat == 0.1 else out.square().mean()
+            is_finite = temperature == 0.1
+            y = torch.arange(4) % 3
+            loss = F.cross_entropy(out, y) if is_finite else out.square().mean()
             loss.backward()
         optimizer.step()
-    numbers = optimizer._numbers(optimizer.layout, optimizer._places())
-    assert [n.temperature for n in numbers] == [heat, heat]
+    states = optimizer._posterior.blocks
+    assert [s.hyperparameters.temperature for s in states] == [temperature, temperature]
 
 
 def test_groups_have_priors_and_temperatures_of_their_own() -> None:
@@ -419,8 +424,8 @@ def test_groups_have_priors_and_temperatures_of_their_own() -> None:
     ], prior_precision=1.0)
     for _ in range(4):
         step(optimizer, net, *classes())
-    one, two = (b.metric.precision.diag() for b in optimizer._state.blocks)  # type: ignore[union-attr]
-    assert one.min() >= 1e6 > two.max()
+    first, second = (state.precision.diag() for state in optimizer._posterior.blocks)
+    assert first.min() >= 1e6 > second.max()
 
 
 @pytest.mark.parametrize("structure", ["kfac", "ekfac", "diag", "full"])
@@ -577,6 +582,6 @@ def test_a_curvature_of_gradients_wants_them_unscaled() -> None:
     with optimizer.sampled_params():
         scaler.scale(F.cross_entropy(net(x), y)).backward()
     before = flat(net)
-    with pytest.raises(RuntimeError, match="65536 times as large .* call scaler.unscale_"):
+    with pytest.raises(RuntimeError, match="65536 times larger .* call scaler.unscale_"):
         scaler.step(optimizer)
     assert torch.equal(flat(net), before)
