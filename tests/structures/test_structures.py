@@ -285,7 +285,7 @@ def test_shift_by_a_scalar(name: str, dtype: torch.dtype, as_tensor: bool) -> No
 
 
 @both_types
-@pytest.mark.parametrize("name", VECTOR_SHIFT)
+@pytest.mark.parametrize("name", sorted(VECTOR_SHIFT))
 def test_shift_by_a_vector(name: str, dtype: torch.dtype) -> None:
     structure, matrix = make(name, dtype)
     delta = positive(structure.size, dtype=dtype)
@@ -302,7 +302,7 @@ def test_a_kronecker_structure_refuses_a_vector(name: str) -> None:
         structure.shift(positive(structure.size, dtype=FLOAT64))
 
 
-@pytest.mark.parametrize("name", NO_SHIFT)
+@pytest.mark.parametrize("name", sorted(NO_SHIFT))
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_rescaled_kronecker_refuses_any_shift(name: str, as_tensor: bool) -> None:
     structure, _ = make(name)
@@ -408,7 +408,7 @@ def test_psd_of_a_rescaled_matrix_is_the_nearest_in_its_units() -> None:
 
 
 @both_types
-@pytest.mark.parametrize("name", EXACT_LERP)
+@pytest.mark.parametrize("name", sorted(EXACT_LERP))
 def test_lerp_of_linear_structures(name: str, dtype: torch.dtype) -> None:
     structure, matrix = make(name, dtype)
     other = structure.map(lambda t: t if t.dtype == torch.int64 else t.square())
