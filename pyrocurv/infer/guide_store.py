@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import pyro
 import torch
 
 from pyrocurv.curvature import Curvature
@@ -19,6 +20,7 @@ from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Update, average_weight
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal
 
 
@@ -33,6 +35,10 @@ class GuideStore:
     def blocks(self) -> list[Block]:
         """The guide's blocks; none before its first call."""
         return [family.block for family in self.guide.blocks]
+
+    def keep(self, undo: Undo) -> None:
+        """Have `undo` keep what a run of the model may change before a step is written."""
+        undo.keep_attributes(self, self._cache, self.guide, pyro.get_param_store())
 
     # ---- priors ---------------------------------------------------------------------------------
 

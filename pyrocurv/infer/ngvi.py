@@ -193,7 +193,8 @@ class NGVI:
 
     def _step(self, undo: Undo, args: Any, kwargs: Any) -> float:
         """A step; whatever is raised, `undo` restores all that has changed by then."""
-        undo.keep_attributes(self, self._stream, self._dataset_size, self._store, self.guide)
+        undo.keep_attributes(self, self._stream, self._dataset_size)
+        self._store.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
         self._setup_guide(undo, args, kwargs)
         is_first = self._posterior is None
@@ -223,7 +224,7 @@ class NGVI:
 
     def _setup_guide(self, undo: Undo, args: Any, kwargs: Any) -> None:
         if self.guide.prototype_trace is None:
-            undo.keep_attributes(self.guide.blocks, pyro.get_param_store())
+            undo.keep_attributes(self.guide.blocks)
             with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
                 with poutine.block():
                     self.guide.setup(args, kwargs, self._prefers_joint)
