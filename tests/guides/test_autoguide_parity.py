@@ -548,11 +548,7 @@ def test_data_that_the_model_chose_are_asked_of_the_guide(structure: str) -> Non
     ngvi = NGVI(model, guide)
     guide(*batches[0])
     if guide.fallback_sites:
-<<<<<<< HEAD:tests/guides/test_autoguide_parity.py
         with pytest.raises(ValueError, match="subsamples plate 'batch' itself.*create_plates"):
-=======
-        with pytest.raises(ValueError, match="subsamples plate 'batch' itself.*create_pl"):
->>>>>>> 9eef048a031c7f67ac2621bc702f14723ec88a35:tests/test_autoguide_parity.py
             ngvi.step(*batches[0])
     ngvi = NGVI(model, GUIDES[structure](model, create_plates=create_plates))
     assert all(math.isfinite(ngvi.step(*batch)) for batch in batches)
