@@ -337,7 +337,7 @@ def test_trace_elbo_has_no_noise_at_the_exact_posterior(structure: str, elbo: An
 @each
 def test_trace_elbo_agrees_with_evaluate_loss(structure: str) -> None:
     ngvi, data = trained(structure)
-    n = 150
+    n = 40
     theirs = torch.tensor([Trace_ELBO().loss(ngvi.model, ngvi.guide, *data) for _ in range(n)])
     ours = torch.tensor([ngvi.evaluate_loss(*data) for _ in range(n)])
     error = math.sqrt((theirs.var() + ours.var()) / n)
@@ -346,7 +346,7 @@ def test_trace_elbo_agrees_with_evaluate_loss(structure: str) -> None:
 
 @each
 def test_trace_elbo_agrees_with_the_fallback_in_it(structure: str) -> None:
-    model, data, n = regressor(noise=None), regression_data(), 150
+    model, data, n = regressor(noise=None), regression_data(), 40
     ngvi = NGVI(model, GUIDES[structure](model), lr=0.1)
     for _ in range(3):
         ngvi.step(*data)
