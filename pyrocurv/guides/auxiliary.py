@@ -1,4 +1,4 @@
-"""Guides for what has no Gaussian: points that are trained, frozen values, all other latents."""
+"""Guides for latents without a Gaussian: point estimates, fixed values, and a user's choice."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class AutoPoint(AutoDelta):
-    """Point estimates, from given values on; the prior counts as a penalty."""
+    """Point estimates that start at given values; the prior acts as a penalty."""
 
     def __init__(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> None:
         super().__init__(model, init_loc_fn=partial(_value_of, dict(values)))
@@ -24,7 +24,7 @@ class AutoPoint(AutoDelta):
     def quantiles(
         self, quantiles: Sequence[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """The point itself, for each quantile."""
+        """The point estimate, for each quantile."""
         points = self.median(*args, **kwargs)
         return {name: torch.stack([value] * len(quantiles)) for name, value in points.items()}
 
@@ -34,7 +34,7 @@ def _value_of(values: Mapping[str, Tensor], site: Mapping[str, Any]) -> Tensor:
 
 
 class AutoFixed(AutoGuide):
-    """Fixed values."""
+    """Fixed values, which nothing trains."""
 
     def __init__(self, model: Callable[..., Any], values: Mapping[str, Tensor]) -> None:
         super().__init__(model)
@@ -60,26 +60,34 @@ class AutoFixed(AutoGuide):
     def quantiles(
         self, quantiles: Sequence[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """The value itself, for each quantile."""
+        """The value, for each quantile."""
         return {n: torch.stack([v] * len(quantiles)) for n, v in self._values().items()}
 
 
 def make_auxiliary_guide(
     model: Callable[..., Any], values: Mapping[str, Tensor], excluded: Mapping[str, str],
-    left: Sequence[str], fallback: Callable[[Any], AutoGuide],
+    others: Sequence[str], fallback: Callable[[Any], AutoGuide],
 ) -> AutoGuide:
-    """One guide for the sites left out {site: "point" or "frozen"}, at `values`, and those left."""
-    parts: list[AutoGuide] = []
+    """One guide for all sites without a Gaussian.
+
+    Args:
+        model: the model of all sites.
+        values: {site: value} that the excluded sites start at.
+        excluded: {site: "point" or "frozen"}.
+        others: the sites of the guide that `fallback` makes.
+        fallback: model -> guide.
+    """
+    guides: list[AutoGuide] = []
     for kind, make in (("point", AutoPoint), ("frozen", AutoFixed)):
         names = [name for name in excluded if excluded[name] == kind]
         if names:
-            part = make(poutine.block(model, expose=names), {name: values[name] for name in names})
-            parts.append(part)
-    if left:
-        parts.append(fallback(poutine.block(model, expose=list(left))))
-    if len(parts) == 1:
-        return parts[0]
-    joint = AutoGuideList(poutine.block(model, expose=[*excluded, *left]))
-    for part in parts:
-        joint.append(part)
-    return joint
+            exposed = poutine.block(model, expose=names)
+            guides.append(make(exposed, {name: values[name] for name in names}))
+    if others:
+        guides.append(fallback(poutine.block(model, expose=list(others))))
+    if len(guides) == 1:
+        return guides[0]
+    combined = AutoGuideList(poutine.block(model, expose=[*excluded, *others]))
+    for guide in guides:
+        combined.append(guide)
+    return combined

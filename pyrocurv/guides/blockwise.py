@@ -1,4 +1,4 @@
-"""What a guide holds: Gaussians for blocks of its sites, laid out by a model or a saved state."""
+"""Guides that hold a Gaussian for each block of latents, and their state dicts."""
 
 from __future__ import annotations
 
@@ -12,69 +12,72 @@ from torch import Tensor, nn
 from pyrocurv.guides.families import FAMILIES
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
-from pyrocurv.guides.unconstrained import UnconstrainedLatent, constrain
-from pyrocurv.handlers.prototype import TraceSite
+from pyrocurv.guides.unconstrained import UnconstrainedLatent
+from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
+from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
 
 class BlockwiseGuide(ParamStoreGuide):
-    """Gaussians for blocks and the sites they are over; a state has them as plain values.
+    """Gaussians over blocks of latents, which a state dict restores without data.
 
-    What a state has of the fallback guide is kept until the first call makes that guide.
+    The part of a state dict that belongs to the fallback guide is kept until the first call, which
+    creates the fallback guide.
     """
 
     structure: ClassVar[str]
 
     def __init__(
-        self, model: Callable[..., Any], init_loc_fn: Callable[
-            [TraceSite], Tensor
-        ], init_scale: float,
-        create_plates: Callable[..., Any] | None,
+        self, model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor],
+        init_scale: float, create_plates: Callable[..., Any] | None,
     ) -> None:
         super().__init__(model, init_loc_fn, create_plates)
         self._init_scale = init_scale
-        self.sites: dict[str, tuple[int, ...]] = {}
+        self.sites: dict[str, tuple[int, ...]] = {}  # shapes of the unconstrained tensors
         self.fallback_sites: tuple[str, ...] = ()
-        self._excluded: dict[str, str] = {}  # of these, {site: "point" or "frozen"}
-        self.is_joint = False  # whether one block has all latents, as real vectors
-        self._latents: dict[str, UnconstrainedLatent] = {}
-        # the Gaussian is a Laplace approximation, not fitted by its samples
-        self.is_laplace = False
+        self._excluded: dict[str, str] = {}  # fallback sites that are "point" or "frozen"
+        self.is_joint = False  # one block over all latents of a model, unconstrained
+        self._latents: dict[str, UnconstrainedLatent] = {}  # empty until the transforms are known
+        self.is_laplace = False  # the precision is the curvature at a mode
+        self._has_warned = False  # of samples of that
         self._fallback_state: dict[str, Any] = {}
-        self._loaded_rest: tuple[str, ...] = ()  # fallback sites of a state that was loaded
+        self._loaded_fallback: tuple[str, ...] = ()  # fallback sites of a loaded state
         self.blocks = PyroModule[nn.ModuleList]([])
 
     def _build(self, blocks: Sequence[Block], values: Mapping[str, Tensor]) -> None:
+        """Create the Gaussians with the means {site: unconstrained tensor}."""
         for block in blocks:
-            self.blocks.append(FAMILIES[block.kind](block, block.pack(values), self._init_scale))
+            make_family = FAMILIES[type(block.structure)]
+            self.blocks.append(make_family(block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
+
+    # ---- the Gaussians --------------------------------------------------------------------------
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the guide can be drawn from: after its first call, or a state that suffices."""
-        has_sites = bool(self.sites or self.fallback_sites)
-        has_transforms = not self.is_joint or bool(self._latents)
-        return has_sites and has_transforms and not self._fallback_state
+        """Whether the guide can be sampled: after its first call, or a state that suffices."""
+        return not self._uninitialized_reason
+
+    @property
+    def _uninitialized_reason(self) -> str:
+        """The reason why the guide cannot be sampled yet, or ""."""
+        if not self.sites and not self.fallback_sites:
+            return "the guide is not initialized"
+        if self.sites and not self._latents:
+            return "the loaded state has constrained latents, and their transforms are not in it"
+        if self._fallback_state:
+            return "the loaded state has latents of the fallback guide, which is not initialized"
+        return ""
 
     def _ready(self) -> BlockwisePosterior:
-        """The Gaussians together, of a guide that has met its model."""
-        if not self.sites and not self.fallback_sites:
-            raise RuntimeError("the guide has not seen its model: call it once, guide(x, y)")
-        if self.is_joint and not self._latents:
-            raise RuntimeError(
-                "the loaded state has latents of any support, whose transforms are met at the "
-                "first call: call it once, guide(x, y)"
-            )
-        if self._fallback_state:
-            raise RuntimeError(
-                "the loaded state has latents of the fallback guide, which are met at the first "
-                "call: call it once, guide(x, y)"
-            )
-        return BlockwisePosterior(tuple(self.blocks), self.sites, self._latents)
+        """The posterior over the sites, also over none; RuntimeError before initialization."""
+        if reason := self._uninitialized_reason:
+            raise RuntimeError(f"{reason}: call it once with the data, guide(x, y)")
+        return BlockwisePosterior(tuple(self.blocks), self._latents)
 
     def _ready_blocks(self) -> BlockwisePosterior:
-        """The same, of a guide that has one at least."""
+        """The posterior over the sites; RuntimeError also if there are none."""
         posterior = self._ready()
         if not self.sites:
             raise RuntimeError(self.no_gaussian_reason)
@@ -82,55 +85,73 @@ class BlockwiseGuide(ParamStoreGuide):
 
     @property
     def no_gaussian_reason(self) -> str:
-        """Why there is no Gaussian, where there is none."""
-        left = [name for name in self.fallback_sites if name not in self._excluded]
+        """The reason why no latent has a Gaussian, if none has."""
+        others = [name for name in self.fallback_sites if name not in self._excluded]
         reasons = {
             'structure= leaves out, as "point" or "frozen"': [*self._excluded],
-            "the fallback guide has, as no supported op consumes them as weights": left,
+            "the fallback guide has, as no supported op consumes them as weights": others,
         }
         remedy = "" if self._excluded else (
-            "; for a model without a network FullGuide or DiagonalGuide under "
-            "NGVI(curvature='hessian') has all of them"
+            "; for a model without a network, FullGuide or DiagonalGuide under "
+            "NGVI(curvature='hessian') has a Gaussian over all latents"
         )
         return "no latent has a Gaussian here: " + "; ".join(
             f"{reason} {', '.join(names)}" for reason, names in reasons.items() if names
         ) + remedy
 
-    def constrain(self, real: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
-        """The latents at values of `.sites`, and the log volume that their transforms have."""
-        return constrain(self._latents, real) if self.is_joint else (dict(real), 0.0)
+    def constrain(
+        self, unconstrained: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor | float]:
+        """The latents at unconstrained tensors, and the log volume of all transforms there."""
+        values: dict[str, Tensor] = {}
+        total: Tensor | float = 0.0
+        for name, u in unconstrained.items():
+            values[name], log_volume = self._latents[name].constrain(u)
+            total = total + (log_volume.sum() if isinstance(log_volume, Tensor) else log_volume)
+        return values, total
 
     @property
     def is_one_block(self) -> bool:
-        """Whether all latents have one Gaussian, full or diagonal."""
+        """Whether all latents are in one block."""
         return len(self.blocks) == 1 and not self.fallback_sites
 
     @property
     def has_constrained(self) -> bool:
-        """Whether a latent is not any real number, as a scale is not."""
+        """Whether a latent of the blocks is constrained, as a scale is."""
         return any(not latent.is_real for latent in self._latents.values())
 
     @property
     def has_initial_scale(self) -> bool:
-        """Whether every standard deviation is still what it was set to at first."""
-        wanted = self._init_scale**-2
+        """Whether all standard deviations still have their initial value."""
+        initial = self._init_scale**-2
         diagonals = [family.precision().diag() for family in self.blocks]
-        return all(bool(torch.allclose(d, torch.full_like(d, wanted))) for d in diagonals)
+        return all(bool(torch.allclose(d, torch.full_like(d, initial))) for d in diagonals)
+
+    def _warn_of_laplace_samples(self) -> None:
+        if self.is_laplace and not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                "sampling a Laplace approximation: its width is that of the network linearized at "
+                "the mode, and predictions of the network itself at its samples are far off; use "
+                "pyrocurv.infer.Laplace(model, guide).predict(x)"
+            )
 
     # ---- saving ---------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The layout, in plain values, so that a fresh guide can be loaded without data."""
-        sites = {name: list(shape) for name, shape in self.sites.items()}
-        blocks = to_state([family.block for family in self.blocks])
-        rest = list(self.fallback_sites or self._loaded_rest)
+        """The blocks and sites in plain values, which a new guide is built from without data."""
         return {
-            "version": FORMAT_VERSION, "structure": self.structure, "blocks": blocks,
-            "sites": sites, "fallback": rest, "is_joint": self.is_joint, "at_mode": self.is_laplace,
+            "version": FORMAT_VERSION,
+            "structure": self.structure,
+            "blocks": to_state([family.block for family in self.blocks]),
+            "sites": {name: list(shape) for name, shape in self.sites.items()},
+            "fallback": list(self.fallback_sites or self._loaded_fallback),
+            "is_joint": self.is_joint,
+            "is_laplace": self.is_laplace,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Used by `load_state_dict`; the work is done before, in `_load_from_state_dict`."""
+        """Called by `load_state_dict`; `_load_from_state_dict` has used the state by then."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -138,26 +159,41 @@ class BlockwiseGuide(ParamStoreGuide):
             destination[f"{prefix}fallback.{name}"] = value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        layout = state_dict.get(prefix + "_extra_state")
-        if layout and "structure" not in layout:
-            raise ValueError(
-                f"the state is of no {type(self).__name__}: it has {', '.join(map(str, layout))}"
-            )
-        check_version(layout or {}, type(self).__name__)
-        if layout and layout["structure"] != self.structure:
-            raise ValueError(
-                f"the state is of a guide with structure {layout['structure']!r}, this one is "
-                f"{self.structure!r}"
-            )
-        self.is_laplace = bool(layout and layout.get("at_mode"))
-        if layout and layout["blocks"] and not self.sites:
-            plan = from_state(layout["blocks"])
-            like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
-            self._build(plan, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
-            self.is_joint = layout["is_joint"]
-        if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
-            start = prefix + "fallback."
-            self._loaded_rest = tuple((layout or {}).get("fallback", ()))
+        layout = state_dict.get(f"{prefix}_extra_state") or {}
+        if layout:
+            self._check_state(layout)
+        self.is_laplace = bool(layout.get("is_laplace"))
+        if layout.get("blocks") and not self.sites:
+            loc = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
+            self._build_from_state(layout, loc)
+        if "fallback" not in self._modules:
+            self._loaded_fallback = tuple(layout.get("fallback", ()))
+            start = f"{prefix}fallback."
             for key in [key for key in state_dict if key.startswith(start)]:
                 self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_state(self, layout: Mapping[str, Any]) -> None:
+        """Raise ValueError for the state of something else or of another structure."""
+        name = type(self).__name__
+        if "structure" not in layout:
+            raise ValueError(
+                f"the state is not of a {name}: it has {', '.join(map(str, layout))}"
+            )
+        check_version(layout, name)
+        if layout["structure"] != self.structure:
+            raise ValueError(
+                f"the state is of a guide with structure {layout['structure']!r}, this one has "
+                f"{self.structure!r}"
+            )
+
+    def _build_from_state(self, layout: Mapping[str, Any], like: Tensor) -> None:
+        """Create the Gaussians that a state describes, with the dtype and device of `like`."""
+        zeros = {name: like.new_zeros(shape) for name, shape in layout["sites"].items()}
+        self._build(from_state(layout["blocks"]), zeros)
+        self.is_joint = layout["is_joint"]
+        if not self.is_joint:  # weights; the transforms of other latents are known from a model
+            self._latents = {
+                name: UnconstrainedLatent.weight(shape, len(shape))
+                for name, shape in self.sites.items()
+            }

@@ -1,7 +1,7 @@
-"""A Gaussian over one block of weights whose parameters live in Pyro.
+"""Gaussians over one block of weights, with their parameters in Pyro.
 
-Location and scales are `PyroParam`s, so plain `SVI` can train them; natural gradients write them in
-place through `write`. The basis of a Kronecker family is a buffer.
+Locations and scales are `PyroParam`s, so that plain `SVI` can train them; natural gradients write
+them in place through `write`. The bases of a Kronecker family are buffers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyrocurv.guides.structured_normal import StructuredNormal
+from pyrocurv.layers import structure_spec
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Structure
@@ -23,7 +24,7 @@ from pyrocurv.structures.linalg import scale_tril
 
 
 class Family(PyroModule):
-    """N(loc, precision⁻¹) over a block's packed weights [P]."""
+    """N(loc, precision⁻¹) over the packed weights [P] of a block."""
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__()
@@ -32,32 +33,35 @@ class Family(PyroModule):
 
     @property
     def raw_loc(self) -> Tensor:
-        """The parameter under `loc`, to be read and written in place."""
+        """The parameter behind `loc`, to be read and written in place."""
         return self._parameters["loc_unconstrained"]  # a PyroModule's attributes are slow
 
     def distribution(self) -> Distribution:
         """The Gaussian, differentiable in the parameters."""
-        raise TypeError(f"{type(self).__name__} has no distribution")
+        raise NotImplementedError
 
     def precision(self) -> Structure:
-        """Its precision matrix."""
-        raise TypeError(f"{type(self).__name__} has no precision")
+        """The precision matrix."""
+        raise NotImplementedError
 
     def encode(self, precision: Structure) -> dict[str, Tensor]:
-        """A precision as the family's parameters and buffers; all that may fail is done here."""
-        raise TypeError(f"{type(self).__name__} cannot hold {type(precision).__name__}")
+        """The parameters and buffers {name: value} for a precision; everything that may fail.
+
+        Raises TypeError for a structure that the family does not have.
+        """
+        raise NotImplementedError
 
     @torch.no_grad()
     def write(self, encoded: Mapping[str, Tensor]) -> None:
-        """Take on the parameters and buffers of an encoded precision, in place."""
+        """Set the parameters, in place, and the buffers to those of an encoded precision."""
         for name, value in encoded.items():
-            if name in self._buffers:  # a posterior that was handed out keeps the old one
+            if name in self._buffers:  # a new tensor: posteriors that were handed out share the old
                 setattr(self, name, value.clone(memory_format=torch.contiguous_format))
             else:
                 getattr(self, name).copy_(value)
 
     def keep(self, undo: Undo, encoded: Mapping[str, Tensor]) -> None:
-        """Have `undo` keep the location and what `write` changes."""
+        """Have `undo` keep the location and everything that `write` changes."""
         changed = [self._parameters[name] for name in encoded if name in self._parameters]
         undo.keep_tensors([self.raw_loc, *changed])
         if encoded:
@@ -65,7 +69,7 @@ class Family(PyroModule):
 
 
 class DiagonalFamily(Family):
-    """Independent weights, `scale` [P]."""
+    """Independent weights of standard deviations `scale` [P]."""
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__(block, loc, init_scale)
@@ -82,7 +86,7 @@ class DiagonalFamily(Family):
 
 
 class DenseFamily(Family):
-    """All weights correlated, `scale_tril` [P, P] the lower Cholesky factor of the covariance."""
+    """All weights correlated; `scale_tril` [P, P] is the Cholesky factor of the covariance."""
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__(block, loc, init_scale)
@@ -102,26 +106,28 @@ class DenseFamily(Family):
 
 
 class KroneckerFamily(Family):
-    """Weights correlated through two bases: `scale` are the standard deviations in them.
+    """Weights correlated through an output and an input basis.
 
-    The precision is a `KroneckerEigen` of spectrum 1 / scale², in the units `output_root` [O] and
-    `input_root` [I] of the prior (ones unless weights differ in it); all with a leading axis in
-    layers of groups. A side that is truncated has one standard deviation for all of the rest.
+    `scale` [s, r] holds the standard deviations in the joint basis, so that the precision is a
+    `KroneckerEigen` with eigenvalues 1 / scale². A truncated side has one further standard
+    deviation, for all directions orthogonal to its basis. If the precision of the prior differs
+    between weights, the matrix is rescaled by `output_root` [O] and `input_root` [I], which are
+    ones otherwise. Grouped layers have a leading axis.
     """
 
     def __init__(self, block: Block, loc: Tensor, init_scale: float) -> None:
         super().__init__(block, loc, init_scale)
         (layer,) = block.layers
-        *lead, rows, columns = layer.matrix_shape
-        spectrum = [*lead]
-        sides = zip(("output", "input"), (rows, columns), block.ranks, strict=True)
+        *groups, outputs, inputs = layer.matrix_shape
+        scale_shape = [*groups]
+        sides = zip(("output", "input"), (outputs, inputs), block.ranks, strict=True)
         for side, size, rank in sides:
-            spectrum.append(rank + (rank < size))
-            basis = torch.eye(size, rank).to(loc).repeat(*lead, 1, 1)
+            scale_shape.append(rank + (rank < size))
+            basis = torch.eye(size, rank).to(loc).repeat(*groups, 1, 1)
             self.register_buffer(f"{side}_basis", basis)
-            self.register_buffer(f"{side}_root", loc.new_ones(*lead, size))
+            self.register_buffer(f"{side}_root", loc.new_ones(*groups, size))
         self.scale = PyroParam(
-            loc.new_full(spectrum, init_scale), constraints.positive, event_dim=len(spectrum)
+            loc.new_full(scale_shape, init_scale), constraints.positive, event_dim=len(scale_shape)
         )
 
     def distribution(self) -> Distribution:
@@ -136,14 +142,14 @@ class KroneckerFamily(Family):
         return Rescaled(eigen, outer(output, input).flatten())
 
     def encode(self, precision: Structure) -> dict[str, Tensor]:
-        root = precision.root if isinstance(precision, Rescaled) else None
-        eigen = precision.inner if isinstance(precision, Rescaled) else precision
-        assert isinstance(eigen, KroneckerEigen)
-        if root is None:
-            output, input = map(torch.ones_like, (self.output_root, self.input_root))
-        else:
-            matrix = root.view(eigen.shape)
-            output, input = matrix[..., 0], matrix[..., 0, :] / matrix[..., 0, :1]
+        match precision:
+            case KroneckerEigen() as eigen:
+                output, input = map(torch.ones_like, (self.output_root, self.input_root))
+            case Rescaled(inner=KroneckerEigen() as eigen, root=packed):
+                root = packed.view(eigen.shape)
+                output, input = root[..., 0], root[..., 0, :] / root[..., 0, :1]
+            case _:
+                raise TypeError(f"a Kronecker family cannot hold {type(precision).__name__}")
         return {
             "scale_unconstrained": eigen.spectrum.log() / -2,
             "output_basis": eigen.output_basis,
@@ -153,10 +159,10 @@ class KroneckerFamily(Family):
         }
 
 
-FAMILIES: dict[str, type[Family]] = {
-    "full": DenseFamily,
-    "block": DenseFamily,
-    "diag": DiagonalFamily,
-    "kfac": KroneckerFamily,
-    "ekfac": KroneckerFamily,
+FAMILIES: dict[type[structure_spec.StructureSpec], type[Family]] = {
+    structure_spec.Full: DenseFamily,
+    structure_spec.Block: DenseFamily,
+    structure_spec.Diagonal: DiagonalFamily,
+    structure_spec.KFAC: KroneckerFamily,
+    structure_spec.EKFAC: KroneckerFamily,
 }

@@ -1,4 +1,4 @@
-"""Where a guide starts: at the network's own weights, at what its user says, or at a median."""
+"""Initial values of the latents: the network's own weights, a user's values, or medians."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrocurv.guides.partition import LatentPartition
-from pyrocurv.handlers.prototype import TraceSite, is_real
+from pyrocurv.handlers.sites import TraceSite, is_real
 from pyrocurv.runtime.distributions import unwrap
 
-FAR = 30.0  # of a real number that a constrained latent is the image of
+MAX_UNCONSTRAINED = 30.0  # size of an unconstrained value beyond which a median is not used
 
 
 def init_to_network(site: TraceSite) -> Tensor:
-    """Start at the weight that `bayesianize` replaced (its prior's `initial`), or at a sample.
+    """Initialize to the weight that `bayesianize` replaced (its prior's `initial`).
 
-    Scales and single numbers start at their medians: the weights' priors may hang on them, and a
-    draw of a heavy tail would be theirs for good.
+    Other weights are sampled. Scales and single numbers are initialized to their medians: priors of
+    weights may depend on them, and a sample from a heavy tail would fix those for good.
     """
     initial = getattr(site["fn"], "initial", None)
     if initial is not None:
@@ -40,49 +40,55 @@ def init_to_network(site: TraceSite) -> Tensor:
 
 
 def init_to_prior_median(site: TraceSite) -> Tensor:
-    """Start at the prior's median: in closed form where that is known, else of a few samples.
+    """Initialize to the prior's median, in closed form or from a few samples.
 
-    Of a prior as vague as Gamma(.001, .001) it is nowhere, a number like 1e-35: there, as Pyro's
-    guides do, at the image of 0.
+    The median of a prior as vague as Gamma(.001, .001) is meaningless, a number like 1e-35: such a
+    site is initialized as in Pyro's guides, to the transform of 0.
     """
     fn = unwrap(site["fn"])
     try:
-        middle = fn.icdf(torch.tensor(0.5)).expand(fn.batch_shape)
+        median = fn.icdf(torch.tensor(0.5)).expand(fn.batch_shape)
     except NotImplementedError:
-        middle = init_to_median(site)
-    real = biject_to(site["fn"].support).inv(middle)
-    limit = torch.inf if is_real(site) else FAR
-    return middle if bool((real.abs() < limit).all()) else init_to_feasible(site)
+        median = init_to_median(site)
+    u = biject_to(site["fn"].support).inv(median)
+    limit = torch.inf if is_real(site) else MAX_UNCONSTRAINED
+    return median if bool((u.abs() < limit).all()) else init_to_feasible(site)
 
 
 def init_near_median(site: TraceSite) -> Tensor:
-    """A tenth of the way from the prior's median to where `init_to_network` put the site.
+    """Initialize a tenth of the way from the prior's median to the value of `init_to_network`.
 
-    At the medians themselves the hidden units of a network are all the same, and would stay so.
+    At the medians the hidden units of a network are all the same, and would remain so.
     """
-    middle = init_to_prior_median(site)
+    median = init_to_prior_median(site)
     if getattr(site["fn"], "initial", None) is not None:
         return site["value"]
-    return middle + 0.1 * (site["value"] - middle).clamp(-1, 1) if is_real(site) else middle
+    return median + 0.1 * (site["value"] - median).clamp(-1, 1) if is_real(site) else median
 
 
 def initial_values(
-    plan: LatentPartition, latents: Mapping[str, TraceSite], uses_default_init: bool
+    partition: LatentPartition, sites: Mapping[str, TraceSite], near_medians: bool
 ) -> dict[str, Tensor]:
-    """The real tensors that the blocks start at; `uses_default_init`, a whole model's are near
-    medians."""
-    names = {name for block in plan.blocks for name in block.tensors}
-    sites = {name: site for name, site in latents.items() if name in names}
-    if not plan.latents:
-        return {name: site["value"].detach() for name, site in sites.items()}
-    values = {n: init_near_median(s) if uses_default_init else s["value"] for n, s in sites.items()}
-    return {name: plan.latents[name].transform.inv(v.detach()) for name, v in values.items()}
+    """The initial means of the blocks, {site: unconstrained tensor}.
+
+    `near_medians` applies to a joint block only.
+    """
+    init = init_near_median if near_medians and partition.is_joint else _traced_value
+    return {
+        name: latent.transform.inv(init(sites[name]).detach())
+        for name, latent in partition.latents.items()
+    }
+
+
+def _traced_value(site: TraceSite) -> Tensor:
+    return site["value"]
 
 
 class InitSelected(InitMessenger):
-    """Starts the latents `names` by a function of the site.
+    """Initializes the latents in `names` by a function of the site.
 
-    What `init_to_value` does not name, is left; so are data that are not observed in this call.
+    Latents that an `init_to_value` with a default fallback does not name are left alone, as are
+    data that are not observed in this call.
     """
 
     def __init__(self, init_fn: Callable[[TraceSite], Tensor], names: Container[str]) -> None:
@@ -93,6 +99,6 @@ class InitSelected(InitMessenger):
         if msg["name"] not in self.names:
             return
         options = getattr(self.init_fn, "keywords", {})
-        others = options.get("fallback") is init_to_uniform  # its default, nobody's choice
-        if "values" not in options or not others or msg["name"] in options["values"]:
+        has_default = options.get("fallback") is init_to_uniform
+        if "values" not in options or not has_default or msg["name"] in options["values"]:
             super()._pyro_sample(msg)

@@ -1,4 +1,4 @@
-"""What a guide's Gaussians say of its sites together: draws, marginals, quantiles, KL."""
+"""Samples, marginals, quantiles and KL divergence of the Gaussians of a guide, by site."""
 
 from __future__ import annotations
 
@@ -19,19 +19,16 @@ from pyrocurv.structures import BlockDiagonal
 
 @dataclass(frozen=True, eq=False)
 class BlockwisePosterior:
-    """Independent Gaussians, one for each block, over `sites` {name: shape of the real tensor}.
-
-    Where `latents` are given, the sites' values are images of real tensors.
-    """
+    """Independent Gaussians, one for each block, over the unconstrained `latents`."""
 
     families: Sequence[Family]
-    sites: Mapping[str, tuple[int, ...]]
     latents: Mapping[str, UnconstrainedLatent]
 
     def normal(self) -> StructuredNormal:
-        """As one Gaussian over the real tensors [P], in the order of the sites."""
+        """One Gaussian over the unconstrained tensors [P], in the order of the latents."""
         device = self.families[0].loc.device
-        index = BlockIndices([family.block for family in self.families], self.sites, device)
+        shapes = {name: latent.shape for name, latent in self.latents.items()}
+        index = BlockIndices([family.block for family in self.families], shapes, device)
         precision = BlockDiagonal(tuple(family.precision() for family in self.families), index)
         return StructuredNormal(precision.join([f.loc for f in self.families]), precision)
 
@@ -47,43 +44,38 @@ class BlockwisePosterior:
         """{site: [len(levels), *shape]}; ValueError for a level outside of [0, 1]."""
         if not bool(((0 <= torch.as_tensor(levels)) & (torch.as_tensor(levels) <= 1)).all()):
             raise ValueError(f"quantiles: numbers in [0, 1] are needed, got {levels}")
-        found = {}
-        for name in self.sites:
-            marginal = self._marginal(name)
-            each = torch.as_tensor(levels).to(marginal.loc)
-            real = marginal.icdf(each.reshape(-1, *[1] * marginal.loc.dim()))
-            found[name] = self._image(name, real)
-        return found
+        quantiles = {}
+        for name, latent in self.latents.items():
+            marginal = self._unconstrained_marginal(name)
+            column = torch.as_tensor(levels).to(marginal.loc)
+            u = marginal.icdf(column.reshape(-1, *[1] * marginal.loc.dim()))
+            quantiles[name] = latent.transform(u)
+        return quantiles
 
     def marginal(self, site: str) -> dist.TorchDistribution:
-        """Independent normals [*shape], or their image. Raises ValueError for an unknown site."""
-        marginal = self._marginal(site)
-        if self.latents and not self.latents[site].is_real:
-            return dist.TransformedDistribution(marginal, [self.latents[site].transform])
-        return marginal.to_event(marginal.loc.dim())
+        """Independent normals [*shape], or their transform. ValueError for an unknown site."""
+        marginal = self._unconstrained_marginal(site)
+        if self.latents[site].is_real:
+            return marginal.to_event(marginal.loc.dim())
+        return dist.TransformedDistribution(marginal, [self.latents[site].transform])
 
     def kl(self, priors: Sequence[GaussianPrior]) -> Tensor:
         """KL(q ‖ prior) in nats, with a prior for each block."""
-        parts = zip(self.families, priors, strict=True)
         return torch.stack([
             StructuredNormal(family.loc, family.precision()).kl(prior.loc, prior.precision)
-            for family, prior in parts
+            for family, prior in zip(self.families, priors, strict=True)
         ]).sum()
 
-    def _marginal(self, site: str) -> dist.Normal:
-        """Of the real tensor."""
+    def _unconstrained_marginal(self, site: str) -> dist.Normal:
         for family in self.families:
             if site in family.block.tensors:
-                deviations = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
-                loc = family.block.unpack(family.loc)[site]
-                return dist.Normal(loc, deviations)
-        raise ValueError(f"no site {site!r} here: {', '.join(self.sites)} exist")
+                scale = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
+                return dist.Normal(family.block.unpack(family.loc)[site], scale)
+        raise ValueError(f"no site {site!r} here: {', '.join(self.latents)} exist")
 
     def _values(self, packed: Sequence[Tensor]) -> dict[str, Tensor]:
-        real: dict[str, Tensor] = {}
-        for family, part in zip(self.families, packed, strict=True):
-            real.update(family.block.unpack(part))
-        return {name: self._image(name, real[name]) for name in self.sites}
-
-    def _image(self, site: str, real: Tensor) -> Tensor:
-        return self.latents[site].transform(real) if self.latents else real
+        """Packed vectors [..., P] of the families as the latents' values."""
+        unconstrained: dict[str, Tensor] = {}
+        for family, vector in zip(self.families, packed, strict=True):
+            unconstrained.update(family.block.unpack(vector))
+        return {n: latent.transform(unconstrained[n]) for n, latent in self.latents.items()}

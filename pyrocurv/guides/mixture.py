@@ -1,4 +1,4 @@
-"""Several trained guides as one posterior: an equal-weight mixture, a component for each basin."""
+"""Several trained guides as one posterior: an equal-weight mixture, a component for each mode."""
 
 from __future__ import annotations
 
@@ -13,32 +13,35 @@ from torch import Tensor, nn
 
 from pyrocurv.handlers.modules import named_modules
 
-TRAINED = "a MixtureGuide is for prediction: train its guides, each by itself, and then mix them"
-CHOICE = "_component"
+PREDICTION_ONLY = (
+    "a MixtureGuide is for prediction: train its guides separately, and then mix them"
+)
+COMPONENT_SITE = "_component"
 
 
-class _Choice(dist.Categorical):
-    """Which component a sample is of. Whoever asks for its score, wants to train the mixture."""
+class _Component(dist.Categorical):
+    """The component that a sample is from. Only the training of the mixture would score it."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        raise TypeError(TRAINED)
+        raise TypeError(PREDICTION_ONLY)
 
 
 class MixtureGuide(nn.Module):
     """An equal-weight mixture of trained guides, for prediction.
 
     Args:
-        guides: two or more, of one model or of models that are alike, each trained by itself. What
-            they leave out must be the same in all of their models, as the mixture has no part of
-            its own in it: parameters that are no latents, statistics of batch-norm layers.
+        guides: two or more guides, trained separately, of one model or of models with the same
+            latents. Everything else in the models must be equal, as the mixture predicts with one
+            of them: parameters that are not latents, statistics of batch-norm layers.
 
-    In `Predictive` every call draws a component and then, from that, a sample at the sites of the
-    model. A state is that of the components; a mixture of as many fresh guides is loaded from it
-    without data.
+    Each call draws a component, and then a sample from that. The state dict holds the states of the
+    components; a mixture of as many new guides loads it without data.
 
     Raises:
-        TypeError: what is no guide of `pyrocurv.guides`; an ELBO of the mixture, or `NGVI` on it.
-        ValueError: no guide, guides of other sites, models that differ beside their latents.
+        TypeError: a guide that is not one of `pyrocurv.guides`; an ELBO of the mixture, or `NGVI`
+            on it.
+        ValueError: no guide, guides with different sites, models that differ in more than their
+            latents.
 
     Example:
         >>> import torch, pyrocurv
@@ -58,7 +61,7 @@ class MixtureGuide(nn.Module):
         for guide in guides:
             if not (isinstance(guide, nn.Module) and hasattr(guide, "sample_posterior")):
                 raise TypeError(
-                    "guides: some of pyrocurv.guides are needed (KFACGuide, ...), got "
+                    "guides: guides of pyrocurv.guides are needed (KFACGuide, ...), got "
                     f"{type(guide).__name__}"
                 )
         if not guides:
@@ -67,9 +70,9 @@ class MixtureGuide(nn.Module):
         self._check_sites()
         if differing := _differing([*self._models()]):
             raise ValueError(
-                f"the guides' models differ in {_some(differing)}, which no guide has: predict "
-                "with each guide and its own model; or make latents of those parameters, with "
-                '`bayesianize(net, layers=[...])` and `structure={...: "point"}`'
+                f"the guides' models differ in {_first_names(differing)}, which are not latents: "
+                "predict with each guide and its own model; or make latents of those parameters, "
+                'with `bayesianize(net, layers=[...])` and `structure={...: "point"}`'
             )
 
     def __iter__(self) -> Iterator[Any]:
@@ -83,64 +86,64 @@ class MixtureGuide(nn.Module):
 
     @property
     def sites(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the weights, as the components have them."""
+        """Names and shapes of the weights in each component."""
         return self[0].sites
 
     @property
     def fallback_sites(self) -> tuple[str, ...]:
-        """The latents that the components' fallback guides have."""
+        """The latents of the components' fallback guides."""
         return self[0].fallback_sites
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw a component and then all latents from it; the model's arguments."""
+        """Draw a component and sample all latents from it; takes the model's arguments."""
         size = len(self.components)
-        choice = pyro.sample(
-            CHOICE, _Choice(torch.full((size,), 1 / size)), infer={"is_auxiliary": True}
+        component = pyro.sample(
+            COMPONENT_SITE, _Component(torch.full((size,), 1 / size)), infer={"is_auxiliary": True}
         )
-        if choice.dim():
+        if component.dim():
             raise ValueError(
-                "a MixtureGuide draws one component in a call: use Predictive without parallel=True"
-                ", or sample_posterior(n)"
+                "a MixtureGuide draws one component in each call: use Predictive without "
+                "parallel=True, or sample_posterior(n)"
             )
-        return poutine.block(self[int(choice)], hide_fn=_is_inner)(*args, **kwargs)
+        return poutine.block(self[int(component)], hide_fn=_is_internal)(*args, **kwargs)
 
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n independent draws of every latent, {site: [n, *shape]}."""
         self._check_sites()
-        choice = torch.randint(len(self.components), (n,))
-        order = choice.argsort(stable=True).argsort()  # of the draws, which come by component
-        counts = choice.bincount(minlength=len(self.components)).tolist()
-        parts = [
+        index = torch.randint(len(self.components), (n,))  # of the component of each draw
+        counts = index.bincount(minlength=len(self.components)).tolist()
+        draws = [
             component.sample_posterior(count)
             for component, count in zip(self, counts, strict=True) if count
         ]
+        order = index.argsort(stable=True).argsort()  # from sorted by component to the order drawn
         samples = {}
-        for name in parts[0] if parts else ():
-            drawn = torch.cat([part[name] for part in parts])
-            samples[name] = drawn[order.to(drawn.device)]
+        for name in draws[0] if draws else ():
+            by_component = torch.cat([draw[name] for draw in draws])
+            samples[name] = by_component[order.to(by_component.device)]
         return samples
 
     def median(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """There is none: the middle between basins is in no basin. Ask the components."""
+        """Not defined: a median between modes would be in none of them."""
         raise NotImplementedError(
-            "a mixture of basins has no median in any of them: ask mixture[i].median()"
+            "the median of a mixture is in none of its modes: use mixture[i].median()"
         )
 
     def quantiles(self, quantiles: float | Sequence[float], *args: Any, **kwargs: Any) -> NoReturn:
-        """Ask the components, or take them from `sample_posterior`."""
+        """Not defined; a component has them, and so have samples from `sample_posterior`."""
         raise NotImplementedError(
-            "ask mixture[i].quantiles(...), or take quantiles of mixture.sample_posterior(n)"
+            "use mixture[i].quantiles(...), or quantiles of mixture.sample_posterior(n)"
         )
 
     # ---- saving ---------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, int]:
-        """How many components there are."""
+        """The number of components."""
         return {"components": len(self.components)}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Used by `load_state_dict`; looked at before, in `_load_from_state_dict`."""
+        """Called by `load_state_dict`; `_load_from_state_dict` has checked the state by then."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         saved = state_dict.get(f"{prefix}_extra_state", {}).get("components")
@@ -150,30 +153,30 @@ class MixtureGuide(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    # ---- what must be alike ---------------------------------------------------------------------
+    # ---- checks ---------------------------------------------------------------------------------
 
     def _check_sites(self) -> None:
-        """Of the components that have seen their model, or a state of it."""
-        known = [(dict(c.sites), set(c.fallback_sites)) for c in self if c.sites]
-        for other in known[1:]:
-            if other != known[0]:
-                raise ValueError(f"the guides have other sites: {known[0]} and {other}")
+        """Raise ValueError if components that are initialized have different sites."""
+        sites = [(dict(c.sites), set(c.fallback_sites)) for c in self if c.sites]
+        for other in sites[1:]:
+            if other != sites[0]:
+                raise ValueError(f"the guides have different sites: {sites[0]} and {other}")
 
     def _models(self) -> Iterator[nn.Module]:
         for component in self:
             if isinstance(component, MixtureGuide):
                 yield from component._models()
-            elif component._base_model:  # pickles leave it behind
+            elif component._base_model:  # an unpickled guide has none
                 yield from [*named_modules(component._base_model[0]).values()][:1]
 
 
-def _is_inner(msg: Any) -> bool:
-    """Whether a message is a component's own affair: its parameters and auxiliary draws."""
+def _is_internal(msg: Any) -> bool:
+    """Whether a message concerns a component alone: its parameters and auxiliary samples."""
     return msg["type"] != "sample" or bool(msg["infer"].get("is_auxiliary"))
 
 
 def _differing(models: Sequence[nn.Module]) -> list[str]:
-    """What the models' states differ in: parameters that are no latents, statistics."""
+    """The entries of the models' state dicts that differ: parameters, statistics."""
     if len({id(model) for model in models}) < 2:
         return []
     first, *others = [model.state_dict() for model in models]
@@ -189,6 +192,6 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
+def _first_names(names: Sequence[str]) -> str:
+    others = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {others} more" if others > 0 else "")

@@ -1,7 +1,8 @@
-"""What makes a guide one of its own: its name in Pyro's store, through moves, copies and pickles.
+"""Names of guides in Pyro's parameter store, also after moves, copies and pickles.
 
-Pyro's store goes by names. A parameter under a name that the store has is taken from there, so two
-guides of one name are one guide, and a parameter that was replaced comes back at the next call.
+The store maps names to parameters. A module whose parameter has a name that is in the store takes
+the parameter from there, so two guides of one name share their parameters, and a parameter that was
+replaced in the module returns at the next call.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrocurv.handlers.modules import named_modules
-from pyrocurv.handlers.prototype import TraceSite
+from pyrocurv.handlers.sites import TraceSite
 
-_instances: dict[str, Iterator[int]] = defaultdict(itertools.count)
+_counters: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 class ParamStoreGuide(AutoGuide):
-    """A guide with a name that no other guide of this process has.
+    """A guide whose name is unique in this process.
 
-    Pickles leave behind what the first call needs: the model, above all.
+    Pickles lack `unpickled_attributes`, which only the first call needs: above all the model.
     """
 
     unpickled_attributes: ClassVar[tuple[str, ...]] = ("_base_model", "_init_loc_fn")
@@ -37,45 +38,45 @@ class ParamStoreGuide(AutoGuide):
         create_plates: Callable[..., Any] | None,
     ) -> None:
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
-        self._take_a_name()
+        self._set_unique_name()
         self.register_load_state_dict_post_hook(clear_param_store)
-        self._base_model = (model,)
+        self._base_model = (model,)  # in a tuple, so that it is not a submodule
         self._init_loc_fn = init_loc_fn
 
-    def _take_a_name(self) -> None:
-        """For the guide and its parts."""
+    def _set_unique_name(self) -> None:
+        """Name the guide and its submodules."""
         kind = type(self).__name__
-        number = next(_instances[kind])
-        self._own_name = f"{kind}_{number}" if number else kind
+        number = next(_counters[kind])
+        self._unique_name = f"{kind}_{number}" if number else kind
         context = type(self._pyro_context)()
-        for part in self.modules():
-            if isinstance(part, PyroModule):
-                part._pyro_context = context
-        self._pyro_set_supermodule(self._own_name, context)
+        for module in self.modules():
+            if isinstance(module, PyroModule):
+                module._pyro_context = context
+        self._pyro_set_supermodule(self._unique_name, context)
 
     def __getstate__(self) -> dict[str, Any]:
-        left = dict.fromkeys(("master", "_model", *self.unpickled_attributes))
-        return {**self.__dict__, **left, "_modules": _without_models(self._modules)}
+        dropped = dict.fromkeys(("master", "_model", *self.unpickled_attributes))
+        return {**self.__dict__, **dropped, "_modules": _shallow_copies(self._modules)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._pyro_name == self._own_name:  # and not one from a module around it
-            self._take_a_name()
+        if self._pyro_name == self._unique_name:  # otherwise a module around it has named it
+            self._set_unique_name()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamStoreGuide:
-        """On the copy of its model if that was copied before in the same call."""
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        """A copy for the same model, or for the copy of the model if that is in `memo`."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         for name in self.unpickled_attributes:
-            setattr(twin, name, getattr(self, name))
-        twin._base_model = _followed(self._base_model, memo)
-        for old, new in zip(_guides(self), _guides(twin), strict=True):
-            new._model = _followed(old._model, memo)
-        return twin
+            setattr(copied, name, getattr(self, name))
+        copied._base_model = _copied_model(self._base_model, memo)
+        for old, new in zip(_autoguides(self), _autoguides(copied), strict=True):
+            new._model = _copied_model(old._model, memo)
+        return copied
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Let the store forget parameters that a move replaces; it meets the new ones again."""
+        """Remove parameters that a move replaces from the store; the next call adds the new."""
         before = _stored_parameters(self)
         result = super()._apply(*args, **kwargs)
         store = pyro.get_param_store()
@@ -87,43 +88,44 @@ class ParamStoreGuide(AutoGuide):
 
 
 def clear_param_store(guide: nn.Module, incompatible: Any) -> None:
-    """After `load_state_dict`: whatever the store has for the guide, the guide's own counts."""
+    """After `load_state_dict`: remove other parameters under the guide's names from the store."""
     store = pyro.get_param_store()
-    for name, own in _stored_parameters(guide).items():
-        if name in store and store._params[name] is not own:
+    for name, parameter in _stored_parameters(guide).items():
+        if name in store and store._params[name] is not parameter:
             del store[name]
 
 
 def _stored_parameters(guide: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by their names in the store."""
     return {
-        f"{part._pyro_name}.{name}": part._parameters[f"{name}_unconstrained"]
-        for part in guide.modules() if isinstance(part, PyroModule) for name in part._pyro_params
+        f"{module._pyro_name}.{name}": module._parameters[f"{name}_unconstrained"]
+        for module in guide.modules() if isinstance(module, PyroModule)
+        for name in module._pyro_params
     }
 
 
-def _without_models(modules: dict[str, Any]) -> dict[str, Any]:
-    """The modules, Pyro's guides among them as shallow twins: to pickle one takes its model away.
+def _shallow_copies(modules: dict[str, Any]) -> dict[str, Any]:
+    """The modules, with shallow copies in place of Pyro's guides.
 
-    Pyro does that to the live guide.
+    Pyro removes the model of a guide that is pickled, which the original should keep.
     """
-    return {name: _twin(m) if isinstance(m, AutoGuide) else m for name, m in modules.items()}
+    return {n: _shallow_copy(m) if isinstance(m, AutoGuide) else m for n, m in modules.items()}
 
 
-def _twin(guide: AutoGuide) -> AutoGuide:
-    twin = object.__new__(type(guide))
-    twin.__dict__.update(guide.__dict__, _modules=_without_models(guide._modules))
-    return twin
+def _shallow_copy(guide: AutoGuide) -> AutoGuide:
+    copied = object.__new__(type(guide))
+    copied.__dict__.update(guide.__dict__, _modules=_shallow_copies(guide._modules))
+    return copied
 
 
-def _guides(guide: nn.Module) -> list[AutoGuide]:
-    return [part for part in guide.modules() if isinstance(part, AutoGuide)]
+def _autoguides(guide: nn.Module) -> list[AutoGuide]:
+    return [module for module in guide.modules() if isinstance(module, AutoGuide)]
 
 
-def _followed(held: Any, memo: dict[int, Any]) -> Any:
-    """A model, held as (model,), or its copy with the handlers around it."""
-    if not held:
-        return held
-    (model,) = held
+def _copied_model(holder: Any, memo: dict[int, Any]) -> Any:
+    """A model in a tuple, or its copy with the handlers around it if the model was copied."""
+    if not holder:
+        return holder
+    (model,) = holder
     innermost = next(iter(named_modules(model).values()), model)
-    return copy.deepcopy(held, memo) if id(innermost) in memo else held
+    return copy.deepcopy(holder, memo) if id(innermost) in memo else holder

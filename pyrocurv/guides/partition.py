@@ -1,90 +1,99 @@
-"""How the latents of a model are shared out: blocks with a Gaussian, points, frozen, the rest."""
+"""The partition of a model's latents: blocks with a Gaussian, point estimates, and the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from pyrocurv.guides.unconstrained import UnconstrainedLatent, is_local, joint_block
+from pyrocurv.guides.unconstrained import UnconstrainedLatent, is_local
 from pyrocurv.handlers.prototype import Prototype
+from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.block import Block, make_blocks
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
+from pyrocurv.layers.structure_spec import parse_structure
 
-WIDE = 10_000  # numbers in a dense block, from which on a word is due
+MAX_DENSE_SIZE = 10_000  # parameters in a dense block; a warning is given above
 
 
 @dataclass(frozen=True)
 class LatentPartition:
-    """The blocks, what is `excluded` {site: "point" or "frozen"}, and names of what is `left`."""
+    """Blocks over `latents`, `excluded` sites {name: "point" or "frozen"}, and `fallback` sites."""
 
     blocks: list[Block]
-    excluded: dict[str, str]
-    left: tuple[str, ...]
-    # of a block over a whole model
-    latents: Mapping[str, UnconstrainedLatent] = field(default_factory=dict)
+    latents: Mapping[str, UnconstrainedLatent]  # those of the blocks, in the order of the model
+    excluded: Mapping[str, str]
+    fallback: tuple[str, ...]
+    is_joint: bool = False  # one block over all latents of a model
 
     @staticmethod
-    def of(
-        found: Prototype, choice: StructureChoice, default: str, modules: Mapping[str, nn.Module]
+    def by_layer(
+        prototype: Prototype, choice: StructureChoice, default: str,
+        modules: Mapping[str, nn.Module],
     ) -> LatentPartition:
-        """By the choice, and by the default where it says nothing."""
-        chosen = select_structures(choice, default, found.layers, modules, LEFT_OUT)
+        """Blocks of layers, whose structures are those of `choice` or the default."""
+        structures = select_structures(choice, default, prototype.layers, modules, LEFT_OUT)
         excluded = {
-            name: kind for layer, kind in chosen.items() if kind in LEFT_OUT
+            name: structure for layer, structure in structures.items() if structure in LEFT_OUT
             for name in layer.tensors
         }
-        blocks = make_blocks(
-            [layer for layer, kind in chosen.items() if kind not in LEFT_OUT], chosen.__getitem__
-        )
-        taken = {*excluded, *(name for block in blocks for name in block.tensors)}
-        left = tuple(name for name in found.latents if name not in taken)
-        return LatentPartition(blocks, excluded, left)
+        layers = [layer for layer, structure in structures.items() if structure not in LEFT_OUT]
+        blocks = make_blocks(layers, structures.__getitem__)
+        weights = {name for layer in layers for name in layer.tensors}
+        latents = {
+            name: UnconstrainedLatent.weight(tuple(site["value"].shape), site["fn"].event_dim)
+            for name, site in prototype.latents.items() if name in weights
+        }
+        fallback = tuple(n for n in prototype.latents if n not in weights and n not in excluded)
+        return LatentPartition(blocks, latents, excluded, fallback)
 
     @staticmethod
-    def joint(found: Prototype, structure: str) -> LatentPartition:
-        """One block over all latents, as real vectors."""
-        latents = {name: UnconstrainedLatent.of(site) for name, site in found.latents.items()}
-        return LatentPartition([joint_block(latents, structure)], {}, (), latents)
+    def joint(prototype: Prototype, structure: str) -> LatentPartition:
+        """One block over all latents, unconstrained."""
+        latents = {name: UnconstrainedLatent.of(site) for name, site in prototype.latents.items()}
+        layers = tuple(Layer(n, None, latent.shape, "untraced") for n, latent in latents.items())
+        return LatentPartition(
+            [Block(layers, parse_structure(structure))], latents, {}, (), is_joint=True
+        )
 
-    def prefers_joint(self, found: Prototype) -> bool:
-        """Whether latents are left or known from gradients alone, as in models without a network.
+    def suggests_joint(self, prototype: Prototype) -> bool:
+        """Whether some latents are not weights of a layer, as in models without a network.
 
-        Not with local latents: those are the fallback's, which amortises or refuses them.
+        Local latents rule it out: the fallback guide amortizes or refuses them.
         """
-        short = bool(self.left) or any(block.is_untraced for block in self.blocks)
-        return short and not any(map(is_local, found.latents.values()))
+        has_others = bool(self.fallback) or any(block.is_untraced for block in self.blocks)
+        return has_others and not any(map(is_local, prototype.latents.values()))
 
-    def warning(self, found: Prototype) -> str:
-        """A warning of weights without the Gaussian one may expect, or of large blocks; or ""."""
-        wide = [block for block in self.blocks if block.kind in ("full", "block")
-                and block.size > WIDE]
+    def warning(self, prototype: Prototype) -> str:
+        """A warning about large dense blocks and weights without curvature, or ""."""
+        dense = (structure_spec.Full, structure_spec.Block)
         notes = [
-            f"{block.name} has a dense matrix of {block.size:,} x {block.size:,}, factorised at "
-            "each update, which may take minutes" for block in wide
+            f"{block.name} has a dense matrix of {block.size:,} x {block.size:,}, factorized at "
+            "each update, which may take minutes" for block in self.blocks
+            if isinstance(block.structure, dense) and block.size > MAX_DENSE_SIZE
         ]
-        if self.latents:
+        if self.is_joint:
             return "; ".join(notes)
-        opaque = [name for block in self.blocks if block.is_untraced for name in block.tensors]
-        others = [name for name in self.left if name in found.unsupported]
+        untraced = [name for block in self.blocks if block.is_untraced for name in block.tensors]
+        others = [name for name in self.fallback if name in prototype.unsupported]
         reasons = {
-            "consumed by no supported op: independent Gaussians, from gradients": opaque,
+            "consumed by no supported op: independent Gaussians, from gradients": untraced,
             "left to the fallback guide": others,
         }
         notes += [
-            f"{', '.join(f'{name} ({found.unsupported[name]})' for name in names)} {reason}"
+            f"{', '.join(f'{name} ({prototype.unsupported[name]})' for name in names)} {reason}"
             for reason, names in reasons.items() if names
         ]
         return "; ".join(notes)
 
 
-def check_layout(have: Sequence[Block], want: Sequence[Block]) -> None:
-    """Raises ValueError where a loaded guide's blocks are not those of the model."""
-    loaded, planned = _layout(have), _layout(want)
-    if loaded != planned:
-        raise ValueError(f"the loaded guide has weights {loaded}, the model {planned}")
+def check_layout(loaded: Sequence[Block], current: Sequence[Block]) -> None:
+    """Raise ValueError if the blocks of a loaded guide are not those of the model."""
+    old, new = _layout(loaded), _layout(current)
+    if old != new:
+        raise ValueError(f"the loaded guide has weights {old}, the model {new}")
 
 
 def _layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""The guides by name: one structure for all layers, where `structure=` does not say otherwise."""
+"""The guides by name: one structure for all layers that `structure=` does not name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyrocurv.guides.structured import StructuredGuide
 class DiagonalGuide(StructuredGuide):
     """Independent weights (mean field).
 
-    Of a model without a network, independent latents of any support, as real vectors.
+    For a model without a network: independent latents of any support, unconstrained.
     """
 
     structure = "diag"
@@ -16,11 +16,11 @@ class DiagonalGuide(StructuredGuide):
 
 
 class KFACGuide(StructuredGuide):
-    """Matrix-normal-like weights for each layer: the precision is (N/T)(G ⊗ A) + δ.
+    """A Kronecker-factored Gaussian for each layer: the precision is (N/T)(G ⊗ A) + δ.
 
-    The prior enters exactly, with no factored damping. G ⊗ A itself is exact for one datum at one
+    The prior enters exactly, without a factored damping. G ⊗ A itself is exact for one datum at one
     position and for deep linear networks. A layer with a side wider than 160 keeps the 16 leading
-    eigenvectors of each side of more than 64, and the mean eigenvalue of the rest.
+    eigenvectors of each side wider than 64, and the mean of the other eigenvalues.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390.
@@ -38,7 +38,7 @@ class KFACGuide(StructuredGuide):
 
 
 class EKFACGuide(StructuredGuide):
-    """As `KFACGuide`, with the eigenvalues re-estimated in the Kronecker eigenbasis.
+    """`KFACGuide` with the eigenvalues estimated in the Kronecker eigenbasis.
 
     Reference: Bae, Zhang & Grosse 2018, "Eigenvalue corrected noisy natural gradient",
     arXiv:1811.12565.
@@ -48,20 +48,20 @@ class EKFACGuide(StructuredGuide):
 
 
 class BlockGuide(StructuredGuide):
-    """A dense Gaussian for each layer: P² numbers, for layers of up to some thousand weights."""
+    """A dense Gaussian for each layer, of P² parameters: for up to a few thousand weights each."""
 
     structure = "block"
 
 
 class FullGuide(StructuredGuide):
-    """One dense Gaussian over all layers: P² numbers, for up to some thousand weights.
+    """One dense Gaussian over all layers, of P² parameters: for up to a few thousand weights.
 
-    Weights that no supported op consumes, of recurrent layers say, stay independent, unless
-    `curvature="hessian"`.
+    Weights that no supported op consumes, as in recurrent layers, are independent unless it is
+    trained with `curvature="hessian"`.
 
-    Of a model without a network, over all latents of any support, as real vectors: P numbers that
-    `.posterior` is over, while `median`, `quantiles` and samples are on the latents' own scale.
-    `NGVI(model, guide, curvature="hessian")` trains it from the Hessian of the log joint.
+    For a model without a network the Gaussian is over all latents, of any support, in unconstrained
+    space. `.posterior` is in that space; `median`, `quantiles` and samples are constrained.
+    `NGVI(model, guide, curvature="hessian")` trains it by the Hessian of the log joint.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch

@@ -1,7 +1,7 @@
-"""What all guides here share: a Gaussian for each block of weights, and a guide for the rest.
+"""The base class of the guides: a Gaussian for each block of weights, and a guide for the rest.
 
-At its first call a guide runs the model once, sees which latents a supported op consumes as
-weights, and lays out a Gaussian for each block of them. What is left goes to a `fallback` guide.
+At its first call a guide runs the model once to find which latents a supported op consumes as
+weights, and creates a Gaussian for each block of them. The other latents go to a fallback guide.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pyrocurv.guides.partition import LatentPartition, check_layout
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.handlers.modules import modules, named_modules
-from pyrocurv.handlers.prototype import Prototype, TraceSite, trace_prototype
+from pyrocurv.handlers.prototype import Prototype, trace_prototype
+from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.handlers.vectorized import VectorizedRunner
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.posterior.prior import GaussianPrior, read_prior
@@ -39,35 +40,38 @@ from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
 
+PARTICLE_PLATE = "num_particles_vectorized"  # of Pyro's ELBOs, around model and guide
+
 
 class StructuredGuide(BlockwiseGuide):
     """A Gaussian posterior over network weights, block by block in one structure.
 
     Args:
         model: a Pyro model with an observed site; the weights are latents with normal priors.
-        init_loc_fn: where the mean starts, site -> value; by default the network's own weights
-            (see `pyrocurv.nn.bayesianize`), or a sample from the prior, and for all other latents
-            the prior's median; without a network near the medians.
-        init_scale: standard deviation of each weight before any training. `NGVI` takes its first
-            step at the mean and sets the scale from the curvature there.
-        structure: for some layers another one than this guide's, {module type, or name with * and
-            ?: structure}, names before types; or a rule (name, module) -> structure or None. A
-            structure is a name, a `KFAC` or an `EKFAC` of `pyrocurv.curvature`; "point" leaves a
-            layer out (a point estimate, trained by `optim`), "frozen" keeps it at its start.
-        fallback: the guide for the latents that are no weights, model -> AutoGuide. One of your
-            own starts them where it says.
-        create_plates: as Pyro's guides have it.
+        init_loc_fn: initial mean, site -> value. By default weights start at the network's own
+            values (see `pyrocurv.nn.bayesianize`) or at a sample from the prior, and other latents
+            at the prior's median; without a network all latents start near their medians.
+        init_scale: initial standard deviation of each weight. `NGVI` takes its first step at the
+            mean, and sets the scale from the curvature there.
+        structure: the structures of layers that differ from this guide's: {module type, or name
+            with * and ?: structure}, where names take precedence over types; or a rule
+            (name, module) -> structure or None. A structure is a name, or a `KFAC` or `EKFAC` of
+            `pyrocurv.curvature`; "point" makes a layer a point estimate, which `optim` trains, and
+            "frozen" keeps it at its initial value.
+        fallback: the guide for the other latents, model -> AutoGuide. A guide other than the
+            default initializes them itself.
+        create_plates: as in Pyro's guides.
 
     Raises at the first call, before anything is set up:
         ValueError: the model has no observed site (were the data left out of the call?), a discrete
             latent, or no latent at all.
 
-    Weights that no supported op consumes (of recurrent layers, say) have independent Gaussians,
-    which `NGVI` trains from gradients alone; weights whose prior is no normal go to the fallback.
-    One warning names them all.
+    Weights that no supported op consumes, as in recurrent layers, have independent Gaussians, which
+    `NGVI` trains from gradients alone; weights with a prior that is not normal go to the fallback
+    guide. One warning names them all.
     """
 
-    supports_joint: ClassVar[bool] = False  # over all latents of a model without a network
+    supports_joint: ClassVar[bool] = False  # one Gaussian over all latents of a model
     unpickled_attributes = (*BlockwiseGuide.unpickled_attributes, "_choice")
 
     def __init__(
@@ -84,9 +88,8 @@ class StructuredGuide(BlockwiseGuide):
             raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
         super().__init__(model, init_loc_fn, init_scale, create_plates)
         self._choice, self._make_fallback = structure, fallback
-        self._fallback_draws = VectorizedRunner()
+        self._run_fallback = VectorizedRunner()
         self._priors: list[GaussianPrior] = []
-        self._said_so = False
 
     # ---- the first call -------------------------------------------------------------------------
 
@@ -96,11 +99,11 @@ class StructuredGuide(BlockwiseGuide):
     def setup(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool = False
     ) -> None:
-        """Run the model once and lay out the Gaussians; all of it, or nothing if that raises.
+        """Run the model once and create the Gaussians; an exception leaves the guide as it was.
 
         Args:
             args, kwargs: the model's arguments.
-            prefers_joint: one Gaussian over all latents in place of layers, also of a network.
+            prefers_joint: one Gaussian over all latents in place of layers, also for a network.
         """
         if not self._base_model:
             raise RuntimeError(
@@ -112,58 +115,62 @@ class StructuredGuide(BlockwiseGuide):
             self._setup(args, kwargs, prefers_joint)
 
     def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool) -> None:
-        model, known = self._base_model[0], {*self.sites, *self._loaded_rest}
-        partial = self.master is not None
         prototype = trace_prototype(
-            self.model, self._prototype_hide_fn, partial, tuple(args), kwargs, known
+            self.model, self._prototype_hide_fn, self.master is not None, tuple(args), kwargs,
+            known={*self.sites, *self._loaded_fallback},
         )
-        plan = self._plan(prototype, prefers_joint)
+        partition = self._partition(prototype, prefers_joint)
         if self.sites:
-            check_layout([family.block for family in self.blocks], plan.blocks)
+            check_layout([family.block for family in self.blocks], partition.blocks)
         else:
-            uses_default_init = self._init_loc_fn is init_to_network and not has_network(model)
-            values = initial_values(plan, prototype.latents, uses_default_init)
-            self._build(plan.blocks, values)
-        priors = {name: prototype.latents[name]["fn"] for name in self.sites}
-        self._event_dims = {name: prior.event_dim for name, prior in priors.items()}
-        self._latents, self.is_joint = dict(plan.latents), bool(plan.latents)
+            has_default = self._init_loc_fn is init_to_network
+            near_medians = has_default and not has_network(self._base_model[0])
+            values = initial_values(partition, prototype.latents, near_medians)
+            self._build(partition.blocks, values)
+        self._latents = {name: partition.latents[name] for name in self.sites}
+        self.is_joint = partition.is_joint
         if not self.is_joint:
+            priors = {name: prototype.latents[name]["fn"] for name in self.sites}
             self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
         self._prototype_frames = {
             frame.name: frame
             for site in prototype.latents.values() for frame in site["cond_indep_stack"]
         }
-        if warning := plan.warning(prototype):
+        if warning := partition.warning(prototype):
             warn_user(f"{type(self).__name__}: {warning}")
-        self._set_fallback(prototype, plan, args, kwargs)
+        self._setup_fallback(prototype, partition, args, kwargs)
         self.prototype_trace = prototype.trace
         if self.master is not None:
             self.master()._check_prototype(prototype.trace)
 
-    def _plan(self, prototype: Prototype, prefers_joint: bool) -> LatentPartition:
-        """Layer by layer, or one block over all latents."""
+    def _partition(self, prototype: Prototype, prefers_joint: bool) -> LatentPartition:
+        """By layer, or one block over all latents; a loaded guide has decided that already."""
         model = self._base_model[0]
-        plan = LatentPartition.of(prototype, self._choice, self.structure, named_modules(model))
-        may = self.supports_joint and self._choice is None and not self.sites
-        is_better = may and not has_network(model) and plan.prefers_joint(prototype)
-        if self.is_joint or is_better or prefers_joint and not self.sites:
-            return LatentPartition.joint(prototype, self.structure)
-        return plan
+        partition = LatentPartition.by_layer(
+            prototype, self._choice, self.structure, named_modules(model)
+        )
+        if self.sites:
+            is_joint = self.is_joint
+        else:
+            may_be_joint = not has_network(model) and self.supports_joint_of(model)
+            is_joint = prefers_joint or may_be_joint and partition.suggests_joint(prototype)
+        return LatentPartition.joint(prototype, self.structure) if is_joint else partition
 
-    def _set_fallback(
-        self, prototype: Prototype, plan: LatentPartition, args: Any, kwargs: Any
+    def _setup_fallback(
+        self, prototype: Prototype, partition: LatentPartition, args: Any, kwargs: Any
     ) -> None:
-        self.fallback_sites, self._excluded = (*plan.excluded, *plan.left), plan.excluded
+        self._excluded = dict(partition.excluded)
+        self.fallback_sites = (*partition.excluded, *partition.fallback)
         if not self.fallback_sites:
             return
         model = self._base_model[0]
         if self._init_loc_fn is not init_to_network:
-            model = InitSelected(self._init_loc_fn, plan.left)(model)
+            model = InitSelected(self._init_loc_fn, partition.fallback)(model)
         elif self._make_fallback is AutoNormal:
-            model = InitSelected(init_to_prior_median, plan.left)(model)
-        values = {name: prototype.latents[name]["value"] for name in plan.excluded}
+            model = InitSelected(init_to_prior_median, partition.fallback)(model)
+        values = {name: prototype.latents[name]["value"] for name in partition.excluded}
         self.fallback = make_auxiliary_guide(
-            model, values, plan.excluded, plan.left, self._make_fallback
+            model, values, partition.excluded, partition.fallback, self._make_fallback
         )
         with torch.no_grad(), preserve_module_state(modules(model)), poutine.block():
             self._create_plates(*args, **kwargs)
@@ -173,55 +180,47 @@ class StructuredGuide(BlockwiseGuide):
             self._fallback_state = {}
 
     def _check_prototype(self, trace: Any) -> None:
-        """Asked by the fallback guide, whose sites are this guide's by construction."""
+        """Called by the fallback guide, whose sites are this guide's by construction."""
 
     # ---- the guide ------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample all latents at Pyro sites of the model's names; the model's arguments."""
+        """Sample all latents at the sites of the model; takes the model's arguments."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        self._warn_of_samples()
+        self._warn_of_laplace_samples()
         self._create_plates(*args, **kwargs)
-        values: dict[str, Tensor] = {}
+        unconstrained: dict[str, Tensor] = {}
         for number, family in enumerate(self.blocks):
             packed = pyro.sample(
                 f"_{self._pyro_name}_{number}", family.distribution(), infer={"is_auxiliary": True}
             )
             if packed.dim() > 1:
                 check_particles(self.sites, named_modules(self.model))
-            values.update(family.block.unpack(packed))
-        result = {
-            name: self._latents[name].sample(name, values[name], self.plates) if self.is_joint
-            else pyro.sample(name, dist.Delta(values[name], event_dim=self._event_dims[name]))
-            for name in self.sites
+            unconstrained.update(family.block.unpack(packed))
+        values = {
+            name: latent.sample(name, unconstrained[name], self.plates)
+            for name, latent in self._latents.items()
         }
         if self.fallback_sites:
-            result.update(self.fallback(*args, **kwargs))
-        return result
+            values.update(self.fallback(*args, **kwargs))
+        return values
 
     def supports_joint_of(self, model: Callable[..., Any]) -> bool:
-        """Whether it is for all latents of a model: "full" always, "diag" without layers.
+        """Whether it can have one Gaussian over all latents of a model.
 
-        Not where it has been laid out with a fallback guide already.
+        "full" can for any model, "diag" for one without a network. A guide that has a fallback
+        guide already cannot.
         """
-        may = self.supports_joint and self._choice is None
-        may = may and not (self.fallback_sites or self._loaded_rest)
-        return may and (self.structure == "full" or not has_network(model))
+        if not self.supports_joint or self._choice is not None:
+            return False
+        if self.fallback_sites or self._loaded_fallback:
+            return False
+        return self.structure == "full" or not has_network(model)
 
     def observe_priors(self, priors: Sequence[GaussianPrior]) -> None:
-        """Remember the priors of the blocks' weights, for `kl`."""
+        """Set the priors of the blocks, which `kl` uses."""
         self._priors = list(priors)
-
-    def _warn_of_samples(self) -> None:
-        """Once, where the precision is the curvature at a mode."""
-        if self.is_laplace and not self._said_so:
-            self._said_so = True
-            warn_user(
-                "sampling a Laplace approximation: its width is that of the network linearised at "
-                "the mode, and predictions of the network itself at samples of it are wrong by "
-                "far; pyrocurv.infer.Laplace(model, guide).predict(x) is what it is for"
-            )
 
     # ---- the posterior --------------------------------------------------------------------------
 
@@ -232,14 +231,14 @@ class StructuredGuide(BlockwiseGuide):
 
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
-        """n draws of every latent, {site: [n, *shape]}."""
+        """n samples of every latent, {site: [n, *shape]}."""
         posterior = self._ready()
-        self._warn_of_samples()
+        self._warn_of_laplace_samples()
         samples = posterior.sample(n)
         if self.fallback_sites:
-            fallback = poutine.mask(self.fallback, mask=False)  # no densities are needed
-            draws = self._fallback_draws(fallback, {}, n, (), {}).values
-            samples.update({name: draws[name] for name in self.fallback_sites})
+            fallback = poutine.mask(self.fallback, mask=False)  # skips the log densities
+            values = self._run_fallback(fallback, {}, n, (), {}).values
+            samples.update({name: values[name] for name in self.fallback_sites})
         return samples
 
     @torch.no_grad()
@@ -255,60 +254,62 @@ class StructuredGuide(BlockwiseGuide):
         self, quantiles: float | Sequence[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """The marginal quantiles of every latent, {site: [len(quantiles), *shape]}."""
-        found = self._ready().quantiles(quantiles)
+        values = self._ready().quantiles(quantiles)
         if self.fallback_sites:
-            listed = torch.as_tensor(quantiles).reshape(-1).tolist()
-            found.update(self.fallback.quantiles(listed, *args, **kwargs))
-        return found
+            levels = torch.as_tensor(quantiles).reshape(-1).tolist()
+            values.update(self.fallback.quantiles(levels, *args, **kwargs))
+        return values
 
     @torch.no_grad()
     def get_posterior(self, site: str) -> dist.TorchDistribution:
-        """The exact marginals of one site's weights: independent normals [*shape].
+        """The exact marginals of the weights of one site: independent normals [*shape].
 
-        Of a latent that has another support, their image under its transform. Raises ValueError for
-        a site that is not among `.sites`.
+        For a constrained latent they are transformed normals. Raises ValueError for a name that is
+        not in `.sites`.
         """
         return self._ready_blocks().marginal(site)
 
     def kl(self) -> Tensor:
-        """KL(q ‖ prior) over `.sites` in nats; the priors as the model last gave them."""
+        """KL(q ‖ prior) over `.sites` in nats, with the priors that the model had last."""
         posterior = self._ready_blocks()
         if self.is_joint:
-            raise RuntimeError("latents of any prior have no KL in closed form: evaluate_loss")
+            raise RuntimeError(
+                "the KL divergence from priors of any form is not known in closed form: use "
+                "NGVI.evaluate_loss"
+            )
         if not self._priors:
-            raise RuntimeError("the guide has not seen the priors: call it once, guide(x, y)")
+            raise RuntimeError("the guide has no priors: call it once with the data, guide(x, y)")
         return posterior.kl(self._priors)
 
     def summary(self) -> str:
-        """A table of every latent: site, shape, structure, how many numbers.
+        """A table of all latents: site, shape, structure, and number of parameters.
 
-        Parameters of the model that are no latents follow, as "point" where `optim` trains them and
-        "frozen" where nothing does; the last line says how many numbers have a posterior here.
+        The model's parameters that are not latents follow, as "point" if `optim` trains them, else
+        as "frozen". The last line counts the parameters that have a posterior.
         """
         self._ready()
-        model = self._base_model[0] if self._base_model else None  # pickles leave it behind
+        model = self._base_model[0] if self._base_model else None  # an unpickled guide has none
         return guide_summary(
             self.median(), [family.block for family in self.blocks], self._excluded,
             self._make_fallback.__name__, named_modules(model),
         )
 
-PLATE = "num_particles_vectorized"  # the one that Pyro's ELBOs put around model and guide
-
 
 def check_particles(sites: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError where an ELBO vectorises over weights that torch's own modules consume."""
-    if not any(isinstance(frame, IndepMessenger) and frame.name == PLATE for frame in _PYRO_STACK):
+    """Raise ValueError if an ELBO vectorizes particles over weights of torch's own modules."""
+    frames = (frame for frame in _PYRO_STACK if isinstance(frame, IndepMessenger))
+    if not any(frame.name == PARTICLE_PLATE for frame in frames):
         return
     for site in sites:
         owner = modules.get(site.rpartition(".")[0])
-        if owner is not None and _is_of_torch(owner):
+        if owner is not None and _uses_torch_forward(owner):
             raise ValueError(
                 f"vectorize_particles=True: {site!r} is a weight of a torch.nn module, which takes "
-                "one weight at a time; leave it out, num_particles alone does the same in a loop"
+                "one weight at a time; leave the option out, and num_particles uses a loop"
             )
 
 
-def _is_of_torch(module: nn.Module) -> bool:
-    """Whether its forward pass is torch's, of a layer with weights."""
+def _uses_torch_forward(module: nn.Module) -> bool:
+    """Whether the forward pass of a module is that of a layer in `torch.nn`."""
     source = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
     return source is not nn.Module and source.__module__.startswith("torch.nn.modules")

@@ -14,14 +14,14 @@ from pyrocurv.structures import Structure
 
 
 class StructuredNormal(TorchDistribution):
-    """N(loc, precision⁻¹), the precision never made dense.
+    """N(loc, precision⁻¹), whose precision is never made dense.
 
     Args:
         loc: mean [P].
         precision: a positive definite `Structure` [P, P].
 
     Raises:
-        ValueError: `loc` is not a vector of the precision's size.
+        ValueError: `loc` is not a vector with as many entries as the precision has rows.
 
     Example:
         >>> import torch
@@ -53,22 +53,22 @@ class StructuredNormal(TorchDistribution):
         return self.precision.inverse_diag()
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """[*sample_shape, P], differentiable in `loc` and in the structure's tensors."""
+        """Samples [*sample_shape, P], differentiable in `loc` and in the precision's tensors."""
         noise = torch.randn(
             *sample_shape, *self.event_shape, dtype=self.loc.dtype, device=self.loc.device
         )
         return self.loc + self.precision.rsqrt(noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log density of value [..., P], [...]."""
+        """The log densities [...] of values [..., P]."""
         deviation = value - self.loc
         distance = (deviation * (self.precision @ deviation)).sum(-1)
         return (self.precision.logdet() - distance - len(self.loc) * math.log(2 * math.pi)) / 2
 
     def entropy(self) -> Tensor:
-        """In nats, a scalar."""
+        """The entropy in nats, a scalar."""
         return (len(self.loc) * (1 + math.log(2 * math.pi)) - self.precision.logdet()) / 2
 
     def kl(self, prior_loc: Tensor, prior_precision: Tensor) -> Tensor:
-        """KL to N(prior_loc, diag(1 / prior_precision)); both [P] or scalars. In nats."""
+        """KL(self ‖ N(prior_loc, diag(1 / prior_precision))) in nats; both are [P] or scalars."""
         return kl(self.loc, self.precision, GaussianPrior(prior_loc, prior_precision))

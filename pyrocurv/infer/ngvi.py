@@ -21,7 +21,7 @@ from pyro.optim import PyroOptim
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.guides.mixture import TRAINED
+from pyrocurv.guides.mixture import PREDICTION_ONLY
 from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.defaults import (
     AUTO,
@@ -141,7 +141,7 @@ class NGVI:
         on_nonfinite: str = "raise",
     ) -> None:
         if isinstance(guide, MixtureGuide):
-            raise TypeError(TRAINED)
+            raise TypeError(PREDICTION_ONLY)
         if not isinstance(guide, StructuredGuide):
             raise TypeError(
                 "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "

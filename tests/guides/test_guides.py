@@ -260,7 +260,7 @@ def test_before_the_first_call() -> None:
     for use in (lambda: guide.posterior, lambda: guide.sample_posterior(1), guide.median,
                 lambda: guide.quantiles(0.5), guide.kl, guide.summary,
                 lambda: guide.get_posterior("net.0.weight")):
-        with pytest.raises(RuntimeError, match="has not seen its model"):
+        with pytest.raises(RuntimeError, match="guide is not initialized: call it once"):
             use()
 
 
@@ -472,7 +472,7 @@ def test_weights_that_a_checkpoint_would_draw_anew_are_refused(reentrant: bool) 
 
 
 def test_a_dense_matrix_that_is_wide_has_a_word_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pyrocurv.guides.partition.WIDE", 15)
+    monkeypatch.setattr("pyrocurv.guides.partition.MAX_DENSE_SIZE", 15)
     for structure, size in (("full", 26), ("block", 16)):
         with pytest.warns(UserWarning, match=f"net.0 .*has a dense matrix of {size} x {size}"):
             GUIDES[structure](regressor())(*regression_data())

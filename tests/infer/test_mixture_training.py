@@ -244,7 +244,7 @@ def test_natural_gradients_on_it() -> None:
 
 def test_what_has_no_answer() -> None:
     _, mixture = three()
-    with pytest.raises(NotImplementedError, match=r"ask mixture\[i\].median"):
+    with pytest.raises(NotImplementedError, match=r"use mixture\[i\].median"):
         mixture.median()
     with pytest.raises(NotImplementedError, match="sample_posterior"):
         mixture.quantiles([0.5])
