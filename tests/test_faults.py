@@ -5,7 +5,7 @@ parameters, buffers, gradients, random streams, Pyro's store and what a checkpoi
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from snapshots import contents, differences, modules_state, store_state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,27 +46,6 @@ class Interrupt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def contents(value: Any) -> Any:
-    """A copy that equals that of another value only if both are the same in every bit."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), value.detach().numpy().tobytes()
-    if isinstance(value, Mapping):
-        return {key: contents(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [contents(item) for item in value]
-    return repr(value)
-
-
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two contents differ."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [x for key in a for x in differences(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        pairs = enumerate(zip(a, b, strict=True))
-        return [x for i, (p, q) in pairs for x in differences(p, q, f"{path}[{i}]")]
-    return [] if a == b else [path]
-
-
 def nothing() -> None:
     pass
 
@@ -76,17 +56,6 @@ class Case(NamedTuple):
     call: Callable[[], Any]
     state: Callable[[], Any]
     prepare: Callable[[], Any] = nothing
-
-
-def modules_state(*modules: nn.Module) -> dict[str, Any]:
-    return {
-        "states": [module.state_dict() for module in modules],
-        "gradients": [p.grad for module in modules for p in module.parameters()],
-        "trainable": [p.requires_grad for module in modules for p in module.parameters()],
-        "training": [part.training for module in modules for part in module.modules()],
-        "random": torch.get_rng_state(),
-        "modes": [torch.is_grad_enabled(), dist.Normal._validate_args],
-    }
 
 
 # ---- NGVI ---------------------------------------------------------------------------------------
@@ -137,12 +106,8 @@ def ngvi(
     modules = [module for module in (guide, model) if isinstance(module, nn.Module)]
 
     def state() -> Any:
-        store = {
-            name.replace(guide._pyro_name, "guide"): value
-            for name, value in pyro.get_param_store().named_parameters()
-        }
         return contents({
-            **modules_state(*modules), "store": store, "ngvi": trainer.state_dict(),
+            **modules_state(*modules), "store": store_state(guide), "ngvi": trainer.state_dict(),
             "sites": [guide.sites, guide.fallback_sites, guide.is_joint, guide.is_laplace],
             "counts": trainer.update_counts(), "is set up": guide.prototype_trace is not None,
         })

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyrocurv.guides.families import FAMILIES
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
+from pyrocurv.guides.partition import check_layout
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
@@ -159,12 +160,13 @@ class BlockwiseGuide(ParamStoreGuide):
             destination[f"{prefix}fallback.{name}"] = value
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        layout = state_dict.get(f"{prefix}_extra_state") or {}
-        if layout:
+        layout = state_dict.get(f"{prefix}_extra_state", {})
+        if layout != {}:
             self._check_state(layout)
         self.is_laplace = bool(layout.get("is_laplace"))
         if layout.get("blocks") and not self.sites:
-            loc = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
+            start = f"{prefix}blocks.0.loc"
+            loc = next((v for k, v in state_dict.items() if k.startswith(start)), torch.zeros(()))
             self._build_from_state(layout, loc)
         if "fallback" not in self._modules:
             self._loaded_fallback = tuple(layout.get("fallback", ()))
@@ -173,19 +175,27 @@ class BlockwiseGuide(ParamStoreGuide):
                 self._fallback_state[key.removeprefix(start)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_state(self, layout: Mapping[str, Any]) -> None:
-        """Raise ValueError for the state of something else or of another structure."""
+    def _check_state(self, layout: Any) -> None:
+        """Raise ValueError for the state of something else, or of other structures or weights."""
         name = type(self).__name__
-        if "structure" not in layout:
-            raise ValueError(
-                f"the state is not of a {name}: it has {', '.join(map(str, layout))}"
-            )
+        if not isinstance(layout, Mapping) or not {"structure", "blocks", "sites"} <= {*layout}:
+            found = ", ".join(map(str, layout)) if isinstance(layout, Mapping) else layout
+            raise ValueError(f"the state is not of a {name}: it has {found}")
         check_version(layout, name)
         if layout["structure"] != self.structure:
             raise ValueError(
                 f"the state is of a guide with structure {layout['structure']!r}, this one has "
                 f"{self.structure!r}"
             )
+        if self.sites or self.fallback_sites:
+            blocks = [family.block for family in self.blocks]
+            check_layout(from_state(layout["blocks"]), blocks, ("the state", "this guide"))
+            saved = layout.get("fallback", ())
+            current = self.fallback_sites or self._loaded_fallback
+            if {*saved} != {*current}:
+                raise ValueError(
+                    f"the state has the fallback latents {[*saved]}, this guide {[*current]}"
+                )
 
     def _build_from_state(self, layout: Mapping[str, Any], like: Tensor) -> None:
         """Create the Gaussians that a state describes, with the dtype and device of `like`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import pyro
@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrocurv.guides.param_store import all_or_nothing
 from pyrocurv.handlers.modules import named_modules
 
 PREDICTION_ONLY = (
@@ -146,12 +147,28 @@ class MixtureGuide(nn.Module):
         """Called by `load_state_dict`; `_load_from_state_dict` has checked the state by then."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        saved = state_dict.get(f"{prefix}_extra_state", {}).get("components")
-        if saved is not None and saved != len(self.components):
+        state = state_dict.get(f"{prefix}_extra_state", {})
+        if state != {} and not (isinstance(state, Mapping) and "components" in state):
+            raise ValueError(
+                f"the state is not of a {type(self).__name__}: it has {', '.join(map(str, state))}"
+            )
+        saved = state.get("components", len(self.components))
+        if saved != len(self.components):
             raise ValueError(
                 f"the state is of a mixture of {saved} guides, this one has {len(self.components)}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`, but an error leaves everything unchanged.
+
+        Raises ValueError for the state of another class, of another number of components, or that
+        a component does not fit.
+        """
+        with all_or_nothing(self, state_dict, strict):
+            return super().load_state_dict(state_dict, strict, assign)
 
     # ---- checks ---------------------------------------------------------------------------------
 

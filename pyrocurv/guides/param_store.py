@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pyro
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.handlers.sites import TraceSite
+from pyrocurv.runtime.undo import Undo
 
 _counters: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
@@ -54,6 +56,17 @@ class ParamStoreGuide(AutoGuide):
                 module._pyro_context = context
         self._pyro_set_supermodule(self._unique_name, context)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As `torch.nn.Module.load_state_dict`, but an error leaves everything unchanged.
+
+        Raises ValueError for the state of another class, structure or network, or of a newer
+        version.
+        """
+        with all_or_nothing(self, state_dict, strict):
+            return super().load_state_dict(state_dict, strict, assign)
+
     def __getstate__(self) -> dict[str, Any]:
         dropped = dict.fromkeys(("master", "_model", *self.unpickled_attributes))
         return {**self.__dict__, **dropped, "_modules": _shallow_copies(self._modules)}
@@ -85,6 +98,23 @@ class ParamStoreGuide(AutoGuide):
             if old is not new and name in store and store._params[name] is old:
                 del store[name]
         return result
+
+
+@contextmanager
+def all_or_nothing(
+    guide: nn.Module, state_dict: Mapping[str, Any], strict: bool
+) -> Iterator[None]:
+    """Load a state into a guide inside; if that raises, the guide is as it was before.
+
+    Raises ValueError for the state of a module that is not a guide.
+    """
+    if strict and "_extra_state" not in state_dict:
+        keys = ", ".join(map(str, [*state_dict][:5])) or "no keys"
+        raise ValueError(f"the state is not of a {type(guide).__name__}: it has {keys}")
+    with Undo() as undo:
+        undo.keep_module(guide)
+        undo.keep_attributes(pyro.get_param_store())
+        yield
 
 
 def clear_param_store(guide: nn.Module, incompatible: Any) -> None:

@@ -89,11 +89,13 @@ class LatentPartition:
         return "; ".join(notes)
 
 
-def check_layout(loaded: Sequence[Block], current: Sequence[Block]) -> None:
-    """Raise ValueError if the blocks of a loaded guide are not those of the model."""
+def check_layout(
+    loaded: Sequence[Block], current: Sequence[Block], names: tuple[str, str]
+) -> None:
+    """Raise ValueError if loaded blocks differ from current ones; `names` say whose they are."""
     old, new = _layout(loaded), _layout(current)
     if old != new:
-        raise ValueError(f"the loaded guide has weights {old}, the model {new}")
+        raise ValueError(f"{names[0]} has weights {old}, {names[1]} {new}")
 
 
 def _layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:

@@ -121,7 +121,8 @@ class StructuredGuide(BlockwiseGuide):
         )
         partition = self._partition(prototype, prefers_joint)
         if self.sites:
-            check_layout([family.block for family in self.blocks], partition.blocks)
+            blocks = [family.block for family in self.blocks]
+            check_layout(blocks, partition.blocks, ("the loaded guide", "the model"))
         else:
             has_default = self._init_loc_fn is init_to_network
             near_medians = has_default and not has_network(self._base_model[0])

@@ -95,7 +95,15 @@ class PyroAuxiliaryOptimizer:
         return self._optim.get_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`.
+
+        Raises ValueError for the state of a torch optimizer.
+        """
+        if any("options" in saved for saved in state.values()):
+            raise ValueError(
+                "the state is of a torch.optim.Optimizer, this NGVI has a PyroOptim: pass the "
+                "optim= that the state was saved with"
+            )
         self._optim.set_state(dict(state))
 
 

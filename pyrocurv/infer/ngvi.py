@@ -312,7 +312,8 @@ class NGVI:
         if posterior is not None and self.guide.blocks:
             self._check_blocks(posterior)
         with Undo() as undo:
-            undo.keep_attributes(self, self._auxiliary, self._stream)
+            undo.keep_attributes(self, self._stream)
+            self._auxiliary.keep(undo, ())
             undo.keep_optimizer(self.optimizer)
             self.optimizer.load_state_dict(state["optimizer"])
             self._auxiliary.load_state_dict(state["auxiliary"])

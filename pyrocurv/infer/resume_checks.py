@@ -12,6 +12,10 @@ from pyrocurv.layers.block import Block
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import check_version
 
+STATE_KEYS = (
+    "optimizer", "auxiliary", "stream", "skipped", "average", "temperature", "means", "posterior",
+)
+
 
 class RunSignature(NamedTuple):
     """The update rule of a run, and the sum of each block's mean."""
@@ -27,7 +31,7 @@ class RunSignature(NamedTuple):
 
 def check_state(state: Mapping[str, Any], average: bool) -> None:
     """Raise ValueError unless it is the state of an `NGVI` with this `average`."""
-    if missing := {"optimizer", "auxiliary", "posterior"} - state.keys():
+    if missing := {*STATE_KEYS} - state.keys():
         raise ValueError(
             f"the state is not of an NGVI: it lacks {', '.join(sorted(missing))}, and has "
             f"{', '.join(list(state)[:5])}"

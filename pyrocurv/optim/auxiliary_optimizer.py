@@ -150,9 +150,29 @@ class AuxiliaryOptimizer:
         return states
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, with each parameter when it joins."""
+        """Continue from `state_dict`, with each parameter when it joins.
+
+        Raises ValueError for the state of a `PyroOptim`.
+        """
+        if any("options" not in saved for saved in state.values()):
+            raise ValueError(
+                "the state is of a PyroOptim, this NGVI has a torch.optim.Optimizer: pass the "
+                "optim= that the state was saved with"
+            )
         vars(self).update(vars(AuxiliaryOptimizer(self._make)))
         self._loaded = dict(state)
+
+
+def check_adam_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError for moments of parameters that do not exist, or have other shapes."""
+    for name, saved in state.items():
+        moments = [v for v in saved["state"].values() if isinstance(v, Tensor) and v.dim()]
+        if name not in shapes or any(tuple(moment.shape) != shapes[name] for moment in moments):
+            saved_shapes = [tuple(moment.shape) for moment in moments]
+            raise ValueError(
+                f"the state has a parameter {name} with moments of shapes {saved_shapes}, the "
+                f"network has parameters {dict(shapes)}"
+            )
 
 
 def _grouped(

@@ -23,7 +23,11 @@ from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.layers.trace import Trace
-from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
+from pyrocurv.optim.auxiliary_optimizer import (
+    AuxiliaryOptimizer,
+    AuxiliaryParameter,
+    check_adam_state,
+)
 from pyrocurv.optim.forward_recorder import (
     ForwardRecorder,
     RecordedPass,
@@ -386,6 +390,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         check_version(state, name)
         if state["optimizer"] != name:
             raise ValueError(f"the state is of a {state['optimizer']}, this is a {name}")
+        shapes = {name: tuple(p.shape) for name, (p, _) in self._store().named.items()}
+        check_adam_state(state["auxiliary"], shapes)
 
     def _check_layers(self, layers: Mapping[Layer, Any]) -> None:
         """Raise ValueError for layers, {layer: structure}, that this network does not have."""

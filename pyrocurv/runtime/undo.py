@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Undo:
@@ -64,6 +64,11 @@ class Undo:
                 for name, value in vars(owner).items()
             }
             self._restore.append(partial(_assign, owner, values))
+
+    def keep_module(self, module: nn.Module) -> None:
+        """Keep the parameters, buffers and attributes of a module and of all modules in it."""
+        self.keep_attributes(*module.modules())
+        self.keep_tensors([*module.parameters(), *module.buffers()])
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep an optimizer's groups and state, but not its parameters."""
