@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["pyrocurv*"]),
     package_data={"pyrocurv": ["py.typed"]},
     python_requires=">=3.10,<3.14",
-    install_requires=["torch>=2.6", "pyro-ppl>=1.9.1", "tqdm>=4.36"],
+    install_requires=["torch>=2.6", "pyro-ppl>=1.9.1"],
     extras_require={
         "examples": EXAMPLES,
         "peers": PEERS,

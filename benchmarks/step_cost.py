@@ -31,10 +31,8 @@ from torch import Tensor, nn
 import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
-from pyrocurv.infer import NGVI, layerwise_step
-from pyrocurv.infer.model_run import BatchModel, ModelRun
+from pyrocurv.infer import NGVI
 from pyrocurv.optim import SecondOrderOptimizer
-from pyrocurv.posterior.sampling import Sampler
 
 try:
     from ivon import IVON
@@ -189,6 +187,10 @@ class Stopwatch:
 
 def parts(step: Step, data: Sequence[Batch]) -> dict[str, float]:
     """Seconds per step of the parts of an NGVI step."""
+    from pyrocurv.infer import layerwise_step  # here, as step_ratio.py takes steps of older code
+    from pyrocurv.infer.model_run import BatchModel, ModelRun
+    from pyrocurv.posterior.sampling import Sampler
+
     watch = Stopwatch()
     with (
         watch.watch("sample", Sampler, "draw"),

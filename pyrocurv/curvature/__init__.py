@@ -1,6 +1,4 @@
-"""Curvature of the negative log likelihood: its vectors, structure and time."""
-
-
+"""Curvature of the negative log likelihood: which vectors, in which structure, and when."""
 
 from pyrocurv.curvature.estimate import estimate
 from pyrocurv.curvature.spec import Curvature

@@ -8,10 +8,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from pyrocurv.curvature.examples import ExampleSelection, check_batch
 from pyrocurv.curvature.hessian import hessians
 from pyrocurv.curvature.layer_statistics import LayerStatistics, gradient_statistics
-from pyrocurv.curvature.likelihood import LikelihoodTerm
+from pyrocurv.curvature.likelihood import ExampleSelection, LikelihoodTerm
 from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers import structure_spec
@@ -33,29 +32,20 @@ class ForwardPass(NamedTuple):
 class BlockStatistics(Protocol):
     """One block's curvature, a SUM over the examples, in whichever structure is asked for.
 
-    A block with Kronecker factors has one layer.
+    `layers` are the inputs and output gradients of its layers. For a block of one layer,
+    `eigenvalues` is the mean over the eigenspaces of a basis, and `output_factor` is G if it is
+    not to be computed from `layers`; both are scaled by a prior.
     """
 
     @property
-    def layers(self) -> Sequence[Sequence[LayerStatistics]]:
-        """Inputs and output gradients; two for a layer whose matrix is also used transposed."""
-
-    def dense(self) -> Dense:
-        """The matrix itself."""
-
-    def diagonal(self) -> Diagonal:
-        """Its diagonal."""
-
-    def kronecker(self, sharing: str) -> Kronecker:
-        """Its Kronecker factors."""
-
+    def layers(self) -> Sequence[Sequence[LayerStatistics]]: ...
+    def dense(self) -> Dense: ...
+    def diagonal(self) -> Diagonal: ...
+    def kronecker(self, sharing: str) -> Kronecker: ...
     def eigenvalues(
         self, basis: KroneckerEigen, scaling: KroneckerScaling | None = None
-    ) -> KroneckerEigen:
-        """The mean of the matrix, scaled by a prior, over the eigenspaces of a basis."""
-
-    def output_factor(self, sharing: str, scaling: KroneckerScaling | None) -> Tensor | None:
-        """G, scaled by a prior; None where it is to be computed from the rows of `layers`."""
+    ) -> KroneckerEigen: ...
+    def output_factor(self, sharing: str, scaling: KroneckerScaling | None) -> Tensor | None: ...
 
 
 @singledispatch
@@ -97,3 +87,14 @@ def collect(
     return examples.size, (
         gradient_statistics(block, calls, gradients, examples) for block in blocks
     )
+
+
+def check_batch(calls: Sequence[LayerCall], batch_size: int) -> None:
+    """Raise ValueError for a layer whose input does not have the examples as its first axis."""
+    for call in calls:
+        if call.batch_size != batch_size:
+            raise ValueError(
+                f"{call.layer.weight!r} reads {call.batch_size} rows where there are {batch_size} "
+                "examples: keep the batch as the first axis of the layer's input, other axes "
+                "behind it"
+            )

@@ -1,4 +1,4 @@
-"""The curvature of a network's negative log likelihood as a matrix, on given data."""
+"""The curvature of a network's negative log likelihood on given data, as a matrix."""
 
 from __future__ import annotations
 
@@ -64,46 +64,46 @@ def estimate(
     """The curvature of -sum_n log p(y_n | net(x_n)) in the weights, as a structured matrix.
 
     Args:
-        net: any network; parameters with `requires_grad=False` are left out. What no supported op
-            consumes (recurrent layers, say) takes a backward pass for each example, and is diagonal
-            where Kronecker factors are asked for, with a warning.
-        x: inputs [B, ...], the batch first, as in all layers inside. A layer with other rows, or
-            with rows that reach several examples, is taken as what no supported op consumes; two
-            backward passes find out. Where batch norm in training mode joins the examples, rows
-            are only counted.
-        y: targets, of the likelihood's own shape: none is broadcast against the output. "ggn" and
-            "fisher" do not look at them; classes must be all there, or none.
+        net: any network; parameters with `requires_grad=False` are left out. Parameters that no
+            supported op consumes (those of recurrent layers, for instance) take a backward pass for
+            each example, and are diagonal where Kronecker factors are asked for, with a warning.
+        x: inputs [B, ...], with the batch first, also inside the network. A layer whose input has
+            other rows, or rows that affect several examples, is treated like one that no supported
+            op consumes; two backward passes check this. If batch norm in training mode couples the
+            examples, only the number of rows is checked.
+        y: targets, in the shape of the likelihood, without broadcasting. "ggn" and "fisher" do not
+            use their values; either all of them are valid classes or none.
         likelihood: "categorical" (logits, classes last), "bernoulli" (logits), "normal" (unit
-            variance) or a callable from the output, whatever the network returns, to a
+            variance) or a function from the network's output, of any type, to a
             `torch.distributions.Distribution` whose batch shape starts with the batch.
-        curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which `kind` and
-            `num_samples` count; all of the batch is used.
-        structure: "full" (one dense matrix), "block" (dense for each layer), "diag", "kfac",
-            "ekfac", "kfac-block", a `KFAC` or an `EKFAC`; or a mapping {module type, or name with
-            * and ?: structure} or a rule (name, module) -> structure, by which "full" is one matrix
-            of the layers that have it. `rank="auto"` is all, here.
+        curvature: "hessian", "ggn", "fisher", "empirical", or a `Curvature`, of which only `kind`
+            and `num_samples` are used: the whole batch is read.
+        structure: "full" (one dense matrix), "block" (one dense matrix for each layer), "diag",
+            "kfac", "ekfac", "kfac-block", a `KFAC` or an `EKFAC`; or a mapping {module type, or
+            name with * and ?: structure} or a function (name, module) -> structure, where "full" is
+            one matrix over all layers that have it. `rank="auto"` means no truncation here.
 
     Returns:
-        A `Structure` [P, P], the SUM over the B examples; rows in the order of
-        `net.named_parameters()`, each flattened row-major. full, block and diag are exact as long
-        as no example reaches another's output, as it does through batch norm in training mode
-        (which also moves its statistics here: use `net.eval()`); "kfac" is exact besides for one
-        datum at one position with one output vector, and for deep linear networks with a normal
-        likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius).
+        A `Structure` [P, P], the SUM over the B examples; its rows are in the order of
+        `net.named_parameters()`, each flattened row-major. "full", "block" and "diag" are exact if
+        no example affects the output of another, as in batch norm in training mode (which also
+        updates its running statistics here: use `net.eval()`). "kfac" is exact moreover only for
+        one example at one position with one output vector, and for deep linear networks with a
+        normal likelihood; "ekfac" is never farther from the block than "kfac" (Frobenius norm).
 
-        The Hessian is as it is, which may be indefinite: `psd()` is the nearest matrix that is not.
-        "full" and "block" are exact whatever they cost, a double backward pass for each weight,
-        and whatever examples share. For Kronecker factors G is the mean Hessian in a layer's output
-        and A as for the others.
-        Random signs replace what takes more than 512 passes for one layer: diagonals of layers with
-        more weights than that, and more outputs times positions; positions in G; and the
-        eigenvalues of "ekfac". For a layer of more weights that runs several times those leave out
-        that its later inputs move with its weights.
+        The Hessian may be indefinite; `psd()` is the nearest positive semi-definite matrix. "full"
+        and "block" are exact at any cost, a double backward pass for each weight, even if examples
+        affect each other. For Kronecker factors, G is the mean Hessian in a layer's output and A is
+        the same as for the other kinds. Random signs are used where more than 512 passes would be
+        needed for one layer: for the diagonal of a layer that has more weights than that, and more
+        outputs times positions; for the positions in G; and for the eigenvalues of "ekfac". If such
+        a layer runs several times, its eigenvalues ignore that later inputs depend on its weights.
 
     Raises:
-        ValueError: unknown names; targets of another shape than the likelihood's, or some that are
-            no classes; a likelihood whose first axis is not the batch; no example; a parameter that
-            takes no part, or none at all; a likelihood without closed form under "ggn".
+        ValueError: unknown names; targets in another shape than the likelihood's, or only some of
+            which are valid classes; a likelihood whose first axis is not the batch; an empty batch;
+            a parameter without a gradient, or no parameter; a likelihood without a closed form for
+            "ggn".
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
@@ -170,7 +170,7 @@ def _with_untraced(
         warnings.warn(
             "no supported op consumes "
             f"{', '.join(f'{name} ({trace.unsupported[name]})' for name in names)}: "
-            "a backward pass for each example, and no Kronecker factors (the diagonal instead)",
+            "one backward pass for each example, and the diagonal in place of Kronecker factors",
             stacklevel=3,
         )
     untraced = [Layer(name, None, tuple(parameters[name].shape), "untraced") for name in names]

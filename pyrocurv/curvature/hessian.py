@@ -24,11 +24,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyrocurv.curvature import hessian_weights
-from pyrocurv.curvature.examples import ExampleSelection
 from pyrocurv.curvature.hessian_outputs import OutputHessian
 from pyrocurv.curvature.hessian_weights import WeightHessian
 from pyrocurv.curvature.layer_statistics import LayerStatistics, gradient_statistics
-from pyrocurv.curvature.likelihood import LikelihoodTerm
+from pyrocurv.curvature.likelihood import ExampleSelection, LikelihoodTerm
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall, OpCall
@@ -49,11 +48,7 @@ def negative_log_likelihood(terms: Sequence[LikelihoodTerm], count: int) -> Tens
 
 
 def _log_prob(term: LikelihoodTerm, count: int) -> Tensor:
-    log_prob = term.likelihood.log_prob(term.value)
-    if term.mask is not None:
-        mask = torch.as_tensor(term.mask, device=log_prob.device)
-        log_prob = torch.where(mask, log_prob, torch.zeros_like(log_prob))
-    log_prob = log_prob * term.weight
+    log_prob = term.log_prob(term.value) * term.weight
     return (log_prob[:count] if log_prob.dim() else log_prob).sum()
 
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import hessian_weights
-from pyrocurv.curvature.examples import ExampleSelection
 from pyrocurv.curvature.hessian_weights import (
     complete_basis,
     eigenspace_means,
@@ -34,6 +33,7 @@ from pyrocurv.curvature.hessian_weights import (
     vector_hessian_products,
 )
 from pyrocurv.curvature.layer_statistics import LayerStatistics
+from pyrocurv.curvature.likelihood import ExampleSelection
 from pyrocurv.layers.calls import OpCall
 from pyrocurv.structures import Kronecker, KroneckerEigen
 from pyrocurv.structures.rescaled import KroneckerScaling

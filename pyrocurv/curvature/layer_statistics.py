@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrocurv.curvature.examples import ExampleSelection
+from pyrocurv.curvature.likelihood import ExampleSelection
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
@@ -36,6 +36,15 @@ class LayerStatistics:
     a: Tensor
     g: Tensor
     position_mask: Tensor | None = None
+
+    @staticmethod
+    def zeros(layer: Layer, like: Tensor, count: int) -> LayerStatistics:
+        """Zero inputs and gradients of `count` examples, for a layer that is not called."""
+        a, g = (
+            like.new_zeros(1, *layer.lead, count, 1, size)
+            for size in (layer.in_features, layer.out_features)
+        )
+        return LayerStatistics(a, g)
 
     @property
     def num_vectors(self) -> int:
@@ -170,11 +179,7 @@ def gradient_statistics(
         if pairs:
             layers.append(_layer_statistics(layer, pairs, examples))
         else:
-            a, g = (
-                gradients[0].new_zeros(1, *layer.lead, examples.count, 1, size)
-                for size in (layer.in_features, layer.out_features)
-            )
-            layers.append([LayerStatistics(a, g)])
+            layers.append([LayerStatistics.zeros(layer, gradients[0], examples.count)])
     statistics = GradientStatistics(layers)
     return statistics if examples.index is None else statistics[examples.index]
 

@@ -1,8 +1,8 @@
-"""The likelihood as terms of the curvature: distributions, data, weights and masks."""
+"""The likelihood as terms of the curvature: distributions and data, weights and masks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,82 @@ from pyrocurv.runtime.distributions import unwrap
 Likelihood = str | Callable[[Tensor], Distribution]
 
 
+@dataclass(frozen=True, eq=False)
+class LikelihoodTerm:
+    """A likelihood term: its distribution (batch axis first), the data, and its weight.
+
+    `weight` (a scalar, or broadcastable to the log density) multiplies the log likelihood, 1 unless
+    tempered; a boolean `mask` drops examples or single entries.
+    """
+
+    likelihood: Distribution
+    value: Tensor
+    weight: float | Tensor = 1.0
+    mask: Tensor | bool | None = None
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density of other data with the same mask, without the weight."""
+        log_prob = self.likelihood.log_prob(value)
+        if self.mask is None:
+            return log_prob
+        return torch.where(torch.as_tensor(self.mask, device=log_prob.device), log_prob, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleSelection:
+    """The first `count` examples of a batch except those that the likelihood masks.
+
+    `index` holds the examples that are left; None stands for all. `masked_positions` [count, S] is
+    True at positions that the likelihood masks, such as padding in a sequence.
+    """
+
+    count: int
+    index: Tensor | None = None
+    masked_positions: Tensor | None = None
+
+    @staticmethod
+    def of(terms: Sequence[LikelihoodTerm], count: int) -> ExampleSelection:
+        """The selection from the first `count` examples by the masks of the likelihood terms."""
+        return ExampleSelection(
+            count, _unmasked_examples(terms, count), _masked_positions(terms, count)
+        )
+
+    @property
+    def size(self) -> int:
+        """The number of examples that are left."""
+        return self.count if self.index is None else len(self.index)
+
+    def select(self, rows: Tensor) -> Tensor:
+        """The rows of the examples that are left: [..., count, S, n] -> [..., B, S, n]."""
+        return rows if self.index is None else rows.index_select(-3, self.index)
+
+
+def _masked_positions(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | None:
+    """None if there are several terms, or the mask has no axis besides the examples."""
+    if len(terms) != 1 or terms[0].mask is None:
+        return None
+    mask, shape = torch.as_tensor(terms[0].mask), terms[0].likelihood.batch_shape
+    return ~mask.expand(shape)[:count].flatten(1) if len(shape) > 1 and mask.dim() > 1 else None
+
+
+def _unmasked_examples(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | None:
+    """The examples that at least one term does not mask; None if a term has no mask."""
+    masks = [torch.as_tensor(term.mask) for term in terms if term.mask is not None]
+    if len(masks) < len(terms) or not all(mask.dim() for mask in masks):
+        return None
+    unmasked = [
+        mask.expand(term.likelihood.batch_shape)[:count].flatten(1).any(1) if mask.dim() > 1
+        else mask[:count] for mask, term in zip(masks, terms, strict=True)
+    ]
+    return torch.stack([mask.expand(count) for mask in unmasked]).any(0).nonzero().squeeze(1)
+
+
 def _independent(likelihood: Distribution) -> Distribution:
-    """All axes but the first belong to one example."""
+    """All axes but the first as one event."""
     return Independent(likelihood, max(len(likelihood.batch_shape) - 1, 0))
 
 
 def _categorical(logits: Tensor) -> Distribution:
-    """Of two classes or more: one alone is certain, whatever the network says."""
     if logits.shape[-1:] == (1,):
         raise ValueError(
             f"likelihood='categorical': an output {tuple(logits.shape)} has one class alone; "
@@ -38,7 +107,7 @@ LIKELIHOODS: dict[str, Callable[[Tensor], Distribution]] = {
 
 
 def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
-    """A name from the table, or a callable that gives a `Distribution` for an output."""
+    """The function output -> `Distribution` of a name in the table, or of such a function."""
     if callable(likelihood):
         return lambda output: _independent(likelihood(output))
     if likelihood not in LIKELIHOODS:
@@ -50,28 +119,30 @@ def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
 
 
 def to_single_precision(output: Any) -> Any:
-    """In single precision at least: the densities of half of it are too coarse."""
+    """A tensor of half precision in single precision: densities of half are too coarse."""
     if not isinstance(output, Tensor):
         return output
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def likelihood_term(likelihood: Distribution, y: Tensor, output: Any) -> LikelihoodTerm:
+    """The term of targets y [B, ...]; ValueError where they do not fit the likelihood."""
     shape = likelihood.batch_shape + likelihood.event_shape
     count = len(output) if isinstance(output, Tensor) and output.dim() else y.shape[:1].numel()
     if y.shape != shape:
         raise ValueError(
-            f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has "
+            f"targets {tuple(y.shape)} do not fit the network's output: the likelihood has shape "
             f"{tuple(shape)}"
         )
     if shape[:1] != (count,):
         raise ValueError(
-            f"the likelihood has {tuple(shape)}, its first axis is not that of {count} examples"
+            f"the likelihood has shape {tuple(shape)}, whose first axis is not that of the {count} "
+            "examples"
         )
     base = unwrap(likelihood)
     if isinstance(base, Categorical):
-        are = base.support.check(y)
-        if bool(are.any() & ~are.all()):
+        is_class = base.support.check(y)
+        if bool(is_class.any() & ~is_class.all()):
             raise ValueError(
                 f"targets from {int(y.min())} to {int(y.max())}, the classes are 0 to "
                 f"{base.param_shape[-1] - 1}: leave such examples out, or mask them in a Pyro model"
@@ -79,17 +150,3 @@ def likelihood_term(likelihood: Distribution, y: Tensor, output: Any) -> Likelih
     if isinstance(base, Bernoulli) and not y.is_floating_point():
         y = y.to(base.logits.dtype)
     return LikelihoodTerm(likelihood, y)
-
-
-@dataclass(frozen=True, eq=False)
-class LikelihoodTerm:
-    """A likelihood term: its distribution (batch axis first), the data, and its weight.
-
-    `weight` (a scalar, or broadcastable to the log density) multiplies the log likelihood, 1 unless
-    tempered; a `mask` (boolean) drops examples.
-    """
-
-    likelihood: Distribution
-    value: Tensor
-    weight: float | Tensor = 1.0
-    mask: Tensor | bool | None = None

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyrocurv.curvature.examples import ExampleSelection, check_batch
+from pyrocurv.curvature.collect import check_batch
 from pyrocurv.curvature.layer_statistics import (
     GradientStatistics,
     LayerStatistics,
     gradient_statistics,
 )
+from pyrocurv.curvature.likelihood import ExampleSelection
 from pyrocurv.curvature.output_gradients import pull
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall

@@ -9,21 +9,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, singledispatch
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
+from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, product
 from pyrocurv.curvature.update_interval import UpdateInterval
-from pyrocurv.layers import structure_spec
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_spec import KroneckerSpec, StructureSpec
-from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
 
@@ -53,6 +52,11 @@ class RunningCurvature:
     factors: Kronecker | None = None
     truncated_factors: tuple[TruncatedFactor, TruncatedFactor] | None = None  # output and input
     scaling: KroneckerScaling | None = None
+
+    @property
+    def known(self) -> Structure | None:
+        """The curvature, or None before the first estimate."""
+        return self.curvature if self.count else None
 
     def semidefinite(self, kind: str) -> Structure:
         """The curvature, of this kind, as a positive semi-definite matrix."""
@@ -133,11 +137,11 @@ def _update_due(
     statistics: BlockStatistics,
 ) -> RunningCurvature:
     """`update`, with the next interval of the block."""
-    block, old, scaling = due
+    old = due.average
     refresh = particle.is_last and (
         particle.count(old) in BASIS_WARMUP or spec.is_basis_due(step, old.interval)
     )
-    new = update(old, block, statistics, rows, spec.decay, refresh, scaling, particle)
+    new = update(due, statistics, rows, spec.decay, refresh, particle)
     if spec.every != "auto" or not particle.is_last:
         return new
     if new is old:
@@ -156,72 +160,51 @@ def zero_curvature(
     block: Block, like: Tensor, scaling: KroneckerScaling | None
 ) -> RunningCurvature:
     """The average before any estimate, with the dtype and the device of `like`."""
-    return RunningCurvature(0, _zeros(block.structure, block, like), scaling=scaling)
-
-
-@singledispatch
-def _zeros(structure: StructureSpec, block: Block, like: Tensor) -> Structure:
-    return Dense(like.new_zeros(block.size, block.size))
-
-
-@_zeros.register
-def _(structure: structure_spec.Diagonal, block: Block, like: Tensor) -> Structure:
-    return Diagonal(like.new_zeros(block.size))
-
-
-@_zeros.register
-def _(structure: KroneckerSpec, block: Block, like: Tensor) -> Structure:
+    if not block.structure.is_kronecker:
+        zeros = GradientStatistics([[LayerStatistics.zeros(x, like, 1)] for x in block.layers])
+        return RunningCurvature(0, assemble(block.structure, zeros))
     *groups, outputs, inputs = block.layers[0].matrix_shape
+    sides = [*zip((outputs, inputs), block.ranks, strict=True)]
     output_basis, input_basis = (
         torch.eye(size, rank, dtype=like.dtype, device=like.device).expand(*groups, size, rank)
-        for size, rank in zip((outputs, inputs), block.ranks, strict=True)
+        for size, rank in sides
     )
-    spectrum = [rank + (rank < size) for *_, size, rank in (output_basis.shape, input_basis.shape)]
-    return KroneckerEigen(output_basis, input_basis, like.new_zeros(*groups, *spectrum))
+    spectrum = like.new_zeros(*groups, *(rank + (rank < size) for size, rank in sides))
+    return RunningCurvature(0, KroneckerEigen(output_basis, input_basis, spectrum), scaling=scaling)
 
 
 def update(
-    old: RunningCurvature, block: Block, statistics: BlockStatistics, rows: int, decay: float,
-    refresh: bool, scaling: KroneckerScaling | None = None, particle: Particle = SINGLE_PARTICLE,
+    due: DueBlock, statistics: BlockStatistics, rows: int, decay: float, refresh: bool,
+    particle: Particle = SINGLE_PARTICLE,
 ) -> RunningCurvature:
-    """The average with one more estimate, a sum over `rows` examples.
+    """The average of a block with one more estimate, a sum over `rows` examples.
 
     `refresh` asks for new eigenvectors of Kronecker factors; truncated factors have new ones at
     every estimate. When the scaling changes, the eigenvalues of EK-FAC are kept. An estimate that
     is not finite is left out, with a warning.
     """
+    block, old, scaling = due
     count, weight = particle.count(old), particle.weight(old, decay)
     new = replace(old, count=count, factors=None, truncated_factors=None, scaling=scaling)
     if _is_truncated(block, statistics):
-        return _update_truncated(new, old, block, statistics, rows, weight)
+        return _update_truncated(due, new, statistics, rows, weight)
     value = assemble(block.structure, statistics).scale(1 / rows)
     if not bool(torch.isfinite(value.trace())):
         return _left_out(old)
     if not isinstance(value, Kronecker):
-        return replace(new, curvature=average(_last(old), value, weight))
+        return replace(new, curvature=average(old.known, value, weight))
     factors = average(old.factors, value, weight)
-    basis = _basis(old, block, factors, scaling, refresh)
-    curvature: Structure = basis
-    if block.structure.corrects_eigenvalues:
-        eigenvalues = statistics.eigenvalues(basis, scaling).scale(1 / rows)
-        curvature = average(_last(old), eigenvalues, weight)
-    return replace(new, curvature=curvature, factors=factors)
+    basis = _basis(due, factors, refresh)
+    new = replace(new, curvature=basis, factors=factors)
+    if not block.structure.corrects_eigenvalues:
+        return new
+    eigenvalues = statistics.eigenvalues(basis, scaling).scale(1 / rows)
+    return replace(new, curvature=average(old.known, eigenvalues, weight))
 
 
 def average(mean: S | None, value: S, weight: float) -> S:
     """The mean with one more value of this weight; the value itself if it is the first."""
     return value if mean is None else mean.lerp(value, weight)
-
-
-def _last(average: RunningCurvature) -> Structure | None:
-    return average.curvature if average.count else None
-
-
-def _left_out(average: RunningCurvature) -> RunningCurvature:
-    if average.count == 0:
-        raise FloatingPointError("the first curvature estimate is not finite")
-    warnings.warn("a curvature estimate is not finite: the last average is kept", stacklevel=3)
-    return average
 
 
 def eigenbasis(
@@ -233,40 +216,48 @@ def eigenbasis(
     return factors.eigen(block.ranks, block.kronecker.cuts)
 
 
-def _basis(
-    old: RunningCurvature, block: Block, factors: Kronecker, scaling: KroneckerScaling | None,
-    refresh: bool,
-) -> KroneckerEigen:
+def _basis(due: DueBlock, factors: Kronecker, refresh: bool) -> KroneckerEigen:
     """The eigenbasis of the factors; the last one unless `refresh` asks for another."""
-    last = _last(old) if old.is_in(scaling) else None
-    if not isinstance(last, KroneckerEigen):
-        return eigenbasis(block, factors, scaling).psd()
-    if not refresh:
+    block, old, scaling = due
+    last = old.known if old.is_in(scaling) else None
+    if isinstance(last, KroneckerEigen) and not refresh:
         return last
     try:
         return eigenbasis(block, factors, scaling).psd()
     except torch.linalg.LinAlgError as error:
+        if not isinstance(last, KroneckerEigen):
+            raise
         warnings.warn(f"the last eigenvectors are kept: {error}", stacklevel=3)
         return last
 
 
+def _left_out(average: RunningCurvature) -> RunningCurvature:
+    if average.count == 0:
+        raise FloatingPointError("the first curvature estimate is not finite")
+    warnings.warn("a curvature estimate is not finite: the last average is kept", stacklevel=3)
+    return average
+
+
+# ---- truncated factors --------------------------------------------------------------------------
+
+
 def _is_truncated(block: Block, statistics: BlockStatistics) -> bool:
     """Whether truncated factors are averaged, for which the complete ones are never formed."""
-    structure, (layer, *_) = block.structure, block.layers
-    if not structure.is_kronecker or block.kronecker.cuts != (1, 1) or layer.lead:
+    layer = block.layers[0]
+    if not block.structure.is_kronecker or block.ranks == layer.matrix_shape or layer.lead:
         return False
-    if block.ranks == layer.matrix_shape:
+    if block.kronecker.cuts != (1, 1):
         return False
     (uses,) = statistics.layers
     return len(uses) == 1 and len(uses[0].a) == 1  # not used transposed
 
 
 def _update_truncated(
-    new: RunningCurvature, old: RunningCurvature, block: Block, statistics: BlockStatistics,
-    rows: int, weight: float,
+    due: DueBlock, new: RunningCurvature, statistics: BlockStatistics, rows: int, weight: float
 ) -> RunningCurvature:
     """`update` with truncated factors; G is a mean over positions, A a sum."""
-    ((layer,),), sharing, scaling = statistics.layers, block.kronecker.sharing, new.scaling
+    block, old, scaling = due
+    ((layer,),), sharing = statistics.layers, block.kronecker.sharing
     layer = layer.whiten(scaling)
     shared = layer.share_weights(sharing)
     a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
@@ -275,7 +266,7 @@ def _update_truncated(
         matrix = matrix / rows
     if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
         return _left_out(old)
-    output, input = _truncated_factors(old, block, scaling, g, a)
+    output, input = _truncated_factors(due, g, a)
     try:
         if matrix is None:
             output = output.average(g, 1 / (rows * a.shape[1]), weight)
@@ -288,29 +279,29 @@ def _update_truncated(
         warnings.warn(f"the last curvature is kept: {error}", stacklevel=3)
         return old
     basis = product(output, input)
-    curvature: Structure = basis
-    if block.structure.corrects_eigenvalues:
-        if matrix is None:
-            eigenvalues = mean_squares(layer.a[0], layer.g, basis)
-        else:
-            eigenvalues = statistics.eigenvalues(basis, scaling)
-        curvature = average(_last(old), eigenvalues.scale(1 / rows), weight)
-    return replace(new, curvature=curvature, truncated_factors=(output, input))
+    new = replace(new, curvature=basis, truncated_factors=(output, input))
+    if not block.structure.corrects_eigenvalues:
+        return new
+    if matrix is None:
+        eigenvalues = mean_squares(layer.a[0], layer.g, basis)
+    else:
+        eigenvalues = statistics.eigenvalues(basis, scaling)
+    return replace(new, curvature=average(old.known, eigenvalues.scale(1 / rows), weight))
 
 
-def _truncated_factors(
-    average: RunningCurvature, block: Block, scaling: KroneckerScaling | None, g: Tensor, a: Tensor
-) -> tuple[TruncatedFactor, TruncatedFactor]:
-    """The output and the input factor so far, scaled in another way."""
-    if average.truncated_factors is None:
-        outputs, inputs = block.ranks
-        return TruncatedFactor.zeros(g, outputs), TruncatedFactor.zeros(a, inputs)
-    output, input = average.truncated_factors
-    if average.is_in(scaling):
-        return output, input
-    ones = torch.ones_like(output.diagonal), torch.ones_like(input.diagonal)
-    old, new = _roots(average.scaling) or ones, _roots(scaling) or ones
-    return output.rescaled(old[0] / new[0]), input.rescaled(old[1] / new[1])
+def _truncated_factors(due: DueBlock, g: Tensor, a: Tensor) -> list[TruncatedFactor]:
+    """The output and the input factor so far, in the scaling of the new rows g and a."""
+    block, old, scaling = due
+    if old.truncated_factors is None:
+        return [*map(TruncatedFactor.zeros, (g, a), block.ranks)]
+    if old.is_in(scaling):
+        return [*old.truncated_factors]
+    ones = [torch.ones_like(factor.diagonal) for factor in old.truncated_factors]
+    roots = zip(_roots(old.scaling) or ones, _roots(scaling) or ones, strict=True)
+    return [
+        factor.rescaled(before / after)
+        for factor, (before, after) in zip(old.truncated_factors, roots, strict=True)
+    ]
 
 
 def _roots(scaling: KroneckerScaling | None) -> tuple[Tensor, Tensor] | None:

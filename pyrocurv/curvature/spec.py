@@ -1,47 +1,49 @@
-"""What curvature to estimate, and when: one frozen value for all users."""
+"""Which curvature to estimate, and when: one frozen value for all users."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pyrocurv.curvature.update_interval import START, UpdateInterval
+from pyrocurv.runtime.validation import check_integer, is_number
 
 KINDS = ("hessian", "ggn", "fisher", "empirical")
 PRICE = "noise"  # the diagonal of the Hessian by Price's theorem
 SCHEDULE = ((100, 5), (300, 10), (600, 20))  # up to this step, this interval
-LATE = 100
-FIRST_INTERVAL = UpdateInterval()
+LAST_INTERVAL = 100
+FIRST = UpdateInterval()
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """Which curvature of the negative log likelihood, how often, from how many examples.
+    """Which curvature of the negative log likelihood, how often, and from how many examples.
 
     Args:
-        kind: "hessian" (second derivatives at the data, which may be indefinite: the running
-            average is of the matrices as they are, a precision leaves out what is negative in it),
-            "ggn" (exact generalised Gauss-Newton: the Fisher information of the likelihood in
-            closed form, for those of finite support and most families on the line), "fisher" (the
-            same by sampled targets, for any that can be sampled) or "empirical" (gradients at the
-            data, summed over an example's positions but not over several likelihoods; a cheap
-            relative, not an estimate of the other two). Diagonal posteriors also know "noise": the
-            Hessian's diagonal from the gradients at the very samples that training draws (Price's
-            theorem), at every step and at no cost.
+        kind: "hessian" (second derivatives at the data; it may be indefinite: matrices are averaged
+            as they are, and a precision omits the negative part), "ggn" (exact generalized
+            Gauss-Newton: the Fisher information of the likelihood in closed form, for likelihoods
+            with finite support and most families on the real line), "fisher" (the same from sampled
+            targets, for any likelihood that can be sampled) or "empirical" (gradients at the data,
+            summed over an example's positions but not over several likelihoods; cheap and related,
+            but not an estimate of the other two). Diagonal posteriors also support "noise": the
+            diagonal of the Hessian from the gradients at the samples of the posterior that training
+            draws (Price's theorem), at every step and without extra cost.
         every: steps from one estimate to the next; "schedule": 5 steps up to step 100, 10 up to
-            300, 20 up to 600, then 100; or "auto": each block by itself, from 20 steps at first
-            down to 5 while its layers' inputs or gradients move, up to 500 while they do not.
-            `benchmarks/update_interval.py` prints what either saves.
+            300, 20 up to 600, then 100; or "auto": a separate interval for each block, 20 steps at
+            first, down to 5 while the inputs or gradients of its layers change and up to 500 while
+            they do not. `benchmarks/update_interval.py` measures what they save.
         eigen_every: steps between eigendecompositions of Kronecker factors; the 1st, 2nd, 4th, 8th
-            and 16th estimate have one besides.
-        batch: examples of a mini-batch that an estimate reads, the first ones; None for all.
-        decay: weight of the past in the running average, per estimate; the first 1/(1 - decay)
-            estimates are averaged equally.
-        initial: an isotropic curvature per datum at the start, that fades as (1 - ρ)^step with
-            ρ = B/N within [0.01, 0.05]. Without it the first samples of a network's posterior are
-            so wide that training explodes. For "noise" it is where the average starts.
-        num_samples: sampled targets for each example (kind "fisher"); draws of random signs (kind
-            "hessian") for layers that an exact answer would take more than 512 backward passes
-            for, and for no others.
+            and 16th estimate have one in addition.
+        batch: the number of examples of a mini-batch that an estimate uses, the first ones; None:
+            all of them.
+        decay: the weight of the past in the running average, per estimate; the first 1/(1 - decay)
+            estimates have equal weights.
+        initial: an isotropic curvature per example at the start, which decays as (1 - ρ)^step with
+            ρ = B/N clipped to [0.01, 0.05]. Without it, the first samples of a network's posterior
+            are so wide that training diverges. For "noise", the initial value of the average.
+        num_samples: sampled targets for each example (kind "fisher"); or draws of random signs
+            (kind "hessian"), which are used for layers where an exact result would take more than
+            512 backward passes.
 
     Raises:
         ValueError: an unknown kind, or a number out of its range.
@@ -66,44 +68,39 @@ class Curvature:
                 f"curvature={self.kind!r}: choose one of {', '.join(KINDS)} or, for diagonal "
                 f"posteriors, {PRICE}"
             )
-        for name in ("every", "eigen_every", "batch", "num_samples"):
-            value = getattr(self, name)
-            if (name, value) in (("batch", None), ("every", "schedule"), ("every", "auto")):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                also = {"every": ", 'auto' or 'schedule'", "batch": " or None"}.get(name, "")
-                raise ValueError(
-                    f"Curvature({name}={value!r}): a whole number from 1{also} is needed"
-                )
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"Curvature(decay={self.decay!r}): a number in [0, 1) is needed")
-        if not self.initial >= 0:
-            raise ValueError(f"Curvature(initial={self.initial!r}): a number from 0 is needed")
+        check_integer("every", self.every, 1, "auto", "schedule")
+        check_integer("eigen_every", self.eigen_every, 1)
+        check_integer("batch", self.batch, 1, None)
+        check_integer("num_samples", self.num_samples, 1)
+        if not (is_number(self.decay) and 0 <= self.decay < 1):
+            raise ValueError(f"decay={self.decay!r}: a number in [0, 1) is needed")
+        if not (is_number(self.initial) and self.initial >= 0):
+            raise ValueError(f"initial={self.initial!r}: a number of at least 0 is needed")
 
     @property
     def uses_sample_gradients(self) -> bool:
-        """Whether it is taken from the gradients at the posterior's own samples, at every step."""
+        """Whether it is computed from the gradients at the posterior's samples, at every step."""
         return self.kind == PRICE
 
-    def interval(self, step: int, interval: UpdateInterval = FIRST_INTERVAL) -> int:
-        """Steps between two estimates of a block around `step`."""
+    def interval(self, step: int, interval: UpdateInterval = FIRST) -> int:
+        """The steps between two estimates of a block around `step`."""
         if self.every == "auto":
             return interval.interval
         if isinstance(self.every, int):
             return self.every
-        return next((every for end, every in SCHEDULE if step < end), LATE)
+        return next((every for end, every in SCHEDULE if step < end), LAST_INTERVAL)
 
-    def is_due(self, step: int, interval: UpdateInterval = FIRST_INTERVAL) -> bool:
+    def is_due(self, step: int, interval: UpdateInterval = FIRST) -> bool:
         """Whether a block takes an estimate at `step`."""
         if self.every == "auto":
             return step >= interval.due
         return step % self.interval(step) == 0
 
     def decays_at(self, step: int) -> bool:
-        """Whether the initial curvature fades at `step` in blocks that take no estimate then."""
+        """Whether the initial curvature decays at `step` in blocks that take no estimate."""
         return self.every == "auto" and step % START == 0
 
-    def is_basis_due(self, step: int, interval: UpdateInterval = FIRST_INTERVAL) -> bool:
+    def is_basis_due(self, step: int, interval: UpdateInterval = FIRST) -> bool:
         """Whether the estimate at `step` is the first since a multiple of `eigen_every`."""
         if self.every == "auto":
             return step // self.eigen_every > interval.last // self.eigen_every
@@ -111,7 +108,7 @@ class Curvature:
 
 
 def as_curvature(curvature: str | Curvature) -> Curvature:
-    """A string is short for `Curvature(kind)`."""
+    """The curvature; a string is short for `Curvature(kind)`."""
     if isinstance(curvature, str):
         return Curvature(curvature)
     if not isinstance(curvature, Curvature):

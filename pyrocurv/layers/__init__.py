@@ -6,8 +6,14 @@ Legend for the whole package:
     Γ groups with a matrix each; most layers have no such axis
 """
 
+from typing import Any
+
+from pyrocurv.layers.convolution import CONVOLUTIONS
 from pyrocurv.layers.layer import Layer
+from pyrocurv.layers.linear import PRODUCTS
+from pyrocurv.layers.normalization import SCALES
 from pyrocurv.layers.op import OpArguments, OpSpec
-from pyrocurv.layers.registry import OPS
 
 __all__ = ["OPS", "Layer", "OpArguments", "OpSpec"]
+
+OPS: dict[Any, OpSpec] = {**PRODUCTS, **CONVOLUTIONS, **SCALES}  # as torch dispatches on them

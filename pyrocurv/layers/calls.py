@@ -1,4 +1,7 @@
-"""The calls of layers: input and output gradient of one op as rows of examples and positions."""
+"""The calls of layers: input and output gradient of one op as rows of examples and positions.
+
+The Jacobian of a call for an example is the sum of g aᵀ over the positions S.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,59 +18,7 @@ from torch.nn import functional as F
 
 from pyrocurv.layers import Layer, OpSpec
 
-
-class LayerCall(Protocol):
-    """One call of a layer, whose Jacobian for an example is the sum over S of g aᵀ."""
-
-    @property
-    def layer(self) -> Layer:
-        """The layer that is called."""
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the op uses the transpose of the layer's matrix, as a tied embedding does."""
-
-    @property
-    def batch_size(self) -> int:
-        """B."""
-
-    @property
-    def leaves(self) -> Mapping[str, Tensor]:
-        """The tensors of the layer, by name."""
-
-    def input_rows(self, count: int) -> Tensor:
-        """The inputs a of the first `count` examples [*lead, count, S, I]; 1 for the bias."""
-
-    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
-        """A gradient g as rows of `count` examples [*lead, count, S, O]; None is zero."""
-
-
-@dataclass(frozen=True, eq=False)
-class UntracedWeight:
-    """A tensor that no supported op consumes, as a call with one input, which is 1.
-
-    Its gradient rows are its own gradients, one backward pass for each example.
-    """
-
-    layer: Layer
-    tensor: Tensor
-    batch_size: int
-    transposed: bool = False
-
-    @property
-    def leaves(self) -> Mapping[str, Tensor]:
-        """The tensor, by name."""
-        return {self.layer.weight: self.tensor}
-
-    def input_rows(self, count: int) -> Tensor:
-        """Ones [count, 1, 1]."""
-        return self.tensor.new_ones(count, 1, 1)
-
-    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
-        """The gradients of `count` examples [count, P] as [count, 1, P]; None is zero."""
-        if gradient is None:
-            gradient = self.tensor.new_zeros(count, self.tensor.numel())
-        return gradient.reshape(count, 1, -1)
+Layout = tuple[str, int, tuple[int, ...]]  # of a weight as a matrix: orientation, groups, shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +39,7 @@ class TrackedTensor:
 
 @dataclass(frozen=True, eq=False)
 class OpRecord:
-    """One op that consumed a weight, a bias or both; `edge` is the gradient edge of its output.
-
-    Inside attention, where tensors are [L, B, E] or [L·B, E], `sequence_first_batch` is B.
-    """
+    """One op that consumed a weight, a bias or both; `edge` is the gradient edge of its output."""
 
     op: OpSpec
     weight: TrackedTensor | None
@@ -102,19 +50,20 @@ class OpRecord:
     edge: GradientEdge
     output_shape: torch.Size
     input_version: int
-    sequence_first_batch: int | None = None
+    sequence_first_batch: int | None = None  # B inside attention, with tensors [L, B, E], [L·B, E]
     product: OpRecord | None = None  # the op whose output the bias was added to
 
     @property
     def names(self) -> tuple[str | None, str | None]:
         """The names of weight and bias."""
         weight, bias = self.weight, self.bias
-        return None if weight is None else weight.name, None if bias is None else bias.name
+        return weight.name if weight else None, bias.name if bias else None
 
     @property
-    def groups(self) -> int:
-        """Γ."""
-        return self.settings.get("groups", 1)
+    def layout(self) -> Layout:
+        """The use of the weight as a matrix."""
+        shape = self.weight.shape if self.weight else ()
+        return self.orientation, self.settings.get("groups", 1), shape
 
     @property
     def batch_size(self) -> int:
@@ -134,15 +83,13 @@ class OpCall:
 
     layer: Layer
     record: OpRecord
-    transposed: bool = False
+    transposed: bool = False  # the op uses the transpose of W, as a tied embedding does
 
     @cached_property
-    def _tensors(self) -> tuple[TrackedTensor, ...]:
+    def _tensors(self) -> list[TrackedTensor]:
         """The tensors of the layer that the op consumed: its weight, its bias or both."""
-        return tuple(
-            tensor for tensor in (self.record.weight, self.record.bias)
-            if tensor is not None and tensor.name in self.layer.tensors
-        )
+        sources = self.record.weight, self.record.bias
+        return [source for source in sources if source and source.name in self.layer.tensors]
 
     @property
     def edge(self) -> GradientEdge:
@@ -155,7 +102,7 @@ class OpCall:
         return self.record.batch_size
 
     @property
-    def leaves(self) -> Mapping[str, Tensor]:
+    def leaves(self) -> dict[str, Tensor]:
         """The tensors of the layer, by name."""
         return {tensor.name: tensor.base for tensor in self._tensors}
 
@@ -164,7 +111,7 @@ class OpCall:
         return self._tensors[0].tensor.dtype
 
     def input_rows(self, count: int) -> Tensor:
-        """The inputs of the first `count` examples, [*lead, count, S, I]; 1 for the bias."""
+        """The inputs a of the first `count` examples [*lead, count, S, I]; 1 for the bias."""
         record, layer = self.record, self.layer
         if layer.orientation == "bias":
             start, stop = self._tensors[0].row_slice or (0, layer.size)
@@ -181,7 +128,7 @@ class OpCall:
         return rows.to(self._dtype)
 
     def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
-        """A gradient of the output as [*lead, count, S, O]; None (no path) is zero."""
+        """A gradient g as rows of `count` examples [*lead, count, S, O]; None (no path) is zero."""
         record, tensor = self.record, self._tensors[0]
         if gradient is None:
             gradient = record.input.new_zeros(record.output_shape, dtype=self._dtype)
@@ -193,6 +140,37 @@ class OpCall:
         if self.layer.orientation == "bias" and rows.dim() == 4:  # [Γ, B, S, O] -> [B, S, Γ·O]
             rows = rows.movedim(0, -2).flatten(-2)
         return rows.to(self._dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class UntracedWeight:
+    """A tensor that no supported op consumes, as a call with one input, which is 1.
+
+    Its gradient rows are its own gradients, one backward pass for each example.
+    """
+
+    layer: Layer
+    tensor: Tensor
+    batch_size: int
+    transposed: bool = False
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensor, by name."""
+        return {self.layer.weight: self.tensor}
+
+    def input_rows(self, count: int) -> Tensor:
+        """Ones [count, 1, 1]."""
+        return self.tensor.new_ones(count, 1, 1)
+
+    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
+        """The gradients of `count` examples [count, P] as [count, 1, P]; None is zero."""
+        if gradient is None:
+            gradient = self.tensor.new_zeros(count, self.tensor.numel())
+        return gradient.reshape(count, 1, -1)
+
+
+LayerCall = OpCall | UntracedWeight
 
 
 def split_weight_and_bias(call: OpCall) -> list[OpCall]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import getattr_static
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +24,16 @@ from pyrocurv.layers import OPS, OpArguments, OpSpec
 from pyrocurv.layers.autograd_graph import next_sequence_number, sequence_number
 from pyrocurv.layers.calls import OpRecord, TrackedTensor
 from pyrocurv.layers.linear import ADDED_BIAS
-from pyrocurv.layers.registry import ADDITIONS, SPLITS, TRANSPOSES
-from pyrocurv.layers.trace import Recording, Trace
+from pyrocurv.layers.trace import Trace
 
-
-class _Product(NamedTuple):
-    """An op without a bias, and its output, which a bias may be added to."""
-
-    record: OpRecord
-    output: Tensor
+ADDITIONS = {
+    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
+}
+TRANSPOSES = {
+    getattr_static(Tensor, "T").__get__, getattr_static(Tensor, "mT").__get__,
+    torch.t, Tensor.t, torch.transpose, Tensor.transpose,
+}
+SPLITS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split}
 
 
 class Capture(TorchFunctionMode):
@@ -41,32 +43,28 @@ class Capture(TorchFunctionMode):
     through, as those of a statistic for the log, do not count.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, tracked: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._bases: dict[str, Tensor] = {}
+        self._bases = dict(tracked)
         self._tracked: dict[int, TrackedTensor] = {}  # by the id of the tensor
-        self._unsupported: dict[str, str] = {}
+        self._refused: dict[str, str] = {}
         self._records: list[OpRecord] = []
-        self._products: dict[int, _Product] = {}  # by the id of the output
+        # by the id of an output that a bias may be added to: the op, and the output, kept alive
+        self._products: dict[int, tuple[OpRecord, Tensor]] = {}
         self._with_bias: set[int] = set()  # ids of records to whose output a bias was added
         self._reused: set[int] = set()  # ids of records whose output had another use
-        self._nodes: dict[int, bool] = {}  # see `Recording`
+        self._nodes: dict[int, bool] = {}  # see `Trace`
         self._sequence_first_batch: int | None = None
         self._has_batch_coupling = False
-        for name, tensor in (tracked or {}).items():
-            self.track(name, tensor)
-
-    def track(self, name: str, tensor: Tensor) -> None:
-        """Record the ops on one more tensor from now on."""
-        self._bases[name] = tensor
-        self._add(TrackedTensor(name, tensor, tensor))
+        for name, tensor in tracked.items():
+            self._track(TrackedTensor(name, tensor, tensor))
 
     def trace(self) -> Trace:
         """The layers of the ops that were recorded so far."""
-        return Trace.of(Recording(
-            dict(self._bases), tuple(self._records), frozenset(self._reused), dict(self._nodes),
-            dict(self._unsupported), self._has_batch_coupling,
-        ))
+        return Trace(
+            self._bases, tuple(self._records), frozenset(self._reused), dict(self._nodes),
+            dict(self._refused), self._has_batch_coupling,
+        )
 
     # ---- during the forward pass ----------------------------------------------------------------
 
@@ -80,9 +78,10 @@ class Capture(TorchFunctionMode):
         output = func(*args, **kwargs)
         if not _has_gradient(output):  # also a shape, a size, a stride ...
             return output
-        values = (*args, *kwargs.values())
-        operands = list(self._tracked_in(values))
-        self._record_reuse(func, values)
+        values = [*_flatten((*args, *kwargs.values()))]
+        operands = [tensor for value in values if (tensor := self._find(value)) is not None]
+        if not (func in ADDITIONS and operands):
+            self._record_reuse(values)
         if operands:
             self._record_op(func, args, kwargs, output, operands)
             self._nodes.update(dict.fromkeys(range(start, next_sequence_number()), True))
@@ -115,66 +114,63 @@ class Capture(TorchFunctionMode):
             self._record_layer(op, arguments, output, operands)
         elif func in ADDITIONS and (addition := self._read_addition(args, kwargs, output)):
             self._record_addition(*addition, output)
-        elif func in TRANSPOSES and first.tensor.dim() == 2 and TRANSPOSES[func](*args, **kwargs):
-            self._add(replace(first, tensor=output, transposed=not first.transposed))
+        elif func in TRANSPOSES and first.tensor.dim() == 2 and _swaps_axes(*args, **kwargs):
+            self._track(replace(first, tensor=output, transposed=not first.transposed))
         elif func in SPLITS and _splits_rows(first, args, kwargs):
-            self._add_row_slices(first, output)
+            start = 0
+            for rows in output:
+                stop = start + len(rows)
+                self._track(replace(first, tensor=rows, row_slice=(start, stop)))
+                start = stop
         else:
             name = getattr(func, "__name__", str(func))
-            reason = name.strip("_") if name != "__get__" else "an attribute"
-            self._mark_unsupported(operands, reason)
+            self._refuse(operands, name.strip("_") if name != "__get__" else "an attribute")
 
-    def _mark_unsupported(self, tensors: Sequence[TrackedTensor], reason: str) -> None:
+    def _refuse(self, tensors: Sequence[TrackedTensor], reason: str) -> None:
         for tensor in tensors:
-            self._unsupported.setdefault(tensor.name, reason)
-
-    def _add(self, tensor: TrackedTensor) -> None:
-        self._tracked[id(tensor.tensor)] = tensor
-
-    def _add_row_slices(self, tensor: TrackedTensor, slices: Sequence[Tensor]) -> None:
-        start = 0
-        for rows in slices:
-            stop = start + len(rows)
-            self._add(replace(tensor, tensor=rows, row_slice=(start, stop)))
-            start = stop
+            self._refused.setdefault(tensor.name, reason)
 
     def _record_layer(
         self, op: OpSpec, arguments: OpArguments, output: Tensor,
         operands: Sequence[TrackedTensor],
     ) -> None:
         weight, bias = self._find(arguments.weight), self._find(arguments.bias)
-        orientation = op.orientation
-        if weight is not None and weight.transposed:
-            orientation = {"out_in": "in_out", "in_out": "out_in"}.get(orientation, orientation)
         sources = [tensor for tensor in (weight, bias) if tensor is not None]
-        if reason := _refusal(op, arguments, weight, sources, orientation, len(operands)):
-            self._mark_unsupported(operands, reason)
+        row_slices = {tensor.row_slice for tensor in sources}
+        orientation, reason = op.orientation, op.refusal(arguments)
+        if weight is not None and weight.transposed:
+            if orientation == "per_unit" or len(weight.shape) != 2:
+                reason = f"{op.name} of a transpose"
+            orientation = {"out_in": "in_out", "in_out": "out_in"}.get(orientation, orientation)
+        if len(operands) > len(sources):
+            reason = reason or f"the input of {op.name}"
+        is_plain = orientation == "out_in" and arguments.settings.get("groups", 1) == 1
+        if row_slices != {None} and not is_plain:
+            reason = reason or "a part of a tensor"
+        if reason:
+            self._refuse(operands, reason)
             return
         record = OpRecord(
             op, weight, bias, orientation, arguments.input, arguments.settings,
             get_gradient_edge(output), output.shape, arguments.input._version,
             self._sequence_first_batch,
         )
-        if len({tensor.row_slice for tensor in sources}) > 1:  # rows of one with all of the other
+        if len(row_slices) > 1:  # rows of one with all of the other
             self._records += [replace(record, bias=None), replace(record, weight=None)]
         else:
             self._records.append(record)
         if bias is None and op.outputs_last:
-            self._products[id(output)] = _Product(record, output)
+            self._products[id(output)] = record, output
 
     def _read_addition(
         self, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> tuple[TrackedTensor, Tensor] | None:
         """The tracked bias and the tensor to whose last axis it is added, if a call does that."""
-        if len(args) != 2 or kwargs:
+        pairs = zip(map(self._find, args), reversed(args), strict=True)
+        found = [(bias, other) for bias, other in pairs if bias is not None]
+        if len(args) != 2 or kwargs or len(found) != 1:
             return None
-        first, second = map(self._find, args)
-        if first is not None and second is None:
-            bias, tensor = first, args[1]
-        elif second is not None and first is None:
-            bias, tensor = second, args[0]
-        else:
-            return None
+        bias, tensor = found[0]
         if not isinstance(tensor, Tensor) or bias.tensor.dim() != 1 or bias.row_slice is not None:
             return None
         fits = tensor.dim() >= 2 and tensor.shape[-1] == len(bias.tensor)
@@ -193,41 +189,23 @@ class Capture(TorchFunctionMode):
             self._reused.add(id(product))
         self._with_bias.add(id(product))
         if tensor is not output:  # not in place: the product may be used again
-            self._products[id(tensor)] = _Product(product, tensor)
+            self._products[id(tensor)] = product, tensor
 
-    def _record_reuse(self, func: Any, values: tuple[Any, ...]) -> None:
-        if not self._products or func in ADDITIONS and any(map(self._find, values)):
-            return
-        for value in _flatten(values):
-            product = self._products.get(id(value))
-            if product is not None and product.output is value:
-                self._reused.add(id(product.record))
+    def _record_reuse(self, values: Sequence[Any]) -> None:
+        for value in values:
+            record, output = self._products.get(id(value), (None, None))
+            if record is not None and output is value:
+                self._reused.add(id(record))
+
+    def _track(self, tensor: TrackedTensor) -> None:
+        self._tracked[id(tensor.tensor)] = tensor
 
     def _find(self, value: Any) -> TrackedTensor | None:
         return self._tracked.get(id(value)) if isinstance(value, Tensor) else None
 
-    def _tracked_in(self, values: Any) -> Iterator[TrackedTensor]:
-        for value in _flatten(values):
-            if (tensor := self._find(value)) is not None:
-                yield tensor
 
-
-def _refusal(
-    op: OpSpec, arguments: OpArguments, weight: TrackedTensor | None,
-    sources: Sequence[TrackedTensor], orientation: str, num_operands: int,
-) -> str:
-    """The reason why the call of an op on tracked weights is not supported, or ""."""
-    if weight is not None and weight.transposed and (
-        orientation == "per_unit" or len(weight.shape) != 2
-    ):
-        return f"{op.name} of a transpose"
-    if reason := op.refusal(arguments):
-        return reason
-    if num_operands > len(sources):
-        return f"the input of {op.name}"
-    is_grouped = arguments.settings.get("groups", 1) > 1
-    is_part = any(tensor.row_slice is not None for tensor in sources)
-    return "a part of a tensor" if is_part and (orientation != "out_in" or is_grouped) else ""
+def _swaps_axes(input: Tensor, dim0: int = 0, dim1: int = 1) -> bool:
+    return dim0 % 2 != dim1 % 2
 
 
 def _splits_rows(tensor: TrackedTensor, args: tuple[Any, ...], kwargs: Any) -> bool:

@@ -7,50 +7,47 @@ biases, each is a separate layer.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import consumers, sequence_number
-from pyrocurv.layers.calls import OpCall, OpRecord
+from pyrocurv.layers.calls import Layout, OpCall, OpRecord
 
 
 @dataclass(frozen=True, eq=False)
-class Recording:
-    """The ops that a `Capture` recorded, and the unsupported tensors {name: reason}."""
+class Trace:
+    """The ops that a `Capture` recorded, and the layers whose uses are all supported."""
 
     tracked: Mapping[str, Tensor]
     ops: tuple[OpRecord, ...]
     reused: frozenset[int]  # ids of the ops whose product has another use than the sum with a bias
     nodes: Mapping[int, bool]  # sequence numbers of the autograd nodes; False: of an op's result
-    unsupported: Mapping[str, str]
-    has_batch_coupling: bool
+    refused: Mapping[str, str]  # {name: reason} of tensors in other ops
+    has_batch_coupling: bool  # whether a batch norm in training mode joined the examples
 
+    @cached_property
+    def _resolved(self) -> tuple[list[OpCall], dict[str, str]]:
+        return _resolve(_join_added_biases(self.ops, self.reused), self.refused)
 
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """The layers whose uses are all supported, in order of first use, and their calls.
+    @property
+    def calls(self) -> list[OpCall]:
+        """The calls of the layers."""
+        return self._resolved[0]
 
-    `unsupported` {name: reason} are the other tensors that were used. `has_batch_coupling` says
-    whether a batch norm in training mode joined the examples.
-    """
+    @property
+    def unsupported(self) -> Mapping[str, str]:
+        """{name: reason} of the other tensors that were used."""
+        return self._resolved[1]
 
-    layers: tuple[Layer, ...]
-    calls: tuple[OpCall, ...]
-    unsupported: Mapping[str, str]
-    has_batch_coupling: bool
-    recording: Recording
-
-    @staticmethod
-    def of(recording: Recording) -> Trace:
-        """The trace of a recording."""
-        calls, unsupported = _resolve(recording)
-        layers = tuple(dict.fromkeys(call.layer for call in calls))
-        return Trace(layers, tuple(calls), unsupported, recording.has_batch_coupling, recording)
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers in order of first use."""
+        return tuple(dict.fromkeys(call.layer for call in self.calls))
 
     @property
     def tracked_names(self) -> set[str]:
@@ -59,10 +56,7 @@ class Trace:
 
     def mark_unsupported(self, reasons: Mapping[str, str]) -> Trace:
         """The trace without the tensors in `reasons` {name: reason}."""
-        if not reasons:
-            return self
-        unsupported = {**self.unsupported, **reasons}
-        return Trace.of(replace(self.recording, unsupported=unsupported))
+        return replace(self, refused={**self.unsupported, **reasons}) if reasons else self
 
     def mark_untracked(self, total: Tensor) -> Trace:
         """The trace without the tensors that `total` depends on through an unrecorded op.
@@ -70,21 +64,19 @@ class Trace:
         Such ops are inside `torch.vmap` or an `autograd.Function`, or in the backward pass of a
         derivative that the model takes.
         """
-        recording, readers = self.recording, consumers(total)
+        readers = consumers(total)
         untracked = {
-            name: "an op that could not be traced" for name, tensor in recording.tracked.items()
-            if name not in self.unsupported and _has_untracked_use(tensor, readers, recording.nodes)
+            name: "an op that could not be traced" for name, tensor in self.tracked.items()
+            if name not in self.unsupported and _has_untracked_use(tensor, readers, self.nodes)
         }
         reused = {
-            id(record.product) for record in recording.ops if record.product is not None and any(
-                sequence_number(node) not in recording.nodes
+            id(record.product) for record in self.ops if record.product is not None and any(
+                sequence_number(node) not in self.nodes
                 for node in readers.get(record.product.edge.node, ())
             )
         }
-        return Trace.of(replace(
-            recording, unsupported={**self.unsupported, **untracked},
-            reused=recording.reused | reused,
-        ))
+        refused = {**self.unsupported, **untracked}
+        return replace(self, refused=refused, reused=self.reused | reused)
 
 
 def _has_untracked_use(
@@ -105,33 +97,24 @@ def _has_untracked_use(
 # ---- layers from ops ----------------------------------------------------------------------------
 
 
-class _Layout(NamedTuple):
-    """How an op uses a weight as a matrix."""
-
-    orientation: str
-    groups: int
-    shape: tuple[int, ...]
-
-
-def _resolve(recording: Recording) -> tuple[list[OpCall], dict[str, str]]:
+def _resolve(
+    records: Sequence[OpRecord], refused: Mapping[str, str]
+) -> tuple[list[OpCall], dict[str, str]]:
     """The calls of the layers, and the unsupported tensors.
 
     A weight with two layouts that are not each other's transpose becomes unsupported.
     """
-    records = _join_added_biases(recording)
-    layouts: dict[str, list[_Layout]] = defaultdict(list)
+    layouts: dict[str, list[Layout]] = defaultdict(list)
     partners: dict[str, set[str | None]] = defaultdict(set)
     for record in records:
         weight, bias = record.names
-        if record.weight is not None:
-            layouts[record.weight.name].append(
-                _Layout(record.orientation, record.groups, record.weight.shape)
-            )
-            partners[record.weight.name].add(bias)
-        if record.bias is not None:
-            partners[record.bias.name].add(weight)
-    biases = {record.bias.name for record in records if record.bias is not None}
-    unsupported = dict(recording.unsupported)
+        if weight is not None:
+            layouts[weight].append(record.layout)
+            partners[weight].add(bias)
+        if bias is not None:
+            partners[bias].add(weight)
+    biases = {record.names[1] for record in records}
+    unsupported = dict(refused)
     for name, uses in layouts.items():
         if len(set(uses)) > 1 and not _are_transposes(uses) or name in biases:
             unsupported.setdefault(name, "a weight in two layers of different kinds")
@@ -157,26 +140,20 @@ def _resolve(recording: Recording) -> tuple[list[OpCall], dict[str, str]]:
     return calls, unsupported
 
 
-def _join_added_biases(recording: Recording) -> list[OpRecord]:
+def _join_added_biases(ops: Sequence[OpRecord], reused: frozenset[int]) -> list[OpRecord]:
     """The ops, with a bias that was added to a product of no other use joined to the product."""
     additions = {
-        id(record.product): record for record in recording.ops
-        if record.product is not None and _can_join(record.product, recording.reused)
+        id(product): record for record in ops
+        if (product := record.product) is not None and id(product) not in reused
+        and product.weight is not None and product.weight.row_slice is None
     }
     return [
         replace(record, bias=additions[id(record)].bias) if id(record) in additions else record
-        for record in recording.ops if id(record.product) not in additions
+        for record in ops if id(record.product) not in additions
     ]
 
 
-def _can_join(product: OpRecord, reused: Container[int]) -> bool:
-    return (
-        id(product) not in reused
-        and product.weight is not None and product.weight.row_slice is None
-    )
-
-
-def _are_transposes(layouts: Sequence[_Layout]) -> bool:
+def _are_transposes(layouts: Sequence[Layout]) -> bool:
     """Whether they are one matrix and its transpose."""
     orientations, groups, shapes = map(set, zip(*layouts, strict=True))
     is_matrix = all(len(shape) == 2 for shape in shapes)

@@ -25,10 +25,7 @@ S = TypeVar("S", bound="Structure")
 
 @dataclass(frozen=True, eq=False)
 class LazySolution:
-    """M⁻¹x [P], kept as low-rank factors where it is the sum of a few outer products.
-
-    Adding the product of the factors to a vector takes one pass over memory and no copy.
-    """
+    """M⁻¹x [P], kept as low-rank factors where that spares a pass over memory and a copy."""
 
     dot: Tensor  # <x, M⁻¹x>, a scalar
     factors: tuple[Tensor] | tuple[Tensor, Tensor]  # [P], or [O, k] and [k, I] with P = O·I
@@ -88,10 +85,6 @@ class Structure(ABC):
         """The diagonal of M⁻¹ [P]: the marginal variances when M is a precision."""
 
     @abstractmethod
-    def eigenvalues(self) -> Tensor:
-        """The eigenvalues of M [P], ascending."""
-
-    @abstractmethod
     def scale(self: S, factor: float | Tensor) -> S:
         """factor · M, for a positive scalar."""
 
@@ -116,6 +109,10 @@ class Structure(ABC):
         """`rsqrt` of z [P], which may be overwritten; not differentiable."""
         return self.rsqrt(z)
 
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of M [P], ascending."""
+        return torch.linalg.eigvalsh(self.dense())
+
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar."""
         return self.diag().sum()
@@ -135,8 +132,5 @@ class Structure(ABC):
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Structure:
-        """The structure that `state` describes.
-
-        Raises ValueError for the state of another class or version.
-        """
+        """The structure that `state` describes; ValueError if it is of another class or version."""
         return from_state(state)

@@ -42,10 +42,8 @@ class BlockDiagonal(Structure):
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`: one tensor [..., P_b] for each block, as one [..., P]."""
-        joined = torch.cat(list(pieces), -1)
-        if self.index:
-            return joined[..., torch.cat(list(self.index)).argsort()]
-        return joined
+        joined = torch.cat([*pieces], -1)
+        return joined[..., torch.cat([*self.index]).argsort()] if self.index else joined
 
     def _blockwise(self, operation: Callable[[Structure, Tensor], Tensor], x: Tensor) -> Tensor:
         pairs = zip(self.blocks, self.split(x), strict=True)
@@ -62,9 +60,6 @@ class BlockDiagonal(Structure):
 
     def logdet(self) -> Tensor:
         return torch.stack([block.logdet() for block in self.blocks]).sum()
-
-    def trace(self) -> Tensor:
-        return torch.stack([block.trace() for block in self.blocks]).sum()
 
     def diag(self) -> Tensor:
         return self.join([block.diag() for block in self.blocks])
@@ -86,7 +81,6 @@ class BlockDiagonal(Structure):
         return BlockDiagonal(tuple(block.shift(piece) for block, piece in pairs), self.index)
 
     def lerp(self, other: BlockDiagonal, weight: float) -> BlockDiagonal:
-        """Block by block, each with the `lerp` of its structure."""
         pairs = zip(self.blocks, other.blocks, strict=True)
         return BlockDiagonal(tuple(a.lerp(b, weight) for a, b in pairs), self.index)
 

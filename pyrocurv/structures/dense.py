@@ -42,9 +42,8 @@ class Dense(Structure):
         return torch.cholesky_solve(_columns(x), self._cholesky).mT.reshape(x.shape)
 
     def rsqrt(self, z: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(
-            self._cholesky.mT, _columns(z), upper=True
-        ).mT.reshape(z.shape)
+        half = torch.linalg.solve_triangular(self._cholesky.mT, _columns(z), upper=True)
+        return half.mT.reshape(z.shape)
 
     def logdet(self) -> Tensor:
         return 2 * self._cholesky.diagonal().log().sum()
@@ -54,9 +53,6 @@ class Dense(Structure):
 
     def inverse_diag(self) -> Tensor:
         return torch.cholesky_inverse(self._cholesky).diagonal()
-
-    def eigenvalues(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.matrix)
 
     def dense(self) -> Tensor:
         return self.matrix

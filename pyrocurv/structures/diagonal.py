@@ -24,6 +24,14 @@ class Diagonal(Structure):
 
     entries: Tensor
 
+    @cached_property
+    def _inverse_root(self) -> Tensor:
+        return self.entries.rsqrt()
+
+    @cached_property
+    def _logdet(self) -> Tensor:
+        return self.entries.log().sum()
+
     @property
     def size(self) -> int:
         return self.entries.shape[-1]
@@ -40,14 +48,6 @@ class Diagonal(Structure):
     def rsqrt_(self, z: Tensor) -> Tensor:
         return z.mul_(self._inverse_root)
 
-    @cached_property
-    def _inverse_root(self) -> Tensor:
-        return self.entries.rsqrt()
-
-    @cached_property
-    def _logdet(self) -> Tensor:
-        return self.entries.log().sum()
-
     def logdet(self) -> Tensor:
         return self._logdet
 
@@ -59,9 +59,6 @@ class Diagonal(Structure):
 
     def eigenvalues(self) -> Tensor:
         return self.entries.sort().values
-
-    def dense(self) -> Tensor:
-        return torch.diag(self.entries)
 
     def scale(self, factor: float | Tensor) -> Diagonal:
         return Diagonal(self.entries * factor)

@@ -91,19 +91,11 @@ class Kronecker(Structure):
     def eigenvalues(self) -> Tensor:
         return self.eigen().eigenvalues()
 
-    def dense(self) -> Tensor:
-        if self.output.dim() == 2:
-            return torch.kron(self.output, self.input)
-        return torch.block_diag(*map(torch.kron, self.output, self.input))
-
     def scale(self, factor: float | Tensor) -> Kronecker:
         return Kronecker(self.output * factor, self.input)
 
     def shift(self, delta: float | Tensor) -> KroneckerEigen:
-        """G ⊗ A + delta·I for a scalar, exactly, in the joint eigenbasis of the factors.
-
-        Raises ValueError for a vector.
-        """
+        """G ⊗ A + delta·I for a scalar, in the joint eigenbasis; ValueError for a vector."""
         return self.eigen().shift(delta)
 
     def psd(self) -> KroneckerEigen:
@@ -111,10 +103,8 @@ class Kronecker(Structure):
 
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
         """The average of each factor, as in K-FAC; not the average of the two matrices."""
-        return Kronecker(
-            torch.lerp(self.output, other.output, weight),
-            torch.lerp(self.input, other.input, weight),
-        )
+        output = torch.lerp(self.output, other.output, weight)
+        return Kronecker(output, torch.lerp(self.input, other.input, weight))
 
     def nearest_kronecker_sum(self, other: Kronecker) -> Kronecker:
         """The Kronecker product that is nearest to self + other in the Frobenius norm.
@@ -130,18 +120,16 @@ class Kronecker(Structure):
         outputs = torch.stack([self.output, other.output], -3)  # [..., 2, O, O]
         inputs = torch.stack([self.input, other.input], -3)
         gram = _gram(outputs)
-        c = _leading_vector(_gram(inputs) @ gram)
-        d = (gram @ c.unsqueeze(-1)).squeeze(-1)
-        norm = (c * d).sum(-1, keepdim=True)
+        c = _leading_vector(_gram(inputs) @ gram)[..., None, None]  # [..., 2, 1, 1]
+        d = (gram @ c.squeeze(-1)).unsqueeze(-1)
+        norm = (c * d).sum(-3, keepdim=True)
         d = torch.where(norm > 0, d / norm, d)  # avoids 0/0
-        return Kronecker(_combination(c, outputs), _combination(d, inputs))
+        return Kronecker((c * outputs).sum(-3), (d * inputs).sum(-3))
 
     def rescaled(self, output_root: Tensor, input_root: Tensor) -> Kronecker:
         """G / (p pᵀ) ⊗ A / (r rᵀ), for roots p [..., O] and r [..., I] of a prior precision."""
-        return Kronecker(
-            self.output / outer(output_root, output_root),
-            self.input / outer(input_root, input_root),
-        )
+        output = self.output / outer(output_root, output_root)
+        return Kronecker(output, self.input / outer(input_root, input_root))
 
     def eigen(
         self, ranks: tuple[int, int] | None = None, num_blocks: tuple[int, int] = (1, 1)
@@ -184,10 +172,7 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
 
 
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors [..., n, rank] and their eigenvalues; if rank < n, the mean of the rest.
-
-    The eigenvalues are [..., rank], or [..., rank + 1] with the mean as the last entry.
-    """
+    """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
     values, basis = eigh_blocks(factor, num_blocks)
     rest = values.shape[-1] - rank
     if rest == 0:
@@ -216,8 +201,3 @@ def _leading_vector(matrix: Tensor) -> Tensor:
     second = torch.where(half >= 0, c, root - half)
     is_any = (first == 0) & (second == 0)  # every vector is an eigenvector
     return torch.stack([first + is_any, second + is_any], -1)
-
-
-def _combination(weights: Tensor, matrices: Tensor) -> Tensor:
-    """w₁ M₁ + w₂ M₂, for weights [..., 2] and matrices [..., 2, n, n]."""
-    return (weights[..., None, None] * matrices).sum(-3)

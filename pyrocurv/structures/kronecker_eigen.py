@@ -34,8 +34,7 @@ class _SpectralParts:
 
     @cached_property
     def rest_value(self) -> float:
-        """`rest` of a single group as a Python number: one synchronization with its device."""
-        return float(self.rest)
+        return float(self.rest)  # synchronizes with its device, therefore once
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +75,14 @@ class KroneckerEigen(Structure):
         return self.shape.numel()
 
     @property
-    def _is_thin(self) -> bool:
-        """Whether both sides are truncated, without groups."""
+    def _truncated(self) -> tuple[bool, bool]:
+        """Whether the output and the input side are truncated."""
         (o, s), (i, r) = self.output_basis.shape[-2:], self.input_basis.shape[-2:]
-        return s < o and r < i and self.spectrum.dim() == 2
+        return s < o, r < i
 
     @property
-    def _is_full(self) -> bool:
-        """Whether no side is truncated."""
-        bases = self.output_basis, self.input_basis
-        return all(basis.shape[-2] == basis.shape[-1] for basis in bases)
+    def _is_thin(self) -> bool:
+        return all(self._truncated) and self.spectrum.dim() == 2
 
     @cached_property
     def _inverse(self) -> _SpectralParts:
@@ -110,8 +107,7 @@ class KroneckerEigen(Structure):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
         p = self.output_basis.mT @ x
-        is_truncated = self.output_basis.shape[-1] < self.output_basis.shape[-2]
-        return p, p @ self.input_basis, x @ self.input_basis if is_truncated else None
+        return p, p @ self.input_basis, x @ self.input_basis if self._truncated[0] else None
 
     def _factors(
         self, parts: _SpectralParts, p: Tensor, k: Tensor, q: Tensor | None
@@ -131,12 +127,10 @@ class KroneckerEigen(Structure):
         """The matrix with the same eigenvectors, the eigenvalues of `parts`, times x [..., P]."""
         matrix = x.unflatten(-1, self.shape)
         left, right = self._factors(parts, *self._project(matrix))
-        if not (parts.rows.numel() and parts.columns.numel()):
-            return (left @ right).reshape(x.shape)
-        rest = parts.rest * matrix
-        if rest.dim() > 2:
-            return (rest + left @ right).reshape(x.shape)
-        return rest.addmm_(left, right).reshape(x.shape)  # saves a pass over memory
+        product = left @ right
+        if all(self._truncated):
+            product = torch.addcmul(product, parts.rest, matrix)
+        return product.reshape(x.shape)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self._product(x, self._parts(self.spectrum))
@@ -159,7 +153,7 @@ class KroneckerEigen(Structure):
         return LazySolution(dot, (matrix.addmm_(left, right, beta=parts.rest_value).view(-1),))
 
     def rsqrt(self, z: Tensor) -> Tensor:
-        if not self._is_full:
+        if any(self._truncated):
             return self._product(z, self._inverse_root)
         # no rotation into the basis first: z has the same distribution there
         scaled = z.unflatten(-1, self.shape) * self._inverse_root.core
@@ -239,11 +233,9 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_projections(rows: Tensor, basis: Tensor) -> Tensor:
-    """The squared lengths of the projections of vectors onto the eigenspaces of a basis.
+    """(xᵀv)² for rows x [..., n] and each column v of a basis [n, r]; if r < n, then what is left.
 
-    For rows x [..., n] and a basis V [n, r] these are the (xᵀv)² [..., r] and, if r < n, the square
-    of what is orthogonal to the basis as one more entry. That is computed as a square itself: a
-    difference of squares would have the rounding error of the largest, and may be negative.
+    That is computed as a square itself: a difference of squares might be negative by rounding.
     """
     projections = rows @ basis
     if basis.shape[-1] == basis.shape[-2]:
@@ -279,8 +271,7 @@ def _squared_overlap(old: Tensor, new: Tensor) -> Tensor:
     overlap = (old.mT @ new).square()  # of the columns
     if old.shape[-2] > old.shape[-1]:
         overlap = torch.cat([overlap, 1 - overlap.sum(-2, keepdim=True)], -2)
-    rest = new.shape[-2] - new.shape[-1]
-    if rest == 0:
+    if (rest := new.shape[-2] - new.shape[-1]) == 0:
         return overlap
     rest_overlap = (multiplicities(old) - overlap.sum(-1)) / rest
     return torch.cat([overlap, rest_overlap.unsqueeze(-1)], -1)

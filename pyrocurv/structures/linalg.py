@@ -19,15 +19,14 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     in float64 on the CPU. Raises `torch.linalg.LinAlgError` when that fails too, as it does for
     entries that are not finite.
     """
-    is_small = matrix.shape[-1] <= MAX_SINGLE_THREAD
     try:
-        with _single_thread() if is_small else nullcontext():
+        with _single_thread() if matrix.shape[-1] <= MAX_SINGLE_THREAD else nullcontext():
             values, vectors = torch.linalg.eigh(matrix)
     except (torch.linalg.LinAlgError, NotImplementedError):
         values = vectors = matrix.new_full((), torch.nan)
-    if not _is_finite(vectors):  # LAPACK also fails silently, in float32 at low rank
+    if not bool(vectors.isfinite().all()):  # LAPACK also fails silently, in float32 at low rank
         values, vectors = torch.linalg.eigh(matrix.to("cpu", torch.float64))
-        if not _is_finite(vectors):
+        if not bool(vectors.isfinite().all()):
             raise torch.linalg.LinAlgError("eigh found no finite eigenvectors")
     return values.to(matrix), vectors.to(matrix).contiguous()
 
@@ -43,10 +42,6 @@ def _single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _is_finite(matrix: Tensor) -> bool:
-    return bool(torch.isfinite(matrix).all())
-
-
 def eigh_blocks(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
     """`eigh` of `cut(matrix, num_blocks)`, block by block: p blocks cost n³/p² operations.
 
@@ -56,13 +51,11 @@ def eigh_blocks(matrix: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
     if num_blocks == 1:
         values, vectors = eigh(matrix)
     else:
-        vectors, all_values = torch.zeros_like(matrix), []
-        blocks = zip(_blocks(vectors, num_blocks), _blocks(matrix, num_blocks), strict=True)
-        for target, block in blocks:
-            block_values, block_vectors = eigh(block)
+        pairs = [eigh(block) for block in _blocks(matrix, num_blocks)]
+        vectors = torch.zeros_like(matrix)
+        for target, (_, block_vectors) in zip(_blocks(vectors, num_blocks), pairs, strict=True):
             target.copy_(block_vectors)
-            all_values.append(block_values.flatten(-2))
-        values, order = torch.cat(all_values, -1).sort(-1)
+        values, order = torch.cat([values.flatten(-2) for values, _ in pairs], -1).sort(-1)
         vectors = vectors.gather(-1, order.unsqueeze(-2).expand_as(vectors))
     size = values.abs().amax(-1, keepdim=True)
     rounding = values.shape[-1] * torch.finfo(values.dtype).eps * size

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
+from pyrocurv.structures.kronecker_eigen import outer
 from pyrocurv.structures.serialization import serializable
 
 
@@ -29,9 +29,7 @@ class KroneckerScaling:
     @property
     def root(self) -> Tensor | None:
         """sqrt(p_i r_j) as a vector [P], or None where p = r = 1."""
-        if self.roots is None:
-            return None
-        return (self.roots[0].unsqueeze(-1) * self.roots[1].unsqueeze(-2)).flatten()
+        return None if self.roots is None else outer(*self.roots).flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +75,6 @@ class Rescaled(Structure):
 
     def inverse_diag(self) -> Tensor:
         return self.inner.inverse_diag() / self.root.square()
-
-    def eigenvalues(self) -> Tensor:
-        return torch.linalg.eigvalsh(self.dense())
 
     def scale(self, factor: float | Tensor) -> Rescaled:
         return Rescaled(self.inner.scale(factor), self.root)

@@ -53,8 +53,7 @@ from pyrocurv.curvature import (
     running_average,
 )
 from pyrocurv.curvature.collect import assemble
-from pyrocurv.curvature.examples import ExampleSelection
-from pyrocurv.curvature.likelihood import LikelihoodTerm, as_likelihood
+from pyrocurv.curvature.likelihood import ExampleSelection, LikelihoodTerm, as_likelihood
 from pyrocurv.infer import NGVI
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.capture import Capture
@@ -634,7 +633,9 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         term = lambda f, y=y: LikelihoodTerm(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
         running = running or running_average.zero_curvature(seen.block, x, None)
-        running = running_average.update(running, seen.block, seen, len(x), 0.9, True)
+        running = running_average.update(
+            running_average.DueBlock(seen.block, running, None), seen, len(x), 0.9, True
+        )
         parts.append(assembled(seen).dense() / len(x))
     assert running is not None
     for part in parts:
@@ -662,9 +663,10 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         scaling = KroneckerScaling(torch.ones(()).double(), units)
         factors = assembled(one).rescaled(*units)
         zero = running_average.zero_curvature(seen.block, x, scaling)
+        due = running_average.DueBlock(seen.block, zero, scaling)
         with monkeypatch.context() as patch:
             patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
-            running = running_average.update(zero, seen.block, seen, len(x), 0.9, True, scaling)
+            running = running_average.update(due, seen, len(x), 0.9, True)
         expected = factors.eigen((2, 2)).psd()
         if isinstance(spec, EKFAC):
             expected = one.eigenvalues(expected, scaling)
@@ -672,7 +674,7 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         assert running.factors is None
         # the first sample of several that the layer has a part in
         late = running_average.Particle(2, 4)
-        again = running_average.update(zero, seen.block, seen, len(x), 0.9, True, scaling, late)
+        again = running_average.update(due, seen, len(x), 0.9, True, late)
         assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)
 
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
-from pyrocurv.curvature.running_average import RunningCurvature, update, zero_curvature
-from pyrocurv.curvature.truncated_factor import ROWS, TruncatedFactor, mean_squares
+from pyrocurv.curvature.running_average import DueBlock, RunningCurvature, update, zero_curvature
+from pyrocurv.curvature.truncated_factor import MAX_ROWS, TruncatedFactor, mean_squares
 from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.layers import Layer
@@ -51,7 +51,7 @@ def step(
     block = Block((layer,), {"kfac": KFAC, "ekfac": EKFAC}[structure](rank=rank))
     running = running or zero_curvature(block, a, scaling)
     statistics = GradientStatistics([[LayerStatistics(a[None], g)]])
-    return update(running, block, statistics, rows, decay, refresh, scaling)
+    return update(DueBlock(block, running, scaling), statistics, rows, decay, refresh)
 
 
 def weights(count: int) -> list[float]:
@@ -121,7 +121,7 @@ def test_a_side_that_fits_the_rank_is_exact_for_ever() -> None:
     same(input.diagonal, A.diag())
 
 
-@pytest.mark.parametrize("positions", [1, 2 * ROWS])
+@pytest.mark.parametrize("positions", [1, 2 * MAX_ROWS])
 def test_what_holds_for_any_rows(positions: int) -> None:
     """The trace and diagonal are exact, also of sampled positions; λ are lower bounds."""
     stream = estimates(8, 3, positions)
@@ -164,7 +164,7 @@ def test_slowly_decaying_spectrum() -> None:
 
 def test_sampled_positions_are_right_on_average() -> None:
     """A rank-one estimate from sampled positions, many times over: its mean is that of all rows."""
-    x = torch.randn(1, 2 * ROWS, 3).double()
+    x = torch.randn(1, 2 * MAX_ROWS, 3).double()
     expected = torch.einsum("nsi,nsj->ij", x, x)
     draws = []
     for _ in range(400):
@@ -172,7 +172,7 @@ def test_sampled_positions_are_right_on_average() -> None:
         draws.append(side.basis @ torch.diag(side.values) @ side.basis.mT)
     found = torch.stack(draws)
     error = found.std(0) / len(draws) ** 0.5
-    bias = expected.trace() / ROWS  # of the ratio of traces, of the order 1 / rows
+    bias = expected.trace() / MAX_ROWS  # of the ratio of traces, of the order 1 / rows
     assert ((found.mean(0) - expected).abs() < 5 * error + bias).all()
 
 
@@ -296,7 +296,7 @@ def test_an_estimate_that_is_not_finite_is_left_out(structure: str) -> None:
 @structures
 def test_rows_of_nothing(structure: str) -> None:
     """Dead inputs and gradients give a curvature of zero, and an orthonormal basis all the same."""
-    a, g = torch.zeros(3, 2 * ROWS, INPUTS), torch.zeros(1, 3, 2 * ROWS, OUTPUTS)
+    a, g = torch.zeros(3, 2 * MAX_ROWS, INPUTS), torch.zeros(1, 3, 2 * MAX_ROWS, OUTPUTS)
     pairs = [(a.double(), g.double())]
     running = step(None, structure, pairs, 3, DECAY, False, None, 4)
     assert not running.curvature.dense().any()

@@ -291,9 +291,9 @@ def estimates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]
     seen: list[tuple[str, ...]] = []
     update = running_average.update
 
-    def spy(old: Any, block: Any, *rest: Any) -> Any:
-        seen.append(tuple(layer.weight for layer in block.layers))
-        return update(old, block, *rest)
+    def spy(due: Any, *rest: Any) -> Any:
+        seen.append(tuple(layer.weight for layer in due.block.layers))
+        return update(due, *rest)
 
     monkeypatch.setattr(running_average, "update", spy)
     yield seen

@@ -414,7 +414,7 @@ def test_any_likelihood(likelihood: str, kind: str) -> None:
     model, (x, y) = Line(observe), regression_data()
     ngvi = NGVI(model, KFACGuide(model), lr=0.1, curvature=kind)
     if kind == "ggn" and likelihood == "mixture":
-        with pytest.raises(ValueError, match="curvature='ggn' knows .* use 'fisher'"):
+        with pytest.raises(ValueError, match="curvature='ggn' supports .* use 'fisher'"):
             ngvi.step(x, targets(y))
         return
     losses = [ngvi.step(x, targets(y)) for _ in range(40)]

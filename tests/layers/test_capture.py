@@ -196,15 +196,6 @@ def test_untracked_weights_are_not_recorded() -> None:
     assert not trace.calls and not trace.unsupported
 
 
-def test_track_adds_a_tensor() -> None:
-    weights, x, capture = linear_weights(), tensor(5, 3), Capture()
-    with capture:
-        F.linear(x, weights["w"])
-        capture.track("w", weights["w"])
-        F.linear(x, weights["w"])
-    assert len(capture.trace().calls) == 1
-
-
 @pytest.mark.parametrize("look", [
     lambda w: w.shape, lambda w: w.size(), lambda w: w.size(0), lambda w: w.dim(), len,
     lambda w: w.dtype, lambda w: w.numel(), lambda w: w.stride(), lambda w: w.requires_grad,
