@@ -63,8 +63,10 @@ def _as_rule(choice: StructureChoice, owners: Owners) -> Rule:
             raise ValueError(f"structure: no layer {pattern!r}; {', '.join(names)} exist")
     for module_type in types:
         if not any(isinstance(owner, module_type) for owner in owners.values()):
-            have = ", ".join({_user_type(module): None for module in owners.values() if module is not None})
-            warn_user(f"structure: no layer is of type {module_type.__name__}; {have} exist")
+            have = {_user_type(owner): None for owner in owners.values() if owner is not None}
+            warn_user(
+                f"structure: no layer is of type {module_type.__name__}; {', '.join(have)} exist"
+            )
 
     def rule(name: str, module: nn.Module | None) -> Any:
         for pattern in patterns:
