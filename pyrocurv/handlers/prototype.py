@@ -21,8 +21,8 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
-from pyrocurv.runtime.out_of_memory import is_out_of_memory
 from pyrocurv.runtime.rng import device_of, isolated_rng
+from pyrocurv.runtime.validation import is_out_of_memory
 
 CHECKPOINT = (
     "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "

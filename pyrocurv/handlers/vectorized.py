@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from pyrocurv.runtime.out_of_memory import is_out_of_memory
 from pyrocurv.runtime.rng import device_of, isolated_rng
+from pyrocurv.runtime.validation import is_out_of_memory
 
 Program = Callable[..., Any]
 Values = Mapping[str, Tensor]
