@@ -1,4 +1,4 @@
-"""The five structures of a curvature matrix, each with its options.
+"""The structures of a curvature matrix, each with its options.
 
 A spec determines which layers share a block. The modules that compute the matrix of a block
 dispatch on the type of its spec.
@@ -19,7 +19,7 @@ SHARING = ("expand", "reduce")
 
 
 class StructureSpec:
-    """Base of the five structures, which are frozen dataclasses."""
+    """Base of all structures, which are frozen dataclasses."""
 
     kind: ClassVar[str]  # the name without the options
     is_kronecker: ClassVar[bool] = False
