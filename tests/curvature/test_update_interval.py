@@ -174,10 +174,10 @@ def test_the_averages_are_those_of_the_rows() -> None:
 
 
 def test_movement_is_zero_on_average_at_rest() -> None:
-    """The noise is taken out without bias: over 2,000 clocks at their fifth estimate."""
+    """The noise is taken out without bias: over 500 clocks at their fifth estimate."""
     stream = RandomStream(0, 10)
     found = []
-    for _ in range(2_000):
+    for _ in range(500):
         now = UpdateInterval()
         for step in range(0, 100, 20):
             before = now
@@ -299,28 +299,29 @@ def estimates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]
     yield seen
 
 
-@pytest.mark.parametrize("every", [3, "schedule", "auto"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("structure", "every", "kind", "make"), [  # every kind with every interval
+    (structure, every, KINDS[(3 * i + j) % len(KINDS)], (regressor, classifier)[(i + j) % 2])
+    for i, structure in enumerate(STRUCTURES) for j, every in enumerate([3, "schedule", "auto"])
+])
 def test_counts(
-    structure: str, kind: str, every: int | str, estimates: list[tuple[str, ...]]
+    structure: str, every: int | str, kind: str, make: Callable[[], Any],
+    estimates: list[tuple[str, ...]],
 ) -> None:
-    for model in (regressor(), classifier()):
-        estimates.clear()
-        ngvi = NGVI(model, STRUCTURES[structure](model), curvature=Curvature(kind, every=every))
-        assert ngvi.update_counts() == {}
-        for _ in range(130):
-            assert math.isfinite(ngvi.step(*data_of(model)))
-        counts = ngvi.update_counts()
-        names = ["net.0", "net.2"]
-        assert list(counts) == (["net.0 ... net.2"] if structure in ("full", "diag") else names)
-        for name, (updates, interval) in counts.items():
-            layers = tuple(f"{part}.weight" for part in name.split(" ... "))
-            assert updates == estimates.count(layers)
-            if every == "auto":
-                assert 4 <= updates <= 26 and 5 <= interval <= 80
-            else:
-                assert (updates, interval) == {3: (44, 3), "schedule": (23, 10)}[every]
+    model = make()
+    ngvi = NGVI(model, STRUCTURES[structure](model), curvature=Curvature(kind, every=every))
+    assert ngvi.update_counts() == {}
+    for _ in range(130):
+        assert math.isfinite(ngvi.step(*data_of(model)))
+    counts = ngvi.update_counts()
+    names = ["net.0", "net.2"]
+    assert list(counts) == (["net.0 ... net.2"] if structure in ("full", "diag") else names)
+    for name, (updates, interval) in counts.items():
+        layers = tuple(f"{part}.weight" for part in name.split(" ... "))
+        assert updates == estimates.count(layers)
+        if every == "auto":
+            assert 4 <= updates <= 26 and 5 <= interval <= 80
+        else:
+            assert (updates, interval) == {3: (44, 3), "schedule": (23, 10)}[every]
 
 
 @pytest.mark.parametrize("kind", ["hessian", "fisher"])
@@ -482,7 +483,7 @@ def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
     assert alone > 3
 
 
-@pytest.mark.parametrize("structure", GUIDES)
+@pytest.mark.parametrize("structure", ["diag", "ekfac", "block"])
 def test_a_clock_that_never_moves_is_a_fixed_interval(
     structure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,8 +499,9 @@ def test_a_clock_that_never_moves_is_a_fixed_interval(
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("steps", [61, 105, 112])
-@pytest.mark.parametrize("structure", GUIDES)
+@pytest.mark.parametrize(("structure", "steps"), [
+    ("diag", 61), ("kfac", 61), ("kfac", 105), ("ekfac", 112), ("block", 105), ("full", 112),
+])
 def test_a_run_is_resumed_bit_for_bit(structure: str, steps: int) -> None:
     torch.manual_seed(7)
     batches = [truncated_factors(step) for step in range(180)]
