@@ -4,12 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib", "tqdm"]
+EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib"]
 PEERS = [  # what the benchmarks compare with
     "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
     "laplace-torch", "mlxtend",
 ]
-TEST = ["pytest", "curvlinops-for-pytorch", *EXAMPLES]  # the suite runs the examples too
+TEST = ["pytest", "pytest-xdist", "curvlinops-for-pytorch", *EXAMPLES]  # it runs the examples too
 
 setup(
     name="pyrocurv",
@@ -31,7 +31,7 @@ setup(
     packages=find_packages(include=["pyrocurv*"]),
     package_data={"pyrocurv": ["py.typed"]},
     python_requires=">=3.10,<3.14",
-    install_requires=["torch>=2.6", "pyro-ppl>=1.9.1"],
+    install_requires=["torch>=2.6", "pyro-ppl>=1.9.1", "tqdm>=4.36"],
     extras_require={
         "examples": EXAMPLES,
         "peers": PEERS,

@@ -27,7 +27,6 @@ import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.structures.serialization import to_state
 from step_cost import make_step
 
 MIB = 2**20
@@ -37,6 +36,8 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def peak() -> float:
     """Of the process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+STRUCTURES = ("curvature", "precision", "preconditioner")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -56,15 +57,15 @@ def size(value: Any) -> float:
 
 def held(ngvi: NGVI) -> dict[str, float]:
     """What the structures must hold between two steps."""
-    blocks = to_state(ngvi._state.blocks)
+    blocks = ngvi.state_dict()["posterior"]["blocks"]
     guide = dict(ngvi.guide.named_parameters()), dict(ngvi.guide.named_buffers())
     means = {name: value for name, value in guide[0].items() if "loc" in name}
     shapes = {name: value for part in guide for name, value in part.items() if name not in means}
     return {
         "means": size(means),
-        "bases and spectra": size([shapes, [(b["running"], b["metric"]) for b in blocks]]),
+        "bases and spectra": size([shapes, [[b[key] for key in STRUCTURES] for b in blocks]]),
         "momentum": size([b["momentum"] for b in blocks]),
-        "noise": size([b["noise"] for b in blocks]),
+        "noise": size([b["mirror"] for b in blocks]),
     }
 
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
-from pyrocurv.infer import NGVI
+from pyrocurv.infer import NGVI, layerwise_step
 from pyrocurv.infer.model_run import BatchModel, ModelRun
 from pyrocurv.optim import SecondOrderOptimizer
-from pyrocurv.posterior import step as engine
+from pyrocurv.posterior.sampling import Sampler
 
 try:
     from ivon import IVON
@@ -191,11 +191,11 @@ def parts(step: Step, data: Sequence[Batch]) -> dict[str, float]:
     """Seconds per step of the parts of an NGVI step."""
     watch = Stopwatch()
     with (
-        watch.watch("sample", engine, "draw"),
+        watch.watch("sample", Sampler, "draw"),
         watch.watch("forward + backward", BatchModel, "__call__"),
-        watch.watch("forward + backward", ModelRun, "energy"),
+        watch.watch("forward + backward", ModelRun, "tempered_nll"),
         watch.watch("forward + backward", torch.autograd, "grad"),
-        watch.watch("curvature", engine, "observe"),
+        watch.watch("curvature", layerwise_step, "update_curvature"),
     ):
         total = run(step, data)
     known = {part: watch.spent[part] / len(data) for part in PARTS[:-1]}

@@ -32,8 +32,7 @@ from fashion_mnist import BATCH, SAMPLES, TEMPERATURE, Labelled, batches, images
 from nets import lenet
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import KFACGuide
-from pyrocurv.infer import NGVI
-from pyrocurv.posterior import step as engine
+from pyrocurv.infer import NGVI, layerwise_step
 
 TRAIN = 55_000
 INTERVALS: tuple[int | str, ...] = (20, "schedule", "auto")
@@ -50,16 +49,16 @@ class Spent:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        estimate = engine.update_curvature
+        estimate = layerwise_step.update_curvature
 
         def timed(*args: object) -> object:
             start = time.process_time()
-            found = estimate(*args)
+            updated = estimate(*args)
             self.seconds += time.process_time() - start
             self.passes += 1
-            return found
+            return updated
 
-        with mock.patch.object(engine, "observe", timed):
+        with mock.patch.object(layerwise_step, "update_curvature", timed):
             yield
 
 

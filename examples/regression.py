@@ -1,157 +1,146 @@
-"""A regression with its uncertainty: noise learnt, bands that widen where there are no data.
+"""Regression with uncertainty: learned noise, and bands that widen where there are no data.
 
-    python examples/regression.py                  # under a minute; draws regression.png
+    python examples/regression.py                # under a minute; draws regression.png
 
-A small network on 200 points of a curve with a gap, targets with noise of a size that it is not
-told. First the default path: the mode of the log joint by natural gradients, then the prediction of
-the network linearised there. Then sampled variational inference, whose predictions come from
-samples of the posterior. Prints a table and draws both with their bands.
+A small network on 200 noisy points of a curve with a gap; the noise scale is a latent of the model.
+"linearized" finds the mode of the log joint by natural gradients and predicts with the network
+linearized there. "sampled" trains a posterior by variational inference and predicts with samples of
+it. Prints a table and draws both with their bands.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import pyro
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
+from tqdm import trange
 
 import pyrocurv
 from pyrocurv.guides import KFACGuide
-from pyrocurv.infer import NGVI, Laplace
+from pyrocurv.infer import NGVI, Laplace, Predictive
 
-NOISE, NUM_DATA, BATCH = 0.2, 200, 32
+NOISE, NUM_DATA, BATCH, LR = 0.2, 200, 32, 0.03
+Data = tuple[Tensor, Tensor]  # x [N, 1], y [N]
+Bands = tuple[Tensor, Tensor, Tensor]  # mean, standard deviation without and with noise, each [N]
 
 
 def curve(x: Tensor) -> Tensor:
     return torch.sin(2 * x)
 
 
-def make_data(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Targets at places on both sides of a gap: x [N, 1] in [-2, -0.6] or [0.6, 2], y [N]."""
+def make_data(seed: int) -> Data:
+    """Points on both sides of a gap, in [-2, -0.6] and [0.6, 2]."""
     generator = torch.Generator().manual_seed(seed)
-    side = torch.randint(2, (count, 1), generator=generator) * 2 - 1
-    x = side * (0.6 + 1.4 * torch.rand(count, 1, generator=generator))
-    return x, curve(x.squeeze(-1)) + NOISE * torch.randn(count, generator=generator)
+    side = torch.randint(2, (NUM_DATA, 1), generator=generator) * 2 - 1
+    x = side * (0.6 + 1.4 * torch.rand(NUM_DATA, 1, generator=generator))
+    return x, curve(x.squeeze(-1)) + NOISE * torch.randn(NUM_DATA, generator=generator)
 
 
 def make_model(seed: int) -> pyrocurv.nn.Regressor:
-    """The noise scale is a latent, the weights have priors of variance 1 / (fan_in + 1)."""
+    """The noise scale is the latent "sigma"; the weights have prior variance 1 / (fan_in + 1)."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 1))
     return pyrocurv.nn.Regressor(pyrocurv.nn.bayesianize(net), num_data=NUM_DATA)
 
 
-def train(name: str, ngvi: NGVI, x: Tensor, y: Tensor, steps: int) -> None:
+def train(name: str, ngvi: NGVI, data: Data, steps: int) -> None:
+    x, y = data
     schedule = CosineAnnealingLR(ngvi.optimizer, T_max=steps)
-    for _ in tqdm(range(steps), desc=name, disable=None):
+    for _ in trange(steps, desc=name, disable=None):
         rows = torch.randint(len(y), (BATCH,))
         ngvi.step(x[rows], y[rows])
         schedule.step()
 
 
-Bands = tuple[Tensor, Tensor, Tensor]  # mean, deviation without and with noise, each [N]
-
-
-def default_path(x: Tensor, y: Tensor, new: Tensor, args: argparse.Namespace) -> Bands:
-    """The mode by natural gradients, then the linearised network."""
+def linearized(data: Data, x_new: Tensor, args: argparse.Namespace) -> Bands:
+    """The mode of the log joint, then one pass over the data for the curvature there."""
     model = make_model(args.seed)
     guide = KFACGuide(model)
-    ngvi = NGVI(model, guide, lr=args.lr, curvature="ggn", num_particles=0)
-    train("default", ngvi, x, y, args.steps)
-    laplace = Laplace(model, guide).fit([(x, y)])  # one pass over all data, in any batches
-    predictive = laplace.predict(new)  # a Normal [N], noise included
+    ngvi = NGVI(model, guide, lr=LR, curvature="ggn", num_particles=0)  # steps at the mean
+    train("linearized", ngvi, data, args.steps)
+    laplace = Laplace(model, guide).fit([data])  # takes any loader of batches
+    predictive = laplace.predict(x_new)  # a Normal [N], noise included
     sigma = guide.median()["sigma"]
     return predictive.mean, (predictive.variance - sigma**2).sqrt(), predictive.stddev
 
 
-def sampled(x: Tensor, y: Tensor, new: Tensor, args: argparse.Namespace) -> Bands:
+def sampled(data: Data, x_new: Tensor, args: argparse.Namespace) -> Bands:
     """Samples of the posterior, at a temperature below 1: T = 1 under-fits few data."""
     model = make_model(args.seed)
     guide = KFACGuide(model)
-    ngvi = NGVI(model, guide, lr=args.lr, curvature="ggn", temperature=args.temperature)
-    train("sampled", ngvi, x, y, args.steps)
-    predict = pyro.infer.Predictive(
-        model, guide=guide, num_samples=args.samples, return_sites=("_RETURN", "sigma")
+    ngvi = NGVI(model, guide, lr=LR, curvature="ggn", temperature=args.temperature)
+    train("sampled", ngvi, data, args.steps)
+    predictive = Predictive(
+        model, guide=guide, num_samples=args.samples, return_sites=["_RETURN", "sigma"]
     )
-    draws = predict(new)
-    means, sigma = draws["_RETURN"], draws["sigma"].reshape(-1, 1)  # [S, N] and [S, 1]
-    spread = means.var(0)
-    return means.mean(0), spread.sqrt(), (spread + sigma.square().mean()).sqrt()
+    draws = predictive(x_new)
+    means, sigma = draws["_RETURN"], draws["sigma"]  # [samples, N] and one for each sample
+    variance = means.var(0)
+    return means.mean(0), variance.sqrt(), (variance + sigma.square().mean()).sqrt()
 
 
-PATHS = {"default": default_path, "sampled": sampled}
+METHODS = {"linearized": linearized, "sampled": sampled}
 
 
-def table(bands: dict[str, Bands], x: Tensor) -> str:
-    """Errors and mean deviations beside the data, in their gap and beyond them."""
-    far, x = x.abs(), x.squeeze(-1)
-    places = {"at data": (far >= 0.6) & (far <= 2), "in the gap": far < 0.6, "beyond": far > 2}
-    lines = [f"{'path':<10}{'noise':>8}" + "".join(
-        f"{f'error {place}':>18}{'sd':>7}" for place in places
-    )]
-    for name, (mean, inner, outer) in bands.items():
-        noise = (outer.square() - inner.square()).mean().sqrt()
-        line = f"{name:<10}{noise:>8.3f}"
-        for inside in places.values():
-            rows = inside.squeeze(-1)
-            error = (mean - curve(x))[rows].square().mean().sqrt()
-            line += f"{error:>18.3f}{inner[rows].mean():>7.3f}"
-        lines.append(line)
-    return "\n".join(lines)
+def print_table(bands: dict[str, Bands], x: Tensor) -> None:
+    """Root mean square error, and mean sd without noise: at the data, in the gap and beyond."""
+    x = x.squeeze(-1)
+    distance = x.abs()
+    regions = {"at data": (distance >= 0.6) & (distance <= 2), "in the gap": distance < 0.6,
+               "beyond": distance > 2}
+    header = "".join(f"{f'error {region}':>18}{'sd':>7}" for region in regions)
+    print(f"{'method':<12}{'noise':>8}{header}")
+    for name, (mean, sd, sd_with_noise) in bands.items():
+        noise = (sd_with_noise.square() - sd.square()).mean().sqrt()
+        line = f"{name:<12}{noise:>8.3f}"
+        for inside in regions.values():
+            error = (mean - curve(x))[inside].square().mean().sqrt()
+            line += f"{error:>18.3f}{sd[inside].mean():>7.3f}"
+        print(line)
 
 
-def draw(ax: Axes, title: str, data: tuple[Tensor, Tensor], x: Tensor, bands: Bands) -> None:
-    """The mean, two deviations of it and, lighter, of the targets."""
-    mean, inner, outer = bands
-    line = x.squeeze(-1)
-    for spread, alpha in ((outer, 0.15), (inner, 0.3)):
-        ax.fill_between(line, mean - 2 * spread, mean + 2 * spread, alpha=alpha, color="C0", lw=0)
-    ax.plot(line, mean, color="C0", label="mean, ± 2 sd without and with noise")
-    ax.plot(line, curve(line), color="black", lw=0.8, ls="--", label="truth")
+def draw(ax: Axes, title: str, data: Data, x: Tensor, bands: Bands) -> None:
+    """The mean, two standard deviations of it and, lighter, of the targets."""
+    mean, sd, sd_with_noise = bands
+    x = x.squeeze(-1)
+    for width, alpha in ((sd_with_noise, 0.15), (sd, 0.3)):
+        ax.fill_between(x, mean - 2 * width, mean + 2 * width, alpha=alpha, color="C0", lw=0)
+    ax.plot(x, mean, color="C0", label="mean, ± 2 sd without and with noise")
+    ax.plot(x, curve(x), color="black", lw=0.8, ls="--", label="truth")
     ax.scatter(*data, s=8, color="C1", label="data")
     ax.set(title=title, ylim=(-2.5, 2.5))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--steps", type=int, default=2000)
-    add("--lr", type=float, default=0.03)
     add("--temperature", type=float, default=0.3, help="of sampled inference")
     add("--samples", type=int, default=100)
     add("--seed", type=int, default=0)
     add("--plot", type=Path, default=Path("regression.png"))
-    add("--smoke", action="store_true", help="a few seconds, to see that everything runs")
-    args = parser.parse_args(argv)
+    add("--smoke", action="store_true", help="a few seconds, to check the set-up")
+    args = parser.parse_args()
     if args.smoke:
         args.steps, args.samples = 100, 8
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    x, y = make_data(args.seed, NUM_DATA)
-    new = torch.linspace(-3, 3, 241).unsqueeze(-1)
+    data = make_data(args.seed)
+    x_new = torch.linspace(-3, 3, 241).unsqueeze(-1)
     with torch.no_grad():
-        bands = {name: path(x, y, new, args) for name, path in PATHS.items()}
-    print(table(bands, new))
+        bands = {name: method(data, x_new, args) for name, method in METHODS.items()}
+    print_table(bands, x_new)
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for ax, (name, found) in zip(figure.subplots(1, 2, sharey=True), bands.items(), strict=True):
-        draw(ax, name, (x.squeeze(-1), y), new, found)
+    for ax, name in zip(figure.subplots(1, 2, sharey=True), bands, strict=True):
+        draw(ax, name, data, x_new, bands[name])
     figure.axes[0].legend(fontsize="small")
     figure.savefig(args.plot)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
-"""Pictures of a predictive distribution: is it calibrated, and where is it unsure?
+"""Plots of a predictive distribution: is it calibrated, and where is it uncertain?
 
-The reliability diagram is that of Guo et al. 2017, "On Calibration of Modern Neural Networks".
-matplotlib is imported when a function is called, not before.
+The reliability diagram is that of Guo et al. 2017, "On Calibration of Modern Neural Networks",
+arXiv:1706.04599. matplotlib is imported inside of the functions only.
 Shapes: N examples, C classes, H x W pixels.
 """
 
@@ -22,20 +22,23 @@ __all__ = ["reliability", "uncertain_images"]
 def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int = 15) -> Axes:
     """Draw the reliability diagram of a classifier.
 
-    Blue is the accuracy in each bin of confidence, red the gap to the mean confidence there, grey
-    the share of the examples. Red weighted by grey is the expected calibration error (the title).
+    For each bin of confidence, blue is the accuracy, red the gap to the mean confidence and gray
+    the share of the examples. The mean of the gaps, weighted by the shares, is the expected
+    calibration error (ECE) in the title.
 
     Args:
-        probs: predictive probabilities, [N, C]
-        labels: true classes, [N]
-        ax: where to draw; without it a new figure
-        bins: number of equal bins of confidence in [0, 1]
+        probs: predictive probabilities [N, C].
+        labels: true classes [N].
+        ax: the axes to draw on; None for a new figure.
+        bins: number of bins of equal width for confidences in [0, 1].
 
     Returns:
         The axes drawn on.
 
     Raises:
-        ValueError: the shapes disagree, N is 0, rows of `probs` do not sum to 1, or `bins` < 1.
+        ValueError: the shapes do not match, N is 0, rows of `probs` do not sum to 1, or `bins` < 1.
+
+    Reference: Guo et al. 2017, arXiv:1706.04599.
 
     Example:
         >>> import torch
@@ -46,9 +49,9 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
     """
     if bins < 1:
         raise ValueError(f"bins={bins}: at least one bin is needed")
-    probs = _checked_probs(probs)
-    labels = _checked_labels(labels, probs)
-    share, accuracy, gap = _calibration(probs, labels, bins)
+    probs = _check_probs(probs)
+    labels = _check_labels(labels, probs)
+    share, accuracy, gap = _calibration(probs, labels, bins)  # [bins] each
     if ax is None:
         import matplotlib.pyplot as plt
 
@@ -57,13 +60,13 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
     left = torch.arange(bins)[filled] / bins
     share_depth = -0.25 * share / share.max()
     hatched = dict(color=(0.84, 0.15, 0.16, 0.25), edgecolor="tab:red", hatch="//")
-    for height, bottom, look in (
+    for height, bottom, style in (
         (accuracy, torch.zeros(bins), dict(color="tab:blue", edgecolor="white", label="accuracy")),
         (gap, accuracy, dict(**hatched, label="gap to confidence")),
         (share_depth, torch.zeros(bins), dict(color="0.7", label="share of examples")),
     ):
         height, bottom = height[filled], bottom[filled]
-        ax.bar(left.tolist(), height.tolist(), 1 / bins, bottom.tolist(), align="edge", **look)
+        ax.bar(left.tolist(), height.tolist(), 1 / bins, bottom.tolist(), align="edge", **style)
     ax.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ax.axhline(0, color="0.3", linewidth=0.8)
     ax.set(xlim=(0, 1), ylim=(-0.28, 1), xlabel="confidence", ylabel="accuracy")
@@ -80,22 +83,22 @@ def uncertain_images(
     figure: Figure | SubFigure | None = None,
     n: int = 12,
 ) -> list[Axes]:
-    """Show the images of highest predictive entropy, most uncertain first.
+    """Show the images with the highest predictive entropy, the most uncertain first.
 
-    Beneath each stands the predicted class and its probability, and the true class if it differs.
+    The caption of each is the predicted class, its probability, and the true class if it differs.
 
     Args:
-        images: grey [N, H, W] or [N, 1, H, W], or colour [N, 3, H, W]; any scale
-        probs: predictive probabilities, [N, C]
-        labels: true classes, [N]; without them only the prediction is written
-        figure: a figure or subfigure to fill; without it a new figure
-        n: how many images, at most N are shown
+        images: gray [N, H, W] or [N, 1, H, W], or color [N, 3, H, W], on any scale.
+        probs: predictive probabilities [N, C].
+        labels: true classes [N]; None to show predictions only.
+        figure: the figure or subfigure to fill; None for a new figure.
+        n: number of images to show, at most N.
 
     Returns:
-        One axes per image.
+        The axes of the images.
 
     Raises:
-        ValueError: the shapes disagree, N is 0, rows of `probs` do not sum to 1, or `n` < 1.
+        ValueError: the shapes do not match, N is 0, rows of `probs` do not sum to 1, or `n` < 1.
 
     Example:
         >>> import torch
@@ -106,9 +109,9 @@ def uncertain_images(
     """
     if n < 1:
         raise ValueError(f"n={n}: at least one image is needed")
-    probs = _checked_probs(probs)
-    labels = None if labels is None else _checked_labels(labels, probs)
-    pictures = _checked_images(images, probs)  # [N, H, W, 1 or 3]
+    probs = _check_probs(probs)
+    labels = None if labels is None else _check_labels(labels, probs)
+    pictures = _check_images(images, probs)  # [N, H, W, 1 or 3]
     if figure is None:
         import matplotlib.pyplot as plt
 
@@ -116,33 +119,33 @@ def uncertain_images(
     order = torch.special.entr(probs).sum(-1).argsort(descending=True, stable=True)[:n].tolist()
     columns = min(6, len(order))
     rows = -(-len(order) // columns)
-    shown = []
-    for place, i in enumerate(order, start=1):
-        ax = figure.add_subplot(rows, columns, place)
+    all_axes = []
+    for position, i in enumerate(order, start=1):
+        ax = figure.add_subplot(rows, columns, position)
         ax.imshow(_unit_range(pictures[i]).numpy(), cmap="gray_r", vmin=0, vmax=1)
         probability, predicted = (float(v) for v in probs[i].max(-1))
         caption = f"{predicted:.0f} ({probability:.0%})".replace("%", " %")
         if labels is not None and int(labels[i]) != int(predicted):
             caption += f", true {int(labels[i])}"
         ax.set(xlabel=caption, xticks=[], yticks=[])
-        shown.append(ax)
-    return shown
+        all_axes.append(ax)
+    return all_axes
 
 
 def _calibration(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of the examples, accuracy, and confidence minus accuracy in each bin, 3 x [bins]."""
+    """For each bin, the share of examples, the accuracy, and confidence minus accuracy [bins]."""
     confidence, predicted = probs.max(-1)  # [N], [N]
     correct = (predicted == labels).double()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (k/K, (k+1)/K]
+    bin_index = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bins are (k/K, (k+1)/K]
     count, correct_sum, confidence_sum = (
-        torch.zeros(bins, dtype=torch.double).index_add_(0, which, values)
+        torch.zeros(bins, dtype=torch.double).index_add_(0, bin_index, values)
         for values in (torch.ones_like(correct), correct, confidence)
     )
     filled = count.clamp(min=1)
     return count / len(probs), correct_sum / filled, (confidence_sum - correct_sum) / filled
 
 
-def _checked_probs(probs: Tensor) -> Tensor:
+def _check_probs(probs: Tensor) -> Tensor:
     if probs.ndim != 2 or 0 in probs.shape:
         raise ValueError(f"probs has shape {list(probs.shape)}: [N, C] with N, C > 0 is needed")
     probs = probs.detach().cpu().double()
@@ -151,13 +154,13 @@ def _checked_probs(probs: Tensor) -> Tensor:
     return probs
 
 
-def _checked_labels(labels: Tensor, probs: Tensor) -> Tensor:
+def _check_labels(labels: Tensor, probs: Tensor) -> Tensor:
     if labels.shape != probs.shape[:1]:
         raise ValueError(f"labels has shape {list(labels.shape)} for {len(probs)} rows of probs")
     return labels.detach().cpu()
 
 
-def _checked_images(images: Tensor, probs: Tensor) -> Tensor:
+def _check_images(images: Tensor, probs: Tensor) -> Tensor:
     pictures = images.detach().cpu().float()
     if pictures.ndim == 3:
         pictures = pictures.unsqueeze(1)

@@ -1,10 +1,18 @@
-"""Every test starts from the same seed and an empty parameter store, and leaves no trace."""
+"""Every test starts from the same seed and an empty parameter store, and leaves no trace.
 
+Each worker of pytest-xdist computes on one thread.
+"""
+
+import os
 from collections.abc import Iterator
 
-import pyro
-import pytest
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; also of processes that tests start
+
+import pyro  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

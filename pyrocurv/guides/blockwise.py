@@ -37,7 +37,7 @@ class BlockwiseGuide(ParamStoreGuide):
         self.sites: dict[str, tuple[int, ...]] = {}
         self.fallback_sites: tuple[str, ...] = ()
         self._excluded: dict[str, str] = {}  # of these, {site: "point" or "frozen"}
-        self.is_whole = False  # whether one block has all latents, as real vectors
+        self.is_joint = False  # whether one block has all latents, as real vectors
         self._latents: dict[str, UnconstrainedLatent] = {}
         # the Gaussian is a Laplace approximation, not fitted by its samples
         self.is_laplace = False
@@ -50,11 +50,18 @@ class BlockwiseGuide(ParamStoreGuide):
             self.blocks.append(FAMILIES[block.kind](block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the guide can be drawn from: after its first call, or a state that suffices."""
+        has_sites = bool(self.sites or self.fallback_sites)
+        has_transforms = not self.is_joint or bool(self._latents)
+        return has_sites and has_transforms and not self._fallback_state
+
     def _ready(self) -> BlockwisePosterior:
         """The Gaussians together, of a guide that has met its model."""
         if not self.sites and not self.fallback_sites:
             raise RuntimeError("the guide has not seen its model: call it once, guide(x, y)")
-        if self.is_whole and not self._latents:
+        if self.is_joint and not self._latents:
             raise RuntimeError(
                 "the loaded state has latents of any support, whose transforms are met at the "
                 "first call: call it once, guide(x, y)"
@@ -91,7 +98,7 @@ class BlockwiseGuide(ParamStoreGuide):
 
     def constrain(self, real: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | float]:
         """The latents at values of `.sites`, and the log volume that their transforms have."""
-        return constrain(self._latents, real) if self.is_whole else (dict(real), 0.0)
+        return constrain(self._latents, real) if self.is_joint else (dict(real), 0.0)
 
     @property
     def is_one_block(self) -> bool:
@@ -119,7 +126,7 @@ class BlockwiseGuide(ParamStoreGuide):
         rest = list(self.fallback_sites or self._loaded_rest)
         return {
             "version": FORMAT_VERSION, "structure": self.structure, "blocks": blocks,
-            "sites": sites, "fallback": rest, "is_whole": self.is_whole, "at_mode": self.is_laplace,
+            "sites": sites, "fallback": rest, "is_joint": self.is_joint, "at_mode": self.is_laplace,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -147,7 +154,7 @@ class BlockwiseGuide(ParamStoreGuide):
             plan = from_state(layout["blocks"])
             like = next(v for k, v in state_dict.items() if k.startswith(f"{prefix}blocks.0.loc"))
             self._build(plan, {n: like.new_zeros(s) for n, s in layout["sites"].items()})
-            self.is_whole = layout["is_whole"]
+            self.is_joint = layout["is_joint"]
         if "fallback" not in self._modules:  # its latents are met at the first call: keep for then
             start = prefix + "fallback."
             self._loaded_rest = tuple((layout or {}).get("fallback", ()))

@@ -16,6 +16,7 @@ from torch.distributions import Distribution, constraints
 
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.layers.block import Block
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Structure
 from pyrocurv.structures.kronecker_eigen import outer
 from pyrocurv.structures.linalg import scale_tril
@@ -47,14 +48,20 @@ class Family(PyroModule):
         raise TypeError(f"{type(self).__name__} cannot hold {type(precision).__name__}")
 
     @torch.no_grad()
-    def write(self, loc: Tensor, encoded: Mapping[str, Tensor] | None) -> None:
-        """Take on another location [P] and, unless None, another precision."""
-        self.raw_loc.copy_(loc)
-        for name, value in (encoded or {}).items():
-            if name in self._buffers:  # a posterior handed out keeps the old one
+    def write(self, encoded: Mapping[str, Tensor]) -> None:
+        """Take on the parameters and buffers of an encoded precision, in place."""
+        for name, value in encoded.items():
+            if name in self._buffers:  # a posterior that was handed out keeps the old one
                 setattr(self, name, value.clone(memory_format=torch.contiguous_format))
             else:
                 getattr(self, name).copy_(value)
+
+    def keep(self, undo: Undo, encoded: Mapping[str, Tensor]) -> None:
+        """Have `undo` keep the location and what `write` changes."""
+        changed = [self._parameters[name] for name in encoded if name in self._parameters]
+        undo.keep_tensors([self.raw_loc, *changed])
+        if encoded:
+            undo.keep_attributes(self)
 
 
 class DiagonalFamily(Family):

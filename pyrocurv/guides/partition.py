@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pyrocurv.guides.unconstrained import UnconstrainedLatent, is_local, whole
+from pyrocurv.guides.unconstrained import UnconstrainedLatent, is_local, joint_block
 from pyrocurv.handlers.prototype import Prototype
 from pyrocurv.layers.block import Block, make_blocks
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
@@ -44,12 +44,12 @@ class LatentPartition:
         return LatentPartition(blocks, excluded, left)
 
     @staticmethod
-    def whole(found: Prototype, structure: str) -> LatentPartition:
+    def joint(found: Prototype, structure: str) -> LatentPartition:
         """One block over all latents, as real vectors."""
         latents = {name: UnconstrainedLatent.of(site) for name, site in found.latents.items()}
-        return LatentPartition([whole(latents, structure)], {}, (), latents)
+        return LatentPartition([joint_block(latents, structure)], {}, (), latents)
 
-    def is_better_whole(self, found: Prototype) -> bool:
+    def prefers_joint(self, found: Prototype) -> bool:
         """Whether latents are left or known from gradients alone, as in models without a network.
 
         Not with local latents: those are the fallback's, which amortises or refuses them.

@@ -12,7 +12,7 @@ class DiagonalGuide(StructuredGuide):
     """
 
     structure = "diag"
-    may_be_whole = True
+    supports_joint = True
 
 
 class KFACGuide(StructuredGuide):
@@ -80,4 +80,4 @@ class FullGuide(StructuredGuide):
     """
 
     structure = "full"
-    may_be_whole = True
+    supports_joint = True

@@ -34,8 +34,9 @@ from pyrocurv.handlers.prototype import Prototype, TraceSite, trace_prototype
 from pyrocurv.handlers.vectorized import VectorizedRunner
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.posterior.prior import GaussianPrior, read_prior
-from pyrocurv.posterior.summary import summary
+from pyrocurv.posterior.summary import guide_summary
 from pyrocurv.runtime.module_state import preserve_module_state
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
 
 
@@ -66,7 +67,7 @@ class StructuredGuide(BlockwiseGuide):
     One warning names them all.
     """
 
-    may_be_whole: ClassVar[bool] = False  # over all latents of a model without a network
+    supports_joint: ClassVar[bool] = False  # over all latents of a model without a network
     unpickled_attributes = (*BlockwiseGuide.unpickled_attributes, "_choice")
 
     def __init__(
@@ -90,46 +91,67 @@ class StructuredGuide(BlockwiseGuide):
     # ---- the first call -------------------------------------------------------------------------
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self.setup(args, kwargs)
+
+    def setup(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool = False
+    ) -> None:
+        """Run the model once and lay out the Gaussians; all of it, or nothing if that raises.
+
+        Args:
+            args, kwargs: the model's arguments.
+            prefers_joint: one Gaussian over all latents in place of layers, also of a network.
+        """
         if not self._base_model:
             raise RuntimeError(
                 "this guide was pickled before its first call, and pickles leave the model behind: "
                 f"make a new one, {type(self).__name__}(model)"
             )
+        with Undo() as undo:
+            undo.keep_attributes(self, self.blocks, pyro.get_param_store())
+            self._setup(args, kwargs, prefers_joint)
+
+    def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool) -> None:
         model, known = self._base_model[0], {*self.sites, *self._loaded_rest}
         partial = self.master is not None
-        found = trace_prototype(self.model, self._prototype_hide_fn, partial, args, kwargs, known)
-        plan = self._plan(found)
+        prototype = trace_prototype(
+            self.model, self._prototype_hide_fn, partial, tuple(args), kwargs, known
+        )
+        plan = self._plan(prototype, prefers_joint)
         if self.sites:
             check_layout([family.block for family in self.blocks], plan.blocks)
         else:
             uses_default_init = self._init_loc_fn is init_to_network and not has_network(model)
-            self._build(plan.blocks, initial_values(plan, found.latents, uses_default_init))
-        priors = {name: found.latents[name]["fn"] for name in self.sites}
+            values = initial_values(plan, prototype.latents, uses_default_init)
+            self._build(plan.blocks, values)
+        priors = {name: prototype.latents[name]["fn"] for name in self.sites}
         self._event_dims = {name: prior.event_dim for name, prior in priors.items()}
-        self._latents, self.is_whole = dict(plan.latents), bool(plan.latents)
-        if not self.is_whole:
+        self._latents, self.is_joint = dict(plan.latents), bool(plan.latents)
+        if not self.is_joint:
             self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
         self._prototype_frames = {
             frame.name: frame
-            for site in found.latents.values() for frame in site["cond_indep_stack"]
+            for site in prototype.latents.values() for frame in site["cond_indep_stack"]
         }
-        if warning := plan.warning(found):
+        if warning := plan.warning(prototype):
             warn_user(f"{type(self).__name__}: {warning}")
-        self._set_fallback(found, plan, args, kwargs)
-        self.prototype_trace = found.trace
+        self._set_fallback(prototype, plan, args, kwargs)
+        self.prototype_trace = prototype.trace
         if self.master is not None:
-            self.master()._check_prototype(found.trace)
+            self.master()._check_prototype(prototype.trace)
 
-    def _plan(self, found: Prototype) -> LatentPartition:
-        """Layer by layer, or one block over all latents of a model without a network."""
+    def _plan(self, prototype: Prototype, prefers_joint: bool) -> LatentPartition:
+        """Layer by layer, or one block over all latents."""
         model = self._base_model[0]
-        plan = LatentPartition.of(found, self._choice, self.structure, named_modules(model))
-        may = self.may_be_whole and self._choice is None and not self.sites
-        better = may and not has_network(model) and plan.is_better_whole(found)
-        return LatentPartition.whole(found, self.structure) if self.is_whole or better else plan
+        plan = LatentPartition.of(prototype, self._choice, self.structure, named_modules(model))
+        may = self.supports_joint and self._choice is None and not self.sites
+        is_better = may and not has_network(model) and plan.prefers_joint(prototype)
+        if self.is_joint or is_better or prefers_joint and not self.sites:
+            return LatentPartition.joint(prototype, self.structure)
+        return plan
 
     def _set_fallback(
-        self, found: Prototype, plan: LatentPartition, args: Any, kwargs: Any
+        self, prototype: Prototype, plan: LatentPartition, args: Any, kwargs: Any
     ) -> None:
         self.fallback_sites, self._excluded = (*plan.excluded, *plan.left), plan.excluded
         if not self.fallback_sites:
@@ -139,7 +161,7 @@ class StructuredGuide(BlockwiseGuide):
             model = InitSelected(self._init_loc_fn, plan.left)(model)
         elif self._make_fallback is AutoNormal:
             model = InitSelected(init_to_prior_median, plan.left)(model)
-        values = {name: found.latents[name]["value"] for name in plan.excluded}
+        values = {name: prototype.latents[name]["value"] for name in plan.excluded}
         self.fallback = make_auxiliary_guide(
             model, values, plan.excluded, plan.left, self._make_fallback
         )
@@ -170,7 +192,7 @@ class StructuredGuide(BlockwiseGuide):
                 check_particles(self.sites, named_modules(self.model))
             values.update(family.block.unpack(packed))
         result = {
-            name: self._latents[name].sample(name, values[name], self.plates) if self.is_whole
+            name: self._latents[name].sample(name, values[name], self.plates) if self.is_joint
             else pyro.sample(name, dist.Delta(values[name], event_dim=self._event_dims[name]))
             for name in self.sites
         }
@@ -178,12 +200,12 @@ class StructuredGuide(BlockwiseGuide):
             result.update(self.fallback(*args, **kwargs))
         return result
 
-    def may_be_whole_of(self, model: Callable[..., Any]) -> bool:
+    def supports_joint_of(self, model: Callable[..., Any]) -> bool:
         """Whether it is for all latents of a model: "full" always, "diag" without layers.
 
         Not where it has been laid out with a fallback guide already.
         """
-        may = self.may_be_whole and self._choice is None
+        may = self.supports_joint and self._choice is None
         may = may and not (self.fallback_sites or self._loaded_rest)
         return may and (self.structure == "full" or not has_network(model))
 
@@ -251,7 +273,7 @@ class StructuredGuide(BlockwiseGuide):
     def kl(self) -> Tensor:
         """KL(q ‖ prior) over `.sites` in nats; the priors as the model last gave them."""
         posterior = self._ready_blocks()
-        if self.is_whole:
+        if self.is_joint:
             raise RuntimeError("latents of any prior have no KL in closed form: evaluate_loss")
         if not self._priors:
             raise RuntimeError("the guide has not seen the priors: call it once, guide(x, y)")
@@ -265,7 +287,7 @@ class StructuredGuide(BlockwiseGuide):
         """
         self._ready()
         model = self._base_model[0] if self._base_model else None  # pickles leave it behind
-        return summary(
+        return guide_summary(
             self.median(), [family.block for family in self.blocks], self._excluded,
             self._make_fallback.__name__, named_modules(model),
         )

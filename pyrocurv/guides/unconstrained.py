@@ -110,7 +110,7 @@ def _inside(plates: list[Any]) -> Iterator[None]:
         yield
 
 
-def whole(latents: Mapping[str, UnconstrainedLatent], structure: str) -> Block:
+def joint_block(latents: Mapping[str, UnconstrainedLatent], structure: str) -> Block:
     """One block over all latents."""
     layers = tuple(Layer(name, None, one.shape, "untraced") for name, one in latents.items())
     return Block(layers, parse_structure(structure))

@@ -1,1 +1,1 @@
-"""Pyro effect handlers, and what a Pyro model is made of."""
+"""Pyro effect handlers, and the sites, modules and layers that a Pyro model consists of."""

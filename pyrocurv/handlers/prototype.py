@@ -21,7 +21,8 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
-from pyrocurv.runtime.rng import isolated_rng
+from pyrocurv.runtime.out_of_memory import is_out_of_memory
+from pyrocurv.runtime.rng import device_of, isolated_rng
 
 CHECKPOINT = (
     "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "
@@ -98,7 +99,9 @@ def _trace(
         try:
             with torch.no_grad():
                 return run()
-        except RuntimeError:  # the model may take derivatives; other errors are raised again below
+        except RuntimeError as error:  # the model may take derivatives; other errors come again
+            if is_out_of_memory(error):
+                raise
             return run()
 
 
@@ -132,10 +135,12 @@ def _layers(
 
     The global random number generators are left as they were.
     """
-    device = next((value.device for value in values.values()), torch.device("cpu"))
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     capture, replay = Capture(dict(weights)), ReplayMessenger(weights, partial=True)
-    with torch.enable_grad(), isolated_rng(device), preserve_module_state(modules(model)):
+    with (
+        torch.enable_grad(), isolated_rng(device_of(values.values())),
+        preserve_module_state(modules(model)),
+    ):
         with poutine.block(), validation_enabled(False):
             with capture:
                 replay(model)(*args, **kwargs)
@@ -148,13 +153,11 @@ def _layers(
             count = max(rows for rows, _ in terms)
             densities = [log_prob.reshape(rows, -1).sum(1) for rows, log_prob in terms
                          if rows == count and log_prob.dim()]
-            if trace.has_batch_coupling or not densities:
-                said = None
-            else:
-                said = torch.stack(densities).sum(0)
+            is_coupled = trace.has_batch_coupling or not densities
+            density = None if is_coupled else torch.stack(densities).sum(0)  # [B]
             total = torch.stack([log_prob.sum() for _, log_prob in terms]).sum()
             with _explain_checkpoints():
-                trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, said)
+                trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, density)
             _refuse_checkpoints(total, weights.keys() - trace.tracked_names)
     return [*trace.layers], dict(trace.unsupported)
 

@@ -19,7 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrocurv.handlers.sites import check_data, is_deterministic
+from pyrocurv.handlers.sites import check_data, is_deterministic, prior_power
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,7 @@ class ObservedSite:
                 f"the prior of {self.name!r} is masked, and a flat prior has no KL: use a wide "
                 "normal instead, or FullGuide with curvature='hessian'"
             )
-        if isinstance(self.scale, Tensor) and self.scale.numel() > 1:
-            raise ValueError(
-                f"site {self.name!r} has a scale of shape {tuple(self.scale.shape)}: the prior of "
-                "a weight can be scaled by a single number only"
-            )
-        return float(self.scale)
+        return prior_power(self.name, self.scale)
 
     @cached_property
     def each(self) -> Tensor:

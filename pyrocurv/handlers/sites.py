@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributions import constraints
 
 TraceSite = Mapping[str, Any]
@@ -27,6 +28,19 @@ def is_real(site: TraceSite) -> bool:
 def is_single_event(site: TraceSite) -> bool:
     """Whether all axes of a site belong to one event, as those of a weight do."""
     return 0 < site["fn"].event_dim == site["value"].dim()
+
+
+def prior_power(name: str, scale: float | Tensor) -> float:
+    """The power that `poutine.scale` raises the prior of a weight to.
+
+    Raises ValueError for a scale of several numbers.
+    """
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        raise ValueError(
+            f"site {name!r} has a scale of shape {tuple(scale.shape)}: the prior of a weight can "
+            "be scaled by a single number only"
+        )
+    return float(scale)
 
 
 def check_data(site: TraceSite) -> None:

@@ -1,14 +1,14 @@
 """Many runs of one Pyro program, each at its own values of some sites.
 
-The runs are one run under `torch.func.vmap`, sites that have no value sampled inside it, in chunks
-small enough to stay in fast memory. Where they cannot be (control flow that hangs on a tensor, an
-op or a distribution that vmap does not know) or where a single run is large enough by itself, they
-go one by one, with the same light messenger. Nothing is traced, nothing scored.
+The runs are one run under `torch.func.vmap`, in chunks small enough to stay in fast memory; sites
+without a given value are sampled inside. Programs that vmap cannot run (control flow that depends
+on a tensor, an op or a distribution without a batching rule), and programs so large that vmap gains
+nothing, run in a loop instead. Nothing is traced and no density is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,105 +20,235 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.out_of_memory import is_out_of_memory
+from pyrocurv.runtime.rng import device_of, isolated_rng
 
 Program = Callable[..., Any]
 Values = Mapping[str, Tensor]
 
-# bytes of the largest tensor in a chunk: more, and malloc gives back each page
+# bytes of the largest tensor in a chunk; for larger tensors malloc returns each page to the system
 MAX_TENSOR_BYTES = 16 << 20
-MIN_CHUNK = 4  # runs of a chunk: for fewer, vmap gains nothing over single runs
-RETURN = "_RETURN"  # what the program returns, as a site
+MIN_CHUNK = 4  # runs in a chunk, below which vmap gains nothing over a loop
+RETURN = "_RETURN"  # the site name of the program's return value
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """A site in one run: the shape of its value, its plates' dimensions, and who gave the value."""
+    """The shape of a site's value in one run, and its number of batch dimensions."""
 
-    shape: torch.Size | None  # None where the value is no tensor
+    shape: torch.Size
     batch_dim: int = 0
     is_observed: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class RunResults:
-    """What came of n runs: {site: [n, *shape]} of the sites wanted, the shapes of all."""
+    """Results of n runs: values {site: [n, *shape]} of the wanted sites, and shapes of all sites.
+
+    The return value of the program is the site "_RETURN"; it is in `values` if it is a tensor.
+    """
 
     values: dict[str, Tensor]
     sites: dict[str, SiteShape]
-    max_plate_nesting: int  # of vectorized plates, at most
+    max_plate_nesting: int  # of vectorized plates
 
 
-class _Once(Messenger):
-    """Sets sites to `values`, and keeps the sites that are wanted; handlers outside see nothing."""
+def concatenate(results: Sequence[RunResults]) -> RunResults:
+    """The results of several batches of runs as those of one."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    values = {name: torch.cat([result.values[name] for result in results]) for name in first.values}
+    return RunResults(values, first.sites, first.max_plate_nesting)
 
-    def __init__(self, values: Values, wanted: Callable[[str], bool]) -> None:
+
+@dataclass(eq=False)
+class VectorizedRunner:
+    """Runs a program many times, under vmap where possible.
+
+    A runner serves one program. It decides how to run it at the first call with arguments of new
+    shapes, by one run in a loop and one under vmap, which leave the random generators untouched.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyrocurv.handlers.vectorized import VectorizedRunner
+        >>> def program(x):
+        ...     return pyro.sample("y", dist.Normal(x * pyro.sample("w", dist.Normal(0, 1)), 1))
+        >>> run = VectorizedRunner()
+        >>> run(program, {"w": torch.arange(6.0)}, 6, (torch.ones(2, 3),), {}).values["y"].shape
+        torch.Size([6, 2, 3])
+    """
+
+    chunks: dict[Any, int] = field(default_factory=dict)  # runs in a chunk; 1 for a loop
+
+    @torch.no_grad()
+    def __call__(
+        self, program: Program, values: Values, n: int, args: Any, kwargs: Any,
+        is_wanted: Callable[[str], bool] = lambda name: True,
+    ) -> RunResults:
+        """n runs of program(*args, **kwargs) at values {site: [n, *shape]}.
+
+        Raises what the program does, and errors of memory.
+        """
+        call = _Call(program, args, kwargs, is_wanted)
+        signature = call_signature(program, args, kwargs)
+        if signature not in self.chunks:
+            with isolated_rng(device_of((*values.values(), *args))):
+                self.chunks[signature] = call.chunk_size(values)
+        chunk = self.chunks[signature]
+        if chunk > 1:
+            try:
+                return call.vectorized(values, n, chunk)
+            except Exception as error:  # vmap cannot run it at these values
+                if is_out_of_memory(error):
+                    raise
+        return call.looped(values, n)
+
+
+def call_signature(program: Program, args: Any, kwargs: Any) -> Any:
+    """The properties of a call that decide how it is run."""
+    leaves, spec = tree_flatten((args, kwargs))
+    kinds = [
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor)
+        else leaf if isinstance(leaf, (int, str)) else type(leaf)
+        for leaf in leaves
+    ]
+    return getattr(program, "training", None), (*kinds,), str(spec)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A program with its arguments, and the sites whose values are wanted."""
+
+    program: Program
+    args: Any
+    kwargs: Any
+    is_wanted: Callable[[str], bool]
+
+    def once(self, values: Values) -> RunResults:
+        """One run at values {site: [*shape]}; here alone the results have no axis of runs."""
+        return _RunMessenger(values, self.is_wanted)(self.program, self.args, self.kwargs)
+
+    def looped(self, values: Values, n: int) -> RunResults:
+        """n runs, one after the other."""
+        unbound = {name: value.unbind() for name, value in values.items()}
+        runs = [self.once({name: each[i] for name, each in unbound.items()}) for i in range(n)]
+        first = runs[0]
+        stacked = {name: torch.stack([run.values[name] for run in runs]) for name in first.values}
+        return RunResults(stacked, first.sites, first.max_plate_nesting)
+
+    def vectorized(self, values: Values, n: int, chunk_size: int) -> RunResults:
+        """n runs under vmap, `chunk_size` at once."""
+        runs: list[RunResults] = []
+
+        def run(values: dict[str, Tensor], number: Tensor) -> dict[str, Tensor]:
+            with _BatchedFactories():
+                runs.append(self.once(values))
+            return runs[-1].values
+
+        chunks = chunk_size if chunk_size < n else None  # a single chunk would be copied
+        vmapped = torch.func.vmap(run, randomness="different", chunk_size=chunks)
+        with _no_vmap_fallback():
+            results = vmapped(dict(values), torch.arange(n))  # the numbers give vmap its size
+        return RunResults(results, runs[0].sites, runs[0].max_plate_nesting)
+
+    def chunk_size(self, values: Values) -> int:
+        """The number of runs that fit into a chunk, 1 where a loop is needed or is no slower.
+
+        The program runs once in a loop, which raises its errors, and once under vmap.
+        """
+        first = {name: value[0] for name, value in values.items()}
+        with _LargestTensor() as largest:
+            self.once(first)
+        size = MAX_TENSOR_BYTES // largest.num_bytes
+        if size < MIN_CHUNK:
+            return 1
+        try:
+            self.vectorized({name: value[:1] for name, value in values.items()}, 1, size)
+        except Exception as error:  # vmap has many ways to refuse a program
+            if is_out_of_memory(error):
+                raise
+            return 1
+        return size
+
+
+class _RunMessenger(Messenger):
+    """Runs a program at values of its sites and keeps the values of the wanted ones.
+
+    It is not a `ReplayMessenger`, whose checks read values, which is impossible under vmap, and
+    which keeps distributions, whose tensors must not outlive vmap. It also hides its sites from
+    handlers outside, and drops axes of size 1 that values have for plates their site is not in.
+    """
+
+    def __init__(self, values: Values, is_wanted: Callable[[str], bool]) -> None:
         super().__init__()
-        self.given, self.wanted = values, wanted
-        self.found = RunResults({}, {}, 0)
+        self._given, self._is_wanted = values, is_wanted
+        self._values: dict[str, Tensor] = {}
+        self._sites: dict[str, SiteShape] = {}
+        self._max_plate_nesting = 0
+
+    def __call__(self, program: Program, args: Any, kwargs: Any) -> RunResults:
+        with self:
+            result = program(*args, **kwargs)
+        self._record(RETURN, result, SiteShape(getattr(result, "shape", torch.Size())))
+        return RunResults(self._values, self._sites, self._max_plate_nesting)
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
         msg["stop"] = True
 
     def _pyro_sample(self, msg: Any) -> None:
-        value = self.given.get(msg["name"])
-        if value is not None and site_is_subsample(msg):
-            msg["value"], msg["done"] = value, True
-        elif value is not None:
+        value = self._given.get(msg["name"])
+        if value is None:
+            return
+        if not site_is_subsample(msg):
             shape = _shape(msg["fn"])
             if value.dim() > len(shape) and value.numel() == shape.numel():
-                value = value.reshape(shape)  # axes of 1 for plates that the site is not in
-            msg["value"], msg["done"] = value, True
+                value = value.reshape(shape)
+        msg["value"], msg["done"] = value, True
 
     def _pyro_post_sample(self, msg: Any) -> None:
         dims = [-frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized]
-        self.found.max_plate_nesting = max(self.found.max_plate_nesting, *dims, 0)
+        self._max_plate_nesting = max(self._max_plate_nesting, *dims, 0)
         if site_is_subsample(msg):
             return
         name, fn, value = msg["name"], msg["fn"], msg["value"]
-        shape = _shape(fn) if name in self.given else value.shape
-        site = SiteShape(shape, len(fn.batch_shape), msg["is_observed"])
-        self.keep(name, value, site)
+        shape = _shape(fn) if name in self._given else value.shape
+        self._record(name, value, SiteShape(shape, len(fn.batch_shape), msg["is_observed"]))
 
-    def keep(self, name: str, value: Any, site: SiteShape) -> None:
-        self.found.sites[name] = site
-        if self.wanted(name) and isinstance(value, Tensor):
-            self.found.values[name] = value
-
-    def __call__(self, program: Program, args: Any, kwargs: Any) -> RunResults:
-        with self:
-            result = program(*args, **kwargs)
-        self.keep(RETURN, result, SiteShape(getattr(result, "shape", None)))
-        return self.found
+    def _record(self, name: str, value: Any, site: SiteShape) -> None:
+        self._sites[name] = site
+        if self._is_wanted(name) and isinstance(value, Tensor):
+            self._values[name] = value
 
 
 def _shape(fn: Any) -> torch.Size:
     return fn.batch_shape + fn.event_shape
 
 
-class _Largest(TorchFunctionMode):
-    """The size in bytes of the largest result."""
+class _LargestTensor(TorchFunctionMode):
+    """Measures the largest result of torch functions, in bytes."""
 
-    size = 1
+    num_bytes = 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            self.size = max(self.size, result.numel() * result.element_size())
+            self.num_bytes = max(self.num_bytes, result.numel() * result.element_size())
         return result
 
 
-class _Batched(TorchFunctionMode):
-    """Makes new tensors inside vmap one for each run, so that they can be filled in place.
+class _BatchedFactories(TorchFunctionMode):
+    """Gives each run under vmap its own copy of a new tensor, which can be filled in place.
 
-    `torch.distributions` draw into a new tensor (`torch.empty(...).normal_()`), which vmap refuses
-    if all runs share it.
+    `torch.distributions` sample into a new tensor (`torch.empty(...).normal_()`), which vmap
+    refuses if all runs share it.
     """
 
-    makers = {
+    factories = {
         torch.empty, torch.zeros, torch.ones, torch.full, torch.empty_like, torch.zeros_like,
         torch.ones_like, torch.full_like, torch.Tensor.new, torch.Tensor.new_empty,
         torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full,
@@ -128,19 +258,19 @@ class _Batched(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.clamp_:  # vmap knows it out of place only
+        if func is torch.Tensor.clamp_:  # has a batching rule out of place only
             return args[0].copy_(torch.clamp(*args, **kwargs))
-        if func is torch.binomial:  # and this with both arguments of a batch
+        if func is torch.binomial:  # has one for two batched arguments only
             args = args[0] + 0 * args[1], args[1] + 0 * args[0]
         result = func(*args, **kwargs)
-        if func in self.makers and result.is_floating_point():
+        if func in self.factories and result.is_floating_point():
             return result + 0 * torch.rand((), dtype=result.dtype, device=result.device)
         return result
 
 
 @contextmanager
-def _no_slow_rules() -> Iterator[None]:
-    """Let vmap raise, rather than warn, at an op which it would run in a loop of its own."""
+def _no_vmap_fallback() -> Iterator[None]:
+    """Make vmap raise, instead of warn, for an op that it would run in a slow loop."""
     functorch: Any = torch._C._functorch
     before = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
@@ -148,120 +278,3 @@ def _no_slow_rules() -> Iterator[None]:
         yield
     finally:
         functorch._set_vmap_fallback_enabled(before)
-
-
-@dataclass(eq=False)
-class VectorizedRunner:
-    """Runs a program many times, and remembers how for arguments of the same shapes.
-
-    One object serves one program. How it runs follows from the shapes and from what vmap can do;
-    finding out (a run of it, and one under vmap) takes no random numbers from torch's generator.
-
-    Example:
-        >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> def program(x):
-        ...     return pyro.sample("y", dist.Normal(x * pyro.sample("w", dist.Normal(0, 1)), 1))
-        >>> runs = Repeated()(program, {"w": torch.arange(6.0)}, 6, (torch.ones(2, 3),), {})
-        >>> runs.values["y"].shape
-        torch.Size([6, 2, 3])
-    """
-
-    chunks: dict[Any, int] = field(default_factory=dict)  # runs at once; 1 for one by one
-
-    @torch.no_grad()
-    def __call__(
-        self, program: Program, values: Values, n: int, args: Any, kwargs: Any,
-        wanted: Callable[[str], bool] = lambda name: True,
-    ) -> RunResults:
-        """n runs of program(*args, **kwargs) at values {site: [n, *shape]}."""
-        key = call_signature(program, args, kwargs)
-        if key not in self.chunks:
-            with RandomStream(0)(_device(values, args)):
-                self.chunks[key] = _chunk(program, values, args, kwargs)
-        size = self.chunks[key] if self.chunks[key] > 1 else n
-        runs = _vectorized if self.chunks[key] > 1 else _in_turn
-        parts = []
-        for start in range(0, n, size):
-            part = {name: value[start : start + size] for name, value in values.items()}
-            parts.append(runs(program, part, min(size, n - start), args, kwargs, wanted))
-        return join(parts)
-
-
-def join(parts: list[RunResults]) -> RunResults:
-    """Runs one after the other."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    values = {name: torch.cat([part.values[name] for part in parts]) for name in first.values}
-    return RunResults(values, first.sites, first.max_plate_nesting)
-
-
-def call_signature(program: Program, args: Any, kwargs: Any) -> Any:
-    """What of a call decides how it is run."""
-    leaves, spec = tree_flatten((args, kwargs))
-    kinds = [
-        (one.shape, one.dtype) if isinstance(one, Tensor)
-        else one if isinstance(one, (int, str)) else type(one)
-        for one in leaves
-    ]
-    return getattr(program, "training", None), (*kinds,), str(spec)
-
-
-def _device(values: Values, args: Any) -> torch.device:
-    tensors = (one for one in (*values.values(), *args) if isinstance(one, Tensor))
-    return next((one.device for one in tensors), torch.device("cpu"))
-
-
-def _chunk(program: Program, values: Values, args: Any, kwargs: Any) -> int:
-    """How many runs at once, after one run: it raises what the program does."""
-    first = {name: value[:1] for name, value in values.items()}
-    with _Largest() as largest:
-        _in_turn(program, first, 1, args, kwargs, lambda name: False)
-    size = MAX_TENSOR_BYTES // largest.size
-    if size < MIN_CHUNK:
-        return 1
-    try:
-        _at_once(program, first, 1, args, kwargs, lambda name: True)
-    except Exception:  # vmap has many ways to say no; what is wrong elsewhere was raised above
-        return 1
-    return size
-
-
-def _vectorized(
-    program: Program, values: Values, n: int, args: Any, kwargs: Any,
-    wanted: Callable[[str], bool],
-) -> RunResults:
-    try:
-        return _at_once(program, values, n, args, kwargs, wanted)
-    except Exception:  # at these values, or for want of memory
-        return _in_turn(program, values, n, args, kwargs, wanted)
-
-
-def _at_once(
-    program: Program, values: Values, n: int, args: Any, kwargs: Any,
-    wanted: Callable[[str], bool],
-) -> RunResults:
-    found: list[RunResults] = []
-
-    def run(values: dict[str, Tensor], number: Tensor) -> dict[str, Tensor]:
-        with _Batched():
-            found.append(_Once(values, wanted)(program, args, kwargs))
-        return found[0].values
-
-    with _no_slow_rules():
-        results = torch.func.vmap(run, randomness="different")(dict(values), torch.arange(n))
-    return RunResults(results, found[0].sites, found[0].max_plate_nesting)
-
-
-def _in_turn(
-    program: Program, values: Values, n: int, args: Any, kwargs: Any,
-    wanted: Callable[[str], bool],
-) -> RunResults:
-    each = {name: value.unbind() for name, value in values.items()}
-    runs = [
-        _Once({name: one[i] for name, one in each.items()}, wanted)(program, args, kwargs)
-        for i in range(n)
-    ]
-    results = {name: torch.stack([run.values[name] for run in runs]) for name in runs[0].values}
-    return RunResults(results, runs[0].sites, runs[0].max_plate_nesting)

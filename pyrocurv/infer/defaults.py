@@ -1,20 +1,32 @@
-"""The numbers of `NGVI` that a scheduler may turn, and what they may be."""
+"""The hyperparameters of `NGVI`: their defaults, and the optimizer that schedulers see."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.optim import PyroOptim
 
+from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter, gradients
 from pyrocurv.posterior.hyperparameters import AUTO
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_positive, is_number
 
+LAYERWISE: dict[str, Any] = {
+    "lr": 0.02, "momentum": 0.9, "damping": 3e-3, "kl_clip": 1e-3, "num_particles": 1,
+    "average": False,
+}
+JOINT: dict[str, Any] = {
+    "lr": 0.3, "momentum": 0.0, "damping": 0.0, "kl_clip": 1.0, "num_particles": AUTO,
+    "average": True,
+}
 
-class NaturalGradient(torch.optim.Optimizer):
-    """Holds the numbers; the step is `NGVI`'s to make.
 
-    Raises ValueError for a number out of its range.
+class ScheduledHyperparameters(torch.optim.Optimizer):
+    """Holds the hyperparameters that `torch.optim.lr_scheduler` may change; `NGVI` steps.
+
+    Raises ValueError for a hyperparameter out of its range.
     """
 
     def __init__(
@@ -26,35 +38,27 @@ class NaturalGradient(torch.optim.Optimizer):
         if not (is_number(damping) and damping >= 0):
             raise ValueError(f"damping={damping!r}: a number from 0 is needed")
         check_positive("kl_clip", kl_clip, None)
-        numbers = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}
-        super().__init__([torch.zeros(())], numbers)
+        values = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}
+        super().__init__([torch.zeros(())], values)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Carry out the step that `NGVI` has prepared."""
+        """Called by `NGVI.step` with its commit, so that schedulers count the steps."""
         if closure is None:
             raise RuntimeError("call ngvi.step(...): this optimizer is there for schedulers")
         return closure()
-NETWORK: dict[str, Any] = {
-    "lr": 0.02, "momentum": 0.9, "damping": 3e-3, "kl_clip": 1e-3, "num_particles": 1,
-    "average": False,
-}
-WHOLE: dict[str, Any] = {
-    "lr": 0.3, "momentum": 0.0, "damping": 0.0, "kl_clip": 1.0, "num_particles": AUTO,
-    "average": True,
-}
 
 
-def chosen(numbers: dict[str, Any], is_whole: bool) -> dict[str, Any]:
-    """The numbers that were given, and the defaults for those that are "auto"."""
-    defaults = WHOLE if is_whole else NETWORK
-    for name in ("momentum", "damping") if is_whole else ():
-        if numbers[name] not in (AUTO, 0):
-            raise ValueError(f"{name}={numbers[name]!r}: steps over all latents have none, give 0")
-    return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in numbers.items()}
+def resolve_defaults(values: dict[str, Any], is_joint: bool) -> dict[str, Any]:
+    """The values that were given, and the defaults for those that are "auto"."""
+    defaults = JOINT if is_joint else LAYERWISE
+    for name in ("momentum", "damping") if is_joint else ():
+        if values[name] not in (AUTO, 0):
+            raise ValueError(f"{name}={values[name]!r}: steps over all latents have none, use 0")
+    return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in values.items()}
 
 
 class Loss(float):
-    """A loss that says at which temperature it is meant."""
+    """A loss with the temperature that it was computed at."""
 
     temperature: float
 
@@ -64,3 +68,46 @@ class Loss(float):
         loss = Loss(value)
         loss.temperature = temperature
         return loss
+
+
+class PyroAuxiliaryOptimizer:
+    """A `PyroOptim` in the place of an `AuxiliaryOptimizer`."""
+
+    def __init__(self, optim: PyroOptim) -> None:
+        self._optim = optim
+
+    def step(self, parameters: Sequence[AuxiliaryParameter]) -> None:
+        """One step from the gradients."""
+        moving = [p for p in parameters if p.gradient is not None]
+        with gradients([p.tensor for p in parameters], moving):
+            self._optim(p.tensor for p in moving)
+
+    def keep(self, undo: Undo, parameters: Iterable[AuxiliaryParameter]) -> None:
+        """Have `undo` keep what a step changes."""
+        undo.keep_attributes(self._optim)
+        undo.keep_tensors(p.tensor for p in parameters if p.gradient is not None)
+        for optimizer in self._optim.optim_objs.values():
+            if isinstance(optimizer, torch.optim.Optimizer):
+                undo.keep_optimizer(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return self._optim.get_state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._optim.set_state(dict(state))
+
+
+def auxiliary_optimizer(
+    optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None
+) -> AuxiliaryOptimizer | PyroAuxiliaryOptimizer:
+    """The optimizer for `NGVI(optim=...)`. Raises TypeError for anything else."""
+    if optim is not None and not callable(optim):
+        raise TypeError(
+            "optim: a callable from parameters to a torch.optim.Optimizer (such as a class of "
+            f"torch.optim) or a PyroOptim is needed, got {optim!r}"
+        )
+    return PyroAuxiliaryOptimizer(optim) if isinstance(optim, PyroOptim) else (
+        AuxiliaryOptimizer(optim)
+    )

@@ -1,24 +1,14 @@
-"""A Gaussian over all latents of a model, by natural gradients of the log joint.
+"""Evaluates a whole model, without layers, at samples of one joint Gaussian over its latents.
 
-For E(z) = -log p(y | z) - T (log p(z) + ln |det dz/du|) of real vectors u ~ N(m, Λ⁻¹), at S samples
-in antithetic pairs, with g and H the means of ∇E and ∇²E and Λ = L Lᵀ:
-
-    X = L⁻¹ (H/T - Λ) L⁻ᵀ,   r = min(rate, 1/|X|)
-    Λ ← L (1 + r X + r² X²/2) Lᵀ          stays positive definite, as 1 + x + x²/2 > 0 does
-    m ← m - lr ν Λ⁻¹ g/T,    ν = min(1, sqrt(κ / (lr² <Λ⁻¹g/T, g/T>)))
-
-Exact where the posterior is Gaussian, a diagonal Λ then in its conditional variances; elsewhere it
-rests where the ELBO does. The cap on the covariance's step keeps a sample from a heavy tail from
-blowing up Λ.
-
-Lin, Schmidt & Khan 2020, arXiv:2002.10060; Khan & Rue 2023, arXiv:2107.04562.
+Loss, gradient and Hessian are those of E(z) = -log p(y | z) - T (log p(z) + ln |det dz/du|) in
+unconstrained space; see `pyrocurv.posterior.joint_update` for the step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,160 +17,166 @@ from torch import Tensor
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.hessian_weights import vector_hessian_products
-from pyrocurv.guides.families import Family
 from pyrocurv.guides.unconstrained import has_network
-from pyrocurv.infer.heat import TemperatureRule
-from pyrocurv.infer.model_run import BatchModel, ModelRun
-from pyrocurv.infer.rest import AuxiliaryParameters
-from pyrocurv.posterior.joint_update import Whole, log_q, retract
-from pyrocurv.posterior.natural_gradient import trust_region_scale
-from pyrocurv.posterior.step import average_weight
-from pyrocurv.structures import Dense, Diagonal, Structure
+from pyrocurv.handlers.modules import modules
+from pyrocurv.infer.guide_store import GuideStore
+from pyrocurv.infer.layerwise_step import StepSettings
+from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
+from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
+from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.joint_update import ill_conditioned, log_density, update_joint
+from pyrocurv.posterior.sampling import Sampler, perturbed_weights
+from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.step import Evaluation, Update, step
+from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.validation import is_out_of_memory
+from pyrocurv.structures import Diagonal
 
-CHUNK = 256  # rows of a Hessian at once
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Of a step: learning rate, its base, rate of Λ, κ, T, S, and whether samples come in pairs."""
-
-    lr: float
-    base_lr: float
-    rate: float
-    kl_clip: float | None
-    temperature: TemperatureRule
-    samples: int
-    antithetic: bool
-    average: bool
-
-    @staticmethod
-    def of(
-        group: Mapping[str, Any], decay: float, samples: int | str, temperature: TemperatureRule,
-        antithetic: bool, average: bool, has_constrained: bool,
-    ) -> Numbers:
-        """From a parameter group; what was not given is slower and surer where there are scales."""
-        rate, number = (0.1, 32) if has_constrained else (0.3, 8)
-        return Numbers(
-            group["lr"], group.get("initial_lr", group["lr"]),
-            rate if decay == Curvature.decay else 1 - decay, group["kl_clip"], temperature,
-            samples if isinstance(samples, int) else number, antithetic, average,
-        )
+MAX_ROWS = 256  # of a Hessian at once
 
 
 def uses_joint_update(spec: Curvature, model: Callable[..., Any]) -> bool:
-    """Whether it is of Hessians and, for a network, of nothing else that running estimates have."""
-    plain = replace(spec, decay=Curvature.decay) == Curvature("hessian")
-    return plain or spec.kind == "hessian" and not has_network(model)
+    """Whether a curvature is plainly "hessian"; without a network its other settings are unused."""
+    is_plain = replace(spec, decay=Curvature.decay) == Curvature("hessian")
+    return is_plain or spec.kind == "hessian" and not has_network(model)
 
 
-def noises(count: int, precision: Structure, antithetic: bool) -> Iterator[Tensor]:
-    """Standard normal z [P] for each of `count` samples; every second one mirrors the last.
+class JointRule:
+    """Trains one Gaussian over all latents of a guide by the Hessian of the log joint."""
 
-    For none there is the mean, z = 0.
+    is_joint = True
+
+    def __init__(self, store: GuideStore) -> None:
+        self._store = store
+        self._can_vectorize = True  # until the model turns out to have no vectorized form
+
+    def init(self, group: Mapping[str, Any]) -> Posterior:
+        """The posterior before the first step."""
+        return self._store.init_joint(group)
+
+    def update(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[Update, list[AuxiliaryParameter]]:
+        """A step from S samples, in one vectorized run if the model allows it.
+
+        The first step runs them one by one, and so validates the model's values. Raises ValueError
+        for a log joint that does not depend on the latents, FloatingPointError if the loss is not
+        finite or the precision too ill-conditioned.
+        """
+        vectorize = self._can_vectorize and posterior.step > 0
+        restore = save_buffers(modules(model.model))
+        try:
+            evaluation, auxiliary = self._evaluate(posterior, settings, model, vectorize)
+        except (RuntimeError, ValueError) as error:
+            if not vectorize or is_out_of_memory(error):
+                raise
+            self._can_vectorize = False  # a genuine error is raised again below
+            restore()
+            evaluation, auxiliary = self._evaluate(posterior, settings, model, False)
+        try:
+            return step(posterior, evaluation, settings.average), auxiliary
+        except torch.linalg.LinAlgError as error:
+            raise ill_conditioned(posterior.step) from error
+
+    def _evaluate(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel, vectorize: bool
+    ) -> tuple[Evaluation, list[AuxiliaryParameter]]:
+        """Loss, gradient and Hessian at S samples."""
+        (state,) = posterior.blocks
+        rate, num_particles = self._defaults(settings)
+        z = torch.stack([*_antithetic_normals(num_particles, state, settings.antithetic)])
+        samples = (state.mean + state.precision.rsqrt(z)).detach().requires_grad_()
+        with twice_differentiable():
+            energies, run, temperature = _energies(samples, state, settings, model, vectorize)
+        gradient, *rest = torch.autograd.grad(
+            energies.mean(), [samples, *run.params], create_graph=True, allow_unused=True
+        )
+        if gradient is None:
+            raise ValueError("the log joint does not depend on the latents")
+        hessian = mean_hessian(gradient, samples, isinstance(state.precision, Diagonal))
+        log_q = log_density(state.precision, z.square().sum(-1))
+        loss = (energies.detach() + temperature * log_q).mean()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {posterior.step}: the loss is {loss.item()}")
+        state = replace(state, hyperparameters=Hyperparameters.of(settings.group, 1, 1))
+        moved = update_joint(state, hessian / temperature, rate, posterior.step)
+        gradients = state.block.unpack(gradient.detach().sum(0) / temperature)
+        auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
+        evaluation = Evaluation(
+            replace(posterior, blocks=(moved,)), loss, gradients, [p.gradient for p in auxiliary]
+        )
+        return evaluation, auxiliary
+
+    def negative_elbo(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[float, float]:
+        """E + T log q, the mean over as many samples as a step has; and T."""
+        (state,) = posterior.blocks
+        _, num_particles = self._defaults(settings)
+        sampler = Sampler(posterior.blocks, settings.antithetic)
+        losses = []
+        for _ in range(max(1, num_particles)):
+            perturbations = sampler.draw() if num_particles else None
+            weights = require_grad(perturbed_weights(posterior.blocks, perturbations))
+            square = perturbations[0].squared_norm if perturbations else state.mean.new_zeros(())
+            with model.network(), torch.set_grad_enabled(settings.temperature.is_automatic):
+                run = model(weights)
+            temperature = settings.temperature_of(run)
+            log_q = log_density(state.precision, square)
+            losses.append(run.negative_log_joint(temperature).detach() + temperature * log_q)
+        return float(torch.stack(losses).mean()), temperature
+
+    def _defaults(self, settings: StepSettings) -> tuple[float, int]:
+        """Rate of the precision's step and number of samples; careful if a latent has bounds."""
+        rate, num_particles = (0.1, 32) if self._store.guide.has_constrained else (0.3, 8)
+        if settings.curvature.decay != Curvature.decay:
+            rate = 1 - settings.curvature.decay
+        if isinstance(settings.num_particles, int):
+            num_particles = settings.num_particles
+        return rate, num_particles
+
+
+def _antithetic_normals(
+    count: int, state: BlockState, antithetic: bool
+) -> Iterator[Tensor]:
+    """Standard normal z [P] for each of `count` samples, every second one mirroring the last.
+
+    A single z = 0, the mean, for a count of 0.
     """
-    diagonal = precision.diag()
-    z = torch.zeros_like(diagonal)
+    z = torch.zeros_like(state.mean)
     if not count:
         yield z
-    for number in range(count):
-        z = -z if antithetic and number % 2 else torch.randn_like(diagonal)
+    for index in range(count):
+        z = -z if antithetic and index % 2 else torch.randn_like(z)
         yield z
-
-
-def advance(state: Whole, gradient: Tensor, target: Tensor, numbers: Numbers) -> Whole:
-    """One step from the means of gradient [P] and Hessian, both of E/T."""
-    try:
-        precision = retract(state.precision, target, numbers.rate)
-        direction = precision.solve(gradient)
-    except torch.linalg.LinAlgError as error:
-        raise FloatingPointError(
-            f"step {state.step}: the precision is too ill-conditioned to go on. Has the log joint "
-            "no mode, as where a scale runs to 0? num_particles > 0 or a non-centred model help"
-        ) from error
-    power = float(numbers.base_lr**2 * torch.dot(direction, gradient))
-    if not math.isfinite(power):
-        raise FloatingPointError(f"step {state.step}: a gradient or a curvature is not finite")
-    loc = state.loc - numbers.lr * trust_region_scale(power, numbers.kl_clip) * direction
-    new = replace(state, step=state.step + 1, loc=loc, precision=precision)
-    if not numbers.average:
-        return new
-    weight = average_weight(state.step)
-    old_loc = loc if state.mean_loc is None else state.mean_loc
-    old_precision = precision if state.mean_precision is None else state.mean_precision
-    return replace(
-        new, mean_loc=old_loc.lerp(loc, weight),
-        mean_precision=old_precision.lerp(precision, weight),  # type: ignore[arg-type]  # both of one kind
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A step that is ready to be made."""
-
-    loss: float
-    state: Whole
-    others: AuxiliaryParameters
-
-    def writer(self, families: Sequence[Family]) -> Callable[[], None]:
-        """What puts it into the guide; all that may fail is done before."""
-        (family,), new = families, self.state
-        encoded = family.encode(new.mean_precision or new.precision)
-        return lambda: family.write(new.loc if new.mean_loc is None else new.mean_loc, encoded)
-
-
-def propose(state: Whole, numbers: Numbers, runner: BatchModel, at_once: bool) -> Step:
-    """Look at S samples, together if they can be, and step."""
-    z = torch.stack([*noises(numbers.samples, state.precision, numbers.antithetic)])
-    samples = (state.loc + state.precision.rsqrt(z)).detach().requires_grad_()
-    with twice_differentiable():
-        energies, run, heat = _energies(samples, numbers.temperature, runner, at_once)
-    gradient, *rest = torch.autograd.grad(
-        energies.mean(), [samples, *run.params], create_graph=True, allow_unused=True
-    )
-    if gradient is None:
-        raise ValueError("the log joint does not depend on the latents")
-    curvature = hessian(gradient, samples, runner.guide.blocks[0].block.kind == "diag")
-    losses = energies.detach() + heat * log_q(state.precision, z.square().sum(-1))
-    loss = float(losses.mean())
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"step {state.step}: the loss is {loss}")
-    new = advance(state, gradient.detach().sum(0) / heat, curvature / heat, numbers)
-    return Step(loss, new, run.others([None if g is None else g.detach() for g in rest]))
 
 
 def _energies(
-    samples: Tensor, temperature: TemperatureRule, runner: BatchModel, at_once: bool
+    samples: Tensor, state: BlockState, settings: StepSettings, model: BatchModel, vectorize: bool
 ) -> tuple[Tensor, ModelRun, float]:
-    """E of each sample [S, P], a run, and T."""
-    (family,) = runner.guide.blocks
+    """E of each sample [S, P], the last run, and T."""
     runs: list[tuple[ModelRun, float]] = []
 
     def energy(sample: Tensor) -> Tensor:
-        with runner.network():
-            run = runner(family.block.unpack(sample))
-        runs.append((run, temperature(run)))
-        return run.joint(runs[-1][1])
+        with model.network():
+            run = model(state.block.unpack(sample))
+        runs.append((run, settings.temperature_of(run)))
+        return run.negative_log_joint(runs[-1][1])
 
-    if at_once:
+    if vectorize:
         return torch.func.vmap(energy, randomness="different")(samples), *runs[-1]
     return torch.stack([energy(sample) for sample in samples]), *runs[-1]
 
 
-def hessian(gradient: Tensor, samples: Tensor, is_diagonal: bool) -> Tensor:
-    """The sum of the samples' Hessians [P, P], or its diagonal [P], from the gradients [S, P]."""
+def mean_hessian(gradient: Tensor, samples: Tensor, is_diagonal: bool) -> Tensor:
+    """The sum of the samples' Hessians [P, P], or its diagonal [P], from the gradients [S, P].
+
+    The gradients are those of the mean energy, so that the sum is the mean Hessian.
+    """
     rows = []
-    for part in torch.eye(samples.shape[1]).to(samples).split(CHUNK):
-        vectors = part.unsqueeze(1).expand(-1, len(samples), -1)
-        (found,) = vector_hessian_products(gradient, [samples], vectors)
-        rows.append(torch.zeros_like(part) if found is None else found.sum(1))
+    for identity in torch.eye(samples.shape[1]).to(samples).split(MAX_ROWS):
+        vectors = identity.unsqueeze(1).expand(-1, len(samples), -1)
+        (products,) = vector_hessian_products(gradient, [samples], vectors)
+        rows.append(torch.zeros_like(identity) if products is None else products.sum(1))
     matrix = torch.cat(rows).detach()
     return matrix.diagonal() if is_diagonal else (matrix + matrix.mT) / 2
-
-
-def start(guide_loc: Tensor, precision: Structure, untouched: bool, kind: str) -> Whole:
-    """From the guide: its mean, and its precision unless nothing has been learnt yet, then 1."""
-    diagonal = precision.diag().detach()
-    if kind == "diag":
-        return Whole(0, guide_loc, Diagonal(torch.ones_like(diagonal) if untouched else diagonal))
-    matrix = torch.eye(len(diagonal)).to(diagonal) if untouched else precision.dense().detach()
-    return Whole(0, guide_loc, Dense(matrix))

@@ -2,9 +2,9 @@
 
     Λ = Σ_n C_n(M) + δ,   q(w) = N(M, Λ⁻¹)
 
-with M the guide's mean, C_n the curvature of -log p(y_n | w), δ the prior precision. Fitted in one
-pass over the data, it is written into the guide. What it predicts is that of the linearised
-network; its samples, put into the network itself, are wrong by far.
+with M the guide's mean, C_n the curvature of -log p(y_n | w), δ the prior precision. It is fitted
+in one pass over the data and written into the guide. Predictions are those of the linearized
+network; sampling it in the network itself is wrong by far.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pyrocurv.infer.marginal_likelihood import (
 )
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
+from pyrocurv.runtime.undo import Undo
 
 
 class Laplace:
@@ -37,20 +38,20 @@ class Laplace:
     Args:
         model: a Pyro model, as for `NGVI`. It runs in eval mode here.
         guide: one of `pyrocurv.guides`, made for the model, in any structure. Its mean should be at
-            a mode of the log joint: of a trained network the guide starts there by itself (or by
-            `init_loc_fn=init_to_value(...)`); `NGVI(..., num_particles=0)` goes to one. What it
-            leaves out (structure={...: "frozen"}) keeps its value and has no part: so the last
-            layer alone has a posterior when all others are left out.
-        curvature: a kind, or a `Curvature` of which `kind` and `num_samples` count. All data are
-            read. "ggn" and "fisher" are positive semi-definite; of a "hessian" what is negative is
-            left out.
+            a mode of the log joint: the guide of a trained network starts there (or use
+            `init_loc_fn=init_to_value(...)`), and `NGVI(..., num_particles=0)` converges to one.
+            Layers that it excludes (structure={...: "frozen"}) keep their values and have no
+            posterior: exclude all but the last for a last-layer approximation.
+        curvature: a kind, or a `Curvature` of which `kind` and `num_samples` are used. All data are
+            read. "ggn" and "fisher" are positive semi-definite; a "hessian" is projected to its
+            positive part.
 
-    Latents of the fallback guide (a noise scale, say) stay at their medians: the approximation is
-    that of the weights given them, and no evidence here re-fits them. A K-FAC evidence would count
+    Latents of the fallback guide (a noise scale, say) stay at their medians. The approximation is
+    that of the weights given them, and the evidence does not re-fit them: a K-FAC evidence counts
     parameters too often for that.
 
     Raises:
-        TypeError: the guide is none of `pyrocurv.guides`.
+        TypeError: the guide is not one of `pyrocurv.guides`.
         ValueError: an unknown curvature.
 
     Reference: MacKay 1992; Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806.
@@ -77,7 +78,9 @@ class Laplace:
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
-            raise ValueError("curvature='noise' comes from training's samples: choose another")
+            raise ValueError(
+                "curvature='noise' is computed from the samples of training: choose another"
+            )
         self._fitted: list[LaplaceBlock] = []
         self._log_likelihood = 0.0
 
@@ -87,13 +90,13 @@ class Laplace:
         """Set the guide's precision from the curvature of all data at its mean.
 
         Args:
-            loader: gives every datum once, in batches of the model's arguments: tuples, or
-                mappings of keywords. "ekfac" takes a second pass, so no iterator for that.
+            loader: every datum once, in batches of the model's arguments: tuples, or mappings of
+                keywords. "ekfac" iterates it twice, so an iterator will not do.
 
         Raises, before anything is changed:
-            ValueError: the batches have not as many data as the plate is large; what `NGVI.step`
-                raises at its first call.
-            FloatingPointError: a likelihood or a curvature that is not finite.
+            ValueError: the number of data is not the size of the plate; what `NGVI.step` raises at
+                its first call.
+            FloatingPointError: a likelihood or a curvature is not finite.
         """
         if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
             raise ValueError("loader: batches in a list or a DataLoader are needed, [(x, y)]")
@@ -104,95 +107,99 @@ class Laplace:
 
     @torch.no_grad()
     def _write(self, fitted: Sequence[LaplaceBlock]) -> None:
-        """Into the guide; all that may fail is done first."""
-        families = self.guide.blocks
-        encoded = [f.encode(one.precision) for f, one in zip(families, fitted, strict=True)]
-        for family, one, precision in zip(families, fitted, encoded, strict=True):
-            family.write(one.loc, precision)
-        self.guide.observe_priors([one.prior.packed.base for one in fitted])
-        self.guide.is_laplace = True
-        self._fitted = list(fitted)
+        """Write into the guide: everything, or nothing if an exception is raised."""
+        families = [*self.guide.blocks]
+        encoded = [f.encode(block.precision) for f, block in zip(families, fitted, strict=True)]
+        with Undo() as undo:
+            undo.keep_attributes(self, self.guide)
+            for family, values in zip(families, encoded, strict=True):
+                family.keep(undo, values)
+            for family, values in zip(families, encoded, strict=True):
+                family.write(values)
+            self.guide.observe_priors([block.prior.gaussian.base for block in fitted])
+            self.guide.is_laplace = True
+            self._fitted = list(fitted)
 
     # ---- the evidence ---------------------------------------------------------------------------
 
     def _ready(self) -> list[LaplaceBlock]:
         if not self._fitted:
             raise RuntimeError("fit(loader) comes first")
-        return [one.to(torch.float64) for one in self._fitted]
+        return [block.to(torch.float64) for block in self._fitted]
 
     @torch.no_grad()
     def log_marginal_likelihood(self) -> float:
-        """log p(D), by the integral of the Gaussian: of the weights, given all other latents.
+        """log p(D) with the Gaussian over the weights integrated out, given all other latents.
 
-        log p(D | M) + log p(M) + ½ (P log 2π - log det Λ), in nats; exact for a model that is
-        linear in its weights with normal noise, where the structure can hold the posterior.
+        log p(D | M) + log p(M) + ½ (P log 2π - log det Λ), in nats. Exact for a model that is
+        linear in its weights with normal noise, if the structure can represent the posterior.
         """
         fitted = self._ready()
-        nothing = fitted[0].loc.new_zeros(1)
-        return self._log_likelihood + float(log_evidence(fitted, nothing))
+        unscaled = fitted[0].loc.new_zeros(1)
+        return self._log_likelihood + float(log_evidence(fitted, unscaled))
 
     @torch.no_grad()
     def tune_prior(self, per: str = "layer") -> dict[str, Tensor]:
-        """Scale the prior precisions to where the evidence is highest, the curvature kept.
+        """Scale the prior precisions to maximize the evidence, with the curvature fixed.
 
         Args:
             per: a factor for each "layer", or one for the whole "model". Precisions that differ
-                inside of a layer (weight and bias, units) keep their ratios.
+                within a layer (weight and bias, units) keep their ratios.
 
         Returns:
             The prior precision at each site, a scalar or of the weight's shape. The posterior has
-            them at once. So has the model where `bayesianize` made the prior a normal (like its
-            first prior it is no part of `model.state_dict()`); in other models the prior is what
-            your own code says, and `NGVI` would go on with that.
+            them at once, and so has the model where `bayesianize` made the prior a normal (which,
+            like the first prior, is not in `model.state_dict()`). In other models your own code
+            defines the prior, and `NGVI` would continue with that.
 
-        The mean stays where it is, which is no longer quite the mode: train on and fit once more,
-        or tune within what the mean allows. Noise scales are never touched. A higher evidence may
-        predict worse, of classifiers above all: look at held-out data. The search takes a dozen
-        evidences or more, each with a Cholesky factor of every dense block: from a few thousand
-        weights on that is slow with `FullGuide`, and is not with Kronecker factors.
+        The mean stays, and is then no longer exactly the mode: train on and fit again. Noise scales
+        are never changed. A higher evidence may predict worse, above all for classifiers: check
+        held-out data. The search evaluates the evidence a dozen times or more, each time with a
+        Cholesky factorization of every dense block, which is slow with `FullGuide` from a few
+        thousand weights on, but not with Kronecker factors.
 
-        Raises ValueError for another word, RuntimeError before `fit`.
+        Raises ValueError for another `per`, RuntimeError before `fit`.
         """
         if per not in ("layer", "model"):
             raise ValueError(f"per={per!r}: choose 'layer' or 'model'")
         self._ready()
         factors = maximize_evidence(self._fitted, per == "layer").to(self._fitted[0].loc)
         self._write(with_prior_scales(self._fitted, factors))
-        found: dict[str, Tensor] = {}
-        layers = [layer for one in self._fitted for layer in one.block.layers]
+        precisions: dict[str, Tensor] = {}
+        layers = [layer for fitted in self._fitted for layer in fitted.block.layers]
         for layer, factor in zip(layers, factors.expand(len(layers)), strict=True):
             for site in layer.tensors:
                 rescale_prior(self.model, site, (-factor / 2).exp())
-        for one in self._fitted:
-            precision = one.prior.packed.base.precision.expand(one.block.size)
-            found.update(one.block.unpack(precision))
-        return {name: _compact(value) for name, value in found.items()}
+        for fitted in self._fitted:
+            precision = fitted.prior.gaussian.base.precision.expand(fitted.block.size)
+            precisions.update(fitted.block.unpack(precision))
+        return {name: _scalar_if_equal(value) for name, value in precisions.items()}
 
     # ---- prediction -----------------------------------------------------------------------------
 
     def predict(self, *args: Any, **kwargs: Any) -> Distribution:
-        """The predictive distribution of the network linearised at the guide's mean.
+        """The predictive distribution of the network linearized at the guide's mean.
 
-        Takes the model's arguments without the data. A normal likelihood gives a normal (of
-        several outputs in one event, a multivariate one) that has the noise of the model, at the
-        median of its scale; Bernoulli and categorical ones give their own kind, with
-        probabilities by the probit approximation. It reads the guide as it is, loaded or trained,
-        and costs a backward pass for each output; hand over a large x in parts.
+        Takes the model's arguments without the data. A normal likelihood gives a normal (for
+        several outputs in one event, a multivariate normal) that includes the noise of the model,
+        at the median of its scale; Bernoulli and categorical likelihoods give their own kind, with
+        probabilities by the probit approximation. The guide may be fitted, trained or loaded. The
+        cost is a backward pass for each output; split a large x into batches.
 
         Raises:
-            ValueError: another likelihood (see `pyrocurv.infer.linearised.output`), several
-                observed sites, or none.
-            RuntimeError: the guide has not seen its model, or is neither fitted nor trained.
+            ValueError: another likelihood (see `linear_predictor` in
+                `pyrocurv.infer.linearized_predictive`), several observed sites, or none.
+            RuntimeError: the guide is not initialized, or neither fitted nor trained.
         """
-        if self.guide.sites:  # also of a guide that was loaded
+        if self.guide.sites:  # also those of a loaded guide
             setup_guide(self.guide, args, kwargs)
         self.guide._ready_blocks()
         if not self.guide.is_laplace and self.guide.has_initial_scale:
-            raise RuntimeError("fit(loader) comes first: the guide has still its first width")
+            raise RuntimeError("fit(loader) comes first: the guide still has its initial scale")
         return predict(self.model, self.guide, args, kwargs)
 
 
-def _compact(value: Tensor) -> Tensor:
-    """A scalar where all entries are the same."""
+def _scalar_if_equal(value: Tensor) -> Tensor:
+    """A scalar if all entries are the same."""
     first = value.flatten()[0]
     return first.clone() if bool((value == first).all()) else value

@@ -27,7 +27,7 @@ from pyrocurv.infer.model_run import (
     setup_guide,
     split_batch,
 )
-from pyrocurv.posterior.prior import BlockPrior
+from pyrocurv.posterior.prior import BlockPrior, read_block_prior
 from pyrocurv.runtime.module_state import eval_mode
 
 
@@ -36,29 +36,29 @@ def sum_curvature(
 ) -> tuple[list[LaplaceBlock], float]:
     """The guide's blocks with their curvature, and the log likelihood of all data, in nats.
 
-    The guide is only read, but for its first call. Raises as `Laplace.fit` says.
+    The guide is only read, except for its first call. Raises what `Laplace.fit` raises.
     """
     totals: list[CurvatureSum] = []
     priors: list[BlockPrior] = []
-    log_likelihood, counted, num_data = 0.0, 0, 0
+    log_likelihood, count, num_data = 0.0, 0, 0
     for run in _runs(model, guide, spec, loader):
         if not totals:
             blocks = [family.block for family in guide.blocks]
-            priors = [BlockPrior.read(block, run.prior_sites) for block in blocks]
-            totals = [CurvatureSum(b, p.units) for b, p in zip(blocks, priors, strict=True)]
+            priors = [read_block_prior(block, run.prior_sites) for block in blocks]
+            totals = [CurvatureSum(b, p.scaling) for b, p in zip(blocks, priors, strict=True)]
         terms = sum(site.log_prob.detach().double() for site in run.replay.observed)
         log_likelihood += float(terms) * run.batch / run.num_data
-        counted, num_data = counted + run.batch, run.num_data
-        totals = _plus(totals, guide, spec, run)
-    _check_count(counted, num_data)
-    unfinished = [total for total in totals if total.needs_second_pass]
-    if unfinished:
-        again, seen = [total.second_pass() for total in unfinished], 0
+        count, num_data = count + run.batch, run.num_data
+        totals = _add(totals, guide, spec, run)
+    _check_count(count, num_data)
+    incomplete = [total for total in totals if total.needs_second_pass]
+    if incomplete:
+        second, second_count = [total.second_pass() for total in incomplete], 0
         for run in _runs(model, guide, spec, loader):
-            again, seen = _plus(again, guide, spec, run), seen + run.batch
-        _check_again(counted, seen)
-        finished = iter(again)
-        totals = [next(finished) if one.needs_second_pass else one for one in totals]
+            second, second_count = _add(second, guide, spec, run), second_count + run.batch
+        _check_second_pass(count, second_count)
+        complete = iter(second)
+        totals = [next(complete) if total.needs_second_pass else total for total in totals]
     if not torch.isfinite(torch.tensor(log_likelihood)):
         raise FloatingPointError(f"the log likelihood is {log_likelihood}")
     parts = zip(totals, priors, guide.blocks, strict=True)
@@ -71,7 +71,7 @@ def sum_curvature(
 def _runs(
     model: Callable[..., Any], guide: StructuredGuide, spec: Curvature, loader: Iterable[Any]
 ) -> Iterator[ModelRun]:
-    """The model at the mean on each batch, with its ops watched."""
+    """The model at the mean on each batch, with its layers captured."""
     for batch in loader:
         args, kwargs = split_batch(batch)
         setup_guide(guide, args, kwargs)
@@ -85,34 +85,34 @@ def _run(
 ) -> ModelRun:
     twice = twice_differentiable() if spec.kind == "hessian" else nullcontext()
     with eval_mode(modules(model)), torch.enable_grad(), twice:
-        rest = auxiliary_medians(guide, *args, **kwargs)
-        return run_model(model, guide, mean_weights(guide), args, kwargs, True, rest)
+        medians = auxiliary_medians(guide, *args, **kwargs)
+        return run_model(model, guide, mean_weights(guide), args, kwargs, True, medians)
 
 
-def _plus(
+def _add(
     totals: Sequence[CurvatureSum], guide: StructuredGuide, spec: Curvature, run: ModelRun
 ) -> list[CurvatureSum]:
-    """The totals with the data of one more run."""
-    run.check_apart(spec.kind)
+    """The sums with the data of one more run."""
+    run.check_per_example_density(spec.kind)
     rows = run.primary_likelihood.rows
-    calls = layer_calls(guide, run.capture, run.weights, rows)
+    calls = layer_calls(guide, run.calls, run.weights, rows)
     with torch.enable_grad():
-        return accumulate(spec, totals, ForwardPass(run.observations, calls, rows), run.batch)
+        return accumulate(spec, totals, ForwardPass(run.likelihood_terms, calls, rows), run.batch)
 
 
-def _check_count(counted: int, num_data: int) -> None:
-    if not counted:
+def _check_count(count: int, num_data: int) -> None:
+    if not count:
         raise ValueError("the loader gave no batch")
-    if counted != num_data:
+    if count != num_data:
         raise ValueError(
-            f"the loader gave {counted} data, the model's plate says there are {num_data}: every "
-            "datum is needed once (no drop_last, no sampling with replacement)"
+            f"the loader gave {count} data, but the model's plate has size {num_data}: every datum "
+            "is needed once (no drop_last, no sampling with replacement)"
         )
 
 
-def _check_again(counted: int, seen: int) -> None:
-    if seen != counted:
+def _check_second_pass(first: int, second: int) -> None:
+    if second != first:
         raise ValueError(
-            f"the loader gave {counted} data and then {seen}: structure 'ekfac' reads it "
-            "twice, so an iterator will not do"
+            f"the loader gave {first} data and then {second}: structure 'ekfac' iterates it twice, "
+            "so an iterator will not do"
         )

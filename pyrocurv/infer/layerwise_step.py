@@ -1,12 +1,13 @@
-"""The step of a Gaussian over the layers of a network, block by block.
+"""Evaluates a model at samples of a guide whose layers have separate Gaussians.
 
-Every sample's run gives gradients and, when they are due, estimates of the curvature; of their
-means `pyrocurv.engine` makes a step.
+    N E[nll] + T KL(q ‖ prior)
+
+The KL divergence is exact in the sampled weights; its gradient enters the step in closed form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,269 +16,216 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.running_average import Particle
-from pyrocurv.guides.families import Family
-from pyrocurv.infer.heat import TemperatureRule
-from pyrocurv.infer.known_priors import KnownPriors
+from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
-from pyrocurv.infer.rest import AuxiliaryParameters
-from pyrocurv.layers.block import Block
-from pyrocurv.posterior.hyperparameters import Hyperparameters
-from pyrocurv.posterior.prior import BlockPrior
-from pyrocurv.posterior.sampling import (
-    Perturbation,
-    Weights,
-    estimate_kl,
-    perturbed_weights,
-    sample_perturbations,
-)
-from pyrocurv.posterior.state import BlockState, Posterior
-from pyrocurv.posterior.step import (
-    Proposal,
-    average_weight,
-    compute_update,
-    is_due,
-    refresh_precision,
+from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
+from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
+from pyrocurv.posterior.precision import (
+    is_any_due,
+    price_estimates,
+    refresh,
     update_curvature,
     update_from_sample_gradients,
     uses_sample_gradients,
 )
-from pyrocurv.structures import Structure
+from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed_weights
+from pyrocurv.posterior.state import Perturbation, Posterior
+from pyrocurv.posterior.step import Evaluation, Update, step
 
 
-@dataclass(frozen=True, eq=False)
-class Settings:
-    """Of a step; `group` is the optimizer's, with the numbers that a scheduler may turn."""
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of one step; `group` is the parameter group that schedulers change."""
 
     curvature: Curvature
     group: Mapping[str, Any]
     temperature: TemperatureRule
-    samples: int
+    num_particles: int
     antithetic: bool
     average: bool
 
-    def numbers(self, sample: Sample, blocks: int) -> list[Hyperparameters]:
-        """The same for all blocks."""
-        return [Hyperparameters.of(self.group, sample.run.num_data, sample.temperature)] * blocks
-
-
-@dataclass(frozen=True, eq=False)
-class BlockStatistics:
-    """What the runs of the model in a step gave."""
-
-    loss: Tensor
-    gradients: list[Weights]
-    others: AuxiliaryParameters
-    numbers: Sequence[Hyperparameters]
-    priors: Sequence[BlockPrior]
-    state: Posterior  # with the new curvature and the next noise
-
-
-def see(
-    state: Posterior, locs: Sequence[Tensor], settings: Settings, runner: BatchModel,
-    known: KnownPriors
-) -> BlockStatistics:
-    """Run the model at samples around `locs`, and take from the graphs all that is wanted."""
-    families, spec, count = runner.guide.blocks, settings.curvature, max(1, settings.samples)
-    blocks, carried = [family.block for family in families], list(state.blocks)
-    pairs = [*zip(blocks, carried, strict=True)]
-    due = any(is_due(spec, state.step, block, one) for block, one in pairs)
-    precisions = [one.metric.precision if one.metric else None for one in carried]
-    held = [q or family.precision() for q, family in zip(precisions, families, strict=True)]
-    noises = [one.noise for one in carried]
-    loss, total = locs[0].new_zeros(()), Slopes([], [], [])
-    for number in range(count):
-        noise = None
-        if settings.samples:
-            noise, noises = sample_perturbations(precisions, noises, locs[0], settings.antithetic)
-        weights = perturbed_weights(blocks, locs, noise)
-        wanted = spec if due else None
-        sample = look(runner, weights, noise, settings.temperature, known, wanted)
-        numbers = settings.numbers(sample, len(blocks))
-        if due:
-            part = Particle(number, count)
-            carried = observed(spec, state.step, blocks, carried, sample, numbers, part)
-        found = slopes(spec, blocks, held, sample, count)
-        total = total.plus(found) if number else found
-        loss = loss + sample.energy.detach() + sample.divergence(blocks, held)
-    if not due and spec.decays_at(state.step):
-        carried = refresh_precision(
-            spec, state.step, carried, sample.batch_fraction, sample.priors, numbers
-        )
-    carried = update_from_sample_gradients(
-        spec, state.step, carried, total.curvature, sample.batch_fraction, sample.priors, numbers
-    )
-    carried = [replace(one, noise=n) for one, n in zip(carried, noises, strict=True)]
-    return BlockStatistics(
-        loss / count, total.weights, sample.run.others(total.others), numbers, sample.priors,
-        replace(state, blocks=tuple(carried)),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A step that is ready to be made."""
-
-    proposal: Proposal
-    others: AuxiliaryParameters
-    before: Posterior
-    average: bool
-    num_data: float
-
-    @property
-    def loss(self) -> float:
-        """Before the step."""
-        return self.proposal.loss
-
-    @property
-    def state(self) -> Posterior:
-        """After it."""
-        return self.proposal.state
-
-    def writer(self, families: Sequence[Family]) -> Callable[[], None]:
-        """What puts it into the guide; all that may fail is done before."""
-        parts = [*zip(families, self.before.blocks, self.state.blocks, strict=True)]
-        encoded = [
-            family.encode(new.average or new.known.precision)
-            if self.average or new.metric is not old.metric else None
-            for family, old, new in parts
-        ]
-
-        def write() -> None:
-            if not self.average:
-                self.proposal.move([family.raw_loc for family in families])
-            for (family, _, new), precision in zip(parts, encoded, strict=True):
-                loc = family.raw_loc
-                if new.mean is not None:
-                    loc = loc.lerp(new.mean, average_weight(self.before.step))
-                if new.mean is not None or precision is not None:
-                    family.write(loc, precision)
-
-        return write
-
-
-def propose(state: Posterior, settings: Settings, runner: BatchModel, known: KnownPriors) -> Step:
-    """Look at S samples, or at the mean, and step."""
-    locs = [
-        family.raw_loc.detach() if one.mean is None else one.mean
-        for family, one in zip(runner.guide.blocks, state.blocks, strict=True)
-    ]
-    seen = see(state, locs, settings, runner, known)
-    blocks = [family.block for family in runner.guide.blocks]
-    proposal = compute_update(
-        seen.state, blocks, locs, seen.gradients, seen.priors, seen.loss, seen.others.gradients,
-        seen.numbers, settings.average,
-    )
-    num_data = seen.numbers[0].num_data
-    return Step(proposal, seen.others, state, settings.average, num_data)
-
-
-def check_samples(spec: Curvature, blocks: Sequence[Block], samples: int) -> None:
-    """Raises ValueError where there are none, and the curvature of a block needs them."""
-    blind = [block.name for block in blocks if uses_sample_gradients(spec, block)]
-    if blind and not samples:
-        raise ValueError(
-            f"num_particles=0, but the curvature of {', '.join(blind)} is known from samples "
-            'alone: leave them out (structure={...: "point"}) or take another curvature'
-        )
+    def temperature_of(self, run: ModelRun) -> float:
+        """T, which may depend on the data of a run."""
+        if not self.temperature.is_automatic:
+            return self.temperature(1, False)
+        return self.temperature(run.num_data, run.has_finite_support)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A run at sampled weights, `noise` off the mean; at the mean itself it is None."""
+    """A run of the model at weights sampled from `posterior`, or at its mean."""
 
-    weights: Sequence[Weights]
-    noise: Sequence[Perturbation] | None
+    posterior: Posterior  # with the priors and hyperparameters of the run
+    perturbations: list[Perturbation] | None
     run: ModelRun
     temperature: float
-    priors: Sequence[BlockPrior]
-    energy: Tensor
+    nll: Tensor  # N nll, and T times the divergence of latents that the fallback guide has
 
     @property
     def batch_fraction(self) -> float:
         """B/N."""
         return self.run.batch / self.run.num_data
 
-    def divergence(self, blocks: Sequence[Block], precisions: Sequence[Structure]) -> Tensor:
-        """T times that of the guide from the priors, in nats."""
-        return self.temperature * estimate_kl(
-            blocks, self.weights, self.noise, precisions, self.priors
-        )
+    def loss(self) -> Tensor:
+        """N nll + T (log q - log p), in nats."""
+        weights = {name: weight.detach() for name, weight in self.run.weights.items()}
+        divergence = estimate_kl(self.posterior.blocks, weights, self.perturbations)
+        return self.nll.detach() + self.temperature * divergence
 
 
-def look(
-    runner: BatchModel, weights: Sequence[Weights], noise: Sequence[
-        Perturbation
-    ] | None, heat: TemperatureRule,
-    known: KnownPriors, wanted: Curvature | None,
-) -> Sample:
-    """Run the model there, its ops watched where a curvature is `wanted` of it."""
-    twice = wanted is not None and wanted.kind == "hessian"
-    with runner.network(), twice_differentiable() if twice else nullcontext():
-        run = runner(require_grad(weights), wanted is not None)
-    temperature = heat(run)
-    return Sample(weights, noise, run, temperature, known.read(run), run.energy(temperature))
+def _with_context(posterior: Posterior, sampled: Posterior) -> Posterior:
+    """The posterior with the priors and hyperparameters of a sample."""
+    pairs = zip(posterior.blocks, sampled.blocks, strict=True)
+    return replace(posterior, blocks=tuple(
+        replace(state, prior=other.prior, hyperparameters=other.hyperparameters)
+        for state, other in pairs
+    ))
 
 
-def observed(
-    spec: Curvature, step: int, blocks: Sequence[Block], carried: Sequence[BlockState],
-    sample: Sample, numbers: Sequence[Hyperparameters], part: Particle,
-) -> list[BlockState]:
-    """The carried states with the curvature of this run, which was watched, averaged in."""
-    if not bool(torch.isfinite(sample.energy)):
-        raise FloatingPointError(f"step {step}: the loss is {sample.energy.item()}")
+def _observe(
+    posterior: Posterior, sample: Sample, spec: Curvature, particle: Particle
+) -> Posterior:
+    """The posterior with the curvature of a run, whose ops were captured, averaged in."""
+    if not bool(torch.isfinite(sample.nll)):
+        raise FloatingPointError(f"step {posterior.step}: the loss is {sample.nll.item()}")
     run = sample.run
-    assert run.capture is not None
-    run.check_apart(spec.kind)
-    return update_curvature(
-        spec, step, blocks, carried, run.observations, run.capture.trace().calls,
-        run.primary_likelihood.rows,
-        sample.batch_fraction, sample.priors, numbers, part,
-    )
+    run.check_per_example_density(spec.kind)
+    forward = ForwardPass(run.likelihood_terms, run.calls, run.primary_likelihood.rows)
+    return update_curvature(spec, posterior, forward, sample.batch_fraction, particle)
 
 
-@dataclass(frozen=True, eq=False)
-class Slopes:
-    """Gradients of the energy per datum, and estimates of the curvature that are made of them."""
+class SampleSums:
+    """Sums the losses and gradients of `count` samples; each sample's graph is used up."""
 
-    weights: list[Weights]  # of each block
-    others: Sequence[Tensor | None]  # of the run's `params`
-    curvature: Sequence[Tensor | None]  # of blocks that have no other estimate
+    def __init__(self, spec: Curvature, count: int) -> None:
+        self._spec, self._count = spec, count
+        self.loss = torch.zeros(())
+        self.weights: dict[str, Tensor] = {}  # means per datum
+        self.price: dict[str, Tensor] = {}  # means of Λ ε ∘ g, by block
+        self.auxiliary: list[AuxiliaryParameter] = []
+        self.batch_fraction = 0.0
 
-    def plus(self, more: Slopes) -> Slopes:
-        """The sums over samples."""
-        others = self.others or [None] * len(more.others)
-        return Slopes(
-            [{name: a[name] + b[name] for name in a}
-             for a, b in zip(self.weights, more.weights, strict=True)],
-            [*map(_sum, others, more.others)], [*map(_sum, self.curvature, more.curvature)],
+    def add(self, sample: Sample) -> None:
+        """Take the gradients of one more sample."""
+        run = sample.run
+        computed = torch.autograd.grad(
+            sample.nll / (run.num_data * self._count), [*run.weights.values(), *run.params],
+            allow_unused=True,
         )
-
-
-def slopes(
-    spec: Curvature, blocks: Sequence[Block], precisions: Sequence[Structure], sample: Sample,
-    count: int,
-) -> Slopes:
-    """What one of `count` samples adds to the means; its graph is used up."""
-    run = sample.run
-    found = torch.autograd.grad(
-        sample.energy / (run.num_data * count), [*run.weights.values(), *run.params],
-        allow_unused=True,
-    )
-    pairs = zip(run.weights.items(), found, strict=False)
-    weights = {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
-    apart: list[Weights] = [{name: weights[name] for name in block.tensors} for block in blocks]
-    curvature: list[Tensor | None] = [None] * len(blocks)
-    if sample.noise is not None:
-        parts = zip(blocks, precisions, sample.noise, apart, strict=True)
-        curvature = [
-            precision.diag() * noise.epsilon * block.pack(g)
-            if uses_sample_gradients(spec, block) else None
-            for block, precision, noise, g in parts
+        weights = {
+            name: torch.zeros_like(weight) if gradient is None else gradient
+            for (name, weight), gradient in zip(run.weights.items(), computed, strict=False)
+        }
+        if sample.perturbations is not None:
+            self._add_price(sample, weights)
+        for name, gradient in weights.items():
+            old = self.weights.get(name)
+            self.weights[name] = gradient if old is None else old + gradient
+        before = {parameter.name: parameter.gradient for parameter in self.auxiliary}
+        self.auxiliary = [
+            parameter._replace(gradient=_sum(before.get(parameter.name), parameter.gradient))
+            for parameter in run.auxiliary(computed[len(weights):])
         ]
-    return Slopes(apart, found[len(weights):], curvature)
+        self.loss = self.loss.to(sample.nll) + sample.loss()
+        self.batch_fraction = sample.batch_fraction
+
+    def _add_price(self, sample: Sample, weights: Mapping[str, Tensor]) -> None:
+        pairs = zip(sample.posterior.blocks, sample.perturbations or (), strict=True)
+        epsilons = {
+            state.block.name: perturbation.epsilon for state, perturbation in pairs
+            if uses_sample_gradients(self._spec, state.block)
+        }
+        if epsilons:
+            blocks = sample.posterior.blocks
+            for name, value in price_estimates(self._spec, blocks, epsilons, weights).items():
+                self.price[name] = self.price[name] + value if name in self.price else value
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
+
+
+class LayerwiseRule:
+    """Trains the layers of a guide by their own curvature."""
+
+    is_joint = False
+
+    def __init__(self, spec: Curvature, store: GuideStore) -> None:
+        self._spec, self._store = spec, store
+
+    def init(self, group: Mapping[str, Any]) -> Posterior:
+        """The posterior before the first step."""
+        return self._store.init(self._spec, group)
+
+    def update(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[Update, list[AuxiliaryParameter]]:
+        """A step from S samples, or from the mean, as the first step is.
+
+        Raises FloatingPointError if the loss or a gradient is not finite, ValueError if there are
+        no samples, but the curvature of a block is estimated from them.
+        """
+        spec, count = self._spec, max(1, settings.num_particles)
+        self._check_samples(settings.num_particles)
+        is_due = posterior.step == 0 or is_any_due(spec, posterior)
+        sampler = Sampler(posterior.blocks, settings.antithetic, mirrors(posterior.blocks))
+        sums, updated = SampleSums(spec, count), posterior
+        for index in range(count):
+            at_mean = posterior.step == 0 or not settings.num_particles
+            perturbations = None if at_mean else sampler.draw()
+            sample = self._run(posterior, perturbations, settings, model, is_due)
+            updated = _with_context(updated, sample.posterior)
+            if is_due:
+                updated = _observe(updated, sample, spec, Particle(index, count))
+            sums.add(sample)
+        if not is_due and spec.decays_at(posterior.step):
+            updated = refresh(spec, updated, sums.batch_fraction)
+        updated = update_from_sample_gradients(spec, updated, sums.price, sums.batch_fraction)
+        evaluation = Evaluation(
+            updated.with_mirrors(sampler.mirrors), sums.loss / count, sums.weights,
+            [parameter.gradient for parameter in sums.auxiliary],
+        )
+        return step(posterior, evaluation, settings.average), sums.auxiliary
+
+    def negative_elbo(
+        self, posterior: Posterior, settings: StepSettings, model: BatchModel
+    ) -> tuple[float, float]:
+        """N nll + T (log q - log p), the mean over as many samples as a step has; and T."""
+        sampler = Sampler(posterior.blocks, settings.antithetic)
+        losses = []
+        for _ in range(max(1, settings.num_particles)):
+            perturbations = sampler.draw() if settings.num_particles else None
+            with torch.set_grad_enabled(settings.temperature.is_automatic):
+                sample = self._run(posterior, perturbations, settings, model)
+            losses.append(sample.loss())
+        return float(torch.stack(losses).mean()), sample.temperature
+
+    def _run(
+        self, posterior: Posterior, perturbations: list[Perturbation] | None,
+        settings: StepSettings, model: BatchModel, capture: bool = False,
+    ) -> Sample:
+        """Run the model at one sample; with `capture` its ops are recorded for the curvature."""
+        weights = perturbed_weights(posterior.blocks, perturbations)
+        twice = capture and self._spec.kind == "hessian"
+        with model.network(), twice_differentiable() if twice else nullcontext():
+            run = model(require_grad(weights), capture)
+        temperature = settings.temperature_of(run)
+        numbers = Hyperparameters.of(settings.group, run.num_data, temperature)
+        blocks = tuple(
+            replace(state, prior=prior, hyperparameters=numbers)
+            for state, prior in zip(posterior.blocks, self._store.priors(run), strict=True)
+        )
+        nll = run.tempered_nll(temperature)
+        return Sample(replace(posterior, blocks=blocks), perturbations, run, temperature, nll)
+
+    def _check_samples(self, num_particles: int) -> None:
+        blocks = self._store.blocks
+        names = [block.name for block in blocks if uses_sample_gradients(self._spec, block)]
+        if names and not num_particles:
+            raise ValueError(
+                f"num_particles=0, but the curvature of {', '.join(names)} is estimated from "
+                'samples alone: leave them out (structure={...: "point"}) or use another curvature'
+            )

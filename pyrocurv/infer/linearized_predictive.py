@@ -1,18 +1,19 @@
-"""Predictive distributions of a network that is linear in its weights around their mean.
+"""Predictive distributions of a network that is linearized in its weights around their mean.
 
-For w ~ N(M, Λ⁻¹) the outputs f(x, w) ≈ f(x, M) + J (w - M) are normal with covariance S = J Λ⁻¹ Jᵀ
-[M, M] for each example. Then
+For w ~ N(M, Λ⁻¹) the O outputs of an example, f(x, w) ≈ f(x, M) + J (w - M), are normal with
+covariance S = J Λ⁻¹ Jᵀ [O, O]. The predictive distribution is then
 
-    normal       N(f, S + σ²)                                               in closed form
-    bernoulli    σ(κ f),  κ = (1 + π S / 8)^-½                              probit
+    normal       N(f, S + σ²)                                               exact
+    bernoulli    σ(κ f),  κ = (1 + π S / 8)^-½                              probit approximation
     categorical  p_k ∝ 1 / Σ_l exp(-κ_kl (f_k - f_l)),  κ_kl = (1 + π V_kl / 8)^-½
 
-with V_kl = S_kk + S_ll - 2 S_kl the variance of f_k - f_l: the probit for each pair of classes,
-which for two of them is the bernoulli's. It does not ask for the logits' common shift, as a probit
-for each logit by itself would; it is the nearer of the two to the integral for few classes.
+where V_kl = S_kk + S_ll - 2 S_kl is the variance of f_k - f_l. The last is the probit approximation
+for every pair of classes, and the Bernoulli's for two classes. Unlike a probit approximation of
+each logit, it does not depend on the variance of a shift that all logits share, and for few classes
+it is closer to the integral.
 
 MacKay 1992, "The evidence framework applied to classification networks"; Daxberger et al. 2021,
-arXiv:2106.14806; the pairs: Lu, Ie & Sha 2020, arXiv:2006.07584.
+arXiv:2106.14806; pairs of classes: Lu, Ie & Sha 2020, arXiv:2006.07584.
 """
 
 from __future__ import annotations
@@ -46,13 +47,22 @@ from pyrocurv.runtime.rng import isolated_rng
 
 @singledispatch
 def linear_predictor(likelihood: Distribution) -> Tensor:
-    """What is linear in the weights: the parameter of a likelihood [B, ...]. Register your own.
+    """The parameter [B, ...] of a likelihood that is linearized in the weights.
 
-    Raises ValueError for a likelihood that has none here.
+    Register a function for the likelihoods of your own, here and for `predictive`.
+
+    Raises:
+        ValueError: a likelihood that is not registered.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.infer.linearized_predictive import linear_predictor
+        >>> linear_predictor(torch.distributions.Bernoulli(logits=torch.tensor([0.5])))
+        tensor([0.5000])
     """
     raise ValueError(
-        "predict() knows the (multivariate) normal, Bernoulli and categorical likelihood, got "
-        f"{type(likelihood).__name__}"
+        "predict() supports normal, multivariate normal, Bernoulli and categorical likelihoods, "
+        f"got {type(likelihood).__name__}"
     )
 
 
@@ -78,10 +88,15 @@ def _(likelihood: Categorical) -> Tensor:
 
 @singledispatch
 def predictive(likelihood: Distribution, event: int, covariance: Tensor) -> Distribution:
-    """The predictive distribution for outputs of covariance S [B, M, M].
+    """The predictive distribution for outputs with a covariance, without gradients.
 
-    `likelihood` is the innermost, at the mean of the weights; its last `event` batch axes are one
-    event. Without gradients.
+    Args:
+        likelihood: at the mean of the weights, inside of masks and `Independent`.
+        event: how many of its last batch axes belong to one event.
+        covariance: S of the linear predictor, [B, O, O].
+
+    Raises:
+        ValueError: a likelihood that is not registered.
     """
     raise ValueError(f"predict() has no closed form for {type(likelihood).__name__}")
 
@@ -102,7 +117,10 @@ def _(likelihood: Normal, event: int, covariance: Tensor) -> Distribution:
 def _(likelihood: MultivariateNormal, event: int, covariance: Tensor) -> Distribution:
     loc, noise = likelihood.loc.detach(), likelihood.covariance_matrix.detach()
     if loc.dim() != 2:
-        raise ValueError(f"predict() takes one MultivariateNormal a datum, got {tuple(loc.shape)}")
+        raise ValueError(
+            "predict() needs a single MultivariateNormal for each datum, with loc [B, O], got "
+            f"{tuple(loc.shape)}"
+        )
     return dist.MultivariateNormal(loc, covariance + noise)
 
 
@@ -116,13 +134,13 @@ def _(likelihood: Bernoulli, event: int, covariance: Tensor) -> Distribution:
 def _(likelihood: Categorical, event: int, covariance: Tensor) -> Distribution:
     logits = likelihood.logits.detach()  # [B, *R, C]
     classes = logits.shape[-1]
-    places = covariance.unflatten(-1, (-1, classes)).unflatten(-3, (-1, classes))
-    places = places.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [B, R, C, C], of one place each
-    places = places.reshape(*logits.shape, classes)
-    own = places.diagonal(dim1=-2, dim2=-1)
-    spread = own.unsqueeze(-1) + own.unsqueeze(-2) - 2 * places  # V_kl
-    apart = logits.unsqueeze(-1) - logits.unsqueeze(-2)  # f_k - f_l
-    scores = -torch.logsumexp(-_kappa(spread.clamp(min=0)) * apart, -1)
+    # [B, R·C, R·C] -> [B, R, C, C]: the logits of one of R positions with each other
+    blocks = covariance.unflatten(-1, (-1, classes)).unflatten(-3, (-1, classes))
+    blocks = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(*logits.shape, classes)
+    variance = blocks.diagonal(dim1=-2, dim2=-1)
+    pair_variance = variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * blocks  # V_kl
+    difference = logits.unsqueeze(-1) - logits.unsqueeze(-2)  # f_k - f_l
+    scores = -torch.logsumexp(-_kappa(pair_variance.clamp(min=0)) * difference, -1)
     return dist.Categorical(logits=scores).to_event(event)
 
 
@@ -133,7 +151,10 @@ def _kappa(variance: Tensor) -> Tensor:
 def predict(
     model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any
 ) -> Distribution:
-    """The predictive distribution at the model's arguments; raises what `Laplace.predict` says."""
+    """The predictive distribution for the model's arguments.
+
+    Raises ValueError for a model without a single likelihood, or one that is not registered.
+    """
     weights = mean_weights(guide)
     replay = ReplayMessenger({**weights, **auxiliary_medians(guide)}, partial=True)
     with (
@@ -146,7 +167,7 @@ def predict(
     likelihood = unwrap(wrapped, masks=True)
     with torch.enable_grad():
         outputs = linear_predictor(likelihood)
-    calls = layer_calls(guide, capture, weights, len(outputs))
+    calls = layer_calls(guide, capture.trace().calls, weights, len(outputs))
     with torch.no_grad():
         precisions = [family.precision() for family in guide.blocks]
     covariance = propagate([f.block for f in guide.blocks], precisions, outputs, calls)

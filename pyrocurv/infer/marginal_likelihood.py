@@ -1,4 +1,4 @@
-"""The evidence of a Laplace approximation, and the prior precisions that maximise it.
+"""The evidence of a Laplace approximation, and the prior precisions that maximize it.
 
 With C the curvature of all data at the mean M, δ the prior precision, Λ = C + δ, for P weights:
 
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import posterior_precision
-from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.structures import Structure
-from pyrocurv.structures.rescaled import KroneckerScaling
+from pyrocurv.structures.serialization import map_tensors
 
-FARTHEST = 30.0  # of the logarithm of a factor: where the data say nothing of a prior
+MAX_LOG_FACTOR = 30.0  # where the evidence does not depend on a prior
 
 
 @dataclass(frozen=True, eq=False)
 class LaplaceBlock:
-    """A block's curvature C, the sum over the data, in the units of its prior; and its mean [P]."""
+    """A block's curvature C, summed over the data and scaled by its prior; and its mean [P]."""
 
     block: Block
     curvature: Structure
@@ -38,68 +38,59 @@ class LaplaceBlock:
     @property
     def precision(self) -> Structure:
         """Λ = C + δ."""
-        return posterior_precision(self.curvature, 0.0, self.prior, 1.0, 0.0).precision
+        return posterior_precision(self.curvature, 0.0, self.prior, 1.0, 0.0)[0]
 
     def log_evidence(self) -> Tensor:
-        """The block's part in the log evidence, beside log p(D | M). A scalar, in nats."""
-        prior = self.prior.packed
+        """The block's term of the log evidence, without log p(D | M). A scalar, in nats."""
+        prior = self.prior.gaussian
         fit = prior.logdet(self.block.size) - prior.distance(self.loc)
         return (fit - self.precision.logdet()) / 2
 
     def with_prior_scales(self, factors: Tensor) -> LaplaceBlock:
         """With the prior precisions of its layers times `factors` [layers of the block]."""
-        prior, units, packed = self.prior, self.prior.units, self.prior.packed
+        scaling, gaussian = self.prior.scaling, self.prior.gaussian
         sizes = torch.tensor([layer.size for layer in self.block.layers], device=factors.device)
         each = factors[0] if len(factors) == 1 else factors.repeat_interleave(sizes)
-        packed = GaussianPrior(packed.loc, packed.precision * each, packed.zero_mean, packed.power)
-        if units is not None:
-            units = KroneckerScaling(units.delta * factors[0], units.roots)
-        return replace(self, prior=replace(prior, packed=packed, units=units))
+        gaussian = replace(gaussian, precision=gaussian.precision * each)
+        if scaling is not None:
+            scaling = replace(scaling, delta=scaling.delta * factors[0])
+        return replace(self, prior=BlockPrior(gaussian, scaling))
 
     def to(self, dtype: torch.dtype) -> LaplaceBlock:
         """The same in another dtype."""
-        prior, units, packed = self.prior, self.prior.units, self.prior.packed
-        power = None if packed.power is None else packed.power.to(dtype)
-        packed = GaussianPrior(
-            packed.loc.to(dtype), packed.precision.to(dtype), packed.zero_mean, power
-        )
-        if units is not None:
-            roots = units.roots and (units.roots[0].to(dtype), units.roots[1].to(dtype))
-            units = KroneckerScaling(units.delta.to(dtype), roots)
-        return LaplaceBlock(
-            self.block, self.curvature.map(lambda tensor: tensor.to(dtype)),
-            replace(prior, packed=packed, units=units), self.loc.to(dtype),
+        return replace(
+            self, curvature=map_tensors(self.curvature, lambda tensor: tensor.to(dtype)),
+            prior=map_tensors(self.prior, lambda tensor: tensor.to(dtype)), loc=self.loc.to(dtype),
         )
 
 
 def log_evidence(fitted: Sequence[LaplaceBlock], log_factors: Tensor) -> Tensor:
-    """Log evidence but for log p(D | M), in nats, with prior precisions δ exp(log_factors).
+    """The log evidence without log p(D | M), in nats, with prior precisions δ exp(log_factors).
 
     One factor for all layers [1], or one for each [L], block after block.
     """
-    return torch.stack([one.log_evidence() for one in with_prior_scales(fitted, log_factors)]).sum()
+    scaled = with_prior_scales(fitted, log_factors)
+    return torch.stack([block.log_evidence() for block in scaled]).sum()
 
 
 def with_prior_scales(fitted: Sequence[LaplaceBlock], log_factors: Tensor) -> list[LaplaceBlock]:
     """With the prior precisions times exp(log_factors), [1] or [L]."""
-    counts = [len(one.block.layers) for one in fitted]
-    each = log_factors.exp().expand(sum(counts))
-    return [
-        one.with_prior_scales(part) for one, part in zip(fitted, each.split(counts), strict=True)
-    ]
+    counts = [len(item.block.layers) for item in fitted]
+    factors = log_factors.exp().expand(sum(counts)).split(counts)
+    return [item.with_prior_scales(f) for item, f in zip(fitted, factors, strict=True)]
 
 
 def maximize_evidence(fitted: Sequence[LaplaceBlock], per_layer: bool) -> Tensor:
-    """log_factors of the highest evidence, [1] or [L], in float64.
+    """The log_factors of the highest evidence, [1] or [L], in float64.
 
-    The curvature stays, so that eigenvalues make each layer's evidence a sum that rises to one
-    maximum and falls: quasi-Newton steps find it.
+    With the curvature fixed, each layer's evidence is a sum over eigenvalues with a single maximum,
+    which quasi-Newton steps find.
     """
-    fitted = [one.to(torch.float64) for one in fitted]
-    size = sum(len(one.block.layers) for one in fitted) if per_layer else 1
+    fitted = [block.to(torch.float64) for block in fitted]
+    size = sum(len(item.block.layers) for item in fitted) if per_layer else 1
     like = fitted[0].loc
     factors = torch.zeros(size, dtype=like.dtype, device=like.device, requires_grad=True)
-    weights = sum(one.block.size for one in fitted)
+    weights = sum(item.block.size for item in fitted)
     optimizer = torch.optim.LBFGS(
         [factors], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
@@ -107,10 +98,10 @@ def maximize_evidence(fitted: Sequence[LaplaceBlock], per_layer: bool) -> Tensor
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = -log_evidence(fitted, factors.clamp(-FARTHEST, FARTHEST)) / weights
+        loss = -log_evidence(fitted, factors.clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR)) / weights
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return factors.detach().clamp(-FARTHEST, FARTHEST)
+    return factors.detach().clamp(-MAX_LOG_FACTOR, MAX_LOG_FACTOR)

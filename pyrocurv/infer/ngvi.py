@@ -1,8 +1,9 @@
 """Natural-gradient variational inference for a Pyro model and a structured guide.
 
-A step draws weights from the guide, runs the model once, takes one backward pass for the gradient
-and, every so often, one more onto the layers' outputs for the curvature; then it moves mean and
-precision as `pyrocurv.natural` has it. All is computed before anything is changed.
+A step samples weights from the guide, runs the model once, takes one backward pass for the gradient
+and, at an interval, one more onto the layers' outputs for the curvature; then mean and precision
+move by the equations of `pyrocurv.posterior.natural_gradient`. Everything is computed before
+anything is changed.
 """
 
 from __future__ import annotations
@@ -22,34 +23,35 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.guides.mixture import TRAINED
 from pyrocurv.handlers.modules import modules
-from pyrocurv.infer import joint_step as whole
-from pyrocurv.infer import layerwise_step as layered
-from pyrocurv.infer.defaults import Loss, NaturalGradient, chosen
-from pyrocurv.infer.elbo import negative_elbo
-from pyrocurv.infer.heat import TemperatureRule
-from pyrocurv.infer.known_priors import KnownPriors
+from pyrocurv.infer.defaults import (
+    AUTO,
+    Loss,
+    ScheduledHyperparameters,
+    auxiliary_optimizer,
+    resolve_defaults,
+)
+from pyrocurv.infer.guide_store import GuideStore
+from pyrocurv.infer.joint_step import uses_joint_update
+from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel
-from pyrocurv.infer.rest import AuxiliaryOptimizer
 from pyrocurv.infer.resume_checks import (
     DatasetSizeCheck,
-    Layout,
-    Place,
-    check_average,
-    check_layout,
-    check_place,
-    layout,
-    place,
+    RunSignature,
+    check_blocks,
+    check_signature,
+    check_state,
 )
-from pyrocurv.layers.block import Block
-from pyrocurv.posterior.hyperparameters import AUTO
-from pyrocurv.posterior.joint_update import Whole
-from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.infer.update_rule import UpdateRule, choose_rule
+from pyrocurv.posterior.hyperparameters import TemperatureRule
+from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
-from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
 from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer, check_positive
-from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
+from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 
 class NGVI:
@@ -57,55 +59,54 @@ class NGVI:
 
     Args:
         model: a Pyro model. The number of data N is the full size of the plate around its observed
-            site; a `poutine.scale` on top of it tempers the likelihood.
+            site; an additional `poutine.scale` tempers the likelihood.
         guide: one of `pyrocurv.guides`, made for the model.
-        lr: of the mean. 0.02 suits batches of 128 and a thousand steps or more; smaller batches
-            want a smaller one, shorter runs a larger one.
-        momentum: β of the gradient's running average.
+        lr: learning rate of the mean. 0.02 suits batches of 128 and a thousand steps or more;
+            smaller batches need a smaller one, shorter runs a larger one.
+        momentum: β of the running average of gradients.
         curvature: a kind or a `Curvature`.
-        temperature: T multiplies the KL term alone. 1 is the ELBO, which under-fits networks
-            that have few data, and may leave one with many weights for each datum at chance. "auto"
-            is a rule of thumb, chosen after a handful of measured cases: min(0.1, N/P) for
-            likelihoods of finite support, with P the number of weights here, and 0.3 for others.
-        damping: added to the curvature in the mean's step, never to the posterior.
-        kl_clip: trust region κ of a step; None for no clipping. The momentum keeps of a gradient no
-            more than ten times its radius, so that an outlier does not rule the steps to come.
-        num_particles: samples S of the posterior a step, in antithetic pairs; gradients and
-            curvature are means over them. 0: none, all is taken at the mean, which so goes to a
-            mode of the log joint (at T = 1); the posterior there is a Laplace approximation, for
-            `Laplace(model, guide).predict(x)`, not for sampling.
-        antithetic: use each noise a second time with its sign turned, also from step to step.
-        average: keep a running average of mean and precision, of weight 4/(t+4), and let the guide
-            be that average; training goes on from the iterate.
-        optim: trains all that is no natural-gradient latent, the model's parameters and the
-            fallback guide: a callable from parameters to a `torch.optim.Optimizer`, or a
-            `PyroOptim`. By default Adam with β₂ = 0.99, 0.002 for the model, 0.01 for the guide.
-            The learning rates of a torch optimizer follow the schedule on `.optimizer` in
-            proportion.
-        on_nonfinite: when a loss or a gradient is not finite, "raise" a FloatingPointError, or
-            "skip" the step and count it in `.skipped`; posterior, momentum and random numbers stay
-            as they were either way.
+        temperature: T multiplies the KL term alone. 1 is the ELBO, which underfits networks with
+            few data, and may leave a network with many weights per datum at chance. "auto" is a
+            rule of thumb from a handful of measured cases: min(0.1, N/P) for likelihoods of finite
+            support, with P the number of weights in the guide, and 0.3 for others.
+        damping: added to the curvature in the step of the mean, never to the posterior.
+        kl_clip: trust region κ of a step; None for no clipping. An outlier enters the momentum with
+            at most ten times the radius of the trust region.
+        num_particles: samples S of the posterior per step, in antithetic pairs; gradients and
+            curvature are means over them. With 0 everything is computed at the mean, which then
+            converges to a mode of the log joint (at T = 1). The posterior there is a Laplace
+            approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
+        antithetic: use each perturbation a second time with its sign turned, also across steps.
+        average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
+            training continues from the iterate.
+        optim: the optimizer of everything without a natural gradient, the parameters of the model
+            and the fallback guide: a callable from parameters to a `torch.optim.Optimizer`, or a
+            `PyroOptim`. By default Adam with β₂ = 0.99 and learning rates 0.002 (model) and 0.01
+            (guide). The learning rates of a torch optimizer follow the schedule on `.optimizer`.
+        on_nonfinite: if a loss or a gradient is not finite, "raise" a FloatingPointError, or
+            "skip" the step and count it in `.skipped`. Either way posterior, momentum and random
+            numbers stay unchanged.
 
-    "auto" is, for networks (of convolutions, and MLPs): lr 0.02, momentum 0.9, damping 0.003,
-    kl_clip 0.001, one sample, no average; the first step is taken at the mean. For a `FullGuide`
-    with curvature="hessian", and for a `DiagonalGuide` of a model without a network, Gaussian and
-    Hessian are of the whole log joint in unconstrained space, in steps of their own: lr 0.3, the
-    precision moves by 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples where a
-    latent has bounds, as scales have. `Curvature("hessian", decay=...)` sets that rate, 1 - decay
-    (0.95, its default, is as good as not given); momentum and damping play no part there. Other
-    numbers of a `Curvature`, `every` or `batch` say, are of running estimates: given for a network
-    they ask for the steps above, without a network they play no part. Random numbers come from a
-    stream of its own, seeded from torch's generator when it is made.
+    "auto" stands for lr 0.02, momentum 0.9, damping 0.003, kl_clip 0.001, one sample and no average
+    for networks (convolutional networks and MLPs); the first step is taken at the mean. A
+    `FullGuide` with curvature="hessian", and a `DiagonalGuide` of a model without a network, have
+    one Gaussian over all latents in unconstrained space, trained by the Hessian of the log joint:
+    lr 0.3, the precision moves 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples
+    if a latent is constrained, as scales are. There `Curvature("hessian", decay=...)` sets that
+    rate, 1 - decay, unless it is the default of 0.95, and momentum and damping are not used. Other
+    arguments of `Curvature`, such as `every` or `batch`, belong to running averages: with them a
+    network is trained layer by layer, and without a network they are not used.
 
-    `.optimizer` is a `torch.optim.Optimizer` for schedulers, whose step each `step` is. Where
-    samples are so unlike the mean that training goes nowhere (learned log scales, priors much wider
-    than 1/fan_in), several of them (`num_particles=4`) or a lower temperature help.
+    Random numbers come from a separate stream, seeded from torch's generator at construction.
+    `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so different from the
+    mean that training does not progress (learned log scales, priors much wider than 1/fan_in), use
+    several of them (`num_particles=4`) or a lower temperature.
 
     Raises:
-        TypeError: the guide is none of `pyrocurv.guides`.
+        TypeError: the guide is not one of `pyrocurv.guides`.
         ValueError: an unknown name or a number out of its range; at a step, before any state is
             changed, what the guide raises at its first call, a plate smaller than the batch in it,
-            a latent that the guide does not know.
+            a latent that the guide does not have.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390; Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562.
@@ -151,133 +152,103 @@ class NGVI:
         check_positive("temperature", temperature, "auto")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
-        self._wants_whole = whole.uses_joint_update(
-            self.curvature, model
-        ) and guide.may_be_whole_of(model)
-        numbers = chosen({
+        self._prefers_joint = (
+            uses_joint_update(self.curvature, model) and guide.supports_joint_of(model)
+        )
+        values = resolve_defaults({
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "num_particles": num_particles, "average": average,
-        }, self._wants_whole)
-        self.num_particles: Any = numbers.pop("num_particles")
+        }, self._prefers_joint)
+        self.num_particles: Any = values.pop("num_particles")
         if self.num_particles != AUTO:
             check_integer("num_particles", self.num_particles, 0)
-        self.average: bool = numbers.pop("average")
+        self.average: bool = values.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
-        self.optimizer = NaturalGradient(**numbers)
-        if self._wants_whole:
-            guide.is_whole = guide.is_whole or not guide.sites
-        self._rest = AuxiliaryOptimizer(optim)
+        self.optimizer = ScheduledHyperparameters(**values)
+        self._auxiliary = auxiliary_optimizer(optim)
         self._stream = RandomStream()
-        self._state: Posterior | Whole | None = None
-        self._at_once = True  # whether samples of a whole model may go together
-        self._known = KnownPriors(guide)
-        self._loaded: Layout | None = None  # of a state that no step has gone on from yet,
-        self._loaded_place: Place | None = None  # and where its guide was
-        self._sizes = DatasetSizeCheck()
+        self._store = GuideStore(guide)
+        self._rule: UpdateRule | None = None  # chosen at the first step
+        self._posterior: Posterior | None = None
+        self._loaded: RunSignature | None = None  # of a state that no step has used yet
+        self._dataset_size = DatasetSizeCheck()
 
     # ---- a step ---------------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step on a mini-batch; takes the model's arguments.
 
-        Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the weights
-        sampled (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a step that was
-        skipped.
+        Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the sampled
+        weights (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a skipped step.
         """
-        first = self._state is None
+        try:
+            with Undo() as undo:
+                return self._step(undo, args, kwargs)
+        except FloatingPointError:
+            if self.on_nonfinite == "raise":
+                raise
+        self.skipped += 1
+        return math.nan
+
+    def _step(self, undo: Undo, args: Any, kwargs: Any) -> float:
+        """A step; whatever is raised, `undo` restores all that has changed by then."""
+        undo.keep_attributes(self, self._stream, self._dataset_size)
+        self._store.keep(undo)
+        undo.keep(save_buffers(modules(self.model)))
+        self._setup_guide(undo, args, kwargs)
+        is_first = self._posterior is None
+        rule, posterior = self._ready()
+        like = self.guide.blocks[0].raw_loc
+        validation = nullcontext() if is_first else pyro.validation_enabled(False)
+        with (self._stream(like.device), validation, torch.enable_grad(),
+              disable_autocast(like.device) as network):
+            model = BatchModel(self.model, self.guide, network, args, kwargs)
+            posterior = self._store.load(posterior.to(like))
+            update, auxiliary = rule.update(posterior, self._settings(), model)
+            if not rule.is_joint:
+                self._dataset_size.note(update.posterior.blocks[0].hyperparameters.num_data)
+            group = self.optimizer.param_groups[0]
+            factor = group["lr"] / group.get("initial_lr", group["lr"])
+            auxiliary = [parameter._replace(lr_factor=factor) for parameter in auxiliary]
+
+            self._auxiliary.keep(undo, auxiliary)
+            self.optimizer.step(lambda: self._auxiliary.step(auxiliary))
+
+        def assign() -> None:
+            self.guide.is_laplace = self.num_particles == 0
+            self._posterior = update.posterior
+
+        commit(update, self._store, undo, assign)
+        return update.loss
+
+    def _setup_guide(self, undo: Undo, args: Any, kwargs: Any) -> None:
         if self.guide.prototype_trace is None:
-            with RandomStream(self._stream.seed)(torch.device("cpu")):  # no part of the run
-                poutine.block(self.guide)(*args, **kwargs)
+            undo.keep_attributes(self.guide.blocks)
+            with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
+                with poutine.block():
+                    self.guide.setup(args, kwargs, self._prefers_joint)
         if not self.guide.blocks:
             raise ValueError(f"{self.guide.no_gaussian_reason}: use pyro.infer.SVI")
-        state = self._state or self._first()
-        if isinstance(state, Posterior):
-            layered.check_samples(self.curvature, self._blocks, self.num_particles)
+
+    def _ready(self) -> tuple[UpdateRule, Posterior]:
+        """The rule and the posterior, both from the first step on; checks a loaded state."""
+        if self._rule is None:
+            self._rule = choose_rule(self.curvature, self._store, self._prefers_joint)
+        if self._posterior is None:
+            return self._rule, self._rule.init(self.optimizer.param_groups[0])
         if self._loaded is not None:
-            check_layout(self._loaded, layout(self._blocks))
-            check_place(self._loaded_place, place(self.guide.blocks))
+            self._check_blocks(self._posterior)
+            check_signature(self._loaded, self._signature())
             self._loaded = None
-        like = self.guide.blocks[0].raw_loc
-        state, restore = state.to(like), save_buffers(modules(self.model))
-        try:
-            validation = nullcontext() if first else pyro.validation_enabled(False)
-            with (self._stream(like.device), validation, torch.enable_grad(),
-                  disable_autocast(like.device) as network):
-                runner = BatchModel(self.model, self.guide, network, args, kwargs)
-                step = self._propose(state, runner, restore)
-                if isinstance(step, layered.Step):
-                    self._sizes.note(step.num_data)
-                self.optimizer.step(self._commit(step))
-                self.guide.is_laplace = self.num_particles == 0
-        except BaseException as error:
-            restore()
-            if not isinstance(error, FloatingPointError) or self.on_nonfinite == "raise":
-                raise
-            self.skipped += 1
-            return math.nan
-        self._state = step.state
-        return step.loss
+        return self._rule, self._posterior
 
-    def _first(self) -> Posterior | Whole:
-        """The state before the first step."""
-        guide = self.guide
-        if guide.is_whole and self.curvature.kind != "hessian":
-            raise ValueError(
-                f"curvature={self.curvature.kind!r} is of layers, this guide has all latents "
-                "together, as of a model without a network: use 'hessian', or a Gaussian for the "
-                f"layers alone, structure={{'*': {guide.structure!r}}}"
-            )
-        if (self._wants_whole or guide.is_whole) and guide.is_one_block:
-            (family,) = guide.blocks
-            return whole.start(
-                family.raw_loc.detach().clone(), family.precision(), guide.has_initial_scale,
-                family.block.kind,
-            )
-        return Posterior(0, tuple(BlockState() for _ in guide.blocks))
-
-    def _propose(
-        self, state: Posterior | Whole, runner: BatchModel, restore: Callable[[], None]
-    ) -> layered.Step | whole.Step:
-        if isinstance(state, Posterior):
-            return layered.propose(state, self._settings(), runner, self._known)
-        numbers = self._whole_numbers()
-        at_once = self._at_once and self._state is not None  # the first step validates
-        try:
-            return whole.propose(state, numbers, runner, at_once)
-        except (RuntimeError, ValueError):
-            if not at_once:
-                raise
-            self._at_once = False  # not every model has a vectorized form; a true fault comes again
-            restore()
-            return whole.propose(state, numbers, runner, False)
-
-    def _settings(self) -> layered.Settings:
-        return layered.Settings(
-            self.curvature, self.optimizer.param_groups[0], TemperatureRule(
-                self.temperature, self._blocks
-            ),
-            self.num_particles, self.antithetic, self.average,
+    def _settings(self) -> StepSettings:
+        return StepSettings(
+            self.curvature, self.optimizer.param_groups[0],
+            TemperatureRule(self.temperature, self._store.blocks), self.num_particles,
+            self.antithetic, self.average,
         )
-
-    def _whole_numbers(self) -> whole.Numbers:
-        return whole.Numbers.of(
-            self.optimizer.param_groups[0], self.curvature.decay, self.num_particles,
-            TemperatureRule(self.temperature, self._blocks), self.antithetic, self.average,
-            self.guide.has_constrained,
-        )
-
-    def _commit(self, step: layered.Step | whole.Step) -> Callable[[], None]:
-        """What writes a step into parameters; all that may fail is done before."""
-        group, write = self.optimizer.param_groups[0], step.writer(self.guide.blocks)
-        factor = group["lr"] / group.get("initial_lr", group["lr"])
-
-        @torch.no_grad()
-        def commit() -> None:
-            self._rest.step(step.others, factor)
-            write()
-
-        return commit
 
     # ---- watching and saving --------------------------------------------------------------------
 
@@ -286,72 +257,75 @@ class NGVI:
         """-ELBO on these data, N nll + T (log q - log p) at `num_particles` samples of the guide.
 
         A difference of log densities at the same weights, hence without noise where q is the
-        posterior. The number that it returns has the T that it was reckoned with, also of "auto",
-        as `.temperature`; at 1 it is -ELBO. Draws from torch's global generator, changes nothing.
+        posterior. The returned number has the T that it was computed with, also of "auto", as
+        `.temperature`; at 1 it is -ELBO. Draws from torch's global generator; changes nothing.
         """
         if self.guide.prototype_trace is None:
-            poutine.block(self.guide)(*args, **kwargs)
-        is_whole = isinstance(self._state or self._first(), Whole)
-        numbers = self._whole_numbers() if is_whole else self._settings()
+            with poutine.block():
+                self.guide.setup(args, kwargs, self._prefers_joint)
+        rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
+        posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
         with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:
-            runner = BatchModel(self.model, self.guide, network, args, kwargs)
-            return negative_elbo(runner, numbers, self._known)
+            model = BatchModel(self.model, self.guide, network, args, kwargs)
+            with preserve_module_state(modules(self.model)):
+                current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
+                return Loss.at(*rule.negative_elbo(current, self._settings(), model))
 
     def update_counts(self) -> dict[str, UpdateCount]:
         """How often each block's curvature was estimated, and its present interval in steps.
 
-        A block goes by its layer's module, "net.0", or its weight where that is no module's; one of
-        several layers by the first and the last, "net.0 ... net.4". Weights that no supported op
-        consumes have an estimate from every step. Empty before the first step.
+        A block is named by its layer's module, "net.0", or by its weight if no module owns that;
+        one of several layers by the first and the last, "net.0 ... net.4". Weights that no
+        supported op consumes have an estimate from every step. Empty before the first step.
         """
-        if not isinstance(self._state, Posterior):
+        if self._posterior is None or self._rule is None or self._rule.is_joint:
             return {}
-        return update_counts(self.curvature, self._blocks, self._state)
+        return update_counts(self.curvature, self._posterior)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the parameters of guide and model, which have states of their own."""
+        """Everything but the parameters of guide and model, which have their own states."""
+        posterior, signature = self._posterior, self._loaded or self._signature()
         return {
             "version": FORMAT_VERSION,
             "optimizer": self.optimizer.state_dict(),
-            "rest": self._rest.state_dict(),
+            "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
             "skipped": self.skipped,
             "average": self.average,
             "temperature": self.temperature,
-            "layout": self._loaded or layout(self._blocks),
-            "place": self._loaded_place if self._loaded else place(self.guide.blocks),
-            "state": to_state(self._state),
+            "is_joint": signature.is_joint,
+            "means": signature.means,
+            "posterior": None if posterior is None else to_state(posterior.without_means()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where `state_dict` was taken, given guide and model as they were then.
+        """Continue exactly where `state_dict` was taken, given guide and model as they were then.
 
         Learning rate, momentum, damping, clip and temperature are those of the state.
 
-        Raises ValueError when the state is none of an `NGVI`, or `average` is another, or the guide
-        has other blocks or structures; that is seen at the first step if it has no blocks yet.
+        Raises ValueError, before anything is changed, if the state is not of an `NGVI`, of a newer
+        version or another `average`, or of a guide with other blocks or structures; the latter at
+        the first step for a guide that has no blocks yet.
         """
-        if missing := {"optimizer", "layout", "state"} - state.keys():
-            raise ValueError(
-                f"the state is of no NGVI: it lacks {', '.join(sorted(missing))}, and has "
-                f"{', '.join(list(state)[:5])}"
-            )
-        check_version(state, "NGVI")
-        held: Posterior | Whole | None = None
-        if state["state"] is not None:
-            held = from_state(state["state"])
-        if held is not None:
-            check_average(state["average"], self.average)
-            if self.guide.blocks:
-                check_layout(state["layout"], layout(self._blocks))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._rest.load_state_dict(state["rest"])
-        self._stream.load_state_dict(state["stream"])
-        self.skipped, self._state = state["skipped"], held
-        self.temperature = state["temperature"]
-        self._loaded = None if held is None else state["layout"]
-        self._loaded_place = state["place"]
+        check_state(state, self.average)
+        posterior = from_state(state["posterior"])
+        if posterior is not None and self.guide.blocks:
+            self._check_blocks(posterior)
+        with Undo() as undo:
+            undo.keep_attributes(self, self._auxiliary, self._stream)
+            undo.keep_optimizer(self.optimizer)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._auxiliary.load_state_dict(state["auxiliary"])
+            self._stream.load_state_dict(state["stream"])
+            self.skipped, self._posterior = state["skipped"], posterior
+            self.temperature = state["temperature"]
+            self._loaded = None
+            if posterior is not None:
+                self._loaded = RunSignature(state["is_joint"], state["means"])
 
-    @property
-    def _blocks(self) -> list[Block]:
-        return [family.block for family in self.guide.blocks]
+    def _signature(self) -> RunSignature:
+        is_joint = self._rule is not None and self._rule.is_joint
+        return RunSignature.of(is_joint, self.guide.blocks)
+
+    def _check_blocks(self, posterior: Posterior) -> None:
+        check_blocks([block_state.block for block_state in posterior.blocks], self._store.blocks)

@@ -1,79 +1,95 @@
-"""What a saved state of `NGVI` must have in common with the one that goes on from it."""
+"""What a saved state of `NGVI` must have in common with the `NGVI` that continues from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyrocurv.guides.families import Family
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.structures.serialization import from_state, to_state
-
-Place = Sequence[float]
-Layout = Sequence[Mapping[str, Any]]  # `Block.state()` of each block
+from pyrocurv.structures.serialization import check_version
 
 
-def layout(blocks: Sequence[Block]) -> Layout:
-    """The blocks in plain values."""
-    return to_state(blocks)
+class RunSignature(NamedTuple):
+    """The update rule of a run, and the sum of each block's mean."""
+
+    is_joint: bool
+    means: Sequence[float]
+
+    @staticmethod
+    def of(is_joint: bool, families: Iterable[Family]) -> RunSignature:
+        """The signature of a run that trains these families."""
+        return RunSignature(is_joint, [float(f.raw_loc.detach().double().sum()) for f in families])
 
 
-def check_layout(saved: Layout, here: Layout) -> None:
-    """Raises ValueError that names the first block which is another one."""
-    for then, now in zip_longest(saved, here):
-        if then != now:
+def check_state(state: Mapping[str, Any], average: bool) -> None:
+    """Raise ValueError unless it is the state of an `NGVI` with this `average`."""
+    if missing := {"optimizer", "auxiliary", "posterior"} - state.keys():
+        raise ValueError(
+            f"the state is not of an NGVI: it lacks {', '.join(sorted(missing))}, and has "
+            f"{', '.join(list(state)[:5])}"
+        )
+    check_version(state, "NGVI")
+    if state["posterior"] is not None and state["average"] != average:
+        raise ValueError(
+            f"the state is of average={state['average']}, this NGVI has average={average}"
+        )
+
+
+def check_blocks(saved: Sequence[Block], current: Sequence[Block]) -> None:
+    """Raise ValueError that names the first block which differs."""
+    for before, now in zip_longest(saved, current):
+        if before != now:
             raise ValueError(
-                f"the state is of another guide: it has {_named(then)} where this one has "
-                f"{_named(now)}"
+                f"the state is of another guide: it has {_description(before)} where this one has "
+                f"{_description(now)}"
             )
 
 
-def place(families: Iterable[Family]) -> Place:
-    """Where a guide's means are, in short: the sum of each block."""
-    return [float(family.raw_loc.detach().double().sum()) for family in families]
-
-
-def check_place(saved: Place | None, here: Place) -> None:
-    """Warn where the guide is not where the state left it: its own state may not be loaded."""
-    if saved and not all(
-        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(saved, here, strict=True)
+def check_signature(saved: RunSignature, current: RunSignature) -> None:
+    """Raise ValueError for another update rule; warn if the guide has other means."""
+    if saved.is_joint != current.is_joint:
+        raise ValueError(
+            f"the state is of steps {_rule(saved)}, this NGVI steps {_rule(current)}: give it the "
+            "curvature that the state was saved with"
+        )
+    if not all(
+        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
+        for a, b in zip(saved.means, current.means, strict=True)
     ):
         warn_user(
-            "the guide is not where it was when this state of NGVI was taken: load the guide's "
+            "the guide has other means than when this state of NGVI was saved: load the guide's "
             "own state too, guide.load_state_dict(...)"
         )
 
 
-def check_average(saved: bool, here: bool) -> None:
-    """Raises ValueError where one averages and the other does not."""
-    if saved != here:
-        raise ValueError(f"the state is of average={saved}, this NGVI has average={here}")
+def _rule(signature: RunSignature) -> str:
+    return "over all latents jointly" if signature.is_joint else "layer by layer"
 
 
-def _named(one: Mapping[str, Any] | None) -> str:
-    if one is None:
+def _description(block: Block | None) -> str:
+    if block is None:
         return "no block"
-    block = from_state(one)
     return f"{block.name} ({block.structure!r} over {block.size} weights {list(block.tensors)})"
 
 
 class DatasetSizeCheck:
-    """Notices, once, a model whose data in all are as many as happen to be in the batch."""
+    """Warns, once, if N changes from step to step, as without a plate of the full size."""
 
     def __init__(self) -> None:
-        self._seen: list[float] = []  # two at most
+        self._sizes: list[float] = []  # two at most
 
     def note(self, num_data: float) -> None:
-        """One step's N."""
-        if num_data in self._seen or len(self._seen) > 1:
+        """N of one step."""
+        if num_data in self._sizes or len(self._sizes) > 1:
             return
-        if self._seen:
+        if self._sizes:
             warn_user(
-                f"the model had {self._seen[0]:g} data in all, and has {num_data:g} now: the "
-                "posterior is that of so many. A plate says how many there are, of which a call "
-                'has a batch: pyro.plate("data", N, subsample=torch.arange(len(x)))'
+                f"the model had {self._sizes[0]:g} data in total, and now has {num_data:g}, of "
+                "which the posterior is. A plate gives the total, of which each call has a batch: "
+                'pyro.plate("data", N, subsample=torch.arange(len(x)))'
             )
-        self._seen.append(num_data)
+        self._sizes.append(num_data)

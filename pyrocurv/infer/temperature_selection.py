@@ -1,8 +1,8 @@
-"""Choosing a temperature by what it predicts of data that training has not seen.
+"""Selection of a temperature by held-out data.
 
 The score is the log predictive density, log 1/S Σ_s p(y_n | w_s) with w_s from the posterior, in
-nats and on average over the held-out data. T = 1 is the ELBO and needs no choosing; networks with
-more weights than data predict better below it.
+nats and averaged over the held-out data. T = 1 is the ELBO; networks with more weights than data
+usually predict better below it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.model_run import ModelRun, require_grad, run_model, split_batch
 from pyrocurv.infer.ngvi import NGVI
-from pyrocurv.posterior.sampling import perturbed_weights, sample_perturbations
 from pyrocurv.runtime.module_state import eval_mode, preserve_module_state
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.user_warnings import warn_user
@@ -31,7 +30,8 @@ TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
 
 
 class SelectedTemperature(float):
-    """The temperature chosen; `.densities` {temperature: log predictive density} are the scores."""
+    """The selected temperature; `.densities` {temperature: log predictive density} are the scores.
+    """
 
     densities: Mapping[float, float]
 
@@ -43,19 +43,21 @@ def choose_temperature(
     """The temperature whose posterior predicts held-out data best.
 
     Args:
-        fit: trains anew on the rest of the data at a temperature, and returns the `NGVI` or
+        fit: trains from scratch on the other data at a temperature, and returns the `NGVI` or
             (model, guide).
-        held_out: batches of the model's arguments, data included, in a list or a DataLoader: they
-            are gone through once for each temperature. Data that a test will be made on have no
-            place here.
-        temperatures: among which to choose.
+        held_out: batches of the model's arguments, data included, in a list or a DataLoader, which
+            is iterated once for each temperature. Do not use test data.
+        temperatures: the candidates.
         num_samples: of each posterior.
 
-    The draws from each posterior come from the same random numbers, and scores nearer than the
-    standard error over the held-out data are a tie. Warns where the best is at an end of those
-    tried, below 1. Raises ValueError for no temperature or one that is not positive, for held-out
-    data that can be gone through only once, and where `log_predictive_density` does;
-    FloatingPointError where no score is finite (one that is not is never chosen).
+    All posteriors are sampled with the same random numbers; treat differences below the standard
+    error over the held-out data as ties. Warns if the best candidate is the lowest or highest and
+    below 1.
+
+    Raises:
+        ValueError: no temperature, one that is not positive, held-out data that can be iterated
+            only once, or what `log_predictive_density` raises.
+        FloatingPointError: no score is finite (a score that is not finite is never selected).
 
     Example:
         >>> import torch, pyrocurv
@@ -79,7 +81,7 @@ def choose_temperature(
     for temperature in temperatures:
         check_positive("temperature", temperature)
     if isinstance(held_out, Iterator):
-        raise ValueError("held_out: an iterator is gone after one temperature; a list is needed")
+        raise ValueError("held_out: an iterator is exhausted after one temperature; use a list")
     check_integer("num_samples", num_samples, 1)
     seed = RandomStream().seed  # the same draws from each posterior
     densities = {t: _density(fit(t), held_out, num_samples, seed) for t in temperatures}
@@ -91,7 +93,7 @@ def choose_temperature(
     edges = {min(densities): "lowest", max(densities): "highest"}
     if len(densities) > 1 and choice in edges and choice < 1:
         warn_user(
-            f"temperature {choice} is the {edges[choice]} of those tried: one beyond it may be "
+            f"temperature {choice} is the {edges[choice]} of the candidates: one beyond it may be "
             "better"
         )
     return choice
@@ -113,25 +115,25 @@ def log_predictive_density(
 ) -> float:
     """log 1/S Σ_s p(y_n | w_s) on average over the data of a loader, in nats.
 
-    The data are the first axis of the likelihoods in plates, or of all where there is no plate,
-    masked ones left out; a `poutine.scale` does not count. Of a mixture the components take turns.
-    Draws from torch's global generator; the model is in eval mode.
+    The data are the first axis of the likelihoods in plates, or of all if there is no plate;
+    masked data are excluded, and a `poutine.scale` does not count. The components of a mixture take
+    turns. Draws from torch's global generator; the model is in eval mode.
 
-    Raises ValueError for a Laplace approximation, whose samples mean nothing to the network, for a
-    loader without data and for less than one sample.
+    Raises ValueError for a Laplace approximation, whose samples are not meant for the network
+    itself, for a loader without data and for less than one sample.
     """
     check_integer("num_samples", num_samples, 1)
     turns = [*islice(_turns(guide), num_samples)]
-    if any(one.is_laplace for one in turns):
+    if any(component.is_laplace for component in turns):
         raise ValueError(
-            "the guide is at a mode: score pyrocurv.infer.Laplace(model, guide).predict(x), not "
-            "samples"
+            "the guide is a Laplace approximation: score "
+            "pyrocurv.infer.Laplace(model, guide).predict(x), not samples"
         )
     total, count = 0.0, 0.0
     for batch in loader:
         args, kwargs = split_batch(batch)
         with eval_mode(modules(model)), preserve_module_state(modules(model)):
-            runs = [_run(model, one, args, kwargs) for one in turns]
+            runs = [_run(model, component, args, kwargs) for component in turns]
         densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
         counted = _counted(runs[0])
         mean = torch.logsumexp(densities, 0) - math.log(num_samples)
@@ -143,26 +145,26 @@ def log_predictive_density(
 
 
 def _turns(guide: Guide) -> Iterator[StructuredGuide]:
-    """The guide, or a mixture's components one after the other, without end."""
+    """The guide, or the components of a mixture in turn, endlessly."""
     if not isinstance(guide, MixtureGuide):
         return repeat(guide)
     return chain.from_iterable(zip(*map(_turns, guide), strict=True))
 
 
 def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any) -> ModelRun:
-    """At one sample of the posterior."""
+    """The model at one sample of the posterior."""
     if guide.prototype_trace is None:
         guide(*args, **kwargs)
-    families = guide.blocks
-    precisions = [family.precision() for family in families]
-    locs = [family.raw_loc.detach() for family in families]
-    noise, _ = sample_perturbations(precisions, [None] * len(locs), locs[0], False)
-    sample = perturbed_weights([family.block for family in families], locs, noise)
-    return run_model(model, guide, require_grad(sample), args, kwargs)
+    weights: dict[str, Tensor] = {}
+    for family in guide.blocks:
+        z = torch.randn_like(family.raw_loc)
+        sample = family.raw_loc.detach() + family.precision().rsqrt_(z)
+        weights.update(family.block.unpack(sample))
+    return run_model(model, guide, require_grad(weights), args, kwargs)
 
 
 def _log_prob(run: ModelRun) -> Tensor:
-    """Of each datum [B]."""
+    """The log likelihood of each datum [B]."""
     primary = run.primary_likelihood
     return torch.stack([
         site.each.reshape(site.rows, -1).sum(-1) for site in run.replay.observed
@@ -171,7 +173,7 @@ def _log_prob(run: ModelRun) -> Tensor:
 
 
 def _counted(run: ModelRun) -> Tensor:
-    """Which rows are no masked ones [B]."""
+    """Which data are not masked [B]."""
     mask = run.primary_likelihood.mask
     if mask is None:
         return torch.ones(

@@ -1,6 +1,4 @@
-"""Networks as Pyro models: weights become sample sites, with ready likelihoods around them."""
-
-
+"""Networks as Pyro models: weights become sample sites, and ready models add a likelihood."""
 
 from pyrocurv.nn.bayesianize import LAYERS, RECURRENT, bayesianize
 from pyrocurv.nn.models import Classifier, Regressor

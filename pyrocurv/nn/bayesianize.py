@@ -1,4 +1,4 @@
-"""`bayesianize`: which weights of a network become latents, and making them so."""
+"""`bayesianize`: choose the weights of a network that become latents, and replace them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Container, Iterable, Mapping
 from typing import cast
 
 from pyro.nn.module import to_pyro_module_
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyrocurv.layers.module_types import TRANSPOSED
-from pyrocurv.nn.embedding_padding import keep_padding_output
+from pyrocurv.nn.forward_hooks import find_tied, keep_padding_output, tie
 from pyrocurv.nn.weight_priors import PriorSpec, parse_prior, set_prior
-from pyrocurv.nn.weight_tying import find_tied, tie
 from pyrocurv.runtime.user_warnings import warn_user
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -32,30 +31,31 @@ def bayesianize(
     """Turn the weights of a network into latents of a Pyro model, in place.
 
     Args:
-        net: any network. Its present weights are where `pyrocurv.guides` start.
+        net: any network. The guides of `pyrocurv.guides` start at its current weights.
         prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
             1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
-            Distribution of that shape. The callable runs once, here: a latent in it is a constant.
-            For a scale that is a latent itself make the weights `pyro.nn.PyroSample`s of your own,
+            Distribution of the parameter's shape. The callable runs once, here, so a latent in it
+            becomes a constant. For a scale that is itself a latent, make the weights
+            `pyro.nn.PyroSample`s yourself:
             `layer.weight = PyroSample(lambda layer: Normal(0, model.tau).expand(...))`.
-        layers: which modules, by type or by name as in `net.named_modules()` (with all that is
-            inside), one or several; by default `pyrocurv.nn.LAYERS`: linear layers, (transposed)
-            convolutions, attention and recurrent layers. Norm layers and embeddings are left out
-            unless asked for. What is left out keeps point estimates, which the `summary()` of a
-            guide lists too; parameters with `requires_grad=False` stay as they are, but in modules
-            asked for by name; the padding of an embedding keeps its output, whatever is sampled for
-            its row.
+        layers: the modules to choose, one or several, by type or by name as in
+            `net.named_modules()` (with all modules inside). The default is `pyrocurv.nn.LAYERS`:
+            linear layers, (transposed) convolutions, attention and recurrent layers; norm layers
+            and embeddings have to be chosen explicitly. Other parameters keep point estimates,
+            which the `summary()` of a guide lists too. Parameters with `requires_grad=False` stay
+            as they are, except in modules chosen by name. The padding index of an embedding keeps
+            its output.
 
     Returns:
-        `net` itself, now a `PyroModule`; a site's name is that of its parameter. A weight that two
-        modules share is one site, named after the first.
+        `net` itself, now a `PyroModule`. A site has the name of its parameter; a weight that two
+        modules share is one site, named after the first module.
 
     Raises:
         ValueError: a prior out of range or of another shape; a layer name that does not exist; no
-            layer that fits, or none that is no latent yet; a weight that a module asked for shares
-            with one left out.
-        TypeError: a prior that is a distribution or gives none; a layer that is neither a type nor
-            a name.
+            layer that matches, or none that is not a latent yet; a weight that a chosen module
+            shares with one that is not chosen.
+        TypeError: a prior that is a distribution, or a callable that returns something else; a
+            layer that is neither a type nor a name.
 
     Example:
         >>> import torch
@@ -64,79 +64,93 @@ def bayesianize(
         >>> list(net.parameters())
         []
     """
-    make = parse_prior(prior)
-    chosen = _chosen(net, layers)
-    ties = find_tied(net, chosen)
-    planned = [
-        (module, name, make(module, name), getattr(module, name))
-        for module, names in chosen.items() for name in names if (module, name) not in ties
+    prior_fn = parse_prior(prior)
+    chosen = _choose(net, layers)
+    tied = find_tied(net, chosen)
+    latents = [
+        (module, name, prior_fn(module, name), getattr(module, name))
+        for module, names in chosen.items() for name in names if (module, name) not in tied
     ]
-    for module, name, fn, parameter in planned:
-        if not isinstance(fn, Distribution):
-            raise TypeError(
-                f"the prior of {type(module).__name__}.{name} is no Distribution, but a "
-                f"{type(fn).__name__}"
-            )
-        if fn.batch_shape + fn.event_shape != parameter.shape:
-            raise ValueError(
-                f"the prior of {type(module).__name__}.{name} has shape "
-                f"{tuple(fn.batch_shape + fn.event_shape)}, the parameter {tuple(parameter.shape)}"
-            )
+    for module, name, fn, parameter in latents:
+        _check_prior(f"{type(module).__name__}.{name}", fn, parameter)
     to_pyro_module_(net)
-    for (module, name), owner in ties.items():
+    for (module, name), owner in tied.items():
         tie(module, name, owner)
-    for module, name, fn, parameter in planned:
+    for module, name, fn, parameter in latents:
         set_prior(module, name, fn, parameter)
-        if isinstance(module, nn.Embedding) and (module, name) not in ties.values():
+        if isinstance(module, nn.Embedding) and (module, name) not in tied.values():
             keep_padding_output(module, parameter)
     return net
 
 
-def _chosen(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
-    """{module: the names of its parameters that become latents}."""
-    named = dict(net.named_modules())
-    layers = (layers,) if isinstance(layers, (type, str)) else layers
-    wanted = LAYERS if layers is None else tuple(layers)
-    for want in wanted:
-        if not isinstance(want, (type, str)):
-            raise TypeError(f"layers: module types and names are needed, got {want!r}")
-    types = tuple(want for want in wanted if isinstance(want, type))
-    names = [want for want in wanted if isinstance(want, str)]
-    for name in names:
-        if name not in named:
-            raise ValueError(f"layers: no module {name!r}; {', '.join(filter(None, named))} exist")
-    asked = {name for name in named if any(f"{name}.".startswith(f"{want}.") for want in names)}
-    fitting = {m: name in asked for name, m in named.items()
-               if isinstance(m, types) or name in asked}
-    found = {
-        module: [n for n, p in module.named_parameters(recurse=False) if p.requires_grad or by_name]
-        for module, by_name in fitting.items()
-    }
-    chosen = {module: theirs for module, theirs in found.items() if theirs}
-    _note_parametrized(named, fitting, chosen)
-    if not chosen:
-        fits = ", ".join(want if isinstance(want, str) else want.__name__ for want in wanted)
-        are = any(getattr(module, "_pyro_samples", None) for module in fitting)
-        if are:
-            raise ValueError(f"layers: all that fits {fits} has been bayesianized already")
+def _check_prior(name: str, fn: object, parameter: Tensor) -> None:
+    if not isinstance(fn, Distribution):
+        raise TypeError(
+            f"the prior of {name} is not a Distribution, but of type {type(fn).__name__}"
+        )
+    shape = fn.batch_shape + fn.event_shape
+    if shape != parameter.shape:
         raise ValueError(
-            f"layers: nothing in {type(net).__name__} with a trainable parameter fits {fits}"
+            f"the prior of {name} has shape {tuple(shape)}, the parameter {tuple(parameter.shape)}"
+        )
+
+
+def _choose(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
+    """{module: names of its parameters that become latents}."""
+    modules = dict(net.named_modules())
+    layers = (layers,) if isinstance(layers, (type, str)) else layers
+    choices = LAYERS if layers is None else tuple(layers)
+    for choice in choices:
+        if not isinstance(choice, (type, str)):
+            raise TypeError(f"layers: module types and names are needed, got {choice!r}")
+    types = tuple(choice for choice in choices if isinstance(choice, type))
+    prefixes = [choice for choice in choices if isinstance(choice, str)]
+    for name in prefixes:
+        if name not in modules:
+            exist = ", ".join(filter(None, modules))
+            raise ValueError(f"layers: no module {name!r}; {exist} exist")
+    by_name = {
+        name for name in modules if any(f"{name}.".startswith(f"{start}.") for start in prefixes)
+    }
+    matches = {  # and whether frozen parameters are chosen too
+        module: name in by_name for name, module in modules.items()
+        if isinstance(module, types) or name in by_name
+    }
+    parameters = {
+        module: [
+            name for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad or is_by_name
+        ]
+        for module, is_by_name in matches.items()
+    }
+    chosen = {module: names for module, names in parameters.items() if names}
+    _warn_of_parametrizations(modules, matches, chosen)
+    if not chosen:
+        described = ", ".join(c if isinstance(c, str) else c.__name__ for c in choices)
+        if any(getattr(module, "_pyro_samples", None) for module in matches):
+            raise ValueError(
+                f"layers: all modules that match {described} have been bayesianized already"
+            )
+        raise ValueError(
+            f"layers: no module in {type(net).__name__} with a trainable parameter matches "
+            f"{described}"
         )
     return chosen
 
 
-def _note_parametrized(
-    named: Mapping[str, nn.Module], fitting: Container[nn.Module], chosen: Container[nn.Module]
+def _warn_of_parametrizations(
+    modules: Mapping[str, nn.Module], matches: Container[nn.Module], chosen: Container[nn.Module]
 ) -> None:
-    """Say which weights stay points because a parametrization makes them."""
-    left = [
-        f"{name}.{tensor}" for name, module in named.items()
-        if module in fitting and is_parametrized(module)
-        for tensor, made in cast(nn.ModuleDict, module.parametrizations).items()
-        if made not in chosen and any(p.requires_grad for p in made.parameters())
+    """Warn of weights that are computed by a parametrization whose parameters are not chosen."""
+    computed = [
+        f"{name}.{weight}" for name, module in modules.items()
+        if module in matches and is_parametrized(module)
+        for weight, parametrization in cast(nn.ModuleDict, module.parametrizations).items()
+        if parametrization not in chosen
+        and any(parameter.requires_grad for parameter in parametrization.parameters())
     ]
-    if left:
+    if computed:
         warn_user(
-            f"bayesianize: {', '.join(left)}, made by a parametrization, of parameters that stay "
-            "points; layers=torch.nn.Module takes those too"
+            f"bayesianize: a parametrization computes {', '.join(computed)} from parameters that "
+            "stay point estimates; layers=torch.nn.Module makes latents of those too"
         )

@@ -1,4 +1,4 @@
-"""Models of one network and a ready likelihood: a classifier, a regressor."""
+"""Ready models around a network: a classifier and a regressor."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pyrocurv.runtime.validation import is_integer
 
 
 class Classifier(PyroModule):
-    """A network whose outputs are the logits of a categorical: (x, y=None) -> logits [B, C].
+    """A network with a categorical likelihood: (x, y=None) -> logits [B, C].
+
+    The sites are the weights of the network, with the prefix "net.", and "obs" in the plate "data"
+    of size N. Without targets the plate has the size of the batch.
 
     Args:
-        net: a network, bayesianized.
+        net: a bayesianized network with outputs [B, C].
         num_data: N, the number of training examples.
 
-    The sites are the network's weights under "net." and "obs", in the plate "data" of size N.
-    Raises ValueError for logits of another shape, or, in training mode, a batch of more than N
-    targets.
+    Raises:
+        ValueError: `num_data` is not a positive integer; when called, outputs or targets of another
+            shape or, in training mode, more than N targets in a batch.
 
     Example:
         >>> import torch
@@ -37,7 +40,9 @@ class Classifier(PyroModule):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         logits = self.net(x)
         if logits.dim() != 2:
-            raise ValueError(f"logits [B, C] are needed, the network gave {tuple(logits.shape)}")
+            raise ValueError(
+                f"logits [B, C] are needed, the network returned {tuple(logits.shape)}"
+            )
         if y is not None and y.shape != logits.shape[:1]:
             raise ValueError(
                 f"classes {tuple(y.shape)} do not fit logits {tuple(logits.shape)}: [B] is needed"
@@ -48,17 +53,22 @@ class Classifier(PyroModule):
 
 
 class Regressor(PyroModule):
-    """A network whose outputs are the means of normals: (x, y=None) -> mean [B] or [B, D].
+    """A network with a normal likelihood: (x, y=None) -> mean [B] or [B, D].
+
+    The sites are the weights of the network, with the prefix "net.", "obs" in the plate "data" of
+    size N, and "sigma" where the noise is a latent. Without targets the plate has the size of the
+    batch.
 
     Args:
-        net: a network, bayesianized. A single output [B, 1] is taken as [B].
+        net: a bayesianized network with outputs [B, D]. A single output [B, 1] is squeezed to [B],
+            like its targets.
         num_data: N, the number of training examples.
-        noise: the standard deviation of the targets; None for a latent "sigma" with a
-            LogNormal(0, 1) prior, which suits standardised targets.
+        noise: the standard deviation of the targets, or None for a latent "sigma" with a
+            LogNormal(0, 1) prior, which suits standardized targets.
 
-    The sites are the network's weights under "net.", "obs" in the plate "data" of size N, and
-    "sigma". Raises ValueError for targets of another shape, or, in training mode, a batch of more
-    than N.
+    Raises:
+        ValueError: `num_data` is not a positive integer, or `noise` not positive; when called,
+            targets of another shape or, in training mode, more than N targets in a batch.
 
     Example:
         >>> import torch
@@ -101,7 +111,7 @@ def _check_num_data(num_data: int) -> int:
 
 
 def _data_plate(model: Classifier | Regressor, output: Tensor, y: Tensor | None) -> pyro.plate:
-    """The plate of the data; in prediction (no targets) it is as large as the batch."""
+    """The plate of the data; without targets, in prediction, it has the size of the batch."""
     batch, num_data = len(output), model.num_data
     if y is not None and batch > num_data and model.training:
         raise ValueError(f"a batch of {batch} targets, but num_data={num_data}")

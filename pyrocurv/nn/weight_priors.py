@@ -1,4 +1,4 @@
-"""Priors of weights: made by the word or number asked for, kept in the module, rescaled later."""
+"""Priors of weights: specified by a name or a number, stored in the module, rescaled later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ PriorSpec = float | str | Callable[[nn.Module, str], Distribution]
 
 
 def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
-    """(module, parameter name) -> prior, by a word, a standard deviation or that very function."""
+    """The function (module, parameter name) -> prior for a name, a number or that function.
+
+    Raises:
+        ValueError: an unknown name, or a standard deviation that is not positive.
+        TypeError: a distribution, whose shape could not fit all parameters.
+    """
     if isinstance(prior, Distribution):
         raise TypeError(
             f"prior={prior!r}: a standard deviation is needed, or a callable (module, name) -> "
@@ -46,7 +51,7 @@ def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
 
 
 def set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
-    """Make a latent of a parameter, which is its initial value."""
+    """Replace a parameter by a latent, with the parameter's value as its initial value."""
     initial = parameter.detach().clone()
     normal = as_normal(fn)
     if normal is None:
@@ -56,49 +61,67 @@ def set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
         setattr(module, name, PyroSample(fn))
         return
     loc, scale = compact(normal.loc.detach()), compact(normal.scale.detach())
-    for part, value in (("loc", loc), ("scale", scale), ("initial", initial)):
-        module.register_buffer(f"_{name}_{part}", value.to(initial).clone(), persistent=False)
+    for buffer, value in zip(_buffer_names(name), (loc, scale, initial), strict=True):
+        module.register_buffer(buffer, value.to(initial).clone(), persistent=False)
     setattr(module, name, PyroSample(_NormalPrior(name)))
 
 
-class _NormalPrior:
-    """A normal prior whose numbers are buffers of the module, so they move with `.to`.
+def _buffer_names(name: str) -> tuple[str, str, str]:
+    """The buffers of a parameter's prior: its loc and scale, and the parameter's initial value."""
+    return f"_{name}_loc", f"_{name}_scale", f"_{name}_initial"
 
-    The distribution is built anew only when the buffers have been moved; it carries the weight that
-    it replaced as `.initial`, where guides start.
+
+class _NormalPrior:
+    """A normal prior whose parameters are buffers of the module, so that they move with `.to`.
+
+    The distribution is built again only after the buffers were replaced. Its attribute `initial` is
+    the value of the parameter that became a latent, where guides start.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._parts = [f"_{name}_{part}" for part in ("loc", "scale", "initial")]
-        self._made: tuple[tuple[Tensor, ...], Distribution] | None = None
+        self._cache: tuple[tuple[Tensor, ...], Distribution] | None = None
 
     def __call__(self, module: nn.Module) -> Distribution:
-        buffers: dict[str, Any] = module._buffers
-        parts = tuple(buffers[part] for part in self._parts)
-        made = self._made
-        if made is None or not all(map(operator.is_, made[0], parts)):
-            loc, scale, initial = parts
-            fn = dist.Normal(loc.expand(initial.shape), scale.expand(initial.shape))
-            fn = fn.to_event(initial.dim())
-            fn.initial = initial
-            made = self._made = parts, fn
-        return made[1]
+        stored: dict[str, Any] = module._buffers
+        buffers = tuple(stored[name] for name in _buffer_names(self.name))
+        if self._cache is not None and all(map(operator.is_, self._cache[0], buffers)):
+            return self._cache[1]
+        loc, scale, initial = buffers
+        fn = dist.Normal(loc.expand(initial.shape), scale.expand(initial.shape))
+        fn = fn.to_event(initial.dim())
+        fn.initial = initial
+        self._cache = buffers, fn
+        return fn
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": None}
+        return {**self.__dict__, "_cache": None}
 
 
 def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
-    """Multiply the standard deviation of a bayesianized weight's prior by a number.
+    """Multiply the standard deviation of the prior of a bayesianized weight.
 
-    False where the site is no weight that `bayesianize` gave a normal prior.
+    Args:
+        model: a network, or a model around one.
+        site: the name of the weight's site.
+        factor: a positive scalar.
+
+    Returns:
+        Whether it was done: False if `bayesianize` did not give the site a normal prior.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.nn import bayesianize, rescale_prior
+        >>> net = bayesianize(torch.nn.Linear(4, 3), prior=2.0)
+        >>> rescale_prior(net, "weight", torch.tensor(0.5)), rescale_prior(net, "w", torch.ones(()))
+        (True, False)
     """
     path, _, name = site.rpartition(".")
     module = named_modules(model).get(path)
     buffers: dict[str, Any] = {} if module is None else module._buffers
-    scale = buffers.get(f"_{name}_scale")
+    _, scale_name, _ = _buffer_names(name)
+    scale = buffers.get(scale_name)
     if scale is None:
         return False
-    buffers[f"_{name}_scale"] = scale * factor.to(scale)
+    buffers[scale_name] = scale * factor.to(scale)
     return True

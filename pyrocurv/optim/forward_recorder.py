@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.undo import complete
 
 
 @dataclass(eq=False)
@@ -26,12 +27,12 @@ class ForwardRecorder:
     """The forward passes of `net` since the last `pop_passes`, those that a gradient came back
     through.
 
-    `count` examples of each are kept; None is all, 0 none.
+    `batch_size` examples of each are kept; None is all, 0 none.
     """
 
     net: nn.Module
-    count: int | None = 0
-    passes: list[ForwardPass] = field(default_factory=list)
+    batch_size: int | None = 0
+    passes: list[RecordedPass] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._inputs: ForwardInputs | None = None
@@ -39,7 +40,7 @@ class ForwardRecorder:
         self.listen()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"net": self.net, "count": self.count}
+        return {"net": self.net, "batch_size": self.batch_size}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # hooks into a network that is a copy too
@@ -64,7 +65,7 @@ class ForwardRecorder:
         ):
             register(_WeakHook(self, method), with_kwargs=True)
 
-    def pop_passes(self) -> list[ForwardPass]:
+    def pop_passes(self) -> list[RecordedPass]:
         """What was seen, which is forgotten."""
         passes, self.passes = self.passes, []
         return passes
@@ -73,21 +74,21 @@ class ForwardRecorder:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inputs = None
-        if self.count == 0 or self._is_still or not torch.is_grad_enabled():
+        if self.batch_size == 0 or self._is_still or not torch.is_grad_enabled():
             return
         whole = any(isinstance(m, _BatchNorm) and m.training for m in self.inner.modules())
-        self._inputs = ForwardInputs.of(args, kwargs, None if whole else self.count)
+        self._inputs = ForwardInputs.of(args, kwargs, None if whole else self.batch_size)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs, self._inputs = self._inputs, None
         heads = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         if self._is_still or not heads or not heads[0].dim():
             return
-        seen: list[ForwardPass] = []
+        seen: list[RecordedPass] = []
 
         def on_gradient(gradient: Tensor) -> None:
             if not seen:
-                seen.append(ForwardPass(inputs, len(gradient)))
+                seen.append(RecordedPass(inputs, len(gradient)))
                 self.passes.append(seen[0])
             if inputs is not None:
                 more = gradient[: inputs.batch].detach()
@@ -112,7 +113,7 @@ class ForwardRecorder:
                 yield output, capture
         finally:
             self._is_still = False
-            restore()
+            complete(restore)
 
 
 class _WeakHook:
@@ -191,7 +192,7 @@ class ForwardInputs:
 
 
 @dataclass(eq=False)
-class ForwardPass:
+class RecordedPass:
     """A forward pass whose output had a gradient: its inputs, if kept, and that gradient."""
 
     inputs: ForwardInputs | None
@@ -199,12 +200,12 @@ class ForwardPass:
     gradient: Tensor | None = None  # of the examples kept, as far as the loss has come
 
 
-def num_examples(passes: Iterable[ForwardPass]) -> int:
+def num_examples(passes: Iterable[RecordedPass]) -> int:
     """Examples of all."""
     return sum(one.batch for one in passes)
 
 
-def merge_compatible(passes: Sequence[ForwardPass]) -> tuple[ForwardInputs, list[Tensor]]:
+def merge_compatible(passes: Sequence[RecordedPass]) -> tuple[ForwardInputs, list[Tensor]]:
     """The inputs of the passes that go with the first one's, joined, and the gradients of these."""
     first = passes[0].inputs
     assert first is not None

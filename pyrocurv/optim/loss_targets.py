@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 
 from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
+from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import is_out_of_memory
 
 DATA_KINDS = ("empirical", "hessian")
 
@@ -32,13 +34,6 @@ def check_likelihood(likelihood: Likelihood, kind: str) -> Callable[[Any], Distr
             "your own does not allow: use 'fisher' or 'ggn'"
         )
     return density
-
-
-def unwrap_independent(likelihood: Distribution) -> Distribution:
-    """The distribution of single entries, inside of `Independent`."""
-    while isinstance(likelihood, Independent):
-        likelihood = likelihood.base_dist
-    return likelihood
 
 
 def targets_from_gradient(
@@ -109,6 +104,8 @@ def observation(
     try:
         fitted = density(output)
     except (AttributeError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"likelihood={likelihood!r} does not fit an output {shape}") from error
     if not isinstance(fitted, Distribution):
         raise ValueError(f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}")
@@ -117,7 +114,7 @@ def observation(
             f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
             f"inputs and an output {shape}: the batch is the first axis"
         )
-    each = unwrap_independent(fitted).batch_shape.numel() // rows
+    each = unwrap(fitted).batch_shape.numel() // rows
     value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
     mask = None
     if gradient is not None and likelihood == "categorical":
@@ -126,4 +123,4 @@ def observation(
         value = targets_from_gradient(likelihood, output.detach(), gradient, total * each)
     if mask is None:
         return LikelihoodTerm(fitted, value, 1 / each)
-    return LikelihoodTerm(unwrap_independent(fitted), value, rows / mask.sum().clamp(min=1), mask)
+    return LikelihoodTerm(unwrap(fitted), value, rows / mask.sum().clamp(min=1), mask)

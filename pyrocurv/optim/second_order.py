@@ -12,17 +12,14 @@ from torch import nn
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.spec import as_curvature
+from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.optim.parameter_blocks import (
-    Group,
-    NamedParameters,
-    ParameterBlocks,
-    Params,
-    first_parameter,
-)
+from pyrocurv.optim.parameter_blocks import ParameterBlocks
+from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
@@ -83,7 +80,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         ...     optimizer.step()
     """
 
-    without = "Adam trains them"
+    fallback_description = "Adam trains them"
 
     def __init__(
         self,
@@ -114,35 +111,32 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             raise ValueError(f"weight_decay={decay!r}: a number from 0 is needed")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step from the gradients there are; returns what the closure does."""
+        """One step from the parameters' gradients; returns what the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        passes, places = self._watch.pop_passes(), self._places()
-        layout, carried = self.layout, self._decayed(self.layout, places, 0.0)
-        if self._is_due() and any(one.inputs for one in passes):
-            layout, carried = self._update_curvature(carried, passes, places, 0.0)
-        if not layout.layers and not passes:
-            raise RuntimeError(
-                "step() before any forward pass of the network that had a gradient: call the "
-                "network itself, then backward()"
-            )
-        self._move(layout, carried, places)
+        with Undo() as undo:
+            undo.keep_attributes(self, self._stream, self._recorder)
+            passes, store = self._recorder.pop_passes(), self._store()
+            layout, posterior = self.layout, self._decayed(store, 0.0)
+            if self._is_due() and any(recorded.inputs for recorded in passes):
+                layout, posterior = self._update_curvature(posterior, passes, store, 0.0)
+            if not layout.layers and not passes:
+                raise RuntimeError(
+                    "step() before any forward pass of the network that had a gradient: call the "
+                    "network itself, then backward()"
+                )
+            self._move(layout, posterior, store, undo)
         return loss
 
-    def _priors(self, layout: ParameterBlocks, places: NamedParameters) -> list[BlockPrior]:
-        result = []
-        for block in layout.blocks:
-            like, group = first_parameter(block, places)
-            result.append(_decay(group["weight_decay"], like.dtype, like.device,
-                                 block.structure.is_kronecker))
-        return result
+    def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
+        like, group = store.first(block)
+        is_kronecker = block.structure.is_kronecker
+        return _decay(group["weight_decay"], like.dtype, like.device, is_kronecker)
 
-    def _numbers(self, layout: ParameterBlocks, places: NamedParameters) -> list[Hyperparameters]:
-        return [
-            Hyperparameters.of(first_parameter(block, places)[1], 1, 1) for block in layout.blocks
-        ]
+    def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
+        return Hyperparameters.of(group, 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -152,4 +146,4 @@ def _decay(
     """Weight decay as the prior of a block."""
     precision = torch.tensor(weight_decay, dtype=dtype, device=device)
     prior = GaussianPrior(torch.zeros_like(precision), precision, zero_mean=True)
-    return BlockPrior({}, prior, KroneckerScaling(precision) if is_kronecker else None, True)
+    return BlockPrior(prior, KroneckerScaling(precision) if is_kronecker else None)

@@ -15,26 +15,27 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
-from pyrocurv.optim import sampling
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.optim.default_prior import Priors
-from pyrocurv.optim.forward_recorder import ForwardPass, num_examples
-from pyrocurv.optim.parameter_blocks import (
-    Group,
-    NamedParameters,
-    ParameterBlocks,
-    Params,
-    first_parameter,
-    read_block,
-    untraced_layers,
-    write_blocks,
+from pyrocurv.optim.default_prior import DefaultPriors
+from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
+from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
+from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.sampling import (
+    EvaluationSum,
+    at_sample,
+    check_grad_scale,
+    gradient_norm,
+    sample_gradients,
+    sample_price_estimates,
+    sum_gradients,
 )
-from pyrocurv.optim.sampling import Samples
-from pyrocurv.posterior.hyperparameters import Hyperparameters, automatic_temperature
+from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
+from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
-from pyrocurv.posterior.sampling import Perturbation, sample_perturbations
-from pyrocurv.posterior.state import BlockState, Posterior
-from pyrocurv.posterior.step import init_curvature, refresh_precision, update_from_sample_gradients
+from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.posterior.state import BlockState, Perturbation
+from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_integer
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -94,8 +95,8 @@ class VIOptimizer(CurvatureOptimizer):
         torch.Size([16, 3])
     """
 
-    opaque_blocks = True
-    without = "independent Gaussians, from gradients"
+    has_untraced_blocks = True
+    fallback_description = "independent Gaussians, from gradients"
 
     def __init__(
         self,
@@ -118,11 +119,9 @@ class VIOptimizer(CurvatureOptimizer):
         antithetic: bool = True,
         fallback_lr: float = 2e-3,
     ) -> None:
-        for name, value, least in (
-            ("num_data", num_data, 1), ("num_samples", num_samples, 1), ("kl_warmup", kl_warmup, 0)
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r}: a whole number from {least} is needed")
+        check_integer("num_data", num_data, 1)
+        check_integer("num_samples", num_samples, 1)
+        check_integer("kl_warmup", kl_warmup, 0)
         if not augmentation > 0:
             raise ValueError(f"augmentation={augmentation!r}: a positive number is needed")
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
@@ -131,48 +130,44 @@ class VIOptimizer(CurvatureOptimizer):
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })
-        self._normals = Priors()
-        self._samples: Samples | None = None
-        self._num_parts = 1  # how many samples of a step give its curvature
+        self._priors = DefaultPriors()
+        self._samples: EvaluationSum | None = None
+        self._num_particles = 1  # samples of a step that give its curvature
         self._is_sampling = self._is_closure = False
-        self._before: dict[str, Tensor] = {}  # gradients that were there before a sample
-        self._means: tuple[Sequence[Block], Sequence[Tensor]] = ((), ())  # while they are away
+        self._gradients_before: dict[str, Tensor] = {}  # at the start of a sample
+        self._means: Sequence[BlockState] = ()  # while the parameters are a sample
         if self.curvature.uses_sample_gradients:
-            self._start()
+            self._init_untraced()
 
     @torch.no_grad()
-    def _start(self) -> None:
-        """Lay out and draw from the first step on: no forward pass has to be seen for that."""
-        places = self._places()
-        names = [name for name, (p, _) in places.items() if p.requires_grad]
-        layout = self._extended(untraced_layers(names, places), places)
+    def _init_untraced(self) -> None:
+        """Lay out all parameters before any forward pass, which this curvature does not need."""
+        store = self._store()
+        names = [name for name, (p, _) in store.named.items() if p.requires_grad]
+        layout = self._extended(untraced_layers(names, store.named), store)
         kinds = set(layout.layers.values()).difference(LEFT_OUT)
-        if strange := {spec.label for spec in kinds} - {"diag"}:
-            raise ValueError(f"curvature='noise' wants structure='diag', got {', '.join(strange)}")
-        priors, numbers = self._priors(layout, places), self._numbers(layout, places)
-        carried = [
-            init_curvature(self.curvature, block, BlockState(), prior)
-            for block, prior in zip(layout.blocks, priors, strict=True)
-        ]
+        if unsupported := {spec.label for spec in kinds} - {"diag"}:
+            raise ValueError(
+                f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
+            )
         self.layout = layout
-        carried = refresh_precision(self.curvature, 0, carried, 0.0, priors, numbers)
-        self._state = Posterior(0, tuple(carried))
+        self._posterior = self._with_new_blocks(self._posterior, layout, store)
         self._schedule_recording()
 
     def _check(self, group: Group) -> None:
         super()._check(group)
-        numbers = {**self.defaults, **group}
+        values = {**self.defaults, **group}
         for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
-            value = numbers[name]
+            value = values[name]
             if value != word and (isinstance(value, str) or not value > 0):
                 raise ValueError(f"{name}={value!r}: a positive number or {word!r} is needed")
 
     # ---- samples --------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch has it; samples whose gradients are cleared have no part in the next step."""
+        """Clear the gradients; samples that they came from do not count in the next step."""
         super().zero_grad(set_to_none)
-        self._before = {}
+        self._gradients_before = {}
         if not self._is_closure:  # which may clear them for each of its samples
             self._samples = None
 
@@ -184,137 +179,132 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._is_sampling:
             raise RuntimeError("sampled_params() inside another one")
-        places, stream = self._places(), self._stream.state_dict()
-        noise, mirror = self._drawn(places)
-        self._watch.pop_passes()
-        self._is_sampling = True
+        store, blocks, stream = self._store(), self._posterior.blocks, self._stream.state_dict()
+        sampler = Sampler(blocks, self.antithetic, self._mirrors())
         try:
-            with sampling.at_sample(self.layout.blocks, noise, places) as self._means:
-                self._before = sampling.gradients(self.curvature, self.layout.blocks, places)
+            with self._stream(next(iter(store.named.values()))[0].device):
+                perturbations = sampler.draw() if blocks else None
+            self._recorder.pop_passes()
+            self._is_sampling = True
+            with at_sample(blocks, perturbations, store) as self._means:
+                self._gradients_before = sample_gradients(self.curvature, blocks, store)
                 yield
-                if passes := self._watch.pop_passes():
-                    self._samples = self._with(passes, noise, mirror, places)
+                samples = self._samples
+                if passes := self._recorder.pop_passes():
+                    samples = self._add_sample(passes, perturbations, sampler, store)
+            self._samples = samples
         except BaseException:
             self._stream.load_state_dict(stream)
+            self._recorder.pop_passes()
             raise
         finally:
-            self._is_sampling, self._means, self._before = False, ((), ()), {}
+            self._is_sampling, self._means, self._gradients_before = False, (), {}
 
-    def _drawn(self, places: NamedParameters) -> tuple[
-        list[Perturbation] | None, list[Perturbation | None]
-    ]:
-        """A sample's noise, and what the next one mirrors; of the posterior at the last step."""
-        if not self.layout.blocks:
-            return None, []
-        precisions = [one.metric.precision if one.metric else None for one in self._state.blocks]
-        used = sampling.mirrored(self._samples, self._state.blocks)
-        like, _ = first_parameter(self.layout.blocks[0], places)
-        with self._stream(like.device), torch.no_grad():
-            return sample_perturbations(precisions, used, like, self.antithetic)
+    def _mirrors(self) -> list[Perturbation] | None:
+        """The perturbations that the next sample mirrors."""
+        return mirrors(self._posterior.blocks) if self._samples is None else self._samples.mirrors
 
     @torch.no_grad()
-    def _with(
-        self, passes: Sequence[ForwardPass], noise: Sequence[Perturbation] | None,
-        mirror: Sequence[Perturbation | None], places: NamedParameters,
-    ) -> Samples:
-        """One more sample, after its backward pass and with the parameters still at it."""
-        old, blocks = self._samples, self.layout.blocks
-        if old is None:
-            rows = num_examples(passes)
-            if rows > self._size:
-                raise ValueError(f"num_data={self.num_data}, but there are {rows} in one batch")
-            carried = self._decayed(self.layout, places, rows / self._size)
-            old = Samples(0, rows, self.layout, tuple(carried), (None,) * len(blocks))
-        if old.count < self._num_parts and self._is_due() and any(one.inputs for one in passes):
-            layout, carried = self._update_curvature(
-                old.carried, passes, places, old.rows / self._size, Particle(
-                    old.count, self._num_parts
+    def _add_sample(
+        self, passes: Sequence[RecordedPass], perturbations: list[Perturbation] | None,
+        sampler: Sampler, store: ParameterStore,
+    ) -> EvaluationSum:
+        """The samples with one more, whose weights the parameters still have."""
+        samples, blocks = self._samples, self._posterior.blocks
+        if samples is None:
+            batch_size = num_examples(passes)
+            if batch_size > self._num_data:
+                raise ValueError(
+                    f"num_data={self.num_data}, but there are {batch_size} in one batch"
                 )
+            decayed = self._decayed(store, batch_size / self._num_data)
+            samples = EvaluationSum(0, batch_size, self.layout, decayed, None, {})
+        has_inputs = any(recorded.inputs for recorded in passes)
+        if samples.count < self._num_particles and self._is_due() and has_inputs:
+            layout, posterior = self._update_curvature(
+                samples.posterior, passes, store, samples.batch_size / self._num_data,
+                Particle(samples.count, self._num_particles),
             )
-            old = replace(old, layout=layout, carried=tuple(carried))
-        return old.add(mirror, sampling.price_estimates(
-            self.curvature, blocks, self._state.blocks, noise, self._before, places
-        ), sampling.size(self.curvature, blocks, places))
+            samples = replace(samples, layout=layout, posterior=posterior)
+        price = sample_price_estimates(
+            self.curvature, blocks, perturbations, self._gradients_before, store
+        )
+        norm = gradient_norm(self.curvature, blocks, store)
+        return samples.add(sampler.mirrors, price, norm)
 
     # ---- the step -------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the samples since the last; returns the mean of the closure's losses.
 
-        A closure is called `num_samples` times at samples of its own, and may clear gradients.
+        A closure is called at `num_samples` samples, and may clear gradients.
         """
         if self._is_sampling:
             raise RuntimeError("step() inside sampled_params(): leave it first")
-        loss = None if closure is None else self._sampled(closure)
-        samples, self._samples = self._samples, None
-        if samples is None:
-            raise RuntimeError(
-                "step() without a sample: run forward and backward inside `with "
-                "optimizer.sampled_params():`, calling the network itself"
+        with Undo() as undo:
+            undo.keep_attributes(self, self._stream)
+            loss = None if closure is None else self._sample_closure(closure)
+            samples, self._samples = self._samples, None
+            if samples is None:
+                raise RuntimeError(
+                    "step() without a sample: run forward and backward inside `with "
+                    "optimizer.sampled_params():`, calling the network itself"
+                )
+            store, blocks = self._store(), samples.posterior.blocks
+            check_grad_scale(samples.gradient_norm, gradient_norm(self.curvature, blocks, store))
+            posterior = update_from_sample_gradients(
+                self.curvature, self._in_context(samples.posterior, samples.layout, store),
+                samples.mean_price, samples.batch_size / self._num_data,
             )
-        places, layout = self._places(), samples.layout
-        with torch.no_grad():
-            sampling.check_grad_scale(
-                samples.size, sampling.size(self.curvature, layout.blocks, places)
-            )
-            carried = update_from_sample_gradients(
-                self.curvature, self._state.step, samples.carried, samples.means,
-                samples.rows / self._size, self._priors(layout, places),
-                self._numbers(layout, places),
-            )
-        self._move(layout, carried, places, samples.count)
+            posterior = posterior.with_mirrors(samples.mirrors)
+            self._move(samples.layout, posterior, store, undo, samples.count)
         return loss
 
-    def _sampled(self, closure: Callable[[], Any]) -> Any:
+    def _sample_closure(self, closure: Callable[[], Any]) -> Any:
         def run() -> Any:
             with self.sampled_params(), torch.enable_grad():
                 return closure()
 
-        self._samples, self._num_parts, self._is_closure = None, self.num_samples, True
+        self._samples, self._num_particles, self._is_closure = None, self.num_samples, True
         try:
-            return sampling.sum_gradients(run, self.num_samples, self.zero_grad, self._places())
+            return sum_gradients(run, self.num_samples, self.zero_grad, self._store())
         finally:
-            self._num_parts, self._is_closure = 1, False
+            self._num_particles, self._is_closure = 1, False
 
     @property
-    def _size(self) -> float:
-        """N, augmentation counted."""
+    def _num_data(self) -> float:
+        """N, including augmentation."""
         return self.num_data * self.augmentation
 
-    def _numbers(self, layout: ParameterBlocks, places: NamedParameters) -> list[Hyperparameters]:
-        groups = [first_parameter(block, places)[1] for block in layout.blocks]
-        size = sum(block.size for block in layout.blocks)
-        rise = min(1.0, (self._state.step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
-        rule = automatic_temperature(self._size, size, self.has_finite_support)
-        heats = [rule if g["temperature"] == "auto" else g["temperature"] for g in groups]
-        return [
-            Hyperparameters.of(group, self._size, heat * rise)
-            for group, heat in zip(groups, heats, strict=True)
-        ]
+    def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
+        step = self._posterior.step + 1
+        warmup = min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
+        rule = TemperatureRule(group["temperature"], layout.blocks)
+        temperature = rule(self._num_data, self.has_finite_support)
+        return Hyperparameters.of(group, self._num_data, temperature * warmup)
 
-    def _priors(self, layout: ParameterBlocks, places: NamedParameters) -> list[BlockPrior]:
-        net = self._watch.inner
-        return [self._normals.of(block, net, places) for block in layout.blocks]
+    def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
+        return self._priors.of(block, self._recorder.inner, store)
 
     # ---- using it -------------------------------------------------------------------------------
 
     @contextmanager
     def use_mean(self) -> Iterator[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
-        places, (blocks, means) = self._places(), self._means
-        with sampling.restoring(blocks, places):
-            write_blocks(blocks, means, places)
+        store = self._store()
+        with store.restoring(self._means):
+            for state in self._means:
+                store.write(state.block.strided_views(state.mean))
             torch.clear_autocast_cache()
             yield
 
     @torch.no_grad()
     def kl(self) -> Tensor:
         """KL(q ‖ prior) in nats, of all weights that have a posterior; 0 before the first step."""
-        places, blocks = self._places(), self.layout.blocks
-        parts = zip(blocks, self._state.blocks, self._priors(self.layout, places), strict=True)
+        store = self._store()
         terms = [
-            kl(read_block(block, places), one.known.precision, prior.packed)
-            for block, one, prior in parts
+            kl(store.read(state.block), state.precision, self._prior(state.block, store).gaussian)
+            for state in self._posterior.blocks
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
@@ -322,19 +312,18 @@ class VIOptimizer(CurvatureOptimizer):
     def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Tensor:
         """Outputs of the network at samples of the posterior, [num_samples, ...].
 
-        Takes the network's arguments; draws from torch's global generator. Use `net.eval()` where
-        the network tells training from use. Before the first step it is the network itself.
+        Takes the network's arguments; draws from torch's global generator. Call `net.eval()` first
+        if the network behaves differently in training. Before the first step it is the network
+        itself. Raises ValueError for less than one sample.
         """
-        places, outputs = self._places(), []
-        precisions = [one.known.precision for one in self._state.blocks]
-        used: list[Perturbation | None] = [None] * len(precisions)
+        count = self.num_samples if num_samples is None else num_samples
+        check_integer("num_samples", count, 1)
+        store, blocks, outputs = self._store(), self._posterior.blocks, []
+        sampler = Sampler(blocks, self.antithetic)
         with self.use_mean():
-            for _ in range(num_samples or self.num_samples):
-                noise = None
-                if precisions:
-                    like = next(iter(places.values()))[0]
-                    noise, used = sample_perturbations(precisions, used, like, self.antithetic)
-                with sampling.at_sample(self.layout.blocks, noise, places):
+            for _ in range(count):
+                perturbations = sampler.draw() if blocks else None
+                with at_sample(blocks, perturbations, store):
                     outputs.append(self.net(*args, **kwargs))
         return torch.stack(outputs)
 
@@ -350,6 +339,6 @@ class VIOptimizer(CurvatureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._normals, self._samples, self._num_parts = Priors(), None, 1
+        self._priors, self._samples, self._num_particles = DefaultPriors(), None, 1
         self._is_sampling = self._is_closure = False
-        self._before, self._means = {}, ((), ())
+        self._gradients_before, self._means = {}, ()

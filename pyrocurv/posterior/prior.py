@@ -1,4 +1,7 @@
-"""What a model says of its weights before the data: normal priors, read from their sample sites."""
+"""Normal priors of a block's weights: read from sample sites, packed, and taken apart.
+
+A Kronecker block needs a precision of the form delta · p_i · r_j, see `KroneckerScaling`.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,31 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.distributions import as_normal, compact
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures import Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
+from pyrocurv.structures.serialization import serializable
 
 LOG_TWO_PI = math.log(2 * math.pi)
 
 
 class PriorSite(NamedTuple):
-    """Of a weight's prior: its distribution, to the power that `poutine.scale` raises it to."""
+    """The prior of one weight: a distribution, to the power that `poutine.scale` gives it."""
 
     fn: Distribution
     power: float = 1.0
 
 
+@serializable
 @dataclass(frozen=True, eq=False)
 class GaussianPrior:
     """Independent normals over a block's weights, each to a power; tensors are scalars or [P].
 
-    N(M₀, 1/δ) to the power s is, but for its mass, a normal of `precision` s δ.
+    N(M₀, 1/δ) to the power s is, up to its mass, a normal of `precision` s δ.
     """
 
     loc: Tensor
@@ -48,10 +53,10 @@ class GaussianPrior:
         return log.sum()
 
     def logdet(self, size: int) -> Tensor:
-        """log det of the precision over `size` weights; of powers, what their mass makes of it."""
+        """log det of the precision over `size` weights, corrected for the mass of powers."""
         return self._log_sum if self.precision.dim() else self._log_sum * size
 
-    def to(self, power: Tensor) -> GaussianPrior:
+    def to_power(self, power: Tensor) -> GaussianPrior:
         """This prior, of power 1, raised to `power`."""
         if power.dim() == 0 and bool(power == 1):
             return self
@@ -59,7 +64,7 @@ class GaussianPrior:
 
     @property
     def base(self) -> GaussianPrior:
-        """The normals themselves, to no power."""
+        """The normals themselves, of power 1."""
         if self.power is None:
             return self
         return GaussianPrior(self.loc, self.precision / self.power, self.zero_mean)
@@ -76,6 +81,41 @@ class GaussianPrior:
         return weights if self.zero_mean else weights - self.loc
 
 
+@serializable
+@dataclass(frozen=True, eq=False)
+class BlockPrior:
+    """A block's prior, and its precision taken apart if the block is a Kronecker product."""
+
+    gaussian: GaussianPrior
+    scaling: KroneckerScaling | None = None
+
+
+class PriorCache:
+    """Priors of blocks, read again only when their distributions may have changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[dict[str, PriorSite], BlockPrior, bool]] = {}
+
+    @property
+    def sites(self) -> dict[str, PriorSite]:
+        """The prior sites that were read last, of all weights."""
+        return {n: site for sites, *_ in self._entries.values() for n, site in sites.items()}
+
+    def read(self, block: Block, sites: Mapping[str, PriorSite]) -> BlockPrior:
+        """The prior of a block."""
+        known, prior, is_static = self._entries.get(block.name, ({}, None, False))
+        sites = {name: sites[name] for name in block.tensors}
+        unchanged = known.keys() == sites.keys() and all(
+            old.fn is sites[name].fn and old.power == sites[name].power
+            for name, old in known.items()
+        )
+        if prior is None or not (is_static and unchanged):
+            prior = read_block_prior(block, sites)
+            is_static = not any(_requires_grad(site.fn) for site in sites.values())
+            self._entries[block.name] = sites, prior, is_static
+        return prior
+
+
 def kl(loc: Tensor, precision: Structure, prior: GaussianPrior) -> Tensor:
     """KL(N(M, Λ⁻¹) ‖ prior) in nats: ½ (Σ [δ (σ² + (M - M₀)²) - 1] - ln det δ + ln det Λ)."""
     spread = precision.inverse_diag() + (loc - prior.loc).square()
@@ -83,35 +123,51 @@ def kl(loc: Tensor, precision: Structure, prior: GaussianPrior) -> Tensor:
     return (terms.sum() - prior.logdet(precision.size) + precision.logdet()) / 2
 
 
+def read_block_prior(block: Block, sites: Mapping[str, PriorSite]) -> BlockPrior:
+    """The prior of a block from its sites.
+
+    Raises ValueError for a prior that is not normal.
+    """
+    gaussian = read_prior(block, {name: site.fn for name, site in sites.items()})
+    powers = {n: gaussian.precision.new_tensor(site.power) for n, site in sites.items()}
+    gaussian = gaussian.to_power(_pack(block, powers))
+    is_kronecker = block.structure.is_kronecker
+    return BlockPrior(gaussian, kronecker_scaling(block, gaussian) if is_kronecker else None)
+
+
 def read_prior(block: Block, priors: Mapping[str, Distribution]) -> GaussianPrior:
-    """The priors of a block's sites, packed; scalars where all weights share one."""
-    normals = {name: as_normal(priors[name]) for name in block.tensors}
-    for name, normal in normals.items():
-        if normal is None:
-            raise ValueError(
-                f"latent {name!r} has a {type(priors[name]).__name__} prior, a normal is needed: "
-                "for a model without a network NGVI(model, guide, curvature='hessian', "
-                "num_particles=0) ends in the Laplace approximation"
-            )
-    locs = {name: normal.loc.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
-    scales = {name: normal.scale.detach() for name, normal in normals.items()}  # type: ignore[union-attr]
-    loc = _pack(block, locs)
+    """The normals of a block's sites, packed; scalars where all weights share one."""
+    normals = {name: _normal(name, priors[name]) for name in block.tensors}
+    loc = _pack(block, {name: normal.loc.detach() for name, normal in normals.items()})
+    scale = _pack(block, {name: normal.scale.detach() for name, normal in normals.items()})
     zero_mean = loc.dim() == 0 and bool(loc == 0)
-    return GaussianPrior(loc, _pack(block, scales).square().reciprocal(), zero_mean)
+    return GaussianPrior(loc, scale.square().reciprocal(), zero_mean)
+
+
+def _normal(name: str, prior: Distribution) -> Normal:
+    normal = as_normal(prior)
+    if normal is None:
+        raise ValueError(
+            f"latent {name!r} has a {type(prior).__name__} prior, but a normal is needed: for a "
+            "model without a network NGVI(model, guide, curvature='hessian', num_particles=0) "
+            "ends in the Laplace approximation"
+        )
+    return normal
 
 
 def _pack(block: Block, values: Mapping[str, Tensor]) -> Tensor:
-    numbers = [compact(value) for value in values.values()]
-    if all(n.dim() == 0 and bool(n == numbers[0]) for n in numbers):
-        return numbers[0]
+    """A scalar where all values are equal, else [P]."""
+    compacted = [compact(value) for value in values.values()]
+    if all(n.dim() == 0 and bool(n == compacted[0]) for n in compacted):
+        return compacted[0]
     return block.pack({name: values[name].expand(shape) for name, shape in block.tensors.items()})
 
 
-def units(block: Block, prior: GaussianPrior) -> KroneckerScaling:
-    """The precision as delta · p_i · r_j, the geometric mean in `delta`.
+def kronecker_scaling(block: Block, prior: GaussianPrior) -> KroneckerScaling:
+    """The precision as delta · p_i · r_j, with the geometric mean in `delta`.
 
     Exact where the precision has that form (one for each layer, each input, each output, weight and
-    bias apart); otherwise the nearest of that form in the logarithm, with a warning.
+    bias separately); otherwise the nearest of that form in the logarithm, with a warning.
     """
     if prior.precision.dim() == 0:
         return KroneckerScaling(prior.precision)
@@ -123,39 +179,13 @@ def units(block: Block, prior: GaussianPrior) -> KroneckerScaling:
     product = mean + output.unsqueeze(-1) + input.unsqueeze(-2)
     if not torch.allclose(product, log, rtol=0, atol=1e-5):
         warn_user(
-            f"the prior precision of {layer.weight!r} is no product of one for each output and one "
-            "for each input: the nearest product stands for it in the posterior"
+            f"the prior precision of {layer.weight!r} is not a product of one factor for each "
+            "output and one for each input: the posterior uses the nearest product"
         )
     return KroneckerScaling(mean.exp(), ((output / 2).exp(), (input / 2).exp()))
 
 
-@dataclass(frozen=True, eq=False)
-class BlockPrior:
-    """A block's prior: packed, and taken apart where the block is a Kronecker product."""
-
-    prior_sites: Mapping[str, PriorSite]
-    packed: GaussianPrior
-    units: KroneckerScaling | None
-    fixed: bool  # whether it cannot have changed as long as the sources are these
-
-    @staticmethod
-    def read(block: Block, prior_sites: Mapping[str, PriorSite]) -> BlockPrior:
-        """From what the block's sites have."""
-        packed = read_prior(block, {name: source.fn for name, source in prior_sites.items()})
-        powers = {n: packed.precision.new_tensor(source.power) for n, source in prior_sites.items()}
-        packed = packed.to(_pack(block, powers))
-        apart = units(block, packed) if block.kind in ("kfac", "ekfac") else None
-        fixed = not any(_varies(source.fn) for source in prior_sites.values())
-        return BlockPrior(prior_sites, packed, apart, fixed)
-
-    def still_holds(self, prior_sites: Mapping[str, PriorSite]) -> bool:
-        """Whether it was read from these very distributions, and they cannot have changed since."""
-        return self.fixed and all(
-            old.fn is prior_sites[name].fn and old.power == prior_sites[name].power
-            for name, old in self.prior_sites.items()
-        )
-
-
-def _varies(prior: Distribution) -> bool:
+def _requires_grad(prior: Distribution) -> bool:
+    """Whether the values of a prior may change while its distribution stays the same object."""
     normal = as_normal(prior)
     return normal is None or normal.loc.requires_grad or normal.scale.requires_grad

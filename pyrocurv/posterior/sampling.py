@@ -1,102 +1,95 @@
-"""Samples of the weights and the log density ratio of posterior and prior there."""
+"""Samples of the weights, and estimates of the KL divergence from the prior at them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyrocurv.layers.block import Block
-from pyrocurv.posterior.natural_gradient import (
-    sampled_kl,
-)
-from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, kl
-from pyrocurv.structures import Structure
-from pyrocurv.structures.serialization import serializable
+from pyrocurv.posterior.natural_gradient import sampled_kl
+from pyrocurv.posterior.prior import GaussianPrior, kl
+from pyrocurv.posterior.state import BlockState, Perturbation
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
 
 
-def sample_perturbations(
-    precisions: Sequence[Structure | None], used: Sequence[Perturbation | None], like: Tensor,
-    antithetic: bool,
-) -> tuple[list[Perturbation] | None, list[Perturbation | None]]:
-    """A sample's deviation from the mean, and what to mirror next; a list has one for each block.
+class Sampler:
+    """Draws perturbations of a posterior; if `antithetic`, every second one mirrors the last.
 
-    None for the deviation as long as there is no precision: the first step is at the mean.
+    `mirrors` are perturbations that have been used once, one for each block, or None.
     """
-    nothing: list[Perturbation | None] = [None] * len(used)
-    known = [precision for precision in precisions if precision is not None]
-    mirrored = [noise.mirrored() for noise in used if noise is not None]
-    if mirrored or not known:  # of all blocks, or of none
-        return mirrored or None, nothing
-    fresh = []
-    for precision in known:
-        z = torch.randn(precision.size, dtype=like.dtype, device=like.device)
-        square = torch.dot(z, z)
-        fresh.append(Perturbation(precision.rsqrt_(z), square))
-    return fresh, [*fresh] if antithetic else nothing
+
+    def __init__(
+        self, blocks: Sequence[BlockState], antithetic: bool,
+        mirrors: list[Perturbation] | None = None,
+    ) -> None:
+        self.blocks, self.antithetic, self.mirrors = blocks, antithetic, mirrors
+
+    @torch.no_grad()
+    def draw(self) -> list[Perturbation]:
+        """One perturbation for each block, from torch's global generator."""
+        mirrors, self.mirrors = self.mirrors, None
+        if mirrors is not None:
+            return [perturbation.mirrored() for perturbation in mirrors]
+        drawn = [_perturbation(state) for state in self.blocks]
+        if self.antithetic:
+            self.mirrors = drawn
+        return drawn
+
+
+def mirrors(blocks: Sequence[BlockState]) -> list[Perturbation] | None:
+    """The perturbations to be mirrored: those of all blocks, or None."""
+    stored = [state.mirror for state in blocks if state.mirror is not None]
+    return stored if blocks and len(stored) == len(blocks) else None
+
+
+def _perturbation(state: BlockState) -> Perturbation:
+    mean = state.mean
+    z = torch.randn(state.precision.size, dtype=mean.dtype, device=mean.device)
+    squared_norm = torch.dot(z, z)
+    return Perturbation(state.precision.rsqrt_(z), squared_norm)
 
 
 def perturbed_weights(
-    blocks: Sequence[Block], locs: Sequence[Tensor], noise: Sequence[Perturbation] | None
-) -> list[Weights]:
-    """The sampled weights of each block; the means themselves where there is no noise."""
-    if noise is None:
-        return [block.unpack(loc.clone()) for block, loc in zip(blocks, locs, strict=True)]
-    parts = zip(noise, blocks, locs, strict=True)
-    return [one.perturbed_weights(block, loc) for one, block, loc in parts]
+    blocks: Sequence[BlockState], perturbations: Sequence[Perturbation] | None
+) -> dict[str, Tensor]:
+    """{name: sampled weights [*shape]} of all blocks; copies of the means for None."""
+    weights: dict[str, Tensor] = {}
+    if perturbations is None:
+        for state in blocks:
+            weights.update(state.block.unpack(state.mean.clone()))
+        return weights
+    for state, perturbation in zip(blocks, perturbations, strict=True):
+        direction = state.block.strided_views(perturbation.direction)
+        for name, mean in state.block.strided_views(state.mean).items():
+            weights[name] = torch.add(mean, direction[name], alpha=perturbation.sign).contiguous()
+    return weights
 
 
 @torch.no_grad()
 def estimate_kl(
-    blocks: Sequence[Block], sample: Sequence[Weights], noise: Sequence[Perturbation] | None,
-    precisions: Sequence[Structure], priors: Sequence[BlockPrior],
+    blocks: Sequence[BlockState], weights: Weights, perturbations: Sequence[Perturbation] | None
 ) -> Tensor:
-    """log q - log p of the sampled weights; without noise, the KL at the mean. In nats."""
-    parts = [*zip(blocks, sample, precisions, priors, strict=True)]
-    if noise is None:
-        terms = [kl(block.pack(w), precision, prior.packed) for block, w, precision, prior in parts]
-        return torch.stack(terms).sum()
-    distances = [_distance(block, w, prior.packed) for block, w, _, prior in parts]
-    squares = [one.square for one in noise]
-    return sampled_kl(distances, squares, precisions, [prior.packed for prior in priors])
+    """log q - log p of sampled weights in nats; the KL divergence itself at the mean (None)."""
+    if perturbations is None:
+        return torch.stack([
+            kl(state.block.pack(weights), state.precision, state.prior.gaussian)
+            for state in blocks
+        ]).sum()
+    distances = [_distance(state.block, weights, state.prior.gaussian) for state in blocks]
+    return sampled_kl(
+        distances, [perturbation.squared_norm for perturbation in perturbations],
+        [state.precision for state in blocks], [state.prior.gaussian for state in blocks],
+    )
 
 
 def _distance(block: Block, weights: Weights, prior: GaussianPrior) -> Tensor:
-    """Σ δ (w - M₀)²; packed only where the prior is not the same for all."""
+    """Σ δ (w - M₀)²; weights are packed only where the prior is not the same for all."""
     if prior.precision.dim() or prior.loc.dim():
         return prior.distance(block.pack(weights))
     return functools.reduce(
         torch.add, (prior.distance(weights[name].flatten()) for name in block.tensors)
     )
-
-
-@serializable
-@dataclass(frozen=True, eq=False)
-class Perturbation:
-    """A deviation from the mean, epsilon = sign · drawn with drawn = Λ^-½ z [P], and |z|²."""
-
-    direction: Tensor
-    square: Tensor
-    sign: float = 1.0
-
-    @property
-    def epsilon(self) -> Tensor:
-        """The deviation itself."""
-        return self.sign * self.direction
-
-    def mirrored(self) -> Perturbation:
-        """The antithetic deviation."""
-        return Perturbation(self.direction, self.square, -self.sign)
-
-    def perturbed_weights(self, block: Block, loc: Tensor) -> dict[str, Tensor]:
-        """The sample loc + epsilon, unpacked in the same pass."""
-        epsilon = block.strided_views(self.direction)
-        return {
-            name: torch.add(part, epsilon[name], alpha=self.sign).contiguous()
-            for name, part in block.strided_views(loc).items()
-        }

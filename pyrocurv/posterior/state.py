@@ -1,54 +1,85 @@
-"""What natural-gradient training carries from step to step, as one immutable value."""
+"""The state of natural-gradient training: one immutable record for each block of weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
+import torch
 from torch import Tensor
 
 from pyrocurv.curvature.running_average import RunningCurvature
-from pyrocurv.posterior.natural_gradient import Metric
-from pyrocurv.posterior.sampling import Perturbation
+from pyrocurv.layers.block import Block
+from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.structures import Structure
 from pyrocurv.structures.serialization import map_tensors, serializable
 
 
 @serializable
 @dataclass(frozen=True, eq=False)
+class Perturbation:
+    """A deviation from the mean, sign · direction with direction = Λ^-½ z [P], and |z|²."""
+
+    direction: Tensor
+    squared_norm: Tensor
+    sign: float = 1.0
+
+    @property
+    def epsilon(self) -> Tensor:
+        """The deviation itself [P]."""
+        return self.sign * self.direction
+
+    def mirrored(self) -> Perturbation:
+        """The antithetic deviation."""
+        return Perturbation(self.direction, self.squared_norm, -self.sign)
+
+
+@serializable
+@dataclass(frozen=True, eq=False)
 class BlockState:
-    """What one block carries; the lists of a state have one for each."""
+    """One block of weights with posterior N(mean, precision⁻¹), between two steps."""
 
-    running: RunningCurvature | None = None
-    metric: Metric | None = None
-    momentum: Tensor | None = None
-    noise: Perturbation | None = None  # used once already: the next sample is its mirror image
-    mean: Tensor | None = None  # the mean that training is at, when the guide holds an average
-    average: Structure | None = None  # the averaged precision
-
-    @property
-    def known(self) -> Metric:
-        """The metric, which every block has from the first step on."""
-        assert self.metric is not None
-        return self.metric
-
-    @property
-    def seen(self) -> RunningCurvature:
-        """The running curvature, which every block has from the first step on."""
-        assert self.running is not None
-        return self.running
+    block: Block
+    prior: BlockPrior
+    hyperparameters: Hyperparameters
+    mean: Tensor  # M [P]; the store's own memory, unless the store holds an average
+    curvature: RunningCurvature  # C, per datum
+    precision: Structure  # Λ = (N/T)(C + e) + δ
+    preconditioner: Structure  # C + e + δT/N + damping, of the step of the mean
+    momentum: Tensor  # m [P]
+    mirror: Perturbation | None = None  # to be used once more, with its sign turned
+    averaged_precision: Structure | None = None  # with an average, whose mean is in the store
 
 
 @serializable
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """After `step` steps."""
+    """Independent blocks after `step` steps."""
 
     step: int
     blocks: tuple[BlockState, ...]
 
+    def map_blocks(self, function: Callable[[BlockState], BlockState]) -> Posterior:
+        """With `function` applied to every block."""
+        return replace(self, blocks=tuple(function(state) for state in self.blocks))
+
     def to(self, like: Tensor) -> Posterior:
         """On the device and in the dtype of `like`."""
-        held = next((block.momentum for block in self.blocks if block.momentum is not None), like)
-        if held.device == like.device and held.dtype == like.dtype:
+        if all(b.momentum.device == like.device and b.momentum.dtype == like.dtype
+               for b in self.blocks):
             return self
         return map_tensors(self, lambda tensor: tensor.to(like))
+
+    def with_mirrors(self, mirrors: Sequence[Perturbation] | None) -> Posterior:
+        """With the perturbations that the next sample mirrors; None: it is drawn anew."""
+        pairs = zip_longest(self.blocks, mirrors or ())  # new blocks have none yet
+        return replace(self, blocks=tuple(replace(state, mirror=m) for state, m in pairs))
+
+    def without_means(self) -> Posterior:
+        """For a checkpoint: a mean that the store holds is saved there."""
+        return self.map_blocks(
+            lambda state: state if state.averaged_precision is not None
+            else replace(state, mean=torch.empty(0).to(state.mean))
+        )

@@ -1,1 +1,1 @@
-"""State of torch that is borrowed and given back: random numbers, autocast, module state."""
+"""State of torch that is changed for a while and restored; warnings and checks for users."""

@@ -1,4 +1,4 @@
-"""Mixed precision is for running a network; its curvature is reckoned in that of the weights."""
+"""Autocast is for running a network; its curvature is computed in the precision of the weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ Autocast = Callable[[], AbstractContextManager]
 
 @contextmanager
 def disable_autocast(device: torch.device) -> Iterator[Autocast]:
-    """Turns the user's autocast off, if it is on, and gives what turns it on again as it was."""
-    kind = device.type
-    if not torch.is_autocast_enabled(kind):
+    """Disable the user's autocast, and provide a context that enables it again with its dtype."""
+    if not torch.is_autocast_enabled(device.type):
         yield nullcontext
         return
-    dtype = torch.get_autocast_dtype(kind)
-    with torch.autocast(kind, dtype, enabled=False):
-        yield lambda: torch.autocast(kind, dtype)
+    dtype = torch.get_autocast_dtype(device.type)
+    with torch.autocast(device.type, dtype, enabled=False):
+        yield lambda: torch.autocast(device.type, dtype)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pyrocurv.runtime.undo import complete
+
 
 def save_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Save the persistent buffers of the modules (batch-norm statistics); returns their restorer.
@@ -54,7 +56,7 @@ def preserve_module_state(modules: Iterable[nn.Module]) -> Iterator[None]:
         with still_frozen(modules):
             yield
     finally:
-        restore()
+        complete(restore)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """Random streams that are separate from torch's global generators, which stay as they were.
 
-A run that draws from a stream of its own can be stopped and resumed bit for bit, whatever else the
-user's program draws.
+A run that draws from its own stream can be stopped and resumed bit for bit, regardless of what else
+the user's program draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -68,6 +68,12 @@ class RandomStream:
 def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[None]:
     """Draw from a generator seeded with `seed` inside; the global generators are left untouched."""
     return RandomStream(seed)(device)
+
+
+def device_of(values: Iterable[Any]) -> torch.device:
+    """The device of the first tensor among the values, the CPU if there is none."""
+    tensors = (value for value in values if isinstance(value, Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _generators(device: torch.device) -> list[torch.device]:

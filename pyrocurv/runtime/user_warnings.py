@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line, however deep in the libraries they arise."""
+"""Warnings that point at the user's own line, from any depth inside of the libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ LIBRARIES = {"pyrocurv", "pyro", "torch", "contextlib"}
 
 
 def warn_user(message: str) -> None:
-    """Warn, at the nearest caller outside the libraries; `skip_file_prefixes` for Python 3.10."""
+    """Warn at the nearest caller outside of the libraries.
+
+    From Python 3.12 on `warnings.warn(skip_file_prefixes=...)` does the same.
+    """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _package(frame) in LIBRARIES:
         level, frame = level + 1, frame.f_back

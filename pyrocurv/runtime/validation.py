@@ -1,8 +1,10 @@
-"""Checks of numbers that users pass; a bool is not a number."""
+"""Checks of values that users pass, and of errors; a bool is not a number."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 
 def is_integer(value: Any, minimum: int) -> bool:
@@ -35,3 +37,9 @@ def _message(name: str, value: Any, kind: str, allowed: tuple[str | None, ...]) 
     *first, last = [kind, *map(repr, allowed)]
     options = f"{', '.join(first)} or {last}" if first else last
     return f"{name}={value!r}: {options} is needed"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was exhausted, on any device; the CPU allocator raises a RuntimeError."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)

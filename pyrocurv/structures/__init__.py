@@ -1,8 +1,6 @@
 """Structured symmetric matrices: immutable values that act like the dense matrix they stand for."""
 
-
-
-from pyrocurv.structures.base import Solution, Structure
+from pyrocurv.structures.base import LazySolution, Solution, Structure
 from pyrocurv.structures.block_diagonal import BlockDiagonal
 from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.diagonal import Diagonal
@@ -12,6 +10,6 @@ from pyrocurv.structures.linalg import cut
 from pyrocurv.structures.rescaled import Rescaled
 
 __all__ = [
-    "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "Rescaled", "Solution",
-    "Structure", "automatic_ranks", "cut",
+    "BlockDiagonal", "Dense", "Diagonal", "Kronecker", "KroneckerEigen", "LazySolution", "Rescaled",
+    "Solution", "Structure", "automatic_ranks", "cut",
 ]

@@ -1,11 +1,11 @@
-"""A structured symmetric matrix: an immutable value with a dozen verbs.
+"""Structured symmetric matrices: immutable values with a dozen operations.
 
-Every structure stands for one symmetric matrix M [P, P] and acts on the last axis of its arguments:
+Every structure stands for a symmetric matrix M [P, P] and acts on the last axis of its arguments:
 
     M @ x, solve(x) = M⁻¹x, rsqrt(z) (covariance M⁻¹ when z ~ N(0, I)), logdet, trace, diag,
     inverse_diag, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp, psd, map
 
-Signs and verbs keep their algebra; where a result is an approximation the docstring says so.
+The operations are exact; a docstring says so where a result is an approximation.
 """
 
 from __future__ import annotations
@@ -24,22 +24,36 @@ S = TypeVar("S", bound="Structure")
 
 
 @dataclass(frozen=True, eq=False)
-class Solution:
-    """M⁻¹x to be added to something: a vector [P], or two factors [O, k], [k, I] of a matrix."""
+class LazySolution:
+    """M⁻¹x [P], kept as low-rank factors where it is the sum of a few outer products.
 
-    dot: Tensor  # <x, M⁻¹x>
-    parts: tuple[Tensor] | tuple[Tensor, Tensor]
+    Adding the product of the factors to a vector takes one pass over memory and no copy.
+    """
+
+    dot: Tensor  # <x, M⁻¹x>, a scalar
+    factors: tuple[Tensor] | tuple[Tensor, Tensor]  # [P], or [O, k] and [k, I] with P = O·I
 
     def add_to(self, y: Tensor, alpha: float) -> Tensor:
-        """y [P] with alpha · M⁻¹x added to it in place."""
-        if len(self.parts) == 1:
-            return y.add_(*self.parts, alpha=alpha)
-        y.view(len(self.parts[0]), -1).addmm_(*self.parts, alpha=alpha)
+        """y [P] after alpha · M⁻¹x has been added to it in place."""
+        if len(self.factors) == 1:
+            return y.add_(*self.factors, alpha=alpha)
+        y.view(len(self.factors[0]), -1).addmm_(*self.factors, alpha=alpha)
         return y
 
 
+Solution = LazySolution  # its former name
+
+
 class Structure(ABC):
-    """A symmetric matrix [P, P] in a structured form. Subclasses are frozen dataclasses."""
+    """A symmetric matrix M [P, P] in a structured form. Subclasses are frozen dataclasses.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import Diagonal, Structure
+        >>> matrix: Structure = Diagonal(torch.tensor([1.0, 3.0]))
+        >>> matrix.shift(1.0).solve(torch.ones(2))
+        tensor([0.5000, 0.2500])
+    """
 
     def __init_subclass__(cls) -> None:
         serializable(cls)
@@ -59,7 +73,7 @@ class Structure(ABC):
 
     @abstractmethod
     def rsqrt(self, z: Tensor) -> Tensor:
-        """R z with R Rᵀ = M⁻¹, for z [..., P]: a sample when M is a precision and z ~ N(0, I)."""
+        """R z with R Rᵀ = M⁻¹, for z [..., P]: samples when M is a precision and z ~ N(0, I)."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
@@ -87,19 +101,19 @@ class Structure(ABC):
 
     @abstractmethod
     def lerp(self: S, other: S, weight: float) -> S:
-        """(1 - weight) M + weight · other, exactly or as near as the structure can come."""
+        """(1 - weight) M + weight · other, or an approximation of the same structure."""
 
     @abstractmethod
     def psd(self) -> Structure:
         """The nearest positive semi-definite matrix in the Frobenius norm."""
 
-    def solution(self, x: Tensor) -> Solution:
-        """M⁻¹x for x [P], whose memory may be used for it; without gradients."""
+    def solution(self, x: Tensor) -> LazySolution:
+        """M⁻¹x for x [P], which may be overwritten; not differentiable."""
         solved = self.solve(x)
-        return Solution(torch.dot(x, solved), (solved,))
+        return LazySolution(torch.dot(x, solved), (solved,))
 
     def rsqrt_(self, z: Tensor) -> Tensor:
-        """`rsqrt` of z [P], whose memory may be used for it; without gradients."""
+        """`rsqrt` of z [P], which may be overwritten; not differentiable."""
         return self.rsqrt(z)
 
     def trace(self) -> Tensor:
@@ -112,17 +126,17 @@ class Structure(ABC):
         return self @ torch.eye(self.size, dtype=diagonal.dtype, device=diagonal.device)
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
-        """The same structure with `function` applied to each tensor it is made of."""
+        """The same structure with `function` applied to each of its tensors."""
         return map_tensors(self, function)
 
     def state(self) -> dict[str, Any]:
-        """Plain dicts, lists and tensors, for `torch.save`; `from_state` is the way back."""
+        """Plain dicts, lists and tensors for `torch.save`; `from_state` is the inverse."""
         return to_state(self)
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Structure:
         """The structure that `state` describes.
 
-        Raises ValueError for a state of something else, or of another version.
+        Raises ValueError for the state of another class or version.
         """
         return from_state(state)

@@ -1,4 +1,4 @@
-"""A block-diagonal matrix of structures, in any order of rows."""
+"""A block-diagonal matrix whose blocks are structures, on any rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from pyrocurv.structures.base import Structure
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal(Structure):
-    """blocks[b] on the rows index[b] (int64 tensors that partition 0..P-1); () means in order."""
+    """A block-diagonal matrix.
+
+    Args:
+        blocks: structures of sizes P_b.
+        index: the rows of each block, int64 tensors [P_b] that partition 0 ... P-1; () for blocks
+            that follow each other in order.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import BlockDiagonal, Dense, Diagonal
+        >>> BlockDiagonal((Dense(2 * torch.eye(2)), Diagonal(torch.ones(1)))).diag()
+        tensor([2., 2., 1.])
+    """
 
     blocks: tuple[Structure, ...]
     index: Sequence[Tensor] = ()
@@ -23,30 +35,30 @@ class BlockDiagonal(Structure):
         return sum(block.size for block in self.blocks)
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
-        """x [..., P] -> one [..., P_b] for each block."""
+        """x [..., P] as one tensor [..., P_b] for each block."""
         if self.index:
             return [x[..., rows] for rows in self.index]
         return x.split([block.size for block in self.blocks], -1)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """One [..., P_b] for each block -> [..., P]."""
-        joined = torch.cat(list(parts), -1)
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`: one tensor [..., P_b] for each block, as one [..., P]."""
+        joined = torch.cat(list(pieces), -1)
         if self.index:
             return joined[..., torch.cat(list(self.index)).argsort()]
         return joined
 
-    def _each(self, verb: Callable[[Structure, Tensor], Tensor], x: Tensor) -> Tensor:
-        parts = zip(self.blocks, self.split(x), strict=True)
-        return self.join([verb(block, part) for block, part in parts])
+    def _blockwise(self, operation: Callable[[Structure, Tensor], Tensor], x: Tensor) -> Tensor:
+        pairs = zip(self.blocks, self.split(x), strict=True)
+        return self.join([operation(block, piece) for block, piece in pairs])
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        return self._each(lambda block, part: block @ part, x)
+        return self._blockwise(lambda block, piece: block @ piece, x)
 
     def solve(self, x: Tensor) -> Tensor:
-        return self._each(lambda block, part: block.solve(part), x)
+        return self._blockwise(lambda block, piece: block.solve(piece), x)
 
     def rsqrt(self, z: Tensor) -> Tensor:
-        return self._each(lambda block, part: block.rsqrt(part), z)
+        return self._blockwise(lambda block, piece: block.rsqrt(piece), z)
 
     def logdet(self) -> Tensor:
         return torch.stack([block.logdet() for block in self.blocks]).sum()
@@ -67,15 +79,16 @@ class BlockDiagonal(Structure):
         return BlockDiagonal(tuple(block.scale(factor) for block in self.blocks), self.index)
 
     def shift(self, delta: float | Tensor) -> BlockDiagonal:
-        shared = not isinstance(delta, Tensor) or delta.numel() == 1
-        deltas = [delta] * len(self.blocks) if shared else self.split(delta)  # type: ignore[arg-type]
-        parts = zip(self.blocks, deltas, strict=True)
-        return BlockDiagonal(tuple(block.shift(part) for block, part in parts), self.index)
+        deltas: Sequence[float | Tensor] = [delta] * len(self.blocks)
+        if isinstance(delta, Tensor) and delta.numel() > 1:
+            deltas = self.split(delta)
+        pairs = zip(self.blocks, deltas, strict=True)
+        return BlockDiagonal(tuple(block.shift(piece) for block, piece in pairs), self.index)
 
     def lerp(self, other: BlockDiagonal, weight: float) -> BlockDiagonal:
-        """Block by block, each as its own structure lerps."""
-        parts = zip(self.blocks, other.blocks, strict=True)
-        return BlockDiagonal(tuple(a.lerp(b, weight) for a, b in parts), self.index)
+        """Block by block, each with the `lerp` of its structure."""
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return BlockDiagonal(tuple(a.lerp(b, weight) for a, b in pairs), self.index)
 
     def psd(self) -> BlockDiagonal:
         return BlockDiagonal(tuple(block.psd() for block in self.blocks), self.index)

@@ -1,4 +1,4 @@
-"""A dense symmetric matrix: no approximation, P² numbers."""
+"""A dense symmetric matrix: no approximation, P² entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from pyrocurv.structures.linalg import cholesky, eigh_psd
 
 @dataclass(frozen=True, eq=False)
 class Dense(Structure):
-    """The matrix itself, [P, P]. `solve`, `rsqrt` and `logdet` want it positive definite."""
+    """The matrix itself [P, P]; `solve`, `rsqrt` and `logdet` need a positive definite one.
+
+    Raises `torch.linalg.LinAlgError` in these for a matrix that is far from it.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import Dense
+        >>> Dense(torch.tensor([[2.0, 1.0], [1.0, 2.0]])).eigenvalues()
+        tensor([1., 3.])
+    """
 
     matrix: Tensor
 
@@ -68,5 +77,5 @@ class Dense(Structure):
 
 
 def _columns(x: Tensor) -> Tensor:
-    """[..., P] -> [P, N]: one matrix of right-hand sides, for which no factor is repeated."""
+    """[..., P] -> [P, N]: one matrix of right-hand sides, so that the factor is not repeated."""
     return x.reshape(-1, x.shape[-1]).mT

@@ -1,4 +1,4 @@
-"""A diagonal matrix, and a diagonal change of units around any other structure."""
+"""A diagonal matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from pyrocurv.structures.base import Structure
 
 @dataclass(frozen=True, eq=False)
 class Diagonal(Structure):
-    """diag(entries), entries [P]."""
+    """diag(entries), with entries [P].
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import Diagonal
+        >>> Diagonal(torch.tensor([1.0, 4.0])).rsqrt(torch.ones(2))
+        tensor([1.0000, 0.5000])
+    """
 
     entries: Tensor
 

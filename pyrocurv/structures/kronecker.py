@@ -1,12 +1,12 @@
 """Kronecker-factored matrices G ⊗ A (K-FAC).
 
-A layer's weights are one matrix W [O, I], bias as the last input column; a vector of its P = O·I
-weights is W row-major. G [O, O] is the output side, A [I, I] the input side, everywhere:
+The weights of a layer are one matrix W [O, I], with the bias as its last column; a vector of its
+P = O·I weights is W in row-major order. G [O, O] is the output side and A [I, I] the input side:
 
     (G ⊗ A) vec(W) = vec(G W Aᵀ)
 
-A layer of Γ groups that share nothing (a grouped convolution, the units of a norm layer) has a
-product for each: with one leading axis Γ the matrix is block-diagonal, P = Γ·O·I, W is [Γ, O, I].
+A layer of Γ groups that share nothing (a grouped convolution, the units of a norm layer) has one
+product for each group: with a leading axis Γ the matrix is block-diagonal, P = Γ·O·I, W [Γ, O, I].
 
 K-FAC: Martens & Grosse 2015, arXiv:1503.05671.
 """
@@ -26,9 +26,22 @@ from pyrocurv.structures.linalg import eigh_blocks
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Structure):
-    """output [O, O] ⊗ input [I, I], both symmetric; or each [Γ, ...].
+    """The Kronecker product output ⊗ input.
 
-    `solve`, `rsqrt` and `logdet` want both positive definite.
+    `solve`, `rsqrt` and `logdet` need positive definite factors.
+
+    Args:
+        output: G, symmetric [O, O] or [Γ, O, O].
+        input: A, symmetric [I, I] or [Γ, I, I].
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import Kronecker
+        >>> matrix = Kronecker(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> matrix @ torch.tensor([1.0, 0.0, 0.0, 1.0])
+        tensor([2., 1., 1., 2.])
+        >>> matrix.shift(1.0).eigenvalues()
+        tensor([2., 2., 4., 4.])
     """
 
     output: Tensor
@@ -40,7 +53,7 @@ class Kronecker(Structure):
 
     @property
     def shape(self) -> torch.Size:
-        """O, I; or Γ, O, I."""
+        """The shape of W: [O, I] or [Γ, O, I]."""
         return self.output.shape[:-1] + self.input.shape[-1:]
 
     @property
@@ -87,26 +100,30 @@ class Kronecker(Structure):
         return Kronecker(self.output * factor, self.input)
 
     def shift(self, delta: float | Tensor) -> KroneckerEigen:
-        """G ⊗ A + delta·I, exact for a scalar; the result lives in the joint eigenbasis."""
+        """G ⊗ A + delta·I for a scalar, exactly, in the joint eigenbasis of the factors.
+
+        Raises ValueError for a vector.
+        """
         return self.eigen().shift(delta)
 
     def psd(self) -> KroneckerEigen:
         return self.eigen().psd()
 
     def lerp(self, other: Kronecker, weight: float) -> Kronecker:
-        """Factor by factor: the K-FAC average, not the average of the two matrices."""
+        """The average of each factor, as in K-FAC; not the average of the two matrices."""
         return Kronecker(
             torch.lerp(self.output, other.output, weight),
             torch.lerp(self.input, other.input, weight),
         )
 
     def nearest_kronecker_sum(self, other: Kronecker) -> Kronecker:
-        """Of all Kronecker products the nearest to self + other in the Frobenius norm.
+        """The Kronecker product that is nearest to self + other in the Frobenius norm.
 
-        With rows vec(G) vec(A)ᵀ instead of G ⊗ A the sum is a matrix X Yᵀ of rank 2, X = [g₁ g₂],
-        Y = [a₁ a₂], and its best approximation of rank 1 is (X c)(Y d)ᵀ / (cᵀ d) with d = XᵀX c and
-        c the leading eigenvector of (YᵀY)(XᵀX) [2, 2]. Its entries are not negative where the
-        factors are positive semi-definite (Perron), and so the result is.
+        Rearranged to vec(G) vec(A)ᵀ, the sum of products G ⊗ A is a matrix X Yᵀ of rank 2 with
+        X = [g₁ g₂], Y = [a₁ a₂]. Its best approximation of rank 1 is (X c)(Y d)ᵀ / (cᵀ d), where c
+        is the leading eigenvector of (YᵀY)(XᵀX) [2, 2] and d = XᵀX c. For positive semi-definite
+        factors the entries of c and d are not negative (Perron), so the result is positive
+        semi-definite too.
 
         Reference: Van Loan & Pitsianis 1993, "Approximation with Kronecker products".
         """
@@ -116,11 +133,11 @@ class Kronecker(Structure):
         c = _leading_vector(_gram(inputs) @ gram)
         d = (gram @ c.unsqueeze(-1)).squeeze(-1)
         norm = (c * d).sum(-1, keepdim=True)
-        d = torch.where(norm > 0, d / norm, d)  # zero stays zero
+        d = torch.where(norm > 0, d / norm, d)  # avoids 0/0
         return Kronecker(_combination(c, outputs), _combination(d, inputs))
 
     def rescaled(self, output_root: Tensor, input_root: Tensor) -> Kronecker:
-        """In the units of a prior: G / (p pᵀ) ⊗ A / (r rᵀ), for p [..., O] and r [..., I]."""
+        """G / (p pᵀ) ⊗ A / (r rᵀ), for roots p [..., O] and r [..., I] of a prior precision."""
         return Kronecker(
             self.output / outer(output_root, output_root),
             self.input / outer(input_root, input_root),
@@ -129,12 +146,12 @@ class Kronecker(Structure):
     def eigen(
         self, ranks: tuple[int, int] | None = None, num_blocks: tuple[int, int] = (1, 1)
     ) -> KroneckerEigen:
-        """In its eigenbasis: eigenvalues λ_G λ_Aᵀ, exactly.
+        """The same matrix in its eigenbasis, with eigenvalues λ_G λ_Aᵀ.
 
         Args:
-            ranks: of each side the largest ones alone. A truncated side keeps its trace: the rest
-                of its eigenvalues are replaced by their mean.
-            num_blocks: `cut` the output and the input side into so many diagonal blocks first.
+            ranks: numbers of leading eigenvectors to keep, of the output and the input side. A
+                truncated side keeps its trace: its other eigenvalues are replaced by their mean.
+            num_blocks: numbers of diagonal blocks that both sides are `cut` to before.
         """
         ranks = ranks or (self.output.shape[-1], self.input.shape[-1])
         output_basis, output_values = _leading(self.output, ranks[0], num_blocks[0])
@@ -143,12 +160,21 @@ class Kronecker(Structure):
 
 
 def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tuple[int, int]:
-    """How many eigenvectors each side of a layer keeps.
+    """The number of eigenvectors that each side of a layer keeps.
 
-    A number: that many, of a side that has more. "auto": all, where neither side is wider than 160;
-    in a wider layer 16 of each side that has more than 64, since thin products are cheaper. Exact
-    as long as no more directions than that carry curvature, as with fewer data than 16 at one
-    position.
+    Args:
+        outputs, inputs: O and I, the inputs including the bias.
+        rank: the largest number to keep. "auto" keeps all where no side is wider than 160; in a
+            wider layer 16 of each side that is wider than 64, because products with thin factors
+            are cheaper.
+
+    The truncation is exact as long as no more directions than that carry curvature, as for up to 16
+    data at one position each.
+
+    Example:
+        >>> from pyrocurv.structures import automatic_ranks
+        >>> automatic_ranks(512, 785), automatic_ranks(10, 85), automatic_ranks(512, 785, rank=64)
+        ((16, 16), (10, 85), (64, 64))
     """
     if isinstance(rank, int):
         return min(outputs, rank), min(inputs, rank)
@@ -158,7 +184,10 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
 
 
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
+    """Leading eigenvectors [..., n, rank] and their eigenvalues; if rank < n, the mean of the rest.
+
+    The eigenvalues are [..., rank], or [..., rank + 1] with the mean as the last entry.
+    """
     values, basis = eigh_blocks(factor, num_blocks)
     rest = values.shape[-1] - rank
     if rest == 0:
@@ -171,24 +200,24 @@ def _diagonal(matrix: Tensor) -> Tensor:
     return matrix.diagonal(dim1=-2, dim2=-1)
 
 
-def _gram(pair: Tensor) -> Tensor:
+def _gram(matrices: Tensor) -> Tensor:
     """Inner products [..., 2, 2] of two matrices [..., 2, n, n], up to a common factor."""
-    rows = pair.flatten(-2)
+    rows = matrices.flatten(-2)
     rows = rows / rows.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
     return rows @ rows.mT
 
 
 def _leading_vector(matrix: Tensor) -> Tensor:
-    """Of the larger eigenvalue of matrices [..., 2, 2] whose eigenvalues are real, [..., 2]."""
+    """Eigenvectors [..., 2] of the larger eigenvalue of [..., 2, 2], whose eigenvalues are real."""
     a, b, c, d = matrix.flatten(-2).unbind(-1)
     half = (a - d) / 2
     root = (half.square() + b * c).clamp(min=0).sqrt()
-    first = torch.where(half >= 0, half + root, b)  # of two forms the one without cancellation
+    first = torch.where(half >= 0, half + root, b)  # of two formulas the one without cancellation
     second = torch.where(half >= 0, c, root - half)
-    every = (first == 0) & (second == 0)  # vector is one
-    return torch.stack([first + every, second + every], -1)
+    is_any = (first == 0) & (second == 0)  # every vector is an eigenvector
+    return torch.stack([first + is_any, second + is_any], -1)
 
 
-def _combination(weights: Tensor, pair: Tensor) -> Tensor:
+def _combination(weights: Tensor, matrices: Tensor) -> Tensor:
     """w₁ M₁ + w₂ M₂, for weights [..., 2] and matrices [..., 2, n, n]."""
-    return (weights[..., None, None] * pair).sum(-3)
+    return (weights[..., None, None] * matrices).sum(-3)

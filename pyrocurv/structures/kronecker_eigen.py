@@ -1,6 +1,9 @@
 """Kronecker eigenbases with free eigenvalues (EK-FAC): (U ⊗ V) diag(s) (U ⊗ V)ᵀ.
 
-The conventions are those of `kronecker`. EK-FAC: George et al. 2018, arXiv:1806.03884.
+The conventions are those of `pyrocurv.structures.kronecker`. A side may be truncated to its leading
+eigenvectors; all directions orthogonal to them then share one eigenvalue.
+
+EK-FAC: George et al. 2018, arXiv:1806.03884.
 """
 
 from __future__ import annotations
@@ -11,39 +14,52 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyrocurv.structures.base import Solution, Structure
+from pyrocurv.structures.base import LazySolution, Structure
 
-ROWS = 512  # of a matrix as wide as a side, at once
+MAX_ROWS = 512  # unit vectors that are projected at once, to bound the memory
 
 
 @dataclass(frozen=True, eq=False)
 class _SpectralParts:
-    """Eigenvalues [s', r'] as what is left of them in turn: of the rest, rows, columns and core."""
+    """Eigenvalues as a sum: rest everywhere, plus rows and columns, plus core on both bases.
+
+    The matrix with eigenvalues c is then rest · X + U (rows ∘ P) + (Q ∘ columns) Vᵀ +
+    U (core ∘ K) Vᵀ in the projections P = UᵀX, Q = XV and K = UᵀXV of X.
+    """
 
     rest: Tensor  # [1, 1]; 0 where a side is full
-    rows: Tensor  # [s, 1], empty where the input side is full
-    columns: Tensor  # [1, r], empty where the output side is full
+    rows: Tensor  # [s, 1]; empty where the input side is full
+    columns: Tensor  # [1, r]; empty where the output side is full
     core: Tensor  # [s, r]
 
     @cached_property
-    def number(self) -> float:
-        """`rest` of one group, read from its device once."""
+    def rest_value(self) -> float:
+        """`rest` of a single group as a Python number: one synchronization with its device."""
         return float(self.rest)
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerEigen(Structure):
-    """A function on the joint eigenspaces of two sides, each full or truncated.
+    """A matrix given by its joint eigenvectors u_i v_jᵀ and its eigenvalues.
+
+    Both bases may be truncated. With square bases the matrix is (U ⊗ V) diag(spectrum) (U ⊗ V)ᵀ.
+    A `shift` by a scalar keeps the bases, so a prior or a damping is exact (no π-damping). With two
+    truncated sides a product costs two thin products and an addition, instead of four rotations.
 
     Args:
-        output_basis: U [O, s], orthonormal columns; input_basis: V [I, r].
-        spectrum: eigenvalues [s, r] of the u_i v_jᵀ. A side with fewer columns than rows has one
-            entry more, its last: the eigenvalue of all that is orthogonal to its columns.
+        output_basis: U, orthonormal columns [O, s] or [Γ, O, s] for Γ groups.
+        input_basis: V, orthonormal columns [I, r] or [Γ, I, r].
+        spectrum: eigenvalues [s, r] or [Γ, s, r]. A side with fewer columns than rows has one more
+            entry, the last: the eigenvalue of everything that is orthogonal to its columns.
 
-    All three may have one leading axis Γ, of groups. With U, V square the matrix is
-    (U ⊗ V) diag(spectrum) (U ⊗ V)ᵀ. Closed under `shift` by a scalar, so a prior or a damping
-    enters exactly (no π-damping). Truncated sides cost two thin products and one addition in place
-    of four rotations.
+    Reference: George et al. 2018, arXiv:1806.03884.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import KroneckerEigen
+        >>> leading = torch.tensor([[1.0], [0.0], [0.0]])  # one of three directions
+        >>> KroneckerEigen(torch.ones(1, 1), leading, torch.tensor([[5.0, 2.0]])).diag()
+        tensor([5., 2., 2.])
     """
 
     output_basis: Tensor
@@ -52,7 +68,7 @@ class KroneckerEigen(Structure):
 
     @cached_property
     def shape(self) -> torch.Size:
-        """O, I; or Γ, O, I."""
+        """The shape of W: [O, I] or [Γ, O, I]."""
         return self.output_basis.shape[:-1] + self.input_basis.shape[-2:-1]
 
     @property
@@ -61,14 +77,15 @@ class KroneckerEigen(Structure):
 
     @property
     def _is_thin(self) -> bool:
-        """Whether both sides are truncated and there is one group."""
+        """Whether both sides are truncated, without groups."""
         (o, s), (i, r) = self.output_basis.shape[-2:], self.input_basis.shape[-2:]
         return s < o and r < i and self.spectrum.dim() == 2
 
     @property
     def _is_full(self) -> bool:
         """Whether no side is truncated."""
-        return all(b.shape[-2] == b.shape[-1] for b in (self.output_basis, self.input_basis))
+        bases = self.output_basis, self.input_basis
+        return all(basis.shape[-2] == basis.shape[-1] for basis in bases)
 
     @cached_property
     def _inverse(self) -> _SpectralParts:
@@ -79,6 +96,7 @@ class KroneckerEigen(Structure):
         return self._parts(self.spectrum.rsqrt())
 
     def _parts(self, c: Tensor) -> _SpectralParts:
+        """Of eigenvalues c [..., s, r], each side with one more entry if it is truncated."""
         s, r = self.output_basis.shape[-1], self.input_basis.shape[-1]
         rest = c[..., s:, r:].sum((-2, -1), keepdim=True)  # 0 where a side is full
         rows, columns = c[..., :s, r:], c[..., s:, :r]
@@ -92,25 +110,25 @@ class KroneckerEigen(Structure):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
         p = self.output_basis.mT @ x
-        beside = self.output_basis.shape[-1] < self.output_basis.shape[-2]
-        return p, p @ self.input_basis, x @ self.input_basis if beside else None
+        is_truncated = self.output_basis.shape[-1] < self.output_basis.shape[-2]
+        return p, p @ self.input_basis, x @ self.input_basis if is_truncated else None
 
     def _factors(
         self, parts: _SpectralParts, p: Tensor, k: Tensor, q: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """left [..., O, k] and right [..., k, I], whose product is all that is beside rest·x."""
+        """left [..., O, k] and right [..., k, I], whose product is all but the term rest · X."""
         u, v = self.output_basis, self.input_basis
         inner = (k * parts.core) @ v.mT
         if parts.rows.numel():
             inner = torch.addcmul(inner, parts.rows, p)
         if q is None:
             return u, inner
-        lead = q.shape[:-2]
-        left = torch.cat([u.expand(*lead, *u.shape[-2:]), q * parts.columns], -1)
-        return left, torch.cat([inner, v.mT.expand(*lead, *v.mT.shape[-2:])], -2)
+        batch = q.shape[:-2]
+        left = torch.cat([u.expand(*batch, *u.shape[-2:]), q * parts.columns], -1)
+        return left, torch.cat([inner, v.mT.expand(*batch, *v.mT.shape[-2:])], -2)
 
     def _product(self, x: Tensor, parts: _SpectralParts) -> Tensor:
-        """The matrix of the same eigenspaces with the eigenvalues of `parts`, times x."""
+        """The matrix with the same eigenvectors, the eigenvalues of `parts`, times x [..., P]."""
         matrix = x.unflatten(-1, self.shape)
         left, right = self._factors(parts, *self._project(matrix))
         if not (parts.rows.numel() and parts.columns.numel()):
@@ -118,7 +136,7 @@ class KroneckerEigen(Structure):
         rest = parts.rest * matrix
         if rest.dim() > 2:
             return (rest + left @ right).reshape(x.shape)
-        return rest.addmm_(left, right).reshape(x.shape)  # one pass the less
+        return rest.addmm_(left, right).reshape(x.shape)  # saves a pass over memory
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self._product(x, self._parts(self.spectrum))
@@ -126,7 +144,7 @@ class KroneckerEigen(Structure):
     def solve(self, x: Tensor) -> Tensor:
         return self._product(x, self._inverse)
 
-    def solution(self, x: Tensor) -> Solution:
+    def solution(self, x: Tensor) -> LazySolution:
         if self.spectrum.dim() > 2:
             return super().solution(x)
         parts, matrix = self._inverse, x.view(self.shape)
@@ -136,14 +154,15 @@ class KroneckerEigen(Structure):
         if q is not None:
             dot = dot + (q * left[:, -q.shape[-1] :]).sum()
         if not self._is_thin:
-            return Solution(dot, (left, right))
-        dot = dot + parts.number * torch.dot(x, x)
-        return Solution(dot, (matrix.addmm_(left, right, beta=parts.number).view(-1),))
+            return LazySolution(dot, (left, right))
+        dot = dot + parts.rest_value * torch.dot(x, x)
+        return LazySolution(dot, (matrix.addmm_(left, right, beta=parts.rest_value).view(-1),))
 
     def rsqrt(self, z: Tensor) -> Tensor:
         if not self._is_full:
             return self._product(z, self._inverse_root)
-        scaled = z.unflatten(-1, self.shape) * self._inverse_root.core  # z is as good in this basis
+        # no rotation into the basis first: z has the same distribution there
+        scaled = z.unflatten(-1, self.shape) * self._inverse_root.core
         return (self.output_basis @ scaled @ self.input_basis.mT).reshape(z.shape)
 
     def rsqrt_(self, z: Tensor) -> Tensor:
@@ -151,11 +170,11 @@ class KroneckerEigen(Structure):
             return self.rsqrt(z)
         parts, matrix = self._inverse_root, z.view(self.shape)
         left, right = self._factors(parts, *self._project(matrix))
-        return matrix.addmm_(left, right, beta=parts.number).view(-1)
+        return matrix.addmm_(left, right, beta=parts.rest_value).view(-1)
 
     @cached_property
     def _multiplicity(self) -> Tensor:
-        """How many eigenvalues each entry of the spectrum stands for."""
+        """The number of eigenvalues that each entry of the spectrum stands for."""
         counts = outer(multiplicities(self.output_basis), multiplicities(self.input_basis))
         return counts.expand_as(self.spectrum)
 
@@ -187,33 +206,31 @@ class KroneckerEigen(Structure):
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum * factor)
 
     def shift(self, delta: float | Tensor) -> KroneckerEigen:
-        """M + delta·I for a scalar. Raises ValueError for a vector: the basis would be lost."""
+        """M + delta·I for a scalar. Raises ValueError for a vector, which changes the basis."""
         if isinstance(delta, Tensor) and delta.numel() > 1:
             raise ValueError(
                 f"shift of a Kronecker structure takes a scalar, got shape {tuple(delta.shape)}; "
-                "a diagonal p_i r_j is exact through Rescaled"
+                "use Rescaled for a diagonal of the form p_i r_j"
             )
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum + delta)
 
     def change_basis(self, output_basis: Tensor, input_basis: Tensor) -> KroneckerEigen:
-        """The mean of M over the eigenspaces of another basis: exact when M is constant on them."""
+        """M averaged over the eigenspaces of other bases: exact if M is constant on them."""
         if output_basis is self.output_basis and input_basis is self.input_basis:
             return self
-        turn_output = _squared_overlap(self.output_basis, output_basis)
-        turn_input = _squared_overlap(self.input_basis, input_basis)
-        return KroneckerEigen(
-            output_basis, input_basis, turn_output.mT @ self.spectrum @ turn_input
-        )
+        output_overlap = _squared_overlap(self.output_basis, output_basis)
+        input_overlap = _squared_overlap(self.input_basis, input_basis)
+        spectrum = output_overlap.mT @ self.spectrum @ input_overlap
+        return KroneckerEigen(output_basis, input_basis, spectrum)
 
     def psd(self) -> KroneckerEigen:
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum.clamp(min=0))
 
     def lerp(self, other: KroneckerEigen, weight: float) -> KroneckerEigen:
-        """In `other`'s basis, on whose eigenspaces this one is averaged: exact if they agree."""
-        here = self.change_basis(other.output_basis, other.input_basis)
-        return KroneckerEigen(
-            other.output_basis, other.input_basis, torch.lerp(here.spectrum, other.spectrum, weight)
-        )
+        """In the basis of `other`, see `change_basis`: exact if both bases agree."""
+        changed = self.change_basis(other.output_basis, other.input_basis)
+        spectrum = torch.lerp(changed.spectrum, other.spectrum, weight)
+        return KroneckerEigen(other.output_basis, other.input_basis, spectrum)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
@@ -222,33 +239,34 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squared_projections(rows: Tensor, basis: Tensor) -> Tensor:
-    """(xᵀv)² for each column and, if truncated, the square of what is outside of them all.
+    """The squared lengths of the projections of vectors onto the eigenspaces of a basis.
 
-    For x [..., n] and V [n, r] it is [..., r] or [..., r + 1]. The last is taken as a square
-    itself: a difference of squares would have the rounding of the largest, and may be negative.
+    For rows x [..., n] and a basis V [n, r] these are the (xᵀv)² [..., r] and, if r < n, the square
+    of what is orthogonal to the basis as one more entry. That is computed as a square itself: a
+    difference of squares would have the rounding error of the largest, and may be negative.
     """
-    leading = rows @ basis
+    projections = rows @ basis
     if basis.shape[-1] == basis.shape[-2]:
-        return leading.square()
-    rest = (rows - leading @ basis.mT).square().sum(-1, keepdim=True)
-    return torch.cat([leading.square(), rest], -1)
+        return projections.square()
+    rest = (rows - projections @ basis.mT).square().sum(-1, keepdim=True)
+    return torch.cat([projections.square(), rest], -1)
 
 
 def _squared_basis(basis: Tensor) -> Tensor:
-    """The `squared_projections` of all unit vectors, some at a time."""
+    """The `squared_projections` of all unit vectors, `MAX_ROWS` at once."""
     size = basis.shape[-2]
     if basis.shape[-1] == size:
         return basis.square()
-    parts = []
-    for start in range(0, size, ROWS):
-        rows = basis.new_zeros(min(ROWS, size - start), size)
+    chunks = []
+    for start in range(0, size, MAX_ROWS):
+        rows = basis.new_zeros(min(MAX_ROWS, size - start), size)
         rows.diagonal(start).fill_(1)
-        parts.append(squared_projections(rows, basis))
-    return torch.cat(parts, -2)
+        chunks.append(squared_projections(rows, basis))
+    return torch.cat(chunks, -2)
 
 
 def multiplicities(basis: Tensor) -> Tensor:
-    """Dimensions of the eigenspaces: one for each column and, if truncated, what is left."""
+    """Dimensions of the eigenspaces: 1 for each column and, if r < n, n - r for the rest."""
     rows, columns = basis.shape[-2:]
     counts = basis.new_ones(columns + (columns < rows))
     if columns < rows:
@@ -257,12 +275,12 @@ def multiplicities(basis: Tensor) -> Tensor:
 
 
 def _squared_overlap(old: Tensor, new: Tensor) -> Tensor:
-    """The share of each old eigenspace (row) in a unit vector of each new one (column)."""
-    shares = (old.mT @ new).square()  # of the columns
+    """The mean squared projection onto each old eigenspace (row) over each new one (column)."""
+    overlap = (old.mT @ new).square()  # of the columns
     if old.shape[-2] > old.shape[-1]:
-        shares = torch.cat([shares, 1 - shares.sum(-2, keepdim=True)], -2)
+        overlap = torch.cat([overlap, 1 - overlap.sum(-2, keepdim=True)], -2)
     rest = new.shape[-2] - new.shape[-1]
     if rest == 0:
-        return shares
-    left = (multiplicities(old) - shares.sum(-1)) / rest
-    return torch.cat([shares, left.unsqueeze(-1)], -1)
+        return overlap
+    rest_overlap = (multiplicities(old) - overlap.sum(-1)) / rest
+    return torch.cat([overlap, rest_overlap.unsqueeze(-1)], -1)

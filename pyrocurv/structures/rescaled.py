@@ -1,4 +1,4 @@
-"""A structured matrix between two diagonal ones, and the Kronecker scaling of a prior."""
+"""A structured matrix between two diagonal ones, and the Kronecker scaling of a prior precision."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from pyrocurv.structures.serialization import serializable
 @serializable
 @dataclass(frozen=True, eq=False)
 class KroneckerScaling:
-    """A prior precision taken apart as delta · p_i · r_j; `roots` are sqrt(p), sqrt(r).
+    """A prior precision of the form delta · p_i · r_j over the weights W_ij of a layer.
 
-    They are [O] and [I], or [Γ, O] and [Γ, I].
-    In the units sqrt(p_i r_j) · W a Kronecker block has one prior precision, `delta`.
+    For the rescaled weights sqrt(p_i r_j) W_ij the prior precision is the same for all, `delta`.
+
+    Args:
+        delta: the common factor, a scalar.
+        roots: sqrt(p) [O] and sqrt(r) [I], or [Γ, O] and [Γ, I]; None where p = r = 1.
     """
 
     delta: Tensor
-    roots: tuple[Tensor, Tensor] | None = None  # None where p = r = 1
+    roots: tuple[Tensor, Tensor] | None = None
 
     @property
     def root(self) -> Tensor | None:
-        """sqrt(p_i r_j) as [P], if they are not one."""
+        """sqrt(p_i r_j) as a vector [P], or None where p = r = 1."""
         if self.roots is None:
             return None
         return (self.roots[0].unsqueeze(-1) * self.roots[1].unsqueeze(-2)).flatten()
@@ -33,11 +36,18 @@ class KroneckerScaling:
 
 @dataclass(frozen=True, eq=False)
 class Rescaled(Structure):
-    """diag(root) · inner · diag(root), root [P] positive.
+    """diag(root) · inner · diag(root), with root [P] positive.
 
-    This is how a prior whose precision root² is not the same for all weights of a Kronecker block
-    stays exact: in the units root·w it is the same for all. `shift` adds to the diagonal of the
-    whole matrix and so asks `inner` for a shift by delta / root².
+    It keeps a prior exact whose precision root² differs between the weights w of a Kronecker block:
+    for the rescaled weights root · w the precision is the same for all. `shift` adds to the
+    diagonal of the whole matrix, so it shifts `inner` by the vector delta / root².
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.structures import Dense, Rescaled
+        >>> Rescaled(Dense(torch.ones(2, 2)), torch.tensor([1.0, 3.0])).dense()
+        tensor([[1., 3.],
+                [3., 9.]])
     """
 
     inner: Structure
@@ -78,9 +88,9 @@ class Rescaled(Structure):
         return Rescaled(self.inner.shift(delta / self.root.square()), self.root)
 
     def lerp(self, other: Rescaled, weight: float) -> Rescaled:
-        """In `other`'s units, as `inner` lerps; exact where the units are the same."""
+        """The `lerp` of the inner structures with the root of `other`; exact for equal roots."""
         return Rescaled(self.inner.lerp(other.inner, weight), other.root)
 
     def psd(self) -> Rescaled:
-        """The nearest in the units that `inner` is in."""
+        """The nearest to `inner`, in the Frobenius norm, before it is rescaled."""
         return Rescaled(self.inner.psd(), self.root)

@@ -1,0 +1,183 @@
+"""The optimizer of all parameters without a Gaussian: Adam, or what the user chooses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrocurv.runtime.undo import Undo
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+class AuxiliaryParameter(NamedTuple):
+    """A parameter and its gradient, None if it does not move in this step."""
+
+    name: str
+    tensor: Tensor
+    gradient: Tensor | None
+    group: Hashable  # parameters of one group share options and a learning rate
+    options: Mapping[str, Any]  # of Adam, for the group
+    lr_factor: float = 1.0  # of a schedule
+    weight_decay: float | None = None  # None: as the optimizer has it
+    joins_without_gradient: bool = False
+
+
+class AuxiliaryOptimizer:
+    """Steps parameters by name, from given gradients; leaves every `.grad` as it was.
+
+    A parameter joins at its first gradient. `make` maps parameters (or groups of them) to a
+    `torch.optim.Optimizer`; None is Adam.
+    """
+
+    def __init__(self, make: Make | None = None) -> None:
+        self._make = make
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._known: dict[str, Tensor] = {}
+        self._lr: list[float] = []  # of each group, before a schedule
+        self._group: dict[Hashable, int] = {}
+        self._moved_to: list[tuple[torch.device, torch.dtype]] = []  # at the last step
+        self._loaded: dict[str, dict[str, Any]] = {}  # states of parameters that have not joined
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that have joined, or will with a loaded state."""
+        return {*self._known, *self._loaded}
+
+    def step(self, parameters: Sequence[AuxiliaryParameter], scale: float = 1.0) -> None:
+        """One step from the gradients times `scale`."""
+        moving = [p for p in parameters if p.gradient is not None]
+        joining = [p for p in parameters if p.gradient is not None or p.joins_without_gradient]
+        if not moving and self._optimizer is None:
+            return
+        self._replace(parameters)
+        for group, members in _grouped(p for p in joining if p.name not in self._known).items():
+            for same in self._with_same_options(members):
+                self._add(group, same)
+        if self._optimizer is None:
+            return
+        with gradients([*self._known.values()], moving, scale):
+            self._follow_moves()
+            self._apply_schedule(parameters)
+            self._optimizer.step()
+
+    def keep(self, undo: Undo, parameters: Iterable[AuxiliaryParameter]) -> None:
+        """Have `undo` keep what a step changes."""
+        undo.keep_attributes(self)
+        undo.keep_tensors(p.tensor for p in parameters if p.gradient is not None)
+        if self._optimizer is not None:
+            undo.keep_optimizer(self._optimizer)
+
+    def _replace(self, parameters: Iterable[AuxiliaryParameter]) -> None:
+        """Let a parameter take the place of the one of its name, as after a store is loaded."""
+        for parameter in parameters:
+            old = self._known.get(parameter.name, parameter.tensor)
+            if old is parameter.tensor or self._optimizer is None:
+                continue
+            self._known[parameter.name] = parameter.tensor
+            for group in self._optimizer.param_groups:
+                group["params"] = [parameter.tensor if p is old else p for p in group["params"]]
+            if old in self._optimizer.state:
+                self._optimizer.state[parameter.tensor] = self._optimizer.state.pop(old)
+            self._moved_to = []
+
+    def _follow_moves(self) -> None:
+        """Move the state where the parameters have moved since the last step."""
+        places = [(tensor.device, tensor.dtype) for tensor in self._known.values()]
+        if places != self._moved_to and self._optimizer is not None:
+            self._optimizer.load_state_dict(self._optimizer.state_dict())
+            self._moved_to = places
+
+    def _apply_schedule(self, parameters: Iterable[AuxiliaryParameter]) -> None:
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        current = {id(p.tensor): p for p in parameters}
+        for group, lr in zip(groups, self._lr, strict=True):
+            parameter = next((current[id(p)] for p in group["params"] if id(p) in current), None)
+            if parameter is not None:
+                group["lr"] = lr * parameter.lr_factor
+                if parameter.weight_decay is not None:
+                    group["weight_decay"] = parameter.weight_decay
+
+    def _with_same_options(
+        self, parameters: Iterable[AuxiliaryParameter]
+    ) -> list[list[AuxiliaryParameter]]:
+        """The parameters by the options that were loaded for them."""
+        groups: list[tuple[Any, list[AuxiliaryParameter]]] = []
+        for parameter in parameters:
+            options = self._loaded.get(parameter.name, {}).get("options")
+            same = next((members for known, members in groups if known == options), None)
+            if same is None:
+                groups.append((options, [parameter]))
+            else:
+                same.append(parameter)
+        return [members for _, members in groups]
+
+    def _add(self, group: Hashable, members: Sequence[AuxiliaryParameter]) -> None:
+        tensors = [p.tensor for p in members]
+        options = {} if self._make else {**members[0].options}
+        if self._optimizer is None:
+            make = self._make
+            self._optimizer = (
+                make(tensors) if make else torch.optim.Adam([{"params": tensors, **options}])
+            )
+        else:
+            self._optimizer.add_param_group({"params": tensors, **options})
+        added = self._optimizer.param_groups[-1]
+        self._lr.append(added["lr"])
+        self._known.update({p.name: p.tensor for p in members})
+        for parameter in members:
+            saved = copy.deepcopy(self._loaded.pop(parameter.name, None))
+            if saved is not None:
+                added.update(saved["options"])
+                self._optimizer.state[parameter.tensor] = saved["state"]
+                self._moved_to = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint: {parameter name: its options and state}."""
+        states, names = dict(self._loaded), {id(p): n for n, p in self._known.items()}
+        if self._optimizer is None:
+            return states
+        for group in self._optimizer.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            for param in group["params"]:
+                state = dict(self._optimizer.state.get(param, {}))
+                states[names[id(param)]] = {"options": options, "state": state}
+        return states
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, with each parameter when it joins."""
+        vars(self).update(vars(AuxiliaryOptimizer(self._make)))
+        self._loaded = dict(state)
+
+
+def _grouped(
+    parameters: Iterable[AuxiliaryParameter]
+) -> dict[Hashable, list[AuxiliaryParameter]]:
+    groups: dict[Hashable, list[AuxiliaryParameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.group, []).append(parameter)
+    return groups
+
+
+@contextmanager
+def gradients(
+    known: Sequence[Tensor], moving: Iterable[AuxiliaryParameter], scale: float = 1.0
+) -> Iterator[None]:
+    """With these gradients, and no others, in `.grad`."""
+    before = [tensor.grad for tensor in known]
+    try:
+        for tensor in known:
+            tensor.grad = None
+        for parameter in moving:
+            gradient = parameter.gradient
+            if gradient is not None:
+                parameter.tensor.grad = gradient if scale == 1 else gradient * scale
+        yield
+    finally:
+        for tensor, gradient in zip(known, before, strict=True):
+            tensor.grad = gradient

@@ -1,0 +1,82 @@
+"""A network's parameters as the store of a posterior: by name, each in its parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrocurv.layers.block import Block
+from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.step import Update
+from pyrocurv.runtime.undo import complete
+
+Group = dict[str, Any]
+Params = Iterable[Tensor] | Iterable[Group]
+NamedParameters = Mapping[str, tuple[nn.Parameter, Group]]  # {name: (parameter, its group)}
+
+
+def name_parameters(net: nn.Module, groups: Sequence[Group]) -> NamedParameters:
+    """The parameters of the groups by their names in the network.
+
+    Raises ValueError for a parameter that does not belong to the network.
+    """
+    names = {id(p): name for name, p in net.named_parameters()}
+    grouped = [(p, group) for group in groups for p in group["params"]]
+    unknown = [tuple(p.shape) for p, _ in grouped if id(p) not in names]
+    if unknown:
+        raise ValueError(
+            f"parameters of shapes {unknown} do not belong to the network, which has "
+            f"{', '.join(names.values())}"
+        )
+    return {names[id(p)]: (p, group) for p, group in grouped}
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterStore:
+    """The parameters that hold the means of the blocks."""
+
+    named: NamedParameters
+
+    def first(self, block: Block) -> tuple[nn.Parameter, Group]:
+        """A block's first parameter, and the group of all its parameters."""
+        return self.named[next(iter(block.tensors))]
+
+    def read(self, block: Block) -> Tensor:
+        """A copy [P] of a block's parameters."""
+        packed = block.pack({name: self.named[name][0].detach() for name in block.tensors})
+        return packed.clone() if len(block.tensors) == 1 else packed
+
+    def load(self, posterior: Posterior) -> Posterior:
+        """The posterior with copies of the parameters as its means."""
+        return posterior.map_blocks(lambda state: replace(state, mean=self.read(state.block)))
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Copy {name: value} into the parameters."""
+        for name, value in values.items():
+            self.named[name][0].copy_(value)
+
+    @torch.no_grad()
+    def prepare(self, update: Update) -> Callable[[], None]:
+        """A function that moves the parameters that have a gradient, in place."""
+        values: dict[str, Tensor] = {}
+        for move in update.moves:
+            values.update(move.state.block.strided_views(move.moved(move.state.mean)))
+        values = {n: v for n, v in values.items() if self.named[n][0].grad is not None}
+        return lambda: self.write(values)
+
+    @contextmanager
+    def restoring(self, blocks: Iterable[BlockState]) -> Iterator[None]:
+        """Put the parameters of the blocks back at the end, bit for bit."""
+        names = [name for state in blocks for name in state.block.tensors]
+        saved = {name: self.named[name][0].detach().clone() for name in names}
+        try:
+            yield
+        finally:
+            complete(lambda: self.write(saved))
+            torch.clear_autocast_cache()

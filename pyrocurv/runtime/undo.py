@@ -1,0 +1,97 @@
+"""Putting state back when an exception interrupts a change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Undo:
+    """Restores all that was kept, bit for bit, if the body of the `with` statement raises.
+
+    Example:
+        >>> import torch
+        >>> from pyrocurv.runtime.undo import Undo
+        >>> weight = torch.zeros(2)
+        >>> try:
+        ...     with Undo() as undo:
+        ...         undo.keep_tensors([weight])
+        ...         _ = weight.add_(1)
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     print(weight)
+        tensor([0., 0.])
+    """
+
+    def __init__(self) -> None:
+        self._restore: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> Undo:
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None:
+            complete(self._restore_all)
+
+    def _restore_all(self) -> None:
+        for restore in reversed(self._restore):
+            restore()
+
+    def keep(self, restore: Callable[[], Any]) -> None:
+        """Have `restore`, an idempotent function, called if the body raises."""
+        self._restore.append(restore)
+
+    def forget(self) -> None:
+        """Restore nothing from now on."""
+        self._restore.clear()
+
+    @torch.no_grad()
+    def keep_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Keep the values of tensors, which are changed in place."""
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._restore.append(lambda: [tensor.copy_(value) for tensor, value in values])
+
+    def keep_attributes(self, *objects: Any) -> None:
+        """Keep the attributes of objects, also which items their dicts, lists and sets have."""
+        for owner in objects:
+            values = {
+                name: value.copy() if isinstance(value, (dict, list, set)) else value
+                for name, value in vars(owner).items()
+            }
+            self._restore.append(partial(_assign, owner, values))
+
+    def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep an optimizer's groups and state, but not its parameters."""
+        groups = [dict(group) for group in optimizer.param_groups]
+        state = {param: dict(values) for param, values in optimizer.state.items()}
+        self.keep_tensors(
+            value for values in state.values() for value in values.values()
+            if isinstance(value, Tensor)
+        )
+
+        def restore() -> None:
+            optimizer.param_groups[:] = groups
+            optimizer.state.clear()
+            optimizer.state.update(state)
+
+        self._restore.append(restore)
+
+
+def complete(function: Callable[[], Any], attempts: int = 3) -> None:
+    """Call an idempotent function, again if an interrupt comes in between, and raise that then."""
+    try:
+        function()
+    except BaseException:
+        if attempts > 1:
+            complete(function, attempts - 1)
+        raise
+
+
+def _assign(owner: Any, values: dict[str, Any]) -> None:
+    vars(owner).clear()
+    vars(owner).update(values)

@@ -1,0 +1,587 @@
+"""VIOptimizer: the steps of NGVI without Pyro, the presets against their papers, the contexts."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyrocurv.curvature import Curvature
+from pyrocurv.guides import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
+from pyrocurv.infer import NGVI
+from pyrocurv.nn import Classifier, Regressor, bayesianize
+from pyrocurv.optim import VIOptimizer, ivon, noisy_ekfac, noisy_kfac, vogn
+
+GUIDES = {
+    "diag": DiagonalGuide, "kfac": KFACGuide, "ekfac": EKFACGuide, "block": BlockGuide,
+    "full": FullGuide,
+}
+N = 48
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def convolutional() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.unsqueeze(1))[0][:, -1])
+
+
+def classes(size: int = 16) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, 5), torch.randint(3, (size,))
+
+
+def flat(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def step(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor, samples: int = 1) -> None:
+    if samples > 1:  # whose curvature is their mean
+        optimizer.num_samples = samples
+        optimizer.step(lambda: F.cross_entropy(net(x), y).backward())
+        return
+    optimizer.zero_grad()
+    with optimizer.sampled_params():
+        F.cross_entropy(net(x), y).backward()
+    optimizer.step()
+
+
+# ---- one engine ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.filterwarnings("ignore:.*consumed by no supported op")
+@pytest.mark.parametrize("structure", GUIDES)
+@pytest.mark.parametrize("make", [small, convolutional, Recurrent])
+@pytest.mark.parametrize(("curvature", "samples"), [
+    (Curvature("fisher", every=3), 1), (Curvature("fisher", every=3), 4),
+    (Curvature("empirical", every=2, batch=None), 1), (Curvature("ggn", every="auto"), 3),
+    (Curvature("hessian", every="schedule"), 2),
+])
+def test_steps_are_those_of_ngvi(
+    structure: str, make: Callable[[], nn.Module], curvature: Curvature, samples: int
+) -> None:
+    if make is Recurrent and curvature.kind == "hessian":
+        pytest.skip("the fused recurrent kernel has no second derivative")
+    net = make()
+    model = Classifier(bayesianize(copy.deepcopy(net)), N)
+    numbers: dict[str, Any] = {"lr": 0.05, "temperature": 0.5, "curvature": curvature}
+    torch.manual_seed(1)
+    optimizer = VIOptimizer(net, N, structure=structure, **numbers)
+    torch.manual_seed(1)
+    guide = GUIDES[structure](model)
+    ngvi = NGVI(model, guide, num_particles=samples, **numbers)
+    for _ in range(8):
+        x, y = classes()
+        step(optimizer, net, x, y, samples)
+        ngvi.step(x, y)
+    mean = guide.median()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), mean[f"net.{name}"].detach(), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(optimizer.kl(), guide.kl().detach(), rtol=1e-9, atol=1e-8)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_normal_likelihood_is_a_regressor_of_unit_noise() -> None:
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
+    model = Regressor(bayesianize(copy.deepcopy(net)), N, noise=1.0)
+    torch.manual_seed(1)
+    optimizer = VIOptimizer(net, N, likelihood="normal", temperature="auto")
+    torch.manual_seed(1)
+    guide = KFACGuide(model)
+    ngvi = NGVI(model, guide, temperature="auto")
+    for _ in range(5):
+        x, y = torch.randn(16, 5), torch.randn(16, 1)
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            (F.mse_loss(net(x), y) / 2).backward()
+        optimizer.step()
+        ngvi.step(x, y)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), guide.median()[f"net.{name}"].detach())
+
+
+# ---- the presets --------------------------------------------------------------------------------
+
+
+def normal_kl(mean: Tensor, precision: Tensor, delta: float) -> Tensor:
+    """KL(N(mean, 1/precision) ‖ N(0, 1/δ))."""
+    ratio = delta / precision
+    return (ratio + delta * mean.square() - 1 - ratio.log()).sum() / 2
+
+
+def gradients(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of every example's loss, [B, P]."""
+    rows = []
+    for a, b in zip(x, y, strict=True):
+        loss = F.cross_entropy(net(a[None]), b[None])
+        grads = torch.autograd.grad(loss, [*net.parameters()])
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(rows)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("samples", [1, 3])
+def test_vogn_is_its_equations(samples: int) -> None:
+    net, delta, lr, beta1, beta2 = small(), 0.7, 0.05, 0.8, 0.6
+    optimizer = vogn(net, N, lr, prior_precision=delta, beta1=beta1, beta2=beta2)
+    mean, m, s, share = flat(net), torch.zeros(57), torch.zeros(57), delta / N
+    for t in range(1, 7):
+        x, y = classes()
+        optimizer.zero_grad()
+        squares, slope = torch.zeros(57), torch.zeros(57)
+        for number in range(samples):
+            with optimizer.sampled_params():
+                F.cross_entropy(net(x), y).backward()
+                theta = copy.deepcopy(net)
+            rows = gradients(theta, x, y)
+            slope += rows.mean(0) / samples
+            if number == 0:
+                squares = rows.square().mean(0)
+        optimizer.step()
+        s += max(1 - beta2, 1 / t) * (squares - s)
+        m += (1 - beta1) * (slope - m)
+        mean = mean - lr * (m / (1 - beta1**t) + share * mean) / (s + share)
+        torch.testing.assert_close(flat(net), mean)
+        torch.testing.assert_close(optimizer.kl(), normal_kl(mean, N * (s + share), delta))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("samples", [1, 2])
+def test_ivon_is_its_equations(samples: int) -> None:
+    net, delta, lr, beta1, beta2, start = small(), 1e-2, 0.05, 0.8, 0.9, 0.3
+    optimizer = ivon(net, N, lr, weight_decay=delta, beta1=beta1, beta2=beta2, hess_init=start)
+    mean, g, h = flat(net), torch.zeros(57), torch.full((57,), start)
+    for t in range(1, 9):
+        x, y = classes()
+        optimizer.zero_grad()
+        slope, hessian = torch.zeros(57), torch.zeros(57)
+        for _ in range(samples):
+            with optimizer.sampled_params():
+                F.cross_entropy(net(x), y).backward()
+                theta = copy.deepcopy(net)
+            assert not torch.equal(flat(theta), mean)  # sampled from the first step on
+            one = gradients(theta, x, y).mean(0)
+            slope += one / samples
+            hessian += one * (flat(theta) - mean) * N * (h + delta) / samples
+        optimizer.step()
+        g = beta1 * g + (1 - beta1) * slope
+        change = (1 - beta2) ** 2 * (h - hessian).square() / (2 * (h + delta))
+        h = beta2 * h + (1 - beta2) * hessian + change
+        mean = mean - lr * (g / (1 - beta1**t) + delta * mean) / (h + delta)
+        torch.testing.assert_close(flat(net), mean)
+        kl = normal_kl(mean, N * (h + delta), delta * N)
+        torch.testing.assert_close(optimizer.kl(), kl)
+
+
+def test_ivon_draws_from_its_posterior() -> None:
+    net, draws = small(), 4000
+    optimizer = ivon(net, N, weight_decay=1e-2, hess_init=0.5)
+    found = torch.stack([_sample(optimizer, net) for _ in range(draws)])
+    z = (found - flat(net)) * (N * (0.5 + 1e-2)) ** 0.5
+    assert (z.mean(0).abs() * draws**0.5).max() < 4.5
+    assert ((z.square().mean(0) - 1).abs() * (draws / 2) ** 0.5).max() < 4.5
+
+
+def _sample(optimizer: VIOptimizer, net: nn.Module) -> Tensor:
+    with optimizer.sampled_params():
+        return flat(net)
+
+
+@pytest.mark.parametrize(("make", "kind", "structure"), [
+    (noisy_kfac, "fisher", "kfac"), (noisy_ekfac, "fisher", "ekfac"), (vogn, "empirical", "diag"),
+    (ivon, "noise", "diag"),
+])
+def test_presets_are_rows_of_the_table(make: Any, kind: str, structure: str) -> None:
+    net = small()
+    optimizer = make(net, N, temperature=0.5)
+    assert type(optimizer) is VIOptimizer
+    assert (optimizer.curvature.kind, optimizer.structure) == (kind, structure)
+    for _ in range(3):
+        step(optimizer, net, *classes())
+    assert torch.isfinite(flat(net)).all()
+
+
+# ---- contexts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained() -> tuple[nn.Module, VIOptimizer]:
+    net = small()
+    optimizer = VIOptimizer(net, N, temperature=0.5, curvature=Curvature("fisher", every=2))
+    for _ in range(4):
+        step(optimizer, net, *classes())
+    return net, optimizer
+
+
+@pytest.mark.parametrize("make", [vogn, ivon, noisy_kfac])
+def test_what_is_frozen_later_stays(make: Callable[..., VIOptimizer]) -> None:
+    net = small()
+    optimizer = make(net, N)
+    step(optimizer, net, *classes())
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone(), net[2].weight.clone()
+    for _ in range(3):
+        step(optimizer, net, *classes())
+    assert torch.equal(before[0], net[0].weight) and not torch.equal(before[1], net[2].weight)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_the_mean_comes_back_whatever_is_raised(
+    trained: tuple[nn.Module, VIOptimizer], error: type[BaseException]
+) -> None:
+    net, optimizer = trained
+    before, again = flat(net), _sample(optimizer, net)
+    x, y = classes()
+    state = copy.deepcopy(optimizer._stream.state_dict())
+    with pytest.raises(error), optimizer.sampled_params():
+        assert not torch.equal(flat(net), before)
+        F.cross_entropy(net(x), y).backward()
+        raise error
+    assert torch.equal(flat(net), before)
+    assert torch.equal(state["states"]["cpu"], optimizer._stream.states["cpu"])
+    with pytest.raises(RuntimeError, match="without a sample"):  # that one does not count
+        optimizer.step()
+    assert not torch.equal(again, before)
+
+
+def test_samples_inside_samples_and_steps_inside(trained: tuple[nn.Module, VIOptimizer]) -> None:
+    net, optimizer = trained
+    before = flat(net)
+    with (
+        pytest.raises(RuntimeError, match="inside another"), optimizer.sampled_params(),
+        optimizer.sampled_params(),
+    ):
+        pass
+    x, y = classes()
+    with optimizer.sampled_params():
+        F.cross_entropy(net(x), y).backward()
+    with pytest.raises(RuntimeError, match="inside sampled_params"), optimizer.sampled_params():
+        optimizer.step()
+    assert torch.equal(flat(net), before)
+    optimizer.step()  # from the sample before, which is not lost
+
+
+def test_the_mean_can_be_used_inside_a_sample(trained: tuple[nn.Module, VIOptimizer]) -> None:
+    net, optimizer = trained
+    before = flat(net)
+    with optimizer.use_mean():
+        assert torch.equal(flat(net), before)
+    with optimizer.sampled_params():
+        sample = flat(net)
+        with optimizer.use_mean():
+            assert torch.equal(flat(net), before)
+        assert torch.equal(flat(net), sample)
+        optimizer.predict(torch.randn(2, 5), num_samples=1)
+        assert torch.equal(flat(net), sample)
+        with optimizer.use_mean():
+            assert torch.equal(flat(net), before)
+    assert torch.equal(flat(net), before)
+
+
+def test_antithetic_samples_mirror_each_other(trained: tuple[nn.Module, VIOptimizer]) -> None:
+    net, optimizer = trained
+    x, y = classes()
+    optimizer.zero_grad()
+    mean, found = flat(net), []
+    for _ in range(3):  # the first is the mirror image of the last step's
+        with optimizer.sampled_params():
+            found.append(flat(net))
+            F.cross_entropy(net(x), y).backward()
+    torch.testing.assert_close(found[1] + found[2], 2 * mean)
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_predictions_spread_as_the_posterior(trained: tuple[nn.Module, VIOptimizer]) -> None:
+    net, optimizer = trained
+    x, before = torch.randn(7, 5), flat(net)
+    outputs = optimizer.predict(x, num_samples=6)
+    assert outputs.shape == (6, 7, 3) and not outputs.requires_grad
+    assert torch.equal(flat(net), before)
+    assert (outputs.std(0) > 0).all()
+    assert optimizer.predict(x).shape == (1, 7, 3)
+    torch.manual_seed(4)
+    first = optimizer.predict(x, num_samples=3)
+    torch.manual_seed(4)
+    assert torch.equal(first, optimizer.predict(x, num_samples=3))
+    with optimizer.sampled_params():  # around the mean all the same
+        sample = flat(net)
+        torch.manual_seed(4)
+        assert torch.equal(first, optimizer.predict(x, num_samples=3))
+        assert torch.equal(flat(net), sample)
+
+
+def test_prediction_before_training_is_the_network() -> None:
+    net, x = small(), torch.randn(4, 5)
+    optimizer = VIOptimizer(net, N)
+    assert torch.equal(optimizer.predict(x, num_samples=2), net(x).expand(2, 4, 3))
+    assert optimizer.kl() == 0
+
+
+def test_evaluation_inside_a_sample_is_no_sample(trained: tuple[nn.Module, VIOptimizer]) -> None:
+    net, optimizer = trained
+    with optimizer.sampled_params(), torch.no_grad():
+        net(torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match="without a sample"):
+        optimizer.step()
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("double")
+def test_closures_are_called_for_each_sample() -> None:
+    def run(closed: bool) -> Tensor:
+        torch.manual_seed(0)
+        net = small()
+        optimizer = VIOptimizer(net, N, num_samples=3)
+        for number in range(4):
+            torch.manual_seed(number)
+            x, y = classes()
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+                return loss
+
+            if closed:
+                assert optimizer.step(closure) > 0
+            else:
+                step(optimizer, net, x, y, 3)
+        return flat(net)
+
+    torch.testing.assert_close(run(True), run(False))
+
+
+@pytest.mark.usefixtures("double")
+def test_augmentation_multiplies_the_data_and_warmup_heats_up() -> None:
+    def run(size: int, **numbers: Any) -> Tensor:
+        torch.manual_seed(0)
+        net = small()
+        optimizer = VIOptimizer(net, size, **numbers)
+        for number in range(3):
+            torch.manual_seed(number)
+            step(optimizer, net, *classes())
+        return torch.cat([flat(net), optimizer.kl()[None]])
+
+    torch.testing.assert_close(run(N, augmentation=2.0), run(2 * N))
+    torch.testing.assert_close(run(N, kl_warmup=1), run(N))
+    assert not torch.allclose(run(N, kl_warmup=100), run(N))
+    optimizer = VIOptimizer(small(), N, temperature=0.8, kl_warmup=4)
+    net = optimizer.net
+    temperatures = []
+    for _ in range(6):
+        step(optimizer, net, *classes())
+        temperatures.append({b.hyperparameters.temperature for b in optimizer._posterior.blocks})
+    for (temperature,), expected in zip(temperatures, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8], strict=True):
+        assert temperature == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("likelihood", "temperature"), [
+    ("categorical", 0.1), ("normal", 0.3),
+    (lambda out: torch.distributions.Categorical(logits=out), 0.1),
+    (lambda out: torch.distributions.Poisson(out.exp()), 0.3),
+])
+def test_an_automatic_temperature_is_by_the_likelihood(
+    likelihood: Any, temperature: float
+) -> None:
+    net = small()
+    optimizer = VIOptimizer(net, 1000, likelihood=likelihood, temperature="auto")
+    for _ in range(2):
+        with optimizer.sampled_params():
+            out = net(torch.randn(4, 5))
+            is_finite = temperature == 0.1
+            y = torch.arange(4) % 3
+            loss = F.cross_entropy(out, y) if is_finite else out.square().mean()
+            loss.backward()
+        optimizer.step()
+    states = optimizer._posterior.blocks
+    assert [s.hyperparameters.temperature for s in states] == [temperature, temperature]
+
+
+def test_groups_have_priors_and_temperatures_of_their_own() -> None:
+    net = small()
+    optimizer = VIOptimizer(net, N, params=[
+        {"params": net[0].parameters(), "prior_precision": 1e6, "temperature": 2.0},
+        {"params": net[2].parameters()},
+    ], prior_precision=1.0)
+    for _ in range(4):
+        step(optimizer, net, *classes())
+    first, second = (state.precision.diag() for state in optimizer._posterior.blocks)
+    assert first.min() >= 1e6 > second.max()
+
+
+@pytest.mark.parametrize("structure", ["kfac", "ekfac", "diag", "full"])
+@pytest.mark.parametrize("steps", [3, 4])  # with a noise to be mirrored, and without
+def test_a_resumed_run_is_the_uninterrupted_one(structure: str, steps: int) -> None:
+    def made() -> tuple[nn.Module, VIOptimizer]:
+        torch.manual_seed(0)
+        net = small()
+        return net, VIOptimizer(net, N, structure=structure, curvature=Curvature(
+            "fisher", every=2, batch=8))
+
+    def go(net: nn.Module, optimizer: VIOptimizer, numbers: range) -> None:
+        for number in numbers:
+            torch.manual_seed(number)
+            step(optimizer, net, *classes())
+
+    whole, first, second = made(), made(), made()
+    go(*whole, range(8))
+    go(*first, range(steps))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    for part, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    go(*second, range(steps, 8))
+    assert torch.equal(flat(whole[0]), flat(second[0]))
+    assert torch.equal(whole[1].kl(), second[1].kl())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_go_on_as_the_original(
+    trained: tuple[nn.Module, VIOptimizer], copied: Callable[[Any], Any]
+) -> None:
+    other = copied(trained)
+    x, y = classes()
+    for net, optimizer in (trained, other):
+        step(optimizer, net, x, y)
+    assert torch.equal(flat(trained[0]), flat(other[0]))
+
+
+def test_bf16_autocast_sees_each_sample() -> None:
+    net = small()
+    optimizer = VIOptimizer(net, N, temperature=5.0)
+    for _ in range(2):
+        step(optimizer, net, *classes())
+    x = torch.randn(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps the weights that it has cast
+        outputs = optimizer.predict(x, num_samples=4)
+    assert len(outputs.flatten(1).unique(dim=0)) == 4
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"num_data": 0}, {"num_data": 2.5}, {"prior_precision": -1.0}, {"prior_precision": "fanin"},
+    {"temperature": 0.0}, {"temperature": "hot"}, {"kl_warmup": -1}, {"augmentation": 0.0},
+    {"num_samples": 0}, {"momentum": 1.0}, {"likelihood": "poisson"}, {"structure": "kfack"},
+])
+def test_bad_numbers_and_names(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        VIOptimizer(small(), **{"num_data": N, **options})
+
+
+def test_noise_tells_of_diagonals_only() -> None:
+    with pytest.raises(ValueError, match="wants structure='diag'"):
+        net = small()
+        optimizer = VIOptimizer(net, N, curvature="noise", structure="full")
+        step(optimizer, net, *classes())
+
+
+def test_noise_is_a_curvature_of_ngvi_too() -> None:
+    model = Classifier(bayesianize(small()), N)
+    ngvi = NGVI(model, DiagonalGuide(model), curvature=Curvature("noise", every=1, decay=0.9))
+    x, y = classes(N)
+    losses = [ngvi.step(x, y) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="wants structure='diag'"):
+        NGVI(model, KFACGuide(model), curvature="noise").step(x, y)
+
+
+def test_gradients_that_are_not_finite_change_nothing(
+    trained: tuple[nn.Module, VIOptimizer]
+) -> None:
+    net, optimizer = trained
+    before, kl = flat(net), optimizer.kl()
+    with pytest.raises(FloatingPointError), optimizer.sampled_params():  # curvature is due
+        F.cross_entropy(net(torch.full((4, 5), torch.nan)), torch.zeros(4).long()).backward()
+    with optimizer.sampled_params():
+        F.cross_entropy(net(torch.randn(4, 5)), torch.zeros(4).long()).backward()
+    net[2].bias.grad[0] = torch.inf
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert torch.equal(flat(net), before) and torch.equal(optimizer.kl(), kl)
+    step(optimizer, net, *classes())
+
+
+# ---- gradients that are cleared, or scaled ------------------------------------------------------
+
+
+def trained_for(make: Callable[..., VIOptimizer], one: Callable[..., None], steps: int) -> Tensor:
+    """The weights after some calls of `one` (optimizer, net, x, y), each with a step of its own."""
+    torch.manual_seed(2)
+    net = small()
+    optimizer, (x, y) = make(net, N), classes()
+    for _ in range(steps):
+        one(optimizer, net, x, y)
+    return flat(net)
+
+
+OFTEN: Any = {"beta2": 0.9}
+SENSED = {"ivon": lambda net, n: ivon(net, n, **OFTEN), "kfac": noisy_kfac}
+
+
+@pytest.mark.parametrize("name", SENSED)
+def test_clearing_gradients_inside_of_a_sample_is_as_good(name: str) -> None:
+    def inside(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        with optimizer.sampled_params():
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    assert torch.equal(trained_for(SENSED[name], inside, 5), trained_for(SENSED[name], step, 5))
+
+
+@pytest.mark.parametrize("name", SENSED)
+def test_a_sample_whose_gradients_were_cleared_does_not_count(name: str) -> None:
+    """As after a step that was skipped: the next one is not divided by two samples."""
+    def skipped(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        stream = optimizer._stream.state_dict()
+        with optimizer.sampled_params():
+            (1e6 * F.cross_entropy(net(-x), y)).backward()
+        optimizer.zero_grad()
+        optimizer._stream.load_state_dict(stream)  # its noise was drawn for it, no more
+        step(optimizer, net, x, y)
+
+    assert torch.equal(trained_for(SENSED[name], skipped, 5), trained_for(SENSED[name], step, 5))
+
+
+def test_a_curvature_of_gradients_wants_them_unscaled() -> None:
+    def scaled(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
+        scaler = torch.amp.GradScaler("cpu")
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            scaler.scale(F.cross_entropy(net(x), y)).backward()
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    make = SENSED["ivon"]
+    torch.testing.assert_close(trained_for(make, scaled, 5), trained_for(make, step, 5))
+    net = small()
+    optimizer, (x, y), scaler = make(net, N), classes(), torch.amp.GradScaler("cpu")
+    with optimizer.sampled_params():
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+    before = flat(net)
+    with pytest.raises(RuntimeError, match="65536 times larger .* call scaler.unscale_"):
+        scaler.step(optimizer)
+    assert torch.equal(flat(net), before)
