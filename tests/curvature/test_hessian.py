@@ -624,7 +624,7 @@ def test_training_keeps_the_precision_positive(structure: str, problem: str) -> 
         assert math.isfinite(ngvi.step(*data))
         values = torch.linalg.eigvalsh(ngvi.guide.posterior.precision.dense())
         assert values[0] > (1 - 1e-9) / 1.5**2  # the prior's of the biases
-        held = [block.running for block in ngvi._state.blocks]
+        held = [block.curvature for block in ngvi._posterior.blocks]
         negative += any(one.curvature.eigenvalues()[0] < -1e-6 for one in held)
     assert negative or structure == "kfac"  # whose eigenvectors are those of the projected factors
 

@@ -375,12 +375,12 @@ def test_each_block_has_its_own_clock(
 
     monkeypatch.setattr(collect, "pullback", spy)
     for step in range(200):
-        before = ngvi._state
+        before = ngvi._posterior
         ngvi.step(*truncated_factors(step))
-        for old, new in zip(before.blocks if before else (), ngvi._state.blocks, strict=False):
-            same_interval = new.running.interval is old.running.interval
-            assert (new.running is old.running) == same_interval
-            assert same_interval == (step < old.running.interval.due)
+        for old, new in zip(before.blocks if before else (), ngvi._posterior.blocks, strict=False):
+            same_interval = new.curvature.interval is old.curvature.interval
+            assert (new.curvature is old.curvature) == same_interval
+            assert same_interval == (step < old.curvature.interval.due)
     left, right = (ngvi.update_counts()[side] for side in ("left", "right"))
     assert right.updates > left.updates + 5
     assert set(pulled) == {("left.weight", "right.weight"), ("right.weight",)}
@@ -398,19 +398,19 @@ def test_the_initial_curvature_fades_in_blocks_that_are_not_due(
                 curvature=Curvature("ggn", every="auto", initial=1e6))
     alone = 0
     for step in range(300):
-        before = ngvi._state
+        before = ngvi._posterior
         ngvi.step(*truncated_factors(step, moves))
-        left, right = ngvi._state.blocks
-        if before and right.running is before.blocks[1].running and step % START:
+        left, right = ngvi._posterior.blocks
+        if before and right.curvature is before.blocks[1].curvature and step % START:
             continue
-        alone += before is not None and left.running is before.blocks[0].running
+        alone += before is not None and left.curvature is before.blocks[0].curvature
         faint = 1e6 * 0.95**step
         for one, name in ((left, "left"), (right, "right")):
             likelihood = NUM_DATA / 0.5 * (
-                one.running.curvature.dense() + faint * torch.eye(8).double()
+                one.curvature.curvature.dense() + faint * torch.eye(8).double()
             )
             expected = likelihood + torch.eye(8).double()
-            torch.testing.assert_close(one.metric.precision.dense(), expected)
+            torch.testing.assert_close(one.precision.dense(), expected)
             family = next(f for f in ngvi.guide.blocks if f.block.name == name)
             torch.testing.assert_close(family.precision().dense(), expected)
     assert alone > 3
@@ -466,19 +466,19 @@ def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
     alone = 0
     for step in range(160):
         model.scale += 0.01
-        before = ngvi._state
+        before = ngvi._posterior
         ngvi.step(*truncated_factors(step))
-        left = ngvi._state.blocks[0]
-        if before is not None and left.running is before.blocks[0].running:
-            assert left.metric is before.blocks[0].metric
-            alone += ngvi._state.blocks[1].running is not before.blocks[1].running
+        left = ngvi._posterior.blocks[0]
+        if before is not None and left.curvature is before.blocks[0].curvature:
+            assert left.precision is before.blocks[0].precision
+            alone += ngvi._posterior.blocks[1].curvature is not before.blocks[1].curvature
             continue
         delta = torch.tensor([1.0, 1, 1, model.scale**-2] * 2).double()  # [O, I], the bias last
         roots = delta.sqrt()
-        whole = left.running.factors.dense() * NUM_DATA + torch.diag(delta)
+        whole = left.curvature.factors.dense() * NUM_DATA + torch.diag(delta)
         if step == 0:  # later the basis is that of an earlier estimate
-            torch.testing.assert_close(left.metric.precision.dense(), whole)
-        scaled = left.metric.precision.dense() / torch.outer(roots, roots)
+            torch.testing.assert_close(left.precision.dense(), whole)
+        scaled = left.precision.dense() / torch.outer(roots, roots)
         assert (torch.linalg.eigvalsh(scaled) > 1 - 1e-9).all()  # Λ - δ is not negative
     assert alone > 3
 
