@@ -57,8 +57,8 @@ def from_state(state: Any) -> Any:
     if cls is None or content.keys() != {field.name for field in fields(cls)}:
         raise ValueError(
             f"the state has a {state.get('kind')!r} with {', '.join(content)}, which this version "
-            "of pyrocurv does not have: was it saved by another one, or by a class of your own that "
-            "is not imported?"
+            "of pyrocurv does not have: was it saved by another version, or is it a class of your "
+            "own that is not imported?"
         )
     return cls(**content)
 

@@ -1,4 +1,7 @@
-"""The laws of every structure against its dense matrix; a new one adds a row to `MAKERS` and a case to `written_out`."""
+"""The laws of every structure against its dense matrix.
+
+A new one adds a row to `MAKERS` and a case to `written_out`.
+"""
 
 import io
 from collections.abc import Callable
