@@ -145,7 +145,7 @@ class StructuredGuide(BlockwiseGuide):
             self.master()._check_prototype(prototype.trace)
 
     def _partition(self, prototype: Prototype, prefers_joint: bool) -> LatentPartition:
-        """By layer, or one block over all latents; a loaded guide has decided that already."""
+        """By layer, or one block over all latents; a loaded guide keeps its own."""
         model = self._base_model[0]
         partition = LatentPartition.by_layer(
             prototype, self._choice, self.structure, named_modules(model)
@@ -306,7 +306,7 @@ def check_particles(sites: Iterable[str], modules: Mapping[str, nn.Module]) -> N
         if owner is not None and _uses_torch_forward(owner):
             raise ValueError(
                 f"vectorize_particles=True: {site!r} is a weight of a torch.nn module, which takes "
-                "one weight at a time; leave the option out, and num_particles uses a loop"
+                "one weight at a time: without the option, particles are run in a loop"
             )
 
 

@@ -163,18 +163,6 @@ class AuxiliaryOptimizer:
         self._loaded = dict(state)
 
 
-def check_adam_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError for moments of parameters that do not exist, or have other shapes."""
-    for name, saved in state.items():
-        moments = [v for v in saved["state"].values() if isinstance(v, Tensor) and v.dim()]
-        if name not in shapes or any(tuple(moment.shape) != shapes[name] for moment in moments):
-            saved_shapes = [tuple(moment.shape) for moment in moments]
-            raise ValueError(
-                f"the state has a parameter {name} with moments of shapes {saved_shapes}, the "
-                f"network has parameters {dict(shapes)}"
-            )
-
-
 def _grouped(
     parameters: Iterable[AuxiliaryParameter]
 ) -> dict[Hashable, list[AuxiliaryParameter]]:

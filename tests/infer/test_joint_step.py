@@ -17,8 +17,6 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Regressor, bayesianize
-from pyrocurv.posterior.joint_update import retract
-from pyrocurv.structures import Dense, Diagonal
 
 pytestmark = pytest.mark.usefixtures("double")
 SCHOOLS = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
@@ -51,34 +49,6 @@ def eight_schools(errors: Tensor, y: Tensor | None = None) -> None:
     with pyro.plate("schools", len(errors)):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.sample("obs", dist.Normal(mu + tau * theta, errors), obs=y)
-
-
-# ---- the update ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [0.3, 1.0])
-def test_a_precision_stays_positive_and_keeps_its_target(rate: float) -> None:
-    root = torch.randn(6, 6)
-    precision = Dense(root @ root.mT + 0.1 * torch.eye(6))
-    target = torch.randn(6, 6)
-    target = target + target.mT  # indefinite
-    assert (retract(precision, target, rate).eigenvalues() > 0).all()
-    torch.testing.assert_close(
-        retract(precision, precision.dense(), rate).dense(), precision.dense()
-    )
-    diagonal = Diagonal(torch.rand(6) + 0.1)
-    moved = retract(diagonal, torch.randn(6), rate)
-    assert (moved.diag() > 0).all()
-    assert torch.equal(retract(diagonal, diagonal.diag(), rate).diag(), diagonal.diag())
-
-
-def test_small_steps_of_the_precision_are_linear_with_the_correction() -> None:
-    root = torch.randn(5, 5)
-    matrix = root @ root.mT + torch.eye(5)
-    change = torch.randn(5, 5) / 50
-    change = change + change.mT
-    wanted = matrix + 0.3 * change + 0.09 / 2 * change @ torch.linalg.solve(matrix, change)
-    torch.testing.assert_close(retract(Dense(matrix), matrix + change, 0.3).dense(), wanted)
 
 
 # ---- exact answers ------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_guides_of_other_sites() -> None:
     (_, one), model, data = three(), classifier(), class_data()
     other = KFACGuide(model)
     other(*data)
-    with pytest.raises(ValueError, match="other sites"):
+    with pytest.raises(ValueError, match="different sites"):
         MixtureGuide([one[0], other])
 
 
@@ -285,7 +285,7 @@ def test_models_that_differ_beside_their_latents() -> None:
     for model in models:
         guides.append(KFACGuide(model))
         guides[-1](*regression_data())
-    with pytest.raises(ValueError, match="differ in net.1.weight, which no guide has"):
+    with pytest.raises(ValueError, match="differ in net.1.weight, which are not latents"):
         MixtureGuide(guides)
     models[1].load_state_dict(models[0].state_dict())
     MixtureGuide(guides)
@@ -320,7 +320,7 @@ def test_training_a_mixture() -> None:
     assert make.asked == [0, 1] and list(finished) == [0, 1]
     assert [guide for guide in mixture] == [ngvi.guide for ngvi in finished.values()]
     for ngvi in finished.values():
-        assert ngvi._state is not None and ngvi._state.step == 6
+        assert ngvi._posterior is not None and ngvi._posterior.step == 6
         assert ngvi.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**6)
     means = [guide.posterior.loc for guide in mixture]
     assert (means[0] - means[1]).abs().max() > 0.1
@@ -415,7 +415,7 @@ def test_a_model_that_trains_more_than_its_latents_is_refused_first(norm: nn.Mod
     runs: list[NGVI] = []
     with pytest.raises(ValueError, match="training changes net.1.(weight|running_mean)"):
         train_mixture(make, batches(), 2, seeds=2, progress=False)
-    assert len(runs) == 1 and runs[0]._state is None
+    assert len(runs) == 1 and runs[0]._posterior is None
     assert len(train_mixture(make, batches(), 1, seeds=1, progress=False)) == 1
 
 
@@ -455,11 +455,12 @@ def test_its_density_of_held_out_data() -> None:
 
 def test_a_state_that_is_of_a_mixture_and_what_is_no_ngvi() -> None:
     model, mixture = three()
-    with pytest.raises(ValueError, match="of no KFACGuide: it has components"):
+    with pytest.raises(ValueError, match="not of a KFACGuide: it has components"):
         KFACGuide(model).load_state_dict(mixture.state_dict())
     with pytest.raises(TypeError, match="make: an NGVI.* got KFACGuide"):
         train_mixture(lambda seed: mixture[0], [regression_data()], 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fit: an NGVI or .* got KFACGuide"):
         choose_temperature(lambda t: mixture[0], [regression_data()])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="of no NGVI: it lacks layout, optimizer, state, and has"):
+    lacks = "not of an NGVI: it lacks auxiliary, optimizer, posterior, and"
+    with pytest.raises(ValueError, match=lacks):
         NGVI(model, mixture[0]).load_state_dict(mixture[0].state_dict())
