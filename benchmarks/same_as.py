@@ -48,7 +48,7 @@ from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 ROOT = Path(__file__).resolve().parents[1]
-N, BATCH, STEPS = 48, 24, 14
+N, BATCH, STEPS, LONG = 48, 24, 14, 110  # LONG: until the intervals of every="auto" move
 COLUMNS = ("losses", "means", "precisions", "predictions")
 KINDS = ("fisher", "ggn", "empirical", "hessian")
 OFTEN = {kind: Curvature(kind, every=3, eigen_every=6, batch=20) for kind in (*KINDS, "noise")}
@@ -125,7 +125,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # with the
     "mlp": (lambda: mlp(5, 6, 3), (5,)),
     "deep": (lambda: mlp(5, 6, 5, 4, 3), (5,)),
     "wide": (lambda: mlp(40, 20, 3), (40,)),
-    "very wide": (lambda: mlp(170, 12, 3), (170,)),
+    "very wide": (lambda: mlp(165, 5, 3), (165,)),
     "convolution": (lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=2), nn.Tanh(),
         nn.Flatten(), nn.Linear(16, 3)), (1, 6, 6)),
@@ -163,6 +163,10 @@ def classifier(
     net: str = "mlp", layers: Any = nn.Module, prior: Any = "fan_in", num_data: int = N
 ) -> Classifier:
     return Classifier(bayesianize(NETS[net][0](), prior, layers), num_data)
+
+
+def regressor(outputs: int = 1, noise: float | None = None) -> Regressor:
+    return Regressor(bayesianize(mlp(5, 4, outputs)), N, noise)
 
 
 def report(losses: Sequence[float], model: Any, guide: Any, x: Tensor) -> Result:
@@ -225,8 +229,8 @@ cases("guide", {
 cases("ngvi", {
     "defaults": {"lr": "auto", "temperature": 1.0, "curvature": "fisher"},
     "more data": {"model": partial(classifier, num_data=900), "guide": "block"},
-    "every=auto": {"curvature": AUTO, "count": 50},
-    "every=auto, ekfac": {"curvature": AUTO, "count": 50, "guide": "ekfac"},
+    "every=auto": {"curvature": AUTO, "count": LONG},
+    "every=auto, ekfac": {"curvature": AUTO, "count": LONG, "guide": "ekfac"},
     "every=schedule": {"curvature": Curvature("fisher", every="schedule")},
     "two targets, decay": {
         "curvature": Curvature("fisher", every=1, batch=None, decay=0.6, num_samples=2)},
@@ -243,9 +247,15 @@ cases("ngvi", {
     "skipped step": {"nan_at": 4, "on_nonfinite": "skip"},
     "parameters by optim": {"model": partial(classifier, "batch norm", nn.Linear),
                             "optim": partial(torch.optim.SGD, lr=0.05, momentum=0.9)},
-    "resumed, kfac": {"resume_at": 7}, "resumed, ekfac": {"resume_at": 6, "guide": "ekfac"},
+    "latent sigma": {"model": regressor, "data": numbers, "curvature": OFTEN["ggn"], "count": 8},
+    "latent sigma, joint hessian": {
+        "model": regressor, "data": numbers, "curvature": "hessian", "guide": "full", "count": 6},
+    "two outputs": {"model": partial(regressor, 2, 0.3), "data": partial(numbers, 5, 2),
+                    "curvature": OFTEN["ggn"], "guide": "ekfac"},
+    "resumed, kfac": {"resume_at": 7},
+    "resumed, ekfac": {"resume_at": 6, "guide": "ekfac", "model": regressor, "data": numbers},
     "resumed, average": {"resume_at": 7, "average": True, "guide": "block"},
-    "resumed, every=auto": {"resume_at": 25, "count": 40, "curvature": AUTO, "guide": "diag"},
+    "resumed, every=auto": {"resume_at": 65, "count": 90, "curvature": AUTO, "guide": "diag"},
     "resumed, joint hessian": {
         "resume_at": 3, "count": 6, "curvature": "hessian", "guide": "full", "lr": "auto"},
 })(trained)
@@ -305,18 +315,8 @@ def observed(family: Callable[[Tensor], Any], target: Any = lambda y: y) -> Call
 })
 def _(observe: Any, kind: str = "ggn", data: Any = None) -> Result:
     outputs = 3 if data is None else 1
-    model = partial(lambda: Model(bayesianize(mlp(5, 6, outputs)), observe))
-    return trained(model, data, curvature=OFTEN[kind])
-
-
-@cases("regressor", {
-    "latent sigma": {}, "latent sigma, joint hessian": {"guide": "full", "curvature": "hessian"},
-    "two outputs": {"outputs": 2, "noise": 0.3, "guide": "ekfac"},
-})
-def _(outputs: int = 1, noise: float | None = None, **options: Any) -> Result:
     return trained(
-        lambda: Regressor(bayesianize(mlp(5, 4, outputs)), N, noise), partial(numbers, 5, outputs),
-        **{"curvature": OFTEN["ggn"], "count": 8, **options},
+        lambda: Model(bayesianize(mlp(5, 6, outputs)), observe), data, curvature=OFTEN[kind]
     )
 
 
@@ -400,17 +400,17 @@ def _(guide: str) -> Result:
 def _(
     guide: str, outputs: int = 1, kind: str = "ggn", per: str = "layer", structure: Any = None
 ) -> Result:
-    net, is_regression = bayesianize(mlp(5, 4, outputs)), outputs < 3
-    model = Regressor(net, N, noise=0.3) if is_regression else Classifier(net, N)
-    data = numbers(5, outputs) if is_regression else classes(5)
+    is_regression = outputs < 3
+    model = regressor(outputs, 0.3) if is_regression else classifier()
+    x, y = numbers(5, outputs) if is_regression else classes(5)
     family = GUIDES[guide](model, structure=structure)
     ngvi = NGVI(model, family, lr=0.1, curvature=OFTEN["ggn"], num_particles=0)
-    losses = [ngvi.step(*batch) for batch in batches(data, STEPS)]
+    losses = [ngvi.step(*batch) for batch in batches((x, y), STEPS)]
     laplace = infer.Laplace(model, family, Curvature(kind, num_samples=3))
-    laplace.fit([[part[:30] for part in data], [part[30:] for part in data]])
+    laplace.fit([(x[:30], y[:30]), (x[30:], y[30:])])
     precisions, evidence = [family.posterior.precision.dense()], laplace.log_marginal_likelihood()
     precisions += [laplace.tune_prior(per), family.posterior.precision.dense(), family.kl()]
-    found = laplace.predict(data[0])
+    found = laplace.predict(x)
     moments = [found.mean, getattr(found, "covariance_matrix", found.variance)]
     return {
         "losses": [*losses, evidence, laplace.log_marginal_likelihood()],
@@ -419,37 +419,32 @@ def _(
     }
 
 
-def started(seed: int, temperature: float = 0.3) -> NGVI:
-    torch.manual_seed(seed)
+def started(temperature: float = 0.3, data: Sequence[Data] = ()) -> NGVI:
     model = classifier()
     guide = guides.KFACGuide(model)
-    return NGVI(model, guide, lr=0.1, temperature=temperature, curvature=OFTEN["ggn"])
+    ngvi = NGVI(model, guide, lr=0.1, temperature=temperature, curvature=OFTEN["ggn"])
+    for batch in data:
+        ngvi.step(*batch)
+    return ngvi
 
 
 @cases("mixture", {"of three": {}})
 def _() -> Result:
     data, done = [*batches(classes(5), 3)], dict[int, NGVI]()
-    infer.train_mixture(started, data, 4, seeds=3, finished=done, progress=False)
+    infer.train_mixture(lambda _: started(), data, 4, seeds=3, finished=done, progress=False)
     mixture = guides.MixtureGuide([ngvi.guide for ngvi in done.values()])
     predict = infer.Predictive(done[0].model, guide=mixture, num_samples=8)
     return {
         "means": [guide.posterior.loc for guide in mixture],
         "precisions": [guide.posterior.precision.dense() for guide in mixture],
-        "predictions": [predict(data[0][0]), mixture.sample_posterior(5)],
+        "predictions": [predict(data[0][0]), mixture(*data[0]), mixture.sample_posterior(5)],
     }
 
 
 @cases("temperature", {"chosen": {}})
 def _() -> Result:
-    data, held_out = zip(*[(part[:32], part[32:]) for part in classes(5)], strict=True)
-
-    def fit(temperature: float) -> NGVI:
-        ngvi = started(1, temperature)
-        for batch in batches(data, 6):
-            ngvi.step(*batch)
-        return ngvi
-
-    choice = infer.choose_temperature(fit, [held_out], num_samples=8)
+    *data, held_out = batches(classes(5), 7)
+    choice = infer.choose_temperature(partial(started, data=data), [held_out], num_samples=8)
     return {"losses": [float(choice)], "predictions": [*choice.densities.values()]}
 
 
@@ -531,13 +526,14 @@ EITHER: dict[str, dict[str, Any]] = {
     **{net: {"net": net} for net in ("convolution", "batch norm", "recurrent", "attention")},
     "automatic rank": {"net": "very wide", "structure": "ekfac"},
     "schedule": {"gamma": 0.9}, "closure": {"use_closure": True},
-    "every=auto": {"curvature": AUTO, "count": 50},
+    "every=auto": {"curvature": AUTO, "count": LONG},
     "mapping": {"net": "deep", "structure": {"0": "point", "2": "frozen", "4": "block"}},
     "normal": {"likelihood": "normal", "curvature": OFTEN["empirical"]},
     "student": {"likelihood": lambda f: torch.distributions.StudentT(4.0, f, 0.3)},
     "ignored entries": {"ignored": 0.3, "curvature": OFTEN["empirical"]},
     "momentum, damping, clip": {"momentum": 0.5, "damping": 0.1, "kl_clip": 1e-4},
-    "resumed": {"resume_at": 7, "structure": "ekfac", "gamma": 0.9},
+    "resumed": {"resume_at": 7, "net": "deep", "gamma": 0.9,
+                "structure": {"0": "point", "2": "ekfac"}},
 }
 
 
@@ -563,7 +559,8 @@ def _(**options: Any) -> Result:
 
 
 @cases("preset", {
-    "vogn": {"make": optim.vogn}, "vogn, 2 samples": {"make": optim.vogn, "samples": 2},
+    "vogn": {"make": optim.vogn},
+    "vogn, 2 samples": {"make": optim.vogn, "samples": 2, "beta2": 0.8},
     "ivon": {"make": optim.ivon}, "ivon, resumed": {"make": optim.ivon, "resume_at": 7},
     "noisy_kfac": {"make": optim.noisy_kfac}, "noisy_ekfac": {"make": optim.noisy_ekfac},
 })
@@ -655,8 +652,9 @@ def both(commit: str, pattern: str, jobs: int) -> list[dict[str, Any]]:
             ))
             if jobs == 1:
                 running[-1].wait()
-        if any([process.wait() for process in running]):
-            sys.exit("one of the two processes failed")
+        codes = [process.wait() for process in running]
+        if any(codes):
+            sys.exit(f"exit codes: {codes[0]} for {commit}, {codes[1]} for the working tree")
         return [torch.load(path) for path in paths]
 
 

@@ -50,7 +50,19 @@ class BlockStatistics(Protocol):
 
 @singledispatch
 def assemble(structure: StructureSpec, statistics: BlockStatistics) -> Structure:
-    """The curvature of a block in its structure; Kronecker factors without an eigenbasis."""
+    """The curvature of a block in its structure; Kronecker factors without an eigenbasis.
+
+    Raises TypeError for a structure that nothing is registered for.
+    """
+    raise TypeError(
+        f"no curvature is assembled for {type(structure).__name__}: register a function with "
+        "pyrocurv.curvature.collect.assemble.register"
+    )
+
+
+@assemble.register(structure_spec.Full)
+@assemble.register(structure_spec.Block)
+def _(structure: StructureSpec, statistics: BlockStatistics) -> Structure:
     return statistics.dense()
 
 

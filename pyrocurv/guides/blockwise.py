@@ -9,7 +9,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.guides.families import FAMILIES
+from pyrocurv.guides.families import family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
@@ -48,7 +48,7 @@ class BlockwiseGuide(ParamStoreGuide):
     def _build(self, blocks: Sequence[Block], values: Mapping[str, Tensor]) -> None:
         """Create the Gaussians with the means {site: unconstrained tensor}."""
         for block in blocks:
-            make_family = FAMILIES[type(block.structure)]
+            make_family = family_of(type(block.structure))
             self.blocks.append(make_family(block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
 

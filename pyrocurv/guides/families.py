@@ -166,3 +166,13 @@ FAMILIES: dict[type[structure_spec.StructureSpec], type[Family]] = {
     structure_spec.KFAC: KroneckerFamily,
     structure_spec.EKFAC: KroneckerFamily,
 }
+
+
+def family_of(structure: type[structure_spec.StructureSpec]) -> type[Family]:
+    """The family for blocks of a structure. Raises TypeError for one that has none."""
+    if structure not in FAMILIES:
+        raise TypeError(
+            f"no guide can hold the structure {structure.__name__}: set FAMILIES of "
+            "pyrocurv.guides.families for it, to DenseFamily for example"
+        )
+    return FAMILIES[structure]

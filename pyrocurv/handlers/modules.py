@@ -62,9 +62,8 @@ def _roots(model: Any) -> Iterator[nn.Module]:
             queue += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, types.MethodType):
             owner = value.__self__
-            queue += [value.__func__, owner] if isinstance(owner, nn.Module) else [
-                value.__func__, *_attributes(owner)
-            ]
+            is_module = isinstance(owner, nn.Module)
+            queue += [value.__func__, *([owner] if is_module else _attributes(owner))]
         elif isinstance(value, types.FunctionType):
             queue += _references(value)
         elif isinstance(value, (list, tuple, dict)):
@@ -96,9 +95,7 @@ def _references(function: types.FunctionType) -> list[Any]:
 def _may_hold_module(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return len(value) < MAX_CONTAINER
-    return isinstance(
-        value, (nn.Module, functools.partial, types.MethodType, types.FunctionType)
-    )
+    return isinstance(value, (nn.Module, functools.partial, types.MethodType, types.FunctionType))
 
 
 def _is_bound(cell: types.CellType) -> bool:

@@ -21,8 +21,8 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
-from pyrocurv.runtime.out_of_memory import is_out_of_memory
 from pyrocurv.runtime.rng import device_of, isolated_rng
+from pyrocurv.runtime.validation import is_out_of_memory
 
 CHECKPOINT = (
     "torch.utils.checkpoint recomputes layers outside of Pyro's handlers, where their weights are "
@@ -32,17 +32,12 @@ CHECKPOINT = (
 
 @dataclass(frozen=True, eq=False)
 class Prototype:
-    """A trace of the model, its latent sites in order, and the layers that can have a Gaussian.
-
-    Layers of orientation "untraced" are weights that no supported op consumes, or weights of layers
-    whose batch axis is not that of the examples. `unsupported` is {site: reason} of these, and of
-    the unconstrained latents whose prior rules out a Gaussian.
-    """
+    """A trace of the model, its latent sites in order, and the layers that can have a Gaussian."""
 
     trace: Any
     latents: Mapping[str, TraceSite]
-    layers: list[Layer]
-    unsupported: Mapping[str, str]
+    layers: list[Layer]  # "untraced": no supported op consumes the weight, or not by examples
+    unsupported: Mapping[str, str]  # {site: reason}: untraced, or a prior that rules out a Gaussian
 
 
 def trace_prototype(
@@ -57,10 +52,6 @@ def trace_prototype(
         partial: whether the guide covers only some of the sites, next to other guides.
         known: the latents of a guide that was loaded from a state. Where nothing is observed, all
             other latents are taken for data.
-
-    Raises:
-        ValueError: no observed site, no latent, or a latent that is discrete or in a sequential
-            plate.
     """
     trace, observed = _trace(model, hide, args, kwargs)
     if known and not observed:
@@ -131,10 +122,7 @@ def _refusal(site: TraceSite) -> str:
 def _layers(
     model: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
 ) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of the weights at these values, and {name: reason} of weights without a layer.
-
-    The global random number generators are left as they were.
-    """
+    """The layers of the weights at these values, and {name: reason} of weights without a layer."""
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     capture, replay = Capture(dict(weights)), ReplayMessenger(weights, partial=True)
     with (
@@ -159,7 +147,7 @@ def _layers(
             with _explain_checkpoints():
                 trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, density)
             _refuse_checkpoints(total, weights.keys() - trace.tracked_names)
-    return [*trace.layers], dict(trace.unsupported)
+    return [*trace.layers], {**trace.unsupported}
 
 
 @contextmanager

@@ -47,10 +47,7 @@ class ObservedSite:
 
     @property
     def power(self) -> float:
-        """The power that `poutine.scale` raises the prior of a weight to.
-
-        Raises ValueError for a prior that is masked, or scaled by more than one number.
-        """
+        """As `prior_power`; ValueError for a masked prior too."""
         if self.mask is not None and not bool(torch.as_tensor(self.mask).all()):
             raise ValueError(
                 f"the prior of {self.name!r} is masked, and a flat prior has no KL: use a wide "
@@ -64,8 +61,7 @@ class ObservedSite:
         log_prob = self.fn.log_prob(self.value)
         if self.mask is None:
             return log_prob
-        mask = torch.as_tensor(self.mask, device=log_prob.device)
-        return torch.where(mask, log_prob, torch.zeros_like(log_prob))
+        return torch.where(torch.as_tensor(self.mask, device=log_prob.device), log_prob, 0.0)
 
     @cached_property
     def log_prob(self) -> Tensor:
@@ -83,16 +79,11 @@ class ReplayMessenger(Messenger):
     Args:
         values: {site: tensor} of latents and of the subsamples of plates.
         partial: whether the model may sample latents that `values` lacks.
-
-    Raises:
-        ValueError: a latent that `values` lacks, unless `partial`; a plate that the model
-            subsamples differently than `values`; an observed site of an inconsistent shape.
     """
 
     def __init__(self, values: Mapping[str, Tensor], partial: bool = False) -> None:
         super().__init__()
-        self.values = values
-        self.partial = partial
+        self.values, self.partial = values, partial
         self.observed: list[ObservedSite] = []
         self.latents: dict[str, ObservedSite] = {}
         self.params: dict[str, Tensor] = {}
@@ -130,14 +121,12 @@ class ReplayMessenger(Messenger):
 
 
 def _observed_site(msg: Any) -> ObservedSite:
-    sizes = [(frame.size, frame.full_size or frame.size) for frame in msg["cond_indep_stack"]]
-    in_plate = bool(sizes)
-    if not in_plate and msg["is_observed"]:
-        rows = len(msg["value"]) if msg["value"].dim() else 1
-        if not msg["fn"].event_shape.numel():  # a factor, whose value is empty
-            rows = (*msg["fn"].batch_shape, 1)[0]
-        sizes = [(rows, rows)]
-    batch, num_data = math.prod(size for size, _ in sizes), math.prod(full for _, full in sizes)
+    plates, fn, value = msg["cond_indep_stack"], msg["fn"], msg["value"]
+    batch = math.prod(plate.size for plate in plates)
+    num_data = math.prod(plate.full_size or plate.size for plate in plates)
+    if not plates and msg["is_observed"]:
+        is_factor = not fn.event_shape.numel()  # whose value is empty
+        batch = num_data = (*(fn.batch_shape if is_factor else value.shape), 1)[0]
     return ObservedSite(
-        msg["name"], msg["fn"], msg["value"], msg["scale"], msg["mask"], batch, num_data, in_plate
+        msg["name"], fn, value, msg["scale"], msg["mask"], batch, num_data, bool(plates)
     )

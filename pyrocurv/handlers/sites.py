@@ -31,10 +31,7 @@ def is_single_event(site: TraceSite) -> bool:
 
 
 def prior_power(name: str, scale: float | Tensor) -> float:
-    """The power that `poutine.scale` raises the prior of a weight to.
-
-    Raises ValueError for a scale of several numbers.
-    """
+    """The power that `poutine.scale` raises the prior of a weight to; ValueError for several."""
     if isinstance(scale, Tensor) and scale.numel() > 1:
         raise ValueError(
             f"site {name!r} has a scale of shape {tuple(scale.shape)}: the prior of a weight can "
@@ -44,21 +41,15 @@ def prior_power(name: str, scale: float | Tensor) -> float:
 
 
 def check_data(site: TraceSite) -> None:
-    """Check the shape of an observed site against its plates and its distribution.
+    """Raise ValueError for an observed site with batch axes in no plate, or with broadcast data.
 
     Pyro's ELBOs make the first check where validation is enabled. Outside of any plate all axes are
     data.
-
-    Raises:
-        ValueError: the distribution has batch axes that no plate accounts for, or the data are
-            broadcast against the distribution.
     """
     plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
     batch = tuple(site["fn"].batch_shape)
-    has_extra_axis = any(
-        size != 1 and axis - len(batch) not in plates for axis, size in enumerate(batch)
-    )
-    if plates and has_extra_axis:
+    axes = {axis - len(batch) for axis, size in enumerate(batch) if size != 1}
+    if plates and not axes <= plates.keys():
         raise ValueError(
             f"site {site['name']!r}: a batch of shape {batch} in plates of sizes "
             f"{tuple(plates.values())}; does an output [B, 1] need .squeeze(-1)? Declare axes that "

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from pyrocurv.runtime.out_of_memory import is_out_of_memory
 from pyrocurv.runtime.rng import device_of, isolated_rng
+from pyrocurv.runtime.validation import is_out_of_memory
 
 Program = Callable[..., Any]
 Values = Mapping[str, Tensor]
@@ -64,20 +64,10 @@ def concatenate(results: Sequence[RunResults]) -> RunResults:
 
 @dataclass(eq=False)
 class VectorizedRunner:
-    """Runs a program many times, under vmap where possible.
+    """Runs one program many times, under vmap where possible.
 
-    A runner serves one program. It decides how to run it at the first call with arguments of new
-    shapes, by one run in a loop and one under vmap, which leave the random generators untouched.
-
-    Example:
-        >>> import pyro, torch
-        >>> import pyro.distributions as dist
-        >>> from pyrocurv.handlers.vectorized import VectorizedRunner
-        >>> def program(x):
-        ...     return pyro.sample("y", dist.Normal(x * pyro.sample("w", dist.Normal(0, 1)), 1))
-        >>> run = VectorizedRunner()
-        >>> run(program, {"w": torch.arange(6.0)}, 6, (torch.ones(2, 3),), {}).values["y"].shape
-        torch.Size([6, 2, 3])
+    It decides how at the first call with arguments of new shapes, by one run in a loop and one
+    under vmap, which leave the random generators untouched.
     """
 
     chunks: dict[Any, int] = field(default_factory=dict)  # runs in a chunk; 1 for a loop
@@ -87,10 +77,7 @@ class VectorizedRunner:
         self, program: Program, values: Values, n: int, args: Any, kwargs: Any,
         is_wanted: Callable[[str], bool] = lambda name: True,
     ) -> RunResults:
-        """n runs of program(*args, **kwargs) at values {site: [n, *shape]}.
-
-        Raises what the program does, and errors of memory.
-        """
+        """n runs of program(*args, **kwargs) at values {site: [n, *shape]}."""
         call = _Call(program, args, kwargs, is_wanted)
         signature = call_signature(program, args, kwargs)
         if signature not in self.chunks:
@@ -109,12 +96,12 @@ class VectorizedRunner:
 def call_signature(program: Program, args: Any, kwargs: Any) -> Any:
     """The properties of a call that decide how it is run."""
     leaves, spec = tree_flatten((args, kwargs))
-    kinds = [
+    kinds = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor)
         else leaf if isinstance(leaf, (int, str)) else type(leaf)
         for leaf in leaves
-    ]
-    return getattr(program, "training", None), (*kinds,), str(spec)
+    )
+    return getattr(program, "training", None), kinds, str(spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +141,10 @@ class _Call:
         return RunResults(results, runs[0].sites, runs[0].max_plate_nesting)
 
     def chunk_size(self, values: Values) -> int:
-        """The number of runs that fit into a chunk, 1 where a loop is needed or is no slower.
-
-        The program runs once in a loop, which raises its errors, and once under vmap.
-        """
+        """The number of runs that fit into a chunk, 1 where a loop is needed or is no slower."""
         first = {name: value[0] for name, value in values.items()}
         with _LargestTensor() as largest:
-            self.once(first)
+            self.once(first)  # raises the program's own errors
         size = MAX_TENSOR_BYTES // largest.num_bytes
         if size < MIN_CHUNK:
             return 1
@@ -174,11 +158,10 @@ class _Call:
 
 
 class _RunMessenger(Messenger):
-    """Runs a program at values of its sites and keeps the values of the wanted ones.
+    """Runs a program at values of its sites, hidden from handlers outside.
 
     It is not a `ReplayMessenger`, whose checks read values, which is impossible under vmap, and
-    which keeps distributions, whose tensors must not outlive vmap. It also hides its sites from
-    handlers outside, and drops axes of size 1 that values have for plates their site is not in.
+    which keeps distributions, whose tensors must not outlive vmap.
     """
 
     def __init__(self, values: Values, is_wanted: Callable[[str], bool]) -> None:
@@ -203,9 +186,9 @@ class _RunMessenger(Messenger):
         if value is None:
             return
         if not site_is_subsample(msg):
-            shape = _shape(msg["fn"])
+            shape = msg["fn"].shape()
             if value.dim() > len(shape) and value.numel() == shape.numel():
-                value = value.reshape(shape)
+                value = value.reshape(shape)  # without axes of plates that its site is not in
         msg["value"], msg["done"] = value, True
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -214,7 +197,7 @@ class _RunMessenger(Messenger):
         if site_is_subsample(msg):
             return
         name, fn, value = msg["name"], msg["fn"], msg["value"]
-        shape = _shape(fn) if name in self._given else value.shape
+        shape = fn.shape() if name in self._given else value.shape
         self._record(name, value, SiteShape(shape, len(fn.batch_shape), msg["is_observed"]))
 
     def _record(self, name: str, value: Any, site: SiteShape) -> None:
@@ -223,18 +206,12 @@ class _RunMessenger(Messenger):
             self._values[name] = value
 
 
-def _shape(fn: Any) -> torch.Size:
-    return fn.batch_shape + fn.event_shape
-
-
 class _LargestTensor(TorchFunctionMode):
     """Measures the largest result of torch functions, in bytes."""
 
     num_bytes = 1
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.num_bytes = max(self.num_bytes, result.numel() * result.element_size())
@@ -244,21 +221,18 @@ class _LargestTensor(TorchFunctionMode):
 class _BatchedFactories(TorchFunctionMode):
     """Gives each run under vmap its own copy of a new tensor, which can be filled in place.
 
-    `torch.distributions` sample into a new tensor (`torch.empty(...).normal_()`), which vmap
-    refuses if all runs share it.
+    `torch.distributions` fill a new tensor with samples, which vmap refuses if all runs share it.
     """
 
     factories = {
         torch.empty, torch.zeros, torch.ones, torch.full, torch.empty_like, torch.zeros_like,
-        torch.ones_like, torch.full_like, torch.Tensor.new, torch.Tensor.new_empty,
-        torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full,
+        torch.ones_like, torch.full_like, Tensor.new, Tensor.new_empty, Tensor.new_zeros,
+        Tensor.new_ones, Tensor.new_full,
     }
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.clamp_:  # has a batching rule out of place only
+        if func is Tensor.clamp_:  # has a batching rule out of place only
             return args[0].copy_(torch.clamp(*args, **kwargs))
         if func is torch.binomial:  # has one for two batched arguments only
             args = args[0] + 0 * args[1], args[1] + 0 * args[0]

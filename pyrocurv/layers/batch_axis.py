@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
+from pyrocurv.layers.autograd_graph import ancestors
 from pyrocurv.layers.calls import OpCall
 from pyrocurv.layers.trace import Trace
 
@@ -26,48 +27,34 @@ def mark_wrong_batch_axis(trace: Trace, count: int, per_example: Tensor | None) 
     A scalar `per_example` [B] of each example, its log density or one of its outputs, is pulled
     back, that of one half of the examples and then that of the other: neither may reach a row of
     the other half. It is None where batch norm in training mode joins the rows of correct layers
-    too: then the rows are only counted. No gradient is taken where the graph of `per_example` keeps
-    the examples apart.
+    too: then the rows are only counted.
     """
-    reasons: dict[str, str] = {}
-    calls = []
-    for call in trace.calls:
-        if call.batch_size == count:
-            calls.append(call)
-        else:
-            reasons |= _reasons(call, f"{call.batch_size} rows where there are {count} examples")
+    wrong = [(call, f"{call.batch_size} rows where there are {count} examples")
+             for call in trace.calls if call.batch_size != count]
     if per_example is not None and per_example.dim() and count > 1:
-        for call in _mixing_calls(calls, count, per_example):
-            reasons |= _reasons(call, "rows that affect more than their own example")
-    return trace.mark_unsupported(reasons)
+        calls = [call for call in trace.calls if call.batch_size == count]
+        wrong += [(call, "rows that affect more than their own example")
+                  for call in _mixing_calls(calls, per_example)]
+    return trace.mark_unsupported({
+        name: f"{reason}: the batch is not its input's first axis"
+        for call, reason in wrong for name in call.layer.tensors
+    })
 
 
-def _reasons(call: OpCall, reason: str) -> dict[str, str]:
-    return dict.fromkeys(call.layer.tensors, f"{reason}: the batch is not its input's first axis")
-
-
-def _mixing_calls(calls: Sequence[OpCall], count: int, per_example: Tensor) -> list[OpCall]:
+def _mixing_calls(calls: Sequence[OpCall], per_example: Tensor) -> list[OpCall]:
     """The calls with rows that affect an example of the other half."""
-    if is_row_independent(per_example):
+    if not calls or is_row_independent(per_example):
         return []
+    count, edges, mixing = len(per_example), [call.edge for call in calls], []
     half = _half(count).to(per_example.device)
-    mixing = []
-    for rows, other_rows in ((half, ~half), (~half, half)):
-        for call, gradient in _pull_back(per_example[rows].sum(), calls):
-            gradients = call.output_gradient_rows(gradient, count).movedim(-3, 0)
-            # false for NaN, which a masked example may have
-            if bool((gradients[other_rows].abs() > 0).any()):
+    for rows in (half, ~half):
+        total = per_example[rows].sum()
+        gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+        for call, gradient in zip(calls, gradients, strict=True):
+            others = call.output_gradient_rows(gradient, count).movedim(-3, 0)[~rows]
+            if bool((others.abs() > 0).any()):  # false for NaN, which a masked example may have
                 mixing.append(call)
     return mixing
-
-
-def _pull_back(total: Tensor, calls: Sequence[OpCall]) -> list[tuple[OpCall, Tensor]]:
-    """The calls that the total depends on, with its gradients in their outputs."""
-    if not calls or not total.requires_grad:
-        return []
-    edges = [call.edge for call in calls]
-    gradients = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
-    return [(call, g) for call, g in zip(calls, gradients, strict=True) if g is not None]
 
 
 @functools.cache
@@ -97,29 +84,20 @@ def is_row_independent(per_example: Tensor) -> bool:
 
     Only chains of common ops whose other inputs are leaves are recognized: False may be either.
     """
-    count, ahead = len(per_example), [per_example.grad_fn]
-    visited: set[Node] = set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in visited:
+    for node in ancestors(per_example):
+        if _is_leaf(node):
             continue
-        visited.add(node)
         name = node.name().removesuffix("Backward0")
         inputs = {
             position: before for position, (before, _) in enumerate(node.next_functions)
             if before is not None and not _is_leaf(before)
         }
-        shape, *input_shapes = map(_output_shape, (node, *inputs.values()))
-        if shape[:1] != [count] or not inputs.keys() <= {*ROW_INPUTS.get(name, ())}:
+        shape, *others = ([*n._input_metadata[0].shape] for n in (node, *inputs.values()))
+        if shape[:1] != [len(per_example)] or not inputs.keys() <= {*ROW_INPUTS.get(name, ())}:
             return False
-        if name == "Add" and any(len(other) != len(shape) for other in input_shapes):
+        if name == "Add" and any(len(other) != len(shape) for other in others):
             return False  # a broadcast may turn rows into columns
-        ahead += inputs.values()
     return True
-
-
-def _output_shape(node: Node) -> list[int]:
-    return [*node._input_metadata[0].shape]
 
 
 def _is_leaf(node: Node) -> bool:
@@ -140,16 +118,14 @@ def random_projection(output: Tensor) -> Tensor:
 
 
 def per_example_scalar(output: Any, count: int) -> Tensor | None:
-    """`random_projection` summed over all nested tensors with `count` rows; None if there is none.
-    """
+    """`random_projection`, summed over all nested tensors with `count` rows; None without any."""
     projections = [random_projection(x) for x in _outputs(output) if x.shape[:1] == (count,)]
     return functools.reduce(torch.add, projections) if projections else None
 
 
 def total_output(output: Any) -> Tensor:
     """A scalar that depends on all outputs."""
-    totals = [x.sum() for x in _outputs(output)]
-    return functools.reduce(torch.add, totals) if totals else torch.zeros(())
+    return functools.reduce(torch.add, [x.sum() for x in _outputs(output)] or [torch.zeros(())])
 
 
 def _outputs(output: Any) -> list[Tensor]:

@@ -16,16 +16,9 @@ import torch
 from torch import Tensor
 
 from pyrocurv.layers import Layer
-from pyrocurv.layers.structure_spec import (
-    Diagonal,
-    KroneckerSpec,
-    StructureSpec,
-    parse_structure,
-)
+from pyrocurv.layers.structure_spec import Diagonal, KroneckerSpec, StructureSpec, parse_structure
 from pyrocurv.structures import automatic_ranks
 from pyrocurv.structures.serialization import serializable
-
-Structure = str | StructureSpec  # as users give it
 
 
 @serializable
@@ -102,11 +95,9 @@ class Block:
 
     def views(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, views of `packed` where orientations allow it."""
-        per_layer = packed.split([layer.size for layer in self.layers], -1)
-        values: dict[str, Tensor] = {}
-        for layer, vector in zip(self.layers, per_layer, strict=True):
-            values.update(layer.views(vector))
-        return values
+        vectors = packed.split([layer.size for layer in self.layers], -1)
+        pairs = zip(self.layers, vectors, strict=True)
+        return {name: v for layer, vector in pairs for name, v in layer.views(vector).items()}
 
     def strided_views(self, packed: Tensor) -> dict[str, Tensor]:
         """`views` of one vector [P], without gradients, in as few operations as possible."""
@@ -128,7 +119,7 @@ class Block:
 
 
 def make_blocks(
-    layers: Sequence[Layer], structure: Structure | Callable[[Layer], Structure],
+    layers: Sequence[Layer], structure: str | StructureSpec | Callable[[Layer], Any],
     dense_untraced: bool = False,
 ) -> list[Block]:
     """The blocks of the layers, in the order of their first layers.
@@ -149,12 +140,11 @@ def make_blocks(
 class BlockIndices(Sequence[Tensor]):
     """For each block, the positions [P_b] of its entries in the flat vector of `order`.
 
-    `order` is {name: shape}. The positions are computed on first use, which never happens as long
-    as a matrix is read block by block.
+    They are computed on first use, which never happens while a matrix is read block by block.
     """
 
     blocks: Sequence[Block]
-    order: Mapping[str, Sequence[int]]
+    order: Mapping[str, Sequence[int]]  # {name: shape}
     device: torch.device | None = None
 
     def __len__(self) -> int:
@@ -166,13 +156,10 @@ class BlockIndices(Sequence[Tensor]):
     @cached_property
     @torch.inference_mode(False)
     def _indices(self) -> tuple[Tensor, ...]:
-        positions: dict[str, Tensor] = {}
-        start = 0
-        for name, shape in self.order.items():
-            stop = start + math.prod(shape)
-            index = torch.arange(start, stop, device=self.device)
-            positions[name] = index.reshape(tuple(shape))
-            start = stop
+        sizes = [math.prod(shape) for shape in self.order.values()]
+        pieces = torch.arange(sum(sizes), device=self.device).split(sizes)
+        pairs = zip(self.order.items(), pieces, strict=True)
+        positions = {name: piece.reshape(tuple(shape)) for (name, shape), piece in pairs}
         return tuple(block.pack(positions) for block in self.blocks)
 
     def __reduce__(self) -> tuple[Any, ...]:

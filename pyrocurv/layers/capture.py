@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from pyrocurv.layers import OPS, OpArguments, OpSpec
 from pyrocurv.layers.autograd_graph import next_sequence_number, sequence_number
 from pyrocurv.layers.calls import OpRecord, TrackedTensor
-from pyrocurv.layers.linear import ADDED_BIAS
+from pyrocurv.layers.linear import LINEAR
 from pyrocurv.layers.trace import Trace
 
 ADDITIONS = {
@@ -177,11 +177,10 @@ class Capture(TorchFunctionMode):
         return (bias, tensor) if fits and tensor.shape == output.shape else None
 
     def _record_addition(self, bias: TrackedTensor, tensor: Tensor, output: Tensor) -> None:
-        settings = ADDED_BIAS.read(tensor, bias.tensor).settings
         product, _ = self._products.pop(id(tensor), (None, None))
-        self._records.append(OpRecord(
-            ADDED_BIAS, None, bias, ADDED_BIAS.orientation, tensor, settings,
-            get_gradient_edge(output), output.shape, 0, self._sequence_first_batch, product,
+        self._records.append(OpRecord(  # a linear op without a weight
+            LINEAR, None, bias, "bias", tensor, {}, get_gradient_edge(output), output.shape, 0,
+            self._sequence_first_batch, product,
         ))
         if product is None:
             return

@@ -7,14 +7,13 @@ the flipped kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyrocurv.layers.op import OpArguments, OpSpec
+from pyrocurv.layers.op import OpArguments, OpSpec, Settings
 
 Size = int | tuple[int, ...]
 
@@ -26,29 +25,17 @@ def _per_axis(value: Size, axes: int) -> tuple[int, ...]:
 
 
 def _read(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: str | Size = 0,
-    dilation: Size = 1,
-    groups: int = 1,
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1,
+    padding: str | Size = 0, dilation: Size = 1, groups: int = 1,
 ) -> OpArguments:
     kernel = tuple(weight.shape[2:])
-    dilations = _per_axis(dilation, len(kernel))
-    settings = dict(
-        kernel=kernel,
-        stride=_per_axis(stride, len(kernel)),
-        dilation=dilations,
-        pads=_pads(padding, kernel, dilations),
-        groups=groups,
-    )
+    stride, dilation = _per_axis(stride, len(kernel)), _per_axis(dilation, len(kernel))
+    pads = _pads(padding, kernel, dilation)
+    settings = dict(kernel=kernel, stride=stride, dilation=dilation, pads=pads, groups=groups)
     return OpArguments(input, weight, bias, settings)
 
 
-def _pads(
-    padding: str | Size, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> list[int]:
+def _pads(padding: str | Size, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
     """The arguments of `F.pad`, last axis first. "same" puts the odd one at the end."""
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -63,7 +50,7 @@ def _refuse(arguments: OpArguments) -> str:
     return "" if has_batch else f"a {axes}d convolution of an input without a batch axis"
 
 
-def _input_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+def _input_rows(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
     windows, axes = F.pad(input[:count], settings["pads"]), len(settings["kernel"])
     sides = zip(settings["kernel"], settings["stride"], settings["dilation"], strict=True)
     for axis, (size, stride, dilation) in enumerate(sides, 2):
@@ -76,51 +63,38 @@ def _input_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: i
 
 def _patch_rows(patches: Tensor, axes: int, groups: int, bias: bool) -> Tensor:
     """[C, *kernel, B, *positions] -> [*lead, B, S, I], with one copy: far faster than F.unfold."""
-    sides = patches.shape
-    inputs = math.prod(sides[: axes + 1]) // groups
-    batch, positions = sides[axes + 1], math.prod(sides[axes + 2 :])
-    rows = patches.new_ones(groups, inputs + bias, batch, positions)
-    grouped = patches.unflatten(0, (groups, -1))
+    grouped = patches.unflatten(0, (groups, -1))  # [Γ, C/Γ, *kernel, B, *positions]
+    _, *window, batch = grouped.shape[: axes + 3]
+    inputs = math.prod(window)
+    rows = patches.new_ones(groups, inputs + bias, batch, math.prod(grouped.shape[axes + 3 :]))
     rows[:, :inputs].view(grouped.shape).copy_(grouped)
     rows = rows.permute(0, 2, 3, 1)
     return rows if groups > 1 else rows[0]
 
 
-def _output_gradient_rows(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def _output_gradient_rows(gradient: Tensor, settings: Settings) -> Tensor:
     rows, groups = gradient.flatten(2).mT, settings["groups"]  # [B, O, *positions] -> [B, S, O]
     return rows if groups == 1 else rows.unflatten(-1, (groups, -1)).movedim(-2, 0)
 
 
 def _read_transposed(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Size = 1,
-    padding: Size = 0,
-    output_padding: Size = 0,
-    groups: int = 1,
-    dilation: Size = 1,
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1,
 ) -> OpArguments:
     kernel = tuple(weight.shape[2:])
-    axes = len(kernel)
-    dilations = _per_axis(dilation, axes)
-    spans = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    per_axis = zip(spans, _per_axis(padding, axes), _per_axis(output_padding, axes), strict=True)
+    sides = [_per_axis(value, len(kernel)) for value in (dilation, padding, output_padding)]
+    pads: list[int] = []
+    for size, step, pad, more in reversed([*zip(kernel, *sides, strict=True)]):
+        before = step * (size - 1) - pad
+        pads += before, before + more
     settings = dict(
-        kernel=kernel,
-        stride=(1,) * axes,
-        dilation=dilations,
-        pads=[side for span, p, more in reversed([*per_axis]) for side in (
-            span - p, span - p + more)],
-        groups=groups,
-        input_dilation=_per_axis(stride, axes),
+        kernel=kernel, stride=(1,) * len(kernel), dilation=sides[0], pads=pads, groups=groups,
+        input_dilation=_per_axis(stride, len(kernel)),
     )
     return OpArguments(input, weight, bias, settings)
 
 
-def _transposed_input_rows(
-    input: Tensor, settings: Mapping[str, Any], bias: bool, count: int
-) -> Tensor:
+def _transposed_rows(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
     dilated = _dilate(input[:count], settings["input_dilation"])
     rows, kernel = _input_rows(dilated, settings, bias, count), settings["kernel"]
     inputs = rows.shape[-1] - bias
@@ -140,21 +114,11 @@ def _dilate(input: Tensor, steps: tuple[int, ...]) -> Tensor:
     return dilated
 
 
-def _convolution(name: str) -> OpSpec:
-    return OpSpec(name, _read, _refuse, _input_rows, _output_gradient_rows)
-
-
-def _transposed(name: str) -> OpSpec:
-    return OpSpec(
-        name, _read_transposed, _refuse, _transposed_input_rows, _output_gradient_rows, "in_out"
-    )
-
-
 CONVOLUTIONS: dict[Any, OpSpec] = {
-    F.conv1d: _convolution("conv1d"),
-    F.conv2d: _convolution("conv2d"),
-    F.conv3d: _convolution("conv3d"),
-    F.conv_transpose1d: _transposed("conv_transpose1d"),
-    F.conv_transpose2d: _transposed("conv_transpose2d"),
-    F.conv_transpose3d: _transposed("conv_transpose3d"),
+    function: OpSpec(function.__name__, _read, _refuse, _input_rows, _output_gradient_rows)
+    for function in (F.conv1d, F.conv2d, F.conv3d)
+} | {
+    function: OpSpec(function.__name__, _read_transposed, _refuse, _transposed_rows,
+                     _output_gradient_rows, "in_out")
+    for function in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 }

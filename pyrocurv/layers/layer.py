@@ -43,8 +43,7 @@ class Layer:
         if self.orientation in ("bias", "untraced"):
             return size, 1
         lead = (self.groups,) if self.groups > 1 else ()
-        is_in_out = self.orientation == "in_out"
-        outputs = self.shape[1] if is_in_out else self.shape[0] // self.groups
+        outputs = self.shape[1] if self.orientation == "in_out" else self.shape[0] // self.groups
         return *lead, outputs, size // (self.groups * outputs) + bias
 
     @property
@@ -80,8 +79,7 @@ class Layer:
     @property
     def bias_shape(self) -> tuple[int, ...]:
         """The shape that a bias of this layer has."""
-        is_per_unit = self.orientation == "per_unit"
-        return self.shape if is_per_unit else (math.prod(self.matrix_shape[:-1]),)
+        return self.shape if self.orientation == "per_unit" else (self.size // self.in_features,)
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -115,16 +113,12 @@ class Layer:
             matrix = torch.cat([matrix, bias], -1)
         return matrix.reshape(-1)
 
-    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """[..., P] -> {name: [..., *shape]}, contiguous."""
-        return {name: view.contiguous() for name, view in self.views(packed).items()}
-
     def views(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, views of `packed` where the orientation allows it."""
         batch = packed.shape[:-1]
-        if self.bias is None:
-            return {self.weight: self._from_matrix(packed.reshape(*batch, *self.matrix_shape))}
         matrix = packed.reshape(*batch, *self.matrix_shape)
+        if self.bias is None:
+            return {self.weight: self._from_matrix(matrix)}
         bias = matrix.select(-1, -1).reshape(*batch, *self.bias_shape)
         weight = self._from_matrix(matrix.narrow(-1, 0, self.in_features - 1))
         return {self.weight: weight, self.bias: bias}

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyrocurv.layers.op import (
-    OpArguments,
-    OpSpec,
-    append_ones,
-    no_refusal,
-    rows_of_last_axis,
-)
+from pyrocurv.layers.op import OpArguments, OpSpec, Settings, append_ones, rows_of_last_axis
 
 MAX_VOCABULARY = 8192  # rows of an embedding, since its one-hot inputs have as many columns
 
@@ -36,10 +29,6 @@ def _read_addmm(
     return OpArguments(mat1, mat2, input, {"factors": (beta, alpha)})
 
 
-def _read_addition(input: Tensor, other: Tensor) -> OpArguments:
-    return OpArguments(input, None, other)
-
-
 def _refuse(arguments: OpArguments) -> str:
     weight, bias = arguments.weight, arguments.bias
     if arguments.input.dim() < 2:
@@ -50,21 +39,16 @@ def _refuse(arguments: OpArguments) -> str:
     if factors not in (None, (1, 1)):
         return "addmm with factors"
     if bias is not None and weight is not None:
-        outputs = weight.shape[0 if factors is None else 1]
-        if bias.numel() != outputs:
+        if bias.numel() != weight.shape[0 if factors is None else 1]:
             return "a bias that is shared by outputs"
     return ""
 
 
-def _input_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+def _input_rows(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
     return append_ones(rows_of_last_axis(input[:count]), bias)
 
 
-def _addition_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
-    return rows_of_last_axis(input[:count].new_ones(*input[:count].shape[:-1], 1))
-
-
-def _output_gradient_rows(gradient: Tensor, settings: Mapping[str, Any]) -> Tensor:
+def _output_gradient_rows(gradient: Tensor, settings: Settings) -> Tensor:
     return rows_of_last_axis(gradient)
 
 
@@ -76,25 +60,15 @@ MATMUL = OpSpec(
     outputs_last=True,
 )
 ADDMM = OpSpec("addmm", _read_addmm, _refuse, _input_rows, _output_gradient_rows, "in_out")
-ADDED_BIAS = OpSpec(
-    "add", _read_addition, no_refusal, _addition_rows, _output_gradient_rows, "bias"
-)
 
 
 def _read_embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> OpArguments:
-    if padding_idx is not None:
-        padding_idx %= len(weight)
     options = {"max_norm": max_norm, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
     settings = {
-        "size": len(weight), "padding": padding_idx, "dtype": weight.dtype,
+        "size": len(weight), "dtype": weight.dtype, "padding": padding_idx,
         "unsupported": [name for name, value in options.items() if value],
     }
     return OpArguments(input, weight, None, settings)
@@ -109,7 +83,7 @@ def _refuse_embedding(arguments: OpArguments) -> str:
     return "" if arguments.input.dim() else "embedding of a single index"
 
 
-def _one_hot_rows(input: Tensor, settings: Mapping[str, Any], bias: bool, count: int) -> Tensor:
+def _one_hot_rows(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
     index = input[:count].reshape(len(input[:count]), -1)  # [B, S]
     rows = F.one_hot(index, settings["size"]).to(settings["dtype"])
     if settings["padding"] is not None:
@@ -122,12 +96,7 @@ EMBEDDING = OpSpec(
 )
 
 PRODUCTS: dict[Any, OpSpec] = {
-    F.linear: LINEAR,
-    torch.matmul: MATMUL,
-    torch.mm: MATMUL,
-    torch.Tensor.matmul: MATMUL,
-    torch.Tensor.mm: MATMUL,
-    torch.Tensor.__matmul__: MATMUL,
-    torch.addmm: ADDMM,
-    F.embedding: EMBEDDING,
+    F.linear: LINEAR, torch.addmm: ADDMM, F.embedding: EMBEDDING,
+    torch.matmul: MATMUL, Tensor.matmul: MATMUL, Tensor.__matmul__: MATMUL,
+    torch.mm: MATMUL, Tensor.mm: MATMUL,
 }

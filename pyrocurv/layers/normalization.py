@@ -7,17 +7,17 @@ which is computed anew here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyrocurv.layers.op import OpArguments, OpSpec, append_ones, no_refusal
+from pyrocurv.layers.op import OpArguments, OpSpec, Settings, append_ones
 
-Settings = Mapping[str, Any]
 ToRows = Callable[[Tensor, Settings], Tensor]
 
 
@@ -35,71 +35,38 @@ def _input_rows(to_rows: ToRows) -> Callable[[Tensor, Settings, bool, int], Tens
     """The normalized inputs of the first examples, from all where examples share statistics."""
 
     def input_rows(input: Tensor, settings: Settings, bias: bool, count: int) -> Tensor:
-        input = input if settings.get("batch_coupling") else input[:count]
+        input = input if settings["batch_coupling"] else input[:count]
         normalized = settings["normalize"](input)[:count]
         return append_ones(to_rows(normalized, settings), bias)
 
     return input_rows
 
 
-def _read_layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> OpArguments:
-    shape = tuple(normalized_shape)
-    normalize = partial(F.layer_norm, normalized_shape=shape, eps=eps)
-    return OpArguments(input, weight, bias, {"units": math.prod(shape), "normalize": normalize})
+def _norm(function: Callable[..., Tensor], to_rows: ToRows, outputs_last: bool = False) -> OpSpec:
+    parameters = signature(function)
 
+    def read(*args: Any, **kwargs: Any) -> OpArguments:
+        options = parameters.bind(*args, **kwargs).arguments
+        input, weight, bias = (options.pop(name, None) for name in ("input", "weight", "bias"))
+        is_training = options.get("training", False)
+        if is_training:  # without the running statistics, which it would update
+            options.update(running_mean=None, running_var=None)
+        settings = {
+            "normalize": partial(function, **options), "batch_coupling": is_training,
+            "units": math.prod(options.get("normalized_shape", ())),
+        }
+        return OpArguments(input, weight, bias, settings)
 
-def _read_rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> OpArguments:
-    shape = tuple(normalized_shape)
-    normalize = partial(F.rms_norm, normalized_shape=shape, eps=eps)
-    return OpArguments(input, weight, None, {"units": math.prod(shape), "normalize": normalize})
-
-
-def _read_group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> OpArguments:
-    normalize = partial(F.group_norm, num_groups=num_groups, eps=eps)
-    return OpArguments(input, weight, bias, {"normalize": normalize})
-
-
-def _read_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> OpArguments:
-    mean, var = (None, None) if training else (running_mean, running_var)
-    normalize = partial(
-        F.batch_norm, running_mean=mean, running_var=var, training=training, eps=eps
+    return OpSpec(
+        function.__name__, read, lambda arguments: "", _input_rows(to_rows), to_rows, "per_unit",
+        outputs_last=outputs_last,
     )
-    return OpArguments(input, weight, bias, {"normalize": normalize, "batch_coupling": training})
-
-
-def _identity(input: Tensor) -> Tensor:
-    return input
 
 
 def _read_scale(input: Any, other: Any) -> OpArguments:
     units = other.numel() if isinstance(other, Tensor) else 1
-    return OpArguments(input, other, None, {"units": units, "normalize": _identity})
+    settings = {"units": units, "batch_coupling": False, "normalize": lambda input: input}
+    return OpArguments(input, other, None, settings)
 
 
 def _refuse_scale(arguments: OpArguments) -> str:
@@ -110,27 +77,15 @@ def _refuse_scale(arguments: OpArguments) -> str:
     return "a product that is not a scale for each unit of the last axis"
 
 
-def _norm(
-    name: str, read: Callable[..., OpArguments], to_rows: ToRows, outputs_last: bool = False
-) -> OpSpec:
-    return OpSpec(
-        name, read, no_refusal, _input_rows(to_rows), to_rows, "per_unit",
-        outputs_last=outputs_last,
-    )
-
-
 SCALE = OpSpec(
     "mul", _read_scale, _refuse_scale, _input_rows(_units_last), _units_last, "per_unit",
     commutes=True, outputs_last=True,
 )
 
 SCALES: dict[Any, OpSpec] = {
-    F.layer_norm: _norm("layer_norm", _read_layer_norm, _units_last),
-    F.rms_norm: _norm("rms_norm", _read_rms_norm, _units_last, outputs_last=True),
-    F.group_norm: _norm("group_norm", _read_group_norm, _channels_first),
-    F.batch_norm: _norm("batch_norm", _read_batch_norm, _channels_first),
-    torch.mul: SCALE,
-    torch.Tensor.mul: SCALE,
-    torch.Tensor.__mul__: SCALE,
-    torch.Tensor.__rmul__: SCALE,
+    F.layer_norm: _norm(F.layer_norm, _units_last),
+    F.rms_norm: _norm(F.rms_norm, _units_last, outputs_last=True),
+    F.group_norm: _norm(F.group_norm, _channels_first),
+    F.batch_norm: _norm(F.batch_norm, _channels_first),
+    torch.mul: SCALE, Tensor.mul: SCALE, Tensor.__mul__: SCALE, Tensor.__rmul__: SCALE,
 }

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Settings = Mapping[str, Any]  # those arguments of a call that its input rows depend on
+
 
 @dataclass(frozen=True)
 class OpArguments:
-    """The arguments of one call; `settings` are those that the input rows depend on."""
+    """The arguments of one call."""
 
     input: Tensor
     weight: Tensor | None
     bias: Tensor | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class OpSpec:
     name: str
     read: Callable[..., OpArguments]
     refusal: Callable[[OpArguments], str]
-    input_rows: Callable[[Tensor, Mapping[str, Any], bool, int], Tensor]
-    output_gradient_rows: Callable[[Tensor, Mapping[str, Any]], Tensor]
+    input_rows: Callable[[Tensor, Settings, bool, int], Tensor]
+    output_gradient_rows: Callable[[Tensor, Settings], Tensor]
     orientation: str = "out_in"
     commutes: bool = False
     outputs_last: bool = False
@@ -53,8 +55,3 @@ def append_ones(rows: Tensor, bias: bool) -> Tensor:
 def rows_of_last_axis(tensor: Tensor) -> Tensor:
     """[B, *, n] -> [B, S, n]."""
     return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
-
-
-def no_refusal(arguments: OpArguments) -> str:
-    """Every call is supported."""
-    return ""

@@ -48,14 +48,10 @@ def select_structures(
 
 
 def _as_rule(choice: StructureChoice, owners: Owners) -> Rule:
-    if isinstance(choice, Mapping):
-        return _rule_of_mapping(choice, owners)
     if callable(choice) and not isinstance(choice, type):
         return choice
-    return lambda name, module: choice
-
-
-def _rule_of_mapping(choice: Mapping[Any, Any], owners: Owners) -> Rule:
+    if not isinstance(choice, Mapping):
+        return lambda name, module: choice
     patterns = [key for key in choice if isinstance(key, str)]
     types = [key for key in choice if isinstance(key, type)]
     for key in choice:
@@ -67,8 +63,7 @@ def _rule_of_mapping(choice: Mapping[Any, Any], owners: Owners) -> Rule:
             raise ValueError(f"structure: no layer {pattern!r}; {', '.join(names)} exist")
     for module_type in types:
         if not any(isinstance(owner, module_type) for owner in owners.values()):
-            have = {_user_type(owner).__name__: None for owner in owners.values()
-                    if owner is not None}
+            have = {_user_type(owner): None for owner in owners.values() if owner is not None}
             warn_user(
                 f"structure: no layer is of type {module_type.__name__}; {', '.join(have)} exist"
             )
@@ -82,10 +77,10 @@ def _rule_of_mapping(choice: Mapping[Any, Any], owners: Owners) -> Rule:
     return rule
 
 
-def _user_type(module: nn.Module) -> type:
-    """The type that its user gave it, before Pyro made it a PyroModule."""
+def _user_type(module: nn.Module) -> str:
+    """The name of its type before Pyro made it a PyroModule."""
     types = type(module).__mro__
-    return next(cls for cls in types if not cls.__module__.startswith("pyro."))
+    return next(cls.__name__ for cls in types if not cls.__module__.startswith("pyro."))
 
 
 def _matches(name: str, pattern: str) -> bool:

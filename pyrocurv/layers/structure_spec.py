@@ -1,4 +1,4 @@
-"""The five structures of a curvature matrix, each with its options.
+"""The structures of a curvature matrix, each with its options.
 
 A spec determines which layers share a block. The modules that compute the matrix of a block
 dispatch on the type of its spec.
@@ -6,7 +6,6 @@ dispatch on the type of its spec.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,10 @@ from pyrocurv.structures.serialization import serializable
 SHARING = ("expand", "reduce")
 
 
-class StructureSpec(ABC):
-    """Base of the five structures, which are frozen dataclasses.
+class StructureSpec:
+    """Base of all structures, which are frozen dataclasses."""
 
-    `kind` is the structure's name without its options.
-    """
-
-    kind: ClassVar[str]
+    kind: ClassVar[str]  # the name without the options
     is_kronecker: ClassVar[bool] = False
     corrects_eigenvalues: ClassVar[bool] = False  # in the eigenbasis of the Kronecker factors
 
@@ -47,7 +43,6 @@ class Full(StructureSpec):
     kind = "full"
 
     def group(self, layer: Layer) -> Hashable:
-        """All layers share one block."""
         return None
 
 
@@ -75,16 +70,8 @@ class KroneckerSpec(StructureSpec):
     """Base of the structures with Kronecker factors, whose options are checked here."""
 
     is_kronecker = True
-
-    @property
-    @abstractmethod
-    def rank(self) -> int | str | None:
-        """The number of eigenvectors that each factor keeps, "auto", or None for all."""
-
-    @property
-    @abstractmethod
-    def sharing(self) -> str:
-        """The treatment of weights that are used at many positions: "expand" or "reduce"."""
+    rank: int | str | None
+    sharing: str
 
     @property
     def cuts(self) -> tuple[int, int]:
@@ -141,10 +128,8 @@ class KFAC(KroneckerSpec):
         super().__post_init__()
         pair = self._pair
         if not (len(pair) == 2 and all(is_integer(number, 1) for number in pair)):
-            raise ValueError(
-                f"num_blocks={self.num_blocks!r}: an integer of at least 1, or a pair (A, G), is "
-                "needed"
-            )
+            allowed = "an integer of at least 1, or a pair (A, G)"
+            raise ValueError(f"num_blocks={self.num_blocks!r}: {allowed}, is needed")
 
     @property
     def _pair(self) -> tuple[int, int]:
@@ -153,12 +138,10 @@ class KFAC(KroneckerSpec):
 
     @property
     def label(self) -> str:
-        """The name that `summary` prints."""
         return self.kind if self.cuts == (1, 1) else "kfac-block"
 
     @property
     def cuts(self) -> tuple[int, int]:
-        """The number of diagonal blocks of G and of A."""
         return self._pair[1], self._pair[0]
 
 
@@ -199,8 +182,6 @@ def parse_structure(structure: Any) -> StructureSpec:
         name = structure.__name__
         raise TypeError(f"structure={name} is a class: give {name}()")
     if not isinstance(structure, str) or structure not in STRUCTURES:
-        raise ValueError(
-            f"structure={structure!r}: choose one of {', '.join(STRUCTURES)}, KFAC(...) or "
-            "EKFAC(...)"
-        )
+        names = ", ".join(STRUCTURES)
+        raise ValueError(f"structure={structure!r}: choose one of {names}, KFAC(...) or EKFAC(...)")
     return STRUCTURES[structure]

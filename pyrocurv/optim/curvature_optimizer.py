@@ -23,7 +23,8 @@ from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.layers.trace import Trace
-from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
+from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
+from pyrocurv.optim.checks import check_hyperparameters, check_layers, check_state
 from pyrocurv.optim.forward_recorder import (
     ForwardRecorder,
     RecordedPass,
@@ -56,7 +57,7 @@ from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
+from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 PICKLED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
@@ -112,16 +113,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for a hyperparameter out of its range."""
-        values = {**self.defaults, **group}
-        momentum, damping, kl_clip = (values[name] for name in ("momentum", "damping", "kl_clip"))
-        if not values["lr"] >= 0:
-            raise ValueError(f"lr={values['lr']!r}: a number from 0 is needed")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-        if not damping >= 0:
-            raise ValueError(f"damping={damping!r}: a number from 0 is needed")
-        if kl_clip is not None and not kl_clip > 0:
-            raise ValueError(f"kl_clip={kl_clip!r}: a positive number or None is needed")
+        check_hyperparameters({**self.defaults, **group})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; passes that they came from do not count in the next step."""
@@ -266,14 +258,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         posterior = store.load(self._in_context(posterior, layout, store))
         gradients = {n: p.grad for n, (p, _) in store.named.items() if p.grad is not None}
         blocked = {name for block in layout.blocks for name in block.tensors}
-        rest = [name for name in gradients if name not in blocked and name not in layout.frozen]
-        auxiliary = self._auxiliary_parameters(rest, store)
+        rest = {n: g for n, g in gradients.items() if n not in blocked and n not in layout.frozen}
+        auxiliary = store.auxiliary(
+            {**dict.fromkeys(self._auxiliary.names), **rest}, self._fallback_lr
+        )
         means = {
             name: gradient if num_samples == 1 else gradient / num_samples
             for name, gradient in gradients.items() if name in blocked
         }
         loss = torch.zeros((), device=next(iter(store.named.values()))[0].device)
-        evaluation = Evaluation(posterior, loss, means, [gradients[name] for name in rest])
+        evaluation = Evaluation(posterior, loss, means, [*rest.values()])
         update = step(self._posterior, evaluation)
         not_seen = {name: name for name in rest if name not in layout.names}
         self._warn_once(not_seen, "not used yet in a pass that gave a curvature")
@@ -285,24 +279,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._schedule_recording()
 
         commit(update, store, undo, assign)
-
-    def _auxiliary_parameters(
-        self, moving: Sequence[str], store: ParameterStore
-    ) -> list[AuxiliaryParameter]:
-        """The parameters without a block, on the schedule and weight decay of their groups."""
-        names = [*dict.fromkeys([*moving, *self._auxiliary.names])]
-        result = []
-        for name in names:
-            if name not in store.named:
-                continue
-            param, group = store.named[name]
-            base = group.get("initial_lr", group["lr"])
-            result.append(AuxiliaryParameter(
-                name, param, param.grad if name in moving else None, id(group),
-                {"lr": self._fallback_lr}, group["lr"] / base if base else 1.0,
-                group.get("weight_decay", 0.0),
-            ))
-        return result
 
     # ---- watching and saving --------------------------------------------------------------------
 
@@ -354,14 +330,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything is changed, for the state of another class, of a network
         with other parameters, of other structures, or of a newer version.
         """
-        self._check_state(state_dict)
+        check_state(state_dict, type(self).__name__)
         posterior = from_state(state_dict["posterior"])
         layers = {
             layer: state.block.structure for state in posterior.blocks
             for layer in state.block.layers
         }
         layers |= {from_state(item["layer"]): item["as"] for item in state_dict["left_out"]}
-        self._check_layers(layers)
+        modules = dict(self._recorder.inner.named_modules())
+        check_layers(layers, self.structure, modules, self._store(), type(self).__name__)
         groups = {key: state_dict[key] for key in ("state", "param_groups")}
         with Undo() as undo:
             undo.keep_attributes(self, self._auxiliary, self._stream, self._recorder)
@@ -375,35 +352,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self.has_finite_support = state_dict["has_finite_support"]
             self._recorder.pop_passes()
             self._schedule_recording()
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        name = type(self).__name__
-        if missing := {"posterior", "left_out", "auxiliary", "stream"} - state.keys():
-            raise ValueError(
-                f"the state is not of a {name}: it lacks {', '.join(sorted(missing))}, and has "
-                f"{', '.join(list(state)[:5])}"
-            )
-        check_version(state, name)
-        if state["optimizer"] != name:
-            raise ValueError(f"the state is of a {state['optimizer']}, this is a {name}")
-
-    def _check_layers(self, layers: Mapping[Layer, Any]) -> None:
-        """Raise ValueError for layers, {layer: structure}, that this network does not have."""
-        shapes = {name: tuple(p.shape) for name, (p, _) in self._store().named.items()}
-        wanted = {n: tuple(shape) for layer in layers for n, shape in layer.tensors.items()}
-        if unknown := {n: shape for n, shape in wanted.items() if shapes.get(n) != shape}:
-            raise ValueError(f"the state is of parameters {unknown}, the network has {shapes}")
-        empty = ParameterBlocks({})
-        modules = dict(self._recorder.inner.named_modules())
-        expected = add_layers(empty, [*layers], self.structure, modules, self._store().named)
-        structures = {x: block.structure for block in expected.blocks for x in block.layers}
-        for layer, saved in layers.items():
-            here = structures.get(layer, expected.layers[layer])
-            if saved != here:
-                raise ValueError(
-                    f"the state has structure {saved!r} for {layer.weight}, this "
-                    f"{type(self).__name__} has {here!r}"
-                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in PICKLED}

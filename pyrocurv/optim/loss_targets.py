@@ -19,8 +19,8 @@ from torch.distributions import Distribution
 
 from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
 from pyrocurv.runtime.distributions import unwrap
-from pyrocurv.runtime.out_of_memory import is_out_of_memory
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import is_out_of_memory
 
 DATA_KINDS = ("empirical", "hessian")
 

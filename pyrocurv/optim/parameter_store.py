@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrocurv.layers.block import Block
+from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Update
 from pyrocurv.runtime.undo import complete
@@ -69,6 +70,20 @@ class ParameterStore:
             values.update(move.state.block.strided_views(move.moved(move.state.mean)))
         values = {n: v for n, v in values.items() if self.named[n][0].grad is not None}
         return lambda: self.write(values)
+
+    def auxiliary(
+        self, gradients: Mapping[str, Tensor | None], lr: float
+    ) -> list[AuxiliaryParameter]:
+        """Parameters without a block, on the schedule and weight decay of their groups."""
+        parameters = []
+        for name in (name for name in gradients if name in self.named):
+            param, group = self.named[name]
+            base = group.get("initial_lr", group["lr"])
+            parameters.append(AuxiliaryParameter(
+                name, param, gradients[name], id(group), {"lr": lr},
+                group["lr"] / base if base else 1.0, group.get("weight_decay", 0.0),
+            ))
+        return parameters
 
     @contextmanager
     def restoring(self, blocks: Iterable[BlockState]) -> Iterator[None]:

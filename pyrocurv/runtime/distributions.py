@@ -11,8 +11,7 @@ from torch.distributions import Distribution, Independent, Normal
 def unwrap(distribution: Distribution, masks: bool = False) -> Distribution:
     """The distribution inside of `Independent` and, with `masks`, of Pyro's `MaskedDistribution`.
 
-    The densities of single entries come from it: axes that `Independent` made part of the event are
-    batch axes again. Other wrappers (transforms, say) change the density and are kept.
+    Its densities are those of single entries. Wrappers that change the density (transforms) stay.
     """
     inner: Any = distribution
     while isinstance(inner, Independent) or masks and hasattr(inner, "_mask"):
@@ -21,10 +20,7 @@ def unwrap(distribution: Distribution, masks: bool = False) -> Distribution:
 
 
 def as_normal(prior: Distribution) -> Normal | None:
-    """The normal inside of `Independent`, or None for a prior that is not one.
-
-    A masked prior is flat where its mask is False, so it is not a normal.
-    """
+    """The normal inside of `Independent`; None for other priors, as a masked one, flat in part."""
     inner = unwrap(prior)
     return inner if isinstance(inner, Normal) else None
 

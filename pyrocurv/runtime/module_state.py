@@ -12,10 +12,7 @@ from pyrocurv.runtime.undo import complete
 
 
 def save_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Save the persistent buffers of the modules (batch-norm statistics); returns their restorer.
-
-    Non-persistent buffers are not part of a module's state.
-    """
+    """Save the persistent buffers of the modules (batch-norm statistics); return their restorer."""
     saved = [
         (buffer, buffer.clone())
         for module in modules for name, buffer in module._buffers.items()

@@ -19,15 +19,6 @@ class RandomStream:
 
     It is seeded from torch's global generator when it is made, so `torch.manual_seed` determines
     it, or with `seed`.
-
-    Example:
-        >>> import torch
-        >>> from pyrocurv.runtime.rng import RandomStream
-        >>> stream, state = RandomStream(seed=0), torch.get_rng_state()
-        >>> with stream(torch.device("cpu")):
-        ...     first = torch.rand(3)
-        >>> torch.equal(torch.get_rng_state(), state)
-        True
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -38,17 +29,16 @@ class RandomStream:
     def __call__(self, device: torch.device) -> Iterator[None]:
         """Draw from this stream inside; an exception leaves the stream where it was before."""
         # not torch.random.fork_rng: in torch 2.6 the state of MPS does not take a device
-        global_states = {generator: _get_state(generator) for generator in _generators(device)}
+        devices = {torch.device("cpu"), device}  # whose generators a computation may draw from
+        global_states = {one: _get_state(one) for one in devices}
         try:
-            for generator in global_states:
-                _set_state(generator, self._state(generator))
+            for one in devices:
+                _set_state(one, self._state(one))
             yield
-            self.states = {
-                generator.type: _get_state(generator) for generator in global_states
-            }
+            self.states = {one.type: _get_state(one) for one in devices}
         finally:
-            for generator, state in global_states.items():
-                _set_state(generator, state)
+            for one, state in global_states.items():
+                _set_state(one, state)
 
     def _state(self, device: torch.device) -> Tensor:
         if device.type in self.states:
@@ -74,12 +64,6 @@ def device_of(values: Iterable[Any]) -> torch.device:
     """The device of the first tensor among the values, the CPU if there is none."""
     tensors = (value for value in values if isinstance(value, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _generators(device: torch.device) -> list[torch.device]:
-    """The devices whose global generators a computation on `device` draws from."""
-    cpu = torch.device("cpu")
-    return [cpu] if device.type == "cpu" else [cpu, device]
 
 
 def _get_state(device: torch.device) -> Tensor:

@@ -11,21 +11,7 @@ from torch import Tensor
 
 
 class Undo:
-    """Restores all that was kept, bit for bit, if the body of the `with` statement raises.
-
-    Example:
-        >>> import torch
-        >>> from pyrocurv.runtime.undo import Undo
-        >>> weight = torch.zeros(2)
-        >>> try:
-        ...     with Undo() as undo:
-        ...         undo.keep_tensors([weight])
-        ...         _ = weight.add_(1)
-        ...         raise KeyboardInterrupt
-        ... except KeyboardInterrupt:
-        ...     print(weight)
-        tensor([0., 0.])
-    """
+    """Restores all that was kept, bit for bit, if the body of the `with` statement raises."""
 
     def __init__(self) -> None:
         self._restore: list[Callable[[], Any]] = []
@@ -36,11 +22,7 @@ class Undo:
     @torch.no_grad()
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None:
-            complete(self._restore_all)
-
-    def _restore_all(self) -> None:
-        for restore in reversed(self._restore):
-            restore()
+            complete(lambda: [restore() for restore in reversed(self._restore)])
 
     def keep(self, restore: Callable[[], Any]) -> None:
         """Have `restore`, an idempotent function, called if the body raises."""
@@ -54,7 +36,7 @@ class Undo:
     def keep_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Keep the values of tensors, which are changed in place."""
         values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self._restore.append(lambda: [tensor.copy_(value) for tensor, value in values])
+        self.keep(lambda: [tensor.copy_(value) for tensor, value in values])
 
     def keep_attributes(self, *objects: Any) -> None:
         """Keep the attributes of objects, also which items their dicts, lists and sets have."""
@@ -63,7 +45,7 @@ class Undo:
                 name: value.copy() if isinstance(value, (dict, list, set)) else value
                 for name, value in vars(owner).items()
             }
-            self._restore.append(partial(_assign, owner, values))
+            self.keep(partial(_assign, owner, values))
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep an optimizer's groups and state, but not its parameters."""
@@ -79,7 +61,7 @@ class Undo:
             optimizer.state.clear()
             optimizer.state.update(state)
 
-        self._restore.append(restore)
+        self.keep(restore)
 
 
 def complete(function: Callable[[], Any], attempts: int = 3) -> None:

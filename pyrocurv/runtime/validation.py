@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+# of allocators that raise a plain RuntimeError: torch's on the CPU, the drivers of accelerators
+MEMORY_MESSAGES = ("DefaultCPUAllocator", "out of memory")
+
 
 def is_integer(value: Any, minimum: int) -> bool:
     """Whether a value is an integer of at least `minimum`."""
@@ -19,27 +22,28 @@ def is_number(value: Any) -> bool:
 
 def check_integer(name: str, value: Any, minimum: int, *allowed: str | None) -> None:
     """Raise ValueError unless `value` is an integer of at least `minimum`, or one of `allowed`."""
-    if not (is_integer(value, minimum) or _is_among(value, allowed)):
-        raise ValueError(_message(name, value, f"an integer of at least {minimum}", allowed))
+    if not is_integer(value, minimum):
+        _check_allowed(name, value, f"an integer of at least {minimum}", allowed)
 
 
 def check_positive(name: str, value: Any, *allowed: str | None) -> None:
     """Raise ValueError unless `value` is a positive number, or one of `allowed`."""
-    if not (is_number(value) and value > 0 or _is_among(value, allowed)):
-        raise ValueError(_message(name, value, "a positive number", allowed))
+    if not (is_number(value) and value > 0):
+        _check_allowed(name, value, "a positive number", allowed)
 
 
-def _is_among(value: Any, allowed: tuple[str | None, ...]) -> bool:
-    return (value is None or isinstance(value, str)) and value in allowed
-
-
-def _message(name: str, value: Any, kind: str, allowed: tuple[str | None, ...]) -> str:
-    *first, last = [kind, *map(repr, allowed)]
-    options = f"{', '.join(first)} or {last}" if first else last
-    return f"{name}={value!r}: {options} is needed"
+def _check_allowed(name: str, value: Any, kind: str, allowed: tuple[str | None, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        *first, last = [kind, *map(repr, allowed)]
+        options = f"{', '.join(first)} or {last}" if first else last
+        raise ValueError(f"{name}={value!r}: {options} is needed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was exhausted, on any device; the CPU allocator raises a RuntimeError."""
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    """Whether an error says that the memory of a device or of the host is exhausted.
+
+    Falling back to a slower computation is no remedy then: it fails too, or takes far too long.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_MESSAGES)

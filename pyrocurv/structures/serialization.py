@@ -19,9 +19,15 @@ _names: dict[type, str] = {}
 
 
 def serializable(cls: type[T], name: str = "") -> type[T]:
-    """Class decorator that registers a frozen dataclass under `name`, its class name by default."""
-    _names[cls] = name or cls.__name__
-    _classes[_names[cls]] = cls
+    """Class decorator that registers a frozen dataclass under `name`, its class name by default.
+
+    Raises ValueError for a name that another class has; a class defined anew takes its place.
+    """
+    name = name or cls.__name__
+    known = _classes.get(name, cls)
+    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"states already have a {name}, {known}: give {cls} another name")
+    _names[cls], _classes[name] = name, cls
     return cls
 
 
@@ -31,6 +37,8 @@ def to_state(value: Any) -> Any:
         return [to_state(item) for item in value]
     if is_dataclass(value):
         content = {field.name: to_state(getattr(value, field.name)) for field in fields(value)}
+        if type(value) not in _names:
+            raise TypeError(f"{type(value).__name__} is not registered: decorate it, @serializable")
         return {"kind": _names[type(value)], **content}
     return value
 
@@ -49,7 +57,8 @@ def from_state(state: Any) -> Any:
     if cls is None or content.keys() != {field.name for field in fields(cls)}:
         raise ValueError(
             f"the state has a {state.get('kind')!r} with {', '.join(content)}, which this version "
-            "of pyrocurv does not have: was it saved by another one?"
+            "of pyrocurv does not have: was it saved by another version, or is it a class of your "
+            "own that is not imported?"
         )
     return cls(**content)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrocurv.curvature import KFAC, estimate
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # theirs
 LOSSES = {
     "categorical": nn.CrossEntropyLoss, "bernoulli": nn.BCEWithLogitsLoss, "normal": nn.MSELoss,
 }

@@ -356,8 +356,10 @@ def test_trace_elbo_agrees_with_the_fallback_in_it(structure: str) -> None:
     assert abs(theirs.mean() - ours.mean()) < 4 * error
 
 
-@store_or_local
-@each
+@pytest.mark.parametrize(("structure", "local"), [
+    ("diag", True), ("kfac", False), ("kfac", True), ("ekfac", False), ("block", True),
+    ("full", False),
+])
 def test_svi_trains_the_guide(structure: str, local: bool) -> None:
     with parameters(local):
         model, data = regressor(noise=None), regression_data()

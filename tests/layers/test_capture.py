@@ -78,7 +78,7 @@ def test_rows_and_gradients_of_a_convolution(settings: dict[str, object]) -> Non
     gradient, *expected = torch.autograd.grad(scalar, [call.edge, *weights.values()])
     found = torch.einsum("bso,bsi->oi", call.output_gradient_rows(gradient, 4), rows).flatten()
     for name, value in zip(weights, expected, strict=True):
-        torch.testing.assert_close(call.layer.unpack(found)[name], value)
+        torch.testing.assert_close(call.layer.views(found)[name], value)
 
 
 def test_only_the_first_examples_are_read() -> None:
@@ -130,14 +130,15 @@ def test_packing(shape: tuple[int, ...], bias: str | None) -> None:
     rows = torch.cat([value.reshape(4, -1) for value in values.values()], 1)
     assert torch.equal(packed, rows.flatten())
     for draws in (packed, packed.expand(2, 5, -1)):
-        again = layer.unpack(draws)
+        again = layer.views(draws)
         assert list(again) == list(values)
         assert all(torch.equal(again[n], v.expand_as(again[n])) for n, v in values.items())
 
 
 def test_unpacked_weights_are_contiguous() -> None:
     for layer in (Layer("w", "b", (4, 3)), Layer("w", "b", (4, 1, 3, 3)), Layer("w", None, (4, 3))):
-        assert all(v.is_contiguous() for v in layer.unpack(tensor(2, layer.size)).values())
+        block = Block((layer,), structure_spec.Block())
+        assert all(v.is_contiguous() for v in block.unpack(tensor(2, layer.size)).values())
 
 
 def test_positions_of_blocks_in_a_flat_vector() -> None:
@@ -417,7 +418,7 @@ def assert_gradient(call: OpCall, output: Tensor, weights: Weights) -> None:
         output.sin().sum(), [call.edge, *weights.values()], retain_graph=True
     )
     g, a = call.output_gradient_rows(gradient, call.batch_size), call.input_rows(call.batch_size)
-    found = call.layer.unpack((g.flatten(-3, -2).mT @ a.flatten(-3, -2)).flatten())
+    found = call.layer.views((g.flatten(-3, -2).mT @ a.flatten(-3, -2)).flatten())
     for name, value in zip(weights, expected, strict=True):
         torch.testing.assert_close(found[name], value)
 
@@ -484,7 +485,7 @@ def test_the_linear_maps_of_attention() -> None:
     edges = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, edges, strict=True):
         g, a = call.output_gradient_rows(edge, 5), call.input_rows(5)
-        found = call.layer.unpack(torch.einsum("bso,bsi->oi", g, a).flatten())
+        found = call.layer.views(torch.einsum("bso,bsi->oi", g, a).flatten())
         for name, value in found.items():
             (expected,) = torch.autograd.grad(total, named[name], retain_graph=True)
             torch.testing.assert_close(value, expected)

@@ -2,12 +2,14 @@
 
 import math
 import warnings
+from collections.abc import Collection
 from functools import cache
 
 import layer_cases
 import oracles
 import pytest
 import torch
+from designs import alternating, pairs
 from layer_cases import HALF, HIDDEN, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from oracles import assert_same
 from torch import Tensor, nn
@@ -24,7 +26,13 @@ BATCH = 3
 each_layer = pytest.mark.parametrize("name", LAYERED)
 each_net = pytest.mark.parametrize("name", {**LAYERED, **WOVEN})
 each_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
-each_curvature = pytest.mark.parametrize("curvature", ["ggn", "empirical"])
+CURVATURES = ["ggn", "empirical"]
+
+
+def cells(nets: Collection[str], start: int) -> pytest.MarkDecorator:
+    """Each net under both likelihoods and both curvatures; tests of both starts, in all cells."""
+    rows = pairs(nets, LIKELIHOODS, CURVATURES, start)
+    return pytest.mark.parametrize(("name", "likelihood", "curvature"), rows)
 
 
 @cache
@@ -78,25 +86,19 @@ def blocks_of(name: str, matrix: Tensor) -> Tensor:
 # --- exact ------------------------------------------------------------------------------------
 
 
-@each_net
-@each_likelihood
-@each_curvature
+@cells({**LAYERED, **WOVEN}, 0)
 def test_full(name: str, likelihood: str, curvature: str) -> None:
     actual = estimated(name, likelihood, curvature=curvature, structure="full")
     assert_same(actual, truth(name, likelihood, curvature))
 
 
-@each_net
-@each_likelihood
-@each_curvature
+@cells({**LAYERED, **WOVEN}, 1)
 def test_block(name: str, likelihood: str, curvature: str) -> None:
     actual = estimated(name, likelihood, curvature=curvature, structure="block")
     assert_same(actual, blocks_of(name, truth(name, likelihood, curvature)))
 
 
-@each_net
-@each_likelihood
-@each_curvature
+@cells({**LAYERED, **WOVEN}, 0)
 def test_diag(name: str, likelihood: str, curvature: str) -> None:
     actual = estimated(name, likelihood, curvature=curvature, structure="diag")
     assert_same(actual, torch.diag(truth(name, likelihood, curvature).diag()))
@@ -105,34 +107,29 @@ def test_diag(name: str, likelihood: str, curvature: str) -> None:
 # --- Kronecker --------------------------------------------------------------------------------
 
 
-@each_layer
-@each_likelihood
-@each_curvature
+@cells(LAYERED, 1)
 def test_kfac(name: str, likelihood: str, curvature: str) -> None:
     actual = estimated(name, likelihood, curvature=curvature, structure="kfac")
     assert_same(actual, oracles.kfac_dense(*case(name, likelihood), likelihood, curvature))
 
 
-@each_layer
-@each_likelihood
+@pytest.mark.parametrize(("name", "likelihood"), alternating(LAYERED, LIKELIHOODS))
 def test_reduce(name: str, likelihood: str) -> None:
     actual = estimated(name, likelihood, curvature="ggn", structure=KFAC(sharing="reduce"))
     args = *case(name, likelihood), likelihood
     assert_same(actual, oracles.kfac_dense(*args, sharing="reduce"))
 
 
-@each_layer
-@each_likelihood
-@each_curvature
+@cells(LAYERED, 0)
 def test_ekfac(name: str, likelihood: str, curvature: str) -> None:
     actual = estimated(name, likelihood, curvature=curvature, structure="ekfac")
     expected = oracles.ekfac_dense(*case(name, likelihood), likelihood, curvature)
     assert_same(actual, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERED if "norm" not in name])
-@each_curvature
-@pytest.mark.parametrize("num_blocks", [2, 3, (2, 1), (1, 2), 100])
+@pytest.mark.parametrize(("name", "num_blocks", "curvature"), pairs(
+    [name for name in LAYERED if "norm" not in name], [2, 3, (2, 1), (1, 2), 100], CURVATURES,
+))
 def test_factors_in_blocks(name: str, curvature: str, num_blocks) -> None:
     """A pair is (A, G); as many blocks as rows, or more, leave the diagonal."""
     actual = estimated(name, "normal", curvature=curvature, structure=KFAC(num_blocks=num_blocks))
@@ -155,9 +152,7 @@ def test_one_block_is_kfac_and_two_are_its_short_name(name: str) -> None:
     assert torch.equal(two, short)
 
 
-@pytest.mark.parametrize("name", [name for name in {**LAYERED, **WOVEN} if name not in OPAQUE])
-@each_likelihood
-@each_curvature
+@cells([*(name for name in WOVEN if name not in OPAQUE), "grouped", "layer-norm"], 0)
 def test_ekfac_is_no_farther_from_the_block_than_kfac(name, likelihood, curvature) -> None:
     true = blocks_of(name, truth(name, likelihood, curvature))
     kfac, ekfac = (
@@ -203,10 +198,11 @@ def test_a_density_of_all_examples_is_enough_by_rows() -> None:
         estimate(*case("lstm", "normal"), likelihood=together, **kwargs)
 
 
-@pytest.mark.parametrize("name", MISREAD)
-@pytest.mark.parametrize("batch", [3, 4], ids=["fewer", "as many"])
-@each_likelihood
-@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
+@pytest.mark.parametrize(("name", "curvature", "batch", "likelihood"), [
+    (name, curvature, 3 + (i + j) % 2, LIKELIHOODS[((i + 1) // 2 + j) % 2])
+    for i, name in enumerate(MISREAD)
+    for j, curvature in enumerate(["ggn", "empirical", "hessian"])
+])
 def test_a_layer_that_does_not_see_the_examples(name, batch, likelihood, curvature) -> None:
     """Its input has four rows (or one, or none), as many as there are examples or not."""
     args, kwargs = case(name, likelihood, batch), {"likelihood": likelihood, "curvature": curvature}
@@ -317,9 +313,9 @@ def test_a_tied_weight_has_the_product_nearest_to_the_sum_of_its_uses(likelihood
     assert_same(ours.dense(), embed.nearest_kronecker_sum(turned).dense())
 
 
-@each_net
-@each_likelihood
-@pytest.mark.parametrize("structure", ["full", "block", "diag", "kfac", "kfac-block", "ekfac"])
+@pytest.mark.parametrize(("name", "structure", "likelihood"), pairs(
+    {**LAYERED, **WOVEN}, ["full", "block", "diag", "kfac", "kfac-block", "ekfac"], LIKELIHOODS,
+))
 def test_fisher_is_the_empirical_one_of_its_own_targets(name, likelihood, structure) -> None:
     """Drawn from the likelihood with the same seed: exact in every cell, one sample for each."""
     net, x, _ = case(name, likelihood)
@@ -343,7 +339,7 @@ def test_fisher_averages_to_the_ggn(name: str, structure: str) -> None:
     kwargs = {"structure": structure}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kwargs["curvature"] = Curvature("fisher", num_samples=100)
+        kwargs["curvature"] = Curvature("fisher", num_samples=10)
         draws = torch.stack([estimated(name, "normal", **kwargs) for _ in range(30)])
     expected = estimated(name, "normal", curvature="ggn", structure=structure)
     if structure == "ekfac":  # each has a basis of its own: only the trace is unbiased
@@ -398,9 +394,9 @@ def test_a_scale_of_what_is_no_float(dtype: torch.dtype, structure: str) -> None
 
 # --- mixed precision --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", HALF)
-@pytest.mark.parametrize("curvature", ["ggn", "empirical", "hessian"])
-@pytest.mark.parametrize("structure", ["kfac", "ekfac", "block", "diag"])
+@pytest.mark.parametrize(("name", "structure", "curvature"), pairs(
+    HALF, ["kfac", "ekfac", "block", "diag"], ["ggn", "empirical", "hessian"],
+))
 def test_autocast(name: str, curvature: str, structure: str) -> None:
     """The rows come from bfloat16, of unit roundoff u = 2⁻⁸; the rest is in single precision.
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from pyrocurv.handlers.modules import modules
 from pyrocurv.handlers.replay import ReplayMessenger
 from pyrocurv.runtime.module_state import eval_mode, preserve_module_state
-from pyrocurv.runtime.out_of_memory import is_out_of_memory
 from pyrocurv.runtime.rng import RandomStream, device_of, isolated_rng
-from pyrocurv.runtime.validation import check_integer, check_positive
+from pyrocurv.runtime.validation import check_integer, check_positive, is_out_of_memory
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,7 @@
-"""The laws of every structure against its dense matrix; a new one adds a row to `MAKERS`."""
+"""The laws of every structure against its dense matrix.
+
+A new one adds a row to `MAKERS` and a case to `written_out`.
+"""
 
 import io
 from collections.abc import Callable
@@ -158,7 +161,7 @@ def written_out(structure: Structure) -> Tensor:
                 return matrix
             back = torch.cat(index).argsort()
             return matrix[back][:, back]
-    raise AssertionError(structure)
+    raise AssertionError(f"written_out has no case for {type(structure).__name__}")
 
 
 def projectors(basis: Tensor) -> list[Tensor]:
