@@ -56,17 +56,16 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
         import matplotlib.pyplot as plt
 
         ax = plt.subplots()[1]
-    filled = share > 0
-    left = torch.arange(bins)[filled] / bins
-    share_depth = -0.25 * share / share.max()
-    hatched = dict(color=(0.84, 0.15, 0.16, 0.25), edgecolor="tab:red", hatch="//")
-    for height, bottom, style in (
-        (accuracy, torch.zeros(bins), dict(color="tab:blue", edgecolor="white", label="accuracy")),
-        (gap, accuracy, dict(**hatched, label="gap to confidence")),
-        (share_depth, torch.zeros(bins), dict(color="0.7", label="share of examples")),
+    filled, zeros = share > 0, torch.zeros(bins)
+    left = (torch.arange(bins)[filled] / bins).tolist()
+    blue, gray = dict(color="tab:blue", edgecolor="white"), dict(color="0.7")
+    red = dict(color=(0.84, 0.15, 0.16, 0.25), edgecolor="tab:red", hatch="//")
+    for label, height, bottom, style in (
+        ("accuracy", accuracy, zeros, blue), ("gap to confidence", gap, accuracy, red),
+        ("share of examples", -0.25 * share / share.max(), zeros, gray),
     ):
-        height, bottom = height[filled], bottom[filled]
-        ax.bar(left.tolist(), height.tolist(), 1 / bins, bottom.tolist(), align="edge", **style)
+        heights, bottoms = height[filled].tolist(), bottom[filled].tolist()
+        ax.bar(left, heights, 1 / bins, bottoms, align="edge", label=label, **style)
     ax.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
     ax.axhline(0, color="0.3", linewidth=0.8)
     ax.set(xlim=(0, 1), ylim=(-0.28, 1), xlabel="confidence", ylabel="accuracy")
@@ -77,11 +76,8 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
 
 
 def uncertain_images(
-    images: Tensor,
-    probs: Tensor,
-    labels: Tensor | None = None,
-    figure: Figure | SubFigure | None = None,
-    n: int = 12,
+    images: Tensor, probs: Tensor, labels: Tensor | None = None,
+    figure: Figure | SubFigure | None = None, n: int = 12,
 ) -> list[Axes]:
     """Show the images with the highest predictive entropy, the most uncertain first.
 
@@ -121,8 +117,10 @@ def uncertain_images(
     rows = -(-len(order) // columns)
     all_axes = []
     for position, i in enumerate(order, start=1):
+        low, high = pictures[i].min(), pictures[i].max()
+        picture = (pictures[i] - low) / (high - low).clamp(min=1e-12)  # in [0, 1]; constant: 0
         ax = figure.add_subplot(rows, columns, position)
-        ax.imshow(_unit_range(pictures[i]).numpy(), cmap="gray_r", vmin=0, vmax=1)
+        ax.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1)
         probability, predicted = (float(v) for v in probs[i].max(-1))
         caption = f"{predicted:.0f} ({probability:.0%})".replace("%", " %")
         if labels is not None and int(labels[i]) != int(predicted):
@@ -170,9 +168,3 @@ def _check_images(images: Tensor, probs: Tensor) -> Tensor:
             "[N, H, W], [N, 1, H, W] or [N, 3, H, W] is needed"
         )
     return pictures.permute(0, 2, 3, 1)
-
-
-def _unit_range(picture: Tensor) -> Tensor:
-    """Shift and scale to [0, 1]; a constant picture becomes 0."""
-    low, high = picture.min(), picture.max()
-    return (picture - low) / (high - low).clamp(min=1e-12)

@@ -33,10 +33,7 @@ def unwrap_model(model: Any) -> tuple[Any, bool]:
 
 def modules(model: Any) -> list[nn.Module]:
     """The modules of a model, also of one inside of `poutine` handlers, each once."""
-    module, _ = unwrap_model(model)
-    if isinstance(module, nn.Module):
-        return list(module.modules())
-    return list(dict.fromkeys(named_modules(model).values()))
+    return list(dict.fromkeys(module for root in _roots(model) for module in root.modules()))
 
 
 def named_modules(model: Any) -> dict[str, nn.Module]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import ancestors
 from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.rng import device_of, isolated_rng
@@ -66,13 +66,14 @@ def trace_prototype(
     _check_latents(latents)
     refused = {name: why for name, site in latents.items() if (why := _refusal(site))}
     values = {name: site["value"] for name, site in latents.items() if name not in refused}
-    layers, missed = _layers(model, values, args, kwargs)
-    unsupported = {n: why for n, why in {**missed, **refused}.items() if is_real(latents[n])}
+    found = _trace_layers(model, values, args, kwargs)
+    reasons = {**found.unsupported, **refused}
+    unsupported = {name: why for name, why in reasons.items() if is_real(latents[name])}
     untraced = [
         Layer(name, None, tuple(latents[name]["value"].shape), "untraced")
         for name in unsupported if name not in refused and is_single_event(latents[name])
     ]
-    return Prototype(trace, latents, [*layers, *untraced], unsupported)
+    return Prototype(trace, latents, [*found.layers, *untraced], unsupported)
 
 
 def _trace(
@@ -119,12 +120,12 @@ def _refusal(site: TraceSite) -> str:
 # ---- layers -------------------------------------------------------------------------------------
 
 
-def _layers(
+def _trace_layers(
     model: Callable[..., Any], values: Mapping[str, Tensor], args: Any, kwargs: Any
-) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of the weights at these values, and {name: reason} of weights without a layer."""
+) -> Trace:
+    """The layers of the weights at these values."""
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-    capture, replay = Capture(dict(weights)), ReplayMessenger(weights, partial=True)
+    capture, replay = Capture(weights), ReplayMessenger(weights, partial=True)
     with (
         torch.enable_grad(), isolated_rng(device_of(values.values())),
         preserve_module_state(modules(model)),
@@ -144,23 +145,12 @@ def _layers(
             is_coupled = trace.has_batch_coupling or not densities
             density = None if is_coupled else torch.stack(densities).sum(0)  # [B]
             total = torch.stack([log_prob.sum() for _, log_prob in terms]).sum()
-            with _explain_checkpoints():
+            try:
                 trace = mark_wrong_batch_axis(trace.mark_untracked(total), count, density)
-            _refuse_checkpoints(total, weights.keys() - trace.tracked_names)
-    return [*trace.layers], {**trace.unsupported}
-
-
-@contextmanager
-def _explain_checkpoints() -> Iterator[None]:
-    """Explain the error of a backward pass in which a checkpoint recomputes other weights."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise ValueError(CHECKPOINT) from error
-
-
-def _refuse_checkpoints(total: Tensor, untracked: Collection[str]) -> None:
-    """Raise ValueError where weights in no tracked op may be in a reentrant checkpoint."""
-    names = (node.name() for node in ancestors(total)) if untracked else ()
-    if any(name.startswith("CheckpointFunction") for name in names):
-        raise ValueError(f"{', '.join(sorted(untracked))}: {CHECKPOINT}")
+            except CheckpointError as error:  # of a backward pass that recomputes other weights
+                raise ValueError(CHECKPOINT) from error
+            untracked = weights.keys() - trace.tracked_names  # maybe in a reentrant checkpoint
+            names = (node.name() for node in ancestors(total)) if untracked else ()
+            if any(name.startswith("CheckpointFunction") for name in names):
+                raise ValueError(f"{', '.join(sorted(untracked))}: {CHECKPOINT}")
+    return trace

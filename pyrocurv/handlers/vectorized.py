@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,12 @@ from pyrocurv.runtime.validation import is_out_of_memory
 
 Program = Callable[..., Any]
 Values = Mapping[str, Tensor]
+Run = Callable[[Values], "RunResults"]  # one run at values {site: [*shape]}; no axis of runs
 
 # bytes of the largest tensor in a chunk; for larger tensors malloc returns each page to the system
 MAX_TENSOR_BYTES = 16 << 20
 MIN_CHUNK = 4  # runs in a chunk, below which vmap gains nothing over a loop
-RETURN = "_RETURN"  # the site name of the program's return value
+RETURN = "_RETURN"  # the site name of the program's return value, in the values if it is a tensor
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,7 @@ class SiteShape:
 
 @dataclass(frozen=True, eq=False)
 class RunResults:
-    """Results of n runs: values {site: [n, *shape]} of the wanted sites, and shapes of all sites.
-
-    The return value of the program is the site "_RETURN"; it is in `values` if it is a tensor.
-    """
+    """Results of n runs: values {site: [n, *shape]} of wanted sites, and shapes of all sites."""
 
     values: dict[str, Tensor]
     sites: dict[str, SiteShape]
@@ -55,11 +53,13 @@ class RunResults:
 
 def concatenate(results: Sequence[RunResults]) -> RunResults:
     """The results of several batches of runs as those of one."""
+    return results[0] if len(results) == 1 else _combine(results, torch.cat)
+
+
+def _combine(results: Sequence[RunResults], join: Callable[[list[Tensor]], Tensor]) -> RunResults:
     first = results[0]
-    if len(results) == 1:
-        return first
-    values = {name: torch.cat([result.values[name] for result in results]) for name in first.values}
-    return RunResults(values, first.sites, first.max_plate_nesting)
+    values = {name: join([result.values[name] for result in results]) for name in first.values}
+    return replace(first, values=values)
 
 
 @dataclass(eq=False)
@@ -78,19 +78,21 @@ class VectorizedRunner:
         is_wanted: Callable[[str], bool] = lambda name: True,
     ) -> RunResults:
         """n runs of program(*args, **kwargs) at values {site: [n, *shape]}."""
-        call = _Call(program, args, kwargs, is_wanted)
+        def run(values: Values) -> RunResults:
+            return _RunMessenger(values, is_wanted)(program, args, kwargs)
+
         signature = call_signature(program, args, kwargs)
         if signature not in self.chunks:
             with isolated_rng(device_of((*values.values(), *args))):
-                self.chunks[signature] = call.chunk_size(values)
+                self.chunks[signature] = _chunk_size(run, values)
         chunk = self.chunks[signature]
         if chunk > 1:
             try:
-                return call.vectorized(values, n, chunk)
+                return _vectorized(run, values, n, chunk)
             except Exception as error:  # vmap cannot run it at these values
                 if is_out_of_memory(error):
                     raise
-        return call.looped(values, n)
+        return _looped(run, values, n)
 
 
 def call_signature(program: Program, args: Any, kwargs: Any) -> Any:
@@ -104,57 +106,43 @@ def call_signature(program: Program, args: Any, kwargs: Any) -> Any:
     return getattr(program, "training", None), kinds, str(spec)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A program with its arguments, and the sites whose values are wanted."""
+def _looped(run: Run, values: Values, n: int) -> RunResults:
+    """n runs, one after the other."""
+    unbound = {name: value.unbind() for name, value in values.items()}
+    results = [run({name: each[i] for name, each in unbound.items()}) for i in range(n)]
+    return _combine(results, torch.stack)
 
-    program: Program
-    args: Any
-    kwargs: Any
-    is_wanted: Callable[[str], bool]
 
-    def once(self, values: Values) -> RunResults:
-        """One run at values {site: [*shape]}; here alone the results have no axis of runs."""
-        return _RunMessenger(values, self.is_wanted)(self.program, self.args, self.kwargs)
+def _vectorized(run: Run, values: Values, n: int, chunk_size: int) -> RunResults:
+    """n runs under vmap, `chunk_size` at once."""
+    results: list[RunResults] = []
 
-    def looped(self, values: Values, n: int) -> RunResults:
-        """n runs, one after the other."""
-        unbound = {name: value.unbind() for name, value in values.items()}
-        runs = [self.once({name: each[i] for name, each in unbound.items()}) for i in range(n)]
-        first = runs[0]
-        stacked = {name: torch.stack([run.values[name] for run in runs]) for name in first.values}
-        return RunResults(stacked, first.sites, first.max_plate_nesting)
+    def one(values: dict[str, Tensor], number: Tensor) -> dict[str, Tensor]:
+        with _BatchedFactories():
+            results.append(run(values))
+        return results[-1].values
 
-    def vectorized(self, values: Values, n: int, chunk_size: int) -> RunResults:
-        """n runs under vmap, `chunk_size` at once."""
-        runs: list[RunResults] = []
+    chunks = chunk_size if chunk_size < n else None  # a single chunk would be copied
+    vmapped = torch.func.vmap(one, randomness="different", chunk_size=chunks)
+    with _no_vmap_fallback():
+        stacked = vmapped(dict(values), torch.arange(n))  # the numbers give vmap its size
+    return replace(results[0], values=stacked)
 
-        def run(values: dict[str, Tensor], number: Tensor) -> dict[str, Tensor]:
-            with _BatchedFactories():
-                runs.append(self.once(values))
-            return runs[-1].values
 
-        chunks = chunk_size if chunk_size < n else None  # a single chunk would be copied
-        vmapped = torch.func.vmap(run, randomness="different", chunk_size=chunks)
-        with _no_vmap_fallback():
-            results = vmapped(dict(values), torch.arange(n))  # the numbers give vmap its size
-        return RunResults(results, runs[0].sites, runs[0].max_plate_nesting)
-
-    def chunk_size(self, values: Values) -> int:
-        """The number of runs that fit into a chunk, 1 where a loop is needed or is no slower."""
-        first = {name: value[0] for name, value in values.items()}
-        with _LargestTensor() as largest:
-            self.once(first)  # raises the program's own errors
-        size = MAX_TENSOR_BYTES // largest.num_bytes
-        if size < MIN_CHUNK:
-            return 1
-        try:
-            self.vectorized({name: value[:1] for name, value in values.items()}, 1, size)
-        except Exception as error:  # vmap has many ways to refuse a program
-            if is_out_of_memory(error):
-                raise
-            return 1
-        return size
+def _chunk_size(run: Run, values: Values) -> int:
+    """The number of runs that fit into a chunk, 1 where a loop is needed or is no slower."""
+    with _LargestTensor() as largest:
+        run({name: value[0] for name, value in values.items()})  # raises the program's own errors
+    size = MAX_TENSOR_BYTES // largest.num_bytes
+    if size < MIN_CHUNK:
+        return 1
+    try:
+        _vectorized(run, {name: value[:1] for name, value in values.items()}, 1, size)
+    except Exception as error:  # vmap has many ways to refuse a program
+        if is_out_of_memory(error):
+            raise
+        return 1
+    return size
 
 
 class _RunMessenger(Messenger):

@@ -31,24 +31,21 @@ class Block:
 
     @property
     def kind(self) -> str:
-        """ "full", "block", "diag", "kfac" or "ekfac": the structure without its options."""
         return self.structure.kind
 
     @property
     def kronecker(self) -> KroneckerSpec:
-        """The structure of a block with Kronecker factors; TypeError for the others."""
+        """The structure, for a block with Kronecker factors."""
         if not isinstance(self.structure, KroneckerSpec):
             raise TypeError(f"{self.name} has no Kronecker factors, its structure is {self.label}")
         return self.structure
 
     @property
     def label(self) -> str:
-        """The name of the structure that `summary` prints."""
         return self.structure.label
 
     @property
     def is_untraced(self) -> bool:
-        """Whether no supported op consumes the weights."""
         return self.layers[0].is_untraced
 
     @property

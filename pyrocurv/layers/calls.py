@@ -93,12 +93,10 @@ class OpCall:
 
     @property
     def edge(self) -> GradientEdge:
-        """The gradient edge of the output."""
         return self.record.edge
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.record.batch_size
 
     @property
@@ -156,18 +154,15 @@ class UntracedWeight:
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """The tensor, by name."""
         return {self.layer.weight: self.tensor}
 
     def input_rows(self, count: int) -> Tensor:
-        """Ones [count, 1, 1]."""
         return self.tensor.new_ones(count, 1, 1)
 
     def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
-        """The gradients of `count` examples [count, P] as [count, 1, P]; None is zero."""
         if gradient is None:
             gradient = self.tensor.new_zeros(count, self.tensor.numel())
-        return gradient.reshape(count, 1, -1)
+        return gradient.reshape(count, 1, -1)  # [count, 1, P]
 
 
 LayerCall = OpCall | UntracedWeight

@@ -45,7 +45,7 @@ class Capture(TorchFunctionMode):
 
     def __init__(self, tracked: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._bases = dict(tracked)
+        self._bases = {**tracked}
         self._tracked: dict[int, TrackedTensor] = {}  # by the id of the tensor
         self._refused: dict[str, str] = {}
         self._records: list[OpRecord] = []

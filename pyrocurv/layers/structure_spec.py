@@ -1,14 +1,12 @@
 """The structures of a curvature matrix, each with its options.
 
-A spec determines which layers share a block. The modules that compute the matrix of a block
-dispatch on the type of its spec.
+A spec determines which layers share a block; its type, how the matrix of a block is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 from pyrocurv.layers.layer import Layer
@@ -25,6 +23,9 @@ class StructureSpec:
     is_kronecker: ClassVar[bool] = False
     corrects_eigenvalues: ClassVar[bool] = False  # in the eigenbasis of the Kronecker factors
 
+    def __init_subclass__(cls) -> None:
+        serializable(cls, f"{cls.__name__}Spec")  # since structures have the same names
+
     @property
     def label(self) -> str:
         """The name that `summary` prints."""
@@ -35,7 +36,6 @@ class StructureSpec:
         return layer
 
 
-@partial(serializable, name="FullSpec")
 @dataclass(frozen=True)
 class Full(StructureSpec):
     """One dense matrix [P, P] over all layers that have this structure."""
@@ -46,7 +46,6 @@ class Full(StructureSpec):
         return None
 
 
-@partial(serializable, name="BlockSpec")
 @dataclass(frozen=True)
 class Block(StructureSpec):
     """One dense matrix [P, P] for each layer."""
@@ -54,7 +53,6 @@ class Block(StructureSpec):
     kind = "block"
 
 
-@partial(serializable, name="DiagonalSpec")
 @dataclass(frozen=True)
 class Diagonal(StructureSpec):
     """The diagonal alone."""
@@ -84,7 +82,6 @@ class KroneckerSpec(StructureSpec):
             raise ValueError(f"sharing={self.sharing!r}: choose one of {', '.join(SHARING)}")
 
 
-@serializable
 @dataclass(frozen=True)
 class KFAC(KroneckerSpec):
     """G [O, O] ⊗ A [I, I] for each layer, O outputs and I inputs with the bias.
@@ -145,7 +142,6 @@ class KFAC(KroneckerSpec):
         return self._pair[1], self._pair[0]
 
 
-@serializable
 @dataclass(frozen=True)
 class EKFAC(KroneckerSpec):
     """The eigenbasis of `KFAC` with the optimal eigenvalues; `rank` and `sharing` as there.

@@ -23,11 +23,7 @@ LAYERS: tuple[type[nn.Module], ...] = (
 Layers = Iterable[type[nn.Module] | str] | type[nn.Module] | str | None
 
 
-def bayesianize(
-    net: nn.Module,
-    prior: PriorSpec = "fan_in",
-    layers: Layers = None,
-) -> nn.Module:
+def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = None) -> nn.Module:
     """Turn the weights of a network into latents of a Pyro model, in place.
 
     Args:
@@ -85,14 +81,11 @@ def bayesianize(
 
 def _check_prior(name: str, fn: object, parameter: Tensor) -> None:
     if not isinstance(fn, Distribution):
-        raise TypeError(
-            f"the prior of {name} is not a Distribution, but of type {type(fn).__name__}"
-        )
-    shape = fn.batch_shape + fn.event_shape
-    if shape != parameter.shape:
-        raise ValueError(
-            f"the prior of {name} has shape {tuple(shape)}, the parameter {tuple(parameter.shape)}"
-        )
+        kind = type(fn).__name__
+        raise TypeError(f"the prior of {name} is not a Distribution, but of type {kind}")
+    shape, expected = tuple(fn.batch_shape + fn.event_shape), tuple(parameter.shape)
+    if shape != expected:
+        raise ValueError(f"the prior of {name} has shape {shape}, the parameter {expected}")
 
 
 def _choose(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
@@ -109,42 +102,34 @@ def _choose(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
         if name not in modules:
             exist = ", ".join(filter(None, modules))
             raise ValueError(f"layers: no module {name!r}; {exist} exist")
-    by_name = {
-        name for name in modules if any(f"{name}.".startswith(f"{start}.") for start in prefixes)
-    }
-    matches = {  # and whether frozen parameters are chosen too
-        module: name in by_name for name, module in modules.items()
-        if isinstance(module, types) or name in by_name
-    }
-    parameters = {
-        module: [
-            name for name, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad or is_by_name
-        ]
-        for module, is_by_name in matches.items()
-    }
-    chosen = {module: names for module, names in parameters.items() if names}
-    _warn_of_parametrizations(modules, matches, chosen)
+    matches, chosen = {}, {}
+    for path, module in modules.items():
+        is_named = any(f"{path}.".startswith(f"{prefix}.") for prefix in prefixes)
+        if isinstance(module, types) or is_named:
+            matches[path] = module
+            parameters = module.named_parameters(recurse=False)
+            if names := [name for name, p in parameters if p.requires_grad or is_named]:
+                chosen[module] = names
+    _warn_of_parametrizations(matches, chosen)
     if not chosen:
         described = ", ".join(c if isinstance(c, str) else c.__name__ for c in choices)
-        if any(getattr(module, "_pyro_samples", None) for module in matches):
+        if any(getattr(module, "_pyro_samples", None) for module in matches.values()):
             raise ValueError(
                 f"layers: all modules that match {described} have been bayesianized already"
             )
+        kind = type(net).__name__
         raise ValueError(
-            f"layers: no module in {type(net).__name__} with a trainable parameter matches "
-            f"{described}"
+            f"layers: no module in {kind} with a trainable parameter matches {described}"
         )
     return chosen
 
 
 def _warn_of_parametrizations(
-    modules: Mapping[str, nn.Module], matches: Container[nn.Module], chosen: Container[nn.Module]
+    matches: Mapping[str, nn.Module], chosen: Container[nn.Module]
 ) -> None:
     """Warn of weights that are computed by a parametrization whose parameters are not chosen."""
     computed = [
-        f"{name}.{weight}" for name, module in modules.items()
-        if module in matches and is_parametrized(module)
+        f"{name}.{weight}" for name, module in matches.items() if is_parametrized(module)
         for weight, parametrization in cast(nn.ModuleDict, module.parametrizations).items()
         if parametrization not in chosen
         and any(parameter.requires_grad for parameter in parametrization.parameters())

@@ -21,23 +21,19 @@ def find_tied(
     Only parameters in `chosen` {module: names} are considered. Raises ValueError where `chosen` has
     only one of two modules that share a parameter.
     """
-    owners: dict[int, tuple[nn.Module, str, str]] = {}
+    owners: dict[int, tuple[str, nn.Module, str]] = {}
     tied = {}
     for path, module in net.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{path}.{name}".lstrip(".")
-            owner, owner_name, owner_full_name = owners.setdefault(
-                id(parameter), (module, name, full_name)
-            )
+            first, owner, owner_name = owners.setdefault(id(parameter), (path, module, name))
             if owner is module and owner_name == name:
                 continue
             is_chosen = name in chosen.get(module, ())
             if is_chosen != (owner_name in chosen.get(owner, ())):
-                first, second = (n.rpartition(".")[0] for n in (owner_full_name, full_name))
+                names = (f"{first}.{owner_name}".lstrip("."), f"{path}.{name}".lstrip("."))
                 raise ValueError(
-                    f"{owner_full_name} and {full_name} are one tensor, a tied weight: choose both "
-                    f"layers or neither; layers=[*pyrocurv.nn.LAYERS, {first!r}, {second!r}] has "
-                    "both"
+                    f"{' and '.join(names)} are one tensor, a tied weight: choose both layers or "
+                    f"neither; layers=[*pyrocurv.nn.LAYERS, {first!r}, {path!r}] has both"
                 )
             if is_chosen:
                 tied[module, name] = owner, owner_name

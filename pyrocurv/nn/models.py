@@ -39,14 +39,11 @@ class Classifier(PyroModule):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         logits = self.net(x)
-        if logits.dim() != 2:
-            raise ValueError(
-                f"logits [B, C] are needed, the network returned {tuple(logits.shape)}"
-            )
-        if y is not None and y.shape != logits.shape[:1]:
-            raise ValueError(
-                f"classes {tuple(y.shape)} do not fit logits {tuple(logits.shape)}: [B] is needed"
-            )
+        shape = tuple(logits.shape)
+        if len(shape) != 2:
+            raise ValueError(f"logits [B, C] are needed, the network returned {shape}")
+        if y is not None and tuple(y.shape) != shape[:1]:
+            raise ValueError(f"classes {tuple(y.shape)} do not fit logits {shape}: [B] is needed")
         with _data_plate(self, logits, y):
             pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
         return logits
@@ -103,10 +100,8 @@ class Regressor(PyroModule):
 
 def _check_num_data(num_data: int) -> int:
     if not is_integer(num_data, 1):
-        raise ValueError(
-            f"num_data={num_data!r}: the number of training examples is needed, an integer of at "
-            "least 1"
-        )
+        needed = "the number of training examples is needed, an integer of at least 1"
+        raise ValueError(f"num_data={num_data!r}: {needed}")
     return num_data
 
 

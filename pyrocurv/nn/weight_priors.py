@@ -20,12 +20,7 @@ PriorSpec = float | str | Callable[[nn.Module, str], Distribution]
 
 
 def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
-    """The function (module, parameter name) -> prior for a name, a number or that function.
-
-    Raises:
-        ValueError: an unknown name, or a standard deviation that is not positive.
-        TypeError: a distribution, whose shape could not fit all parameters.
-    """
+    """The function (module, parameter name) -> prior for a name, a number or that function."""
     if isinstance(prior, Distribution):
         raise TypeError(
             f"prior={prior!r}: a standard deviation is needed, or a callable (module, name) -> "
@@ -74,8 +69,8 @@ def _buffer_names(name: str) -> tuple[str, str, str]:
 class _NormalPrior:
     """A normal prior whose parameters are buffers of the module, so that they move with `.to`.
 
-    The distribution is built again only after the buffers were replaced. Its attribute `initial` is
-    the value of the parameter that became a latent, where guides start.
+    The distribution is built again only after the buffers were replaced. Guides start at its
+    attribute `initial`.
     """
 
     def __init__(self, name: str) -> None:

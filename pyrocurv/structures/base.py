@@ -4,8 +4,6 @@ Every structure stands for a symmetric matrix M [P, P] and acts on the last axis
 
     M @ x, solve(x) = M⁻¹x, rsqrt(z) (covariance M⁻¹ when z ~ N(0, I)), logdet, trace, diag,
     inverse_diag, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp, psd, map
-
-The operations are exact; a docstring says so where a result is an approximation.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ class _SpectralParts:
 class KroneckerEigen(Structure):
     """A matrix given by its joint eigenvectors u_i v_jᵀ and its eigenvalues.
 
-    Both bases may be truncated. With square bases the matrix is (U ⊗ V) diag(spectrum) (U ⊗ V)ᵀ.
     A `shift` by a scalar keeps the bases, so a prior or a damping is exact (no π-damping). With two
     truncated sides a product costs two thin products and an addition, instead of four rotations.
 
@@ -124,7 +123,7 @@ class KroneckerEigen(Structure):
         return left, torch.cat([inner, v.mT.expand(*batch, *v.mT.shape[-2:])], -2)
 
     def _product(self, x: Tensor, parts: _SpectralParts) -> Tensor:
-        """The matrix with the same eigenvectors, the eigenvalues of `parts`, times x [..., P]."""
+        """The matrix with the eigenvalues of `parts`, times x [..., P]."""
         matrix = x.unflatten(-1, self.shape)
         left, right = self._factors(parts, *self._project(matrix))
         product = left @ right

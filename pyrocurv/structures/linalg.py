@@ -15,9 +15,8 @@ MAX_SINGLE_THREAD = 1000  # rows of a matrix whose eigendecomposition is fastest
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., n], ascending, and eigenvectors [..., n, n] of symmetric matrices.
 
-    After a failure in the matrix's own precision, or on a device without the kernel, it is computed
-    in float64 on the CPU. Raises `torch.linalg.LinAlgError` when that fails too, as it does for
-    entries that are not finite.
+    After a failure, or on a device without the kernel, they are computed in float64 on the CPU.
+    Raises `torch.linalg.LinAlgError` when that fails too, as for entries that are not finite.
     """
     try:
         with _single_thread() if matrix.shape[-1] <= MAX_SINGLE_THREAD else nullcontext():
@@ -109,9 +108,8 @@ def _blocks(matrix: Tensor, num_blocks: int) -> Iterator[Tensor]:
 def cholesky(matrix: Tensor) -> Tensor:
     """The lower Cholesky factor of a positive definite matrix [n, n].
 
-    For a matrix that is indefinite by rounding, the rounding error is added to its diagonal and the
-    factor is computed in float64 on the CPU, with a warning. Raises `torch.linalg.LinAlgError` when
-    that fails too.
+    If it is indefinite by rounding, the rounding error is added to its diagonal, with a warning.
+    Raises `torch.linalg.LinAlgError` when that fails too, in float64 on the CPU.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not bool(failed.any()):

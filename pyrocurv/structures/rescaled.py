@@ -14,17 +14,10 @@ from pyrocurv.structures.serialization import serializable
 @serializable
 @dataclass(frozen=True, eq=False)
 class KroneckerScaling:
-    """A prior precision of the form delta · p_i · r_j over the weights W_ij of a layer.
-
-    For the rescaled weights sqrt(p_i r_j) W_ij the prior precision is the same for all, `delta`.
-
-    Args:
-        delta: the common factor, a scalar.
-        roots: sqrt(p) [O] and sqrt(r) [I], or [Γ, O] and [Γ, I]; None where p = r = 1.
-    """
+    """A prior precision delta · p_i · r_j of weights W_ij: delta for all sqrt(p_i r_j) W_ij."""
 
     delta: Tensor
-    roots: tuple[Tensor, Tensor] | None = None
+    roots: tuple[Tensor, Tensor] | None = None  # sqrt(p) [*Γ, O], sqrt(r) [*Γ, I]; None: p = r = 1
 
     @property
     def root(self) -> Tensor | None:
@@ -37,8 +30,7 @@ class Rescaled(Structure):
     """diag(root) · inner · diag(root), with root [P] positive.
 
     It keeps a prior exact whose precision root² differs between the weights w of a Kronecker block:
-    for the rescaled weights root · w the precision is the same for all. `shift` adds to the
-    diagonal of the whole matrix, so it shifts `inner` by the vector delta / root².
+    that of the rescaled weights root · w is the same for all.
 
     Example:
         >>> import torch

@@ -44,10 +44,7 @@ def to_state(value: Any) -> Any:
 
 
 def from_state(state: Any) -> Any:
-    """The value that `state` describes, with tuples in place of lists.
-
-    Raises ValueError for a class that does not exist here, or has other fields.
-    """
+    """The value that `state` describes, with tuples in place of lists; ValueError if unknown."""
     if isinstance(state, (list, tuple)):
         return tuple(from_state(item) for item in state)
     if not isinstance(state, Mapping):
