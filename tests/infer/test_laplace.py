@@ -569,7 +569,7 @@ def test_sampling_warns_once() -> None:
         laplace.fit([(x, y)])
         laplace.predict(x), laplace.tune_prior(), laplace.log_marginal_likelihood()
         guide.median(), guide.quantiles([0.5]), guide.kl(), guide.summary()
-    with pytest.warns(UserWarning, match="linearised"):
+    with pytest.warns(UserWarning, match="linearized"):
         Predictive(model, guide=guide, num_samples=3)(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -587,7 +587,7 @@ def test_a_loaded_guide_predicts_and_warns() -> None:
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     found = Laplace(model, fresh).predict(x)
     torch.testing.assert_close(found.probs, laplace.predict(x).probs)
-    with pytest.warns(UserWarning, match="linearised"):
+    with pytest.warns(UserWarning, match="linearized"):
         fresh.sample_posterior(1)
 
 
