@@ -201,14 +201,13 @@ class RecordedPass:
 
 
 def num_examples(passes: Iterable[RecordedPass]) -> int:
-    """Examples of all."""
-    return sum(one.batch for one in passes)
+    """The number of examples of all passes."""
+    return sum(recorded.batch for recorded in passes)
 
 
 def merge_compatible(passes: Sequence[RecordedPass]) -> tuple[ForwardInputs, list[Tensor]]:
-    """The inputs of the passes that go with the first one's, joined, and the gradients of these."""
-    first = passes[0].inputs
-    assert first is not None
-    found = [one for one in passes if one.inputs and first.fits(one.inputs)]
-    inputs = ForwardInputs.joined([one.inputs for one in found if one.inputs])
-    return inputs, [one.gradient for one in found if one.gradient is not None]
+    """The joined inputs of all passes that fit the first one with inputs, and their gradients."""
+    kept = [(recorded.inputs, recorded.gradient) for recorded in passes if recorded.inputs]
+    compatible = [(inputs, gradient) for inputs, gradient in kept if kept[0][0].fits(inputs)]
+    gradients = [gradient for _, gradient in compatible if gradient is not None]
+    return ForwardInputs.joined([inputs for inputs, _ in compatible]), gradients

@@ -14,6 +14,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from toys import (
+    EXACT,
     NUM_DATA,
     norm_net,
     regression_data,
@@ -48,6 +49,21 @@ def test_a_schedule_turns_the_learning_rates() -> None:
     before = ngvi.guide.posterior.loc.clone()
     ngvi.step(*data)  # at a rate of 0
     torch.testing.assert_close(ngvi.guide.posterior.loc, before, rtol=0, atol=1e-12)
+
+
+def test_the_trust_region_is_that_of_the_base_learning_rate() -> None:
+    """A schedule shortens steps that the trust region bounds as much as others."""
+    data, model = regression_data(), regressor()
+    start = KFACGuide(model)
+    start(*data)
+    changes = []
+    for factor in (1.0, 0.25):
+        ngvi = NGVI(model, KFACGuide(model), lr=0.5, curvature=EXACT, kl_clip=1e-4, momentum=0.0)
+        torch.optim.lr_scheduler.LambdaLR(ngvi.optimizer, lambda _, factor=factor: factor)
+        ngvi.step(*data)
+        changes.append(ngvi.guide.posterior.loc - start.posterior.loc)
+    assert changes[0].any()
+    torch.testing.assert_close(changes[1], changes[0] / 4)
 
 
 @pytest.mark.parametrize("schedule", [

@@ -94,6 +94,25 @@ def test_only_the_first_examples_are_read() -> None:
     assert torch.equal(call.output_gradient_rows(None, 2), zeros)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: nn.LayerNorm(4, eps=0.5), lambda: nn.GroupNorm(2, 4, eps=0.5),
+    lambda: nn.RMSNorm(4, eps=0.5), lambda: nn.BatchNorm1d(4, eps=0.5),
+    lambda: nn.BatchNorm1d(4, eps=0.5).eval(),
+], ids=["layer norm", "group norm", "rms norm", "batch norm", "batch norm, eval"])
+def test_rows_of_a_norm_layer(make: Callable[[], nn.Module]) -> None:
+    """The outputs of the first examples; in batch norm their statistics are those of all."""
+    norm, x = make().double(), tensor(6, 4)
+    weights = dict(norm.named_parameters())
+    for value in weights.values():
+        nn.init.uniform_(value, 0.5, 1.5)
+    with Capture(weights) as capture:
+        output = norm(x)
+    (call,) = capture.trace().calls
+    matrix = call.layer.pack(weights).reshape(4, 1, 1, -1)
+    found = (call.input_rows(3) * matrix).sum(-1, keepdim=True)
+    torch.testing.assert_close(found, call.output_gradient_rows(output, 3))
+
+
 def test_uses_under_no_grad_do_not_count() -> None:
     weights = linear_weights()
     with torch.no_grad(), Capture(dict(weights)) as capture:
@@ -459,6 +478,30 @@ def test_a_product_with_another_use_is_separated_from_its_bias(other) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_bias_on_another_axis_than_the_outputs_is_a_layer() -> None:
+    weights, x = {"w": leaf(4, 2, 3), "b": leaf(4)}, tensor(5, 2, 6)
+    trace = tracked(weights, lambda w: F.conv1d(x, w["w"]) + w["b"])
+    assert trace.layers == (Layer("w", None, (4, 2, 3)), Layer("b", None, (4,), "bias"))
+
+
+def test_the_bias_of_groups_alone() -> None:
+    """One vector over the outputs of all groups, in their order."""
+    weights, x = {"b": leaf(6)}, tensor(5, 4, 3)
+    with Capture(dict(weights)) as capture:
+        output = F.conv1d(x, tensor(6, 2, 2), weights["b"], groups=2)
+    (call,) = capture.trace().calls
+    assert_gradient(call, output, weights)
+
+
+def test_a_product_that_an_unrecorded_op_reads_is_separated_from_its_bias() -> None:
+    weights = linear_weights()
+    with Capture(dict(weights)) as capture:
+        product = X @ weights["w"].T
+        total = (product + weights["b"]).sum() + torch.vmap(torch.sin)(product).sum()
+    assert capture.trace().layers == LINEAR
+    assert capture.trace().mark_untracked(total).layers == alone("w", "b")
+
+
 def test_a_scale_and_a_shift_for_each_unit() -> None:
     weights = {"w": leaf(3), "b": leaf(3)}
     for forward in (lambda w: X * w["w"] + w["b"], lambda w: w["w"] * X + w["b"]):
@@ -545,7 +588,7 @@ def test_rows_that_the_graph_keeps_apart() -> None:
     assert is_row_independent(random_projection(nn.functional.linear(hidden, w)))
     assert is_row_independent(random_projection((hidden @ w.mT).relu() + (x.sigmoid() @ w.mT)))
     assert is_row_independent(random_projection(hidden.view(4, 3, 1).view(4, 3)))
-    square, column = hidden @ w.mT, (x @ w[0]).tanh()
+    square, column = hidden @ w.mT, hidden @ torch.randn(3, requires_grad=True)
     joined = {
         "broadcast": square + column, "transposed": square.mT, "second": w.tanh() @ hidden.mT,
         "centred": hidden - hidden.mean(0), "first": hidden[:1].expand(4, 3),
@@ -554,6 +597,12 @@ def test_rows_that_the_graph_keeps_apart() -> None:
     }
     for name, output in joined.items():
         assert not is_row_independent(random_projection(output)), name
+
+
+def test_a_projection_depends_on_outputs_whose_sum_is_constant() -> None:
+    x = leaf(4, 3)
+    (gradient,) = torch.autograd.grad(random_projection(x.softmax(-1)).sum(), x)
+    assert (gradient.norm(dim=-1) > 1e-3).all()
 
 
 def test_block_indices_outlive_their_context() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
+from pyrocurv.layers.capture import Capture
 from pyrocurv.structures import Kronecker
 
 LIKELIHOODS = ["categorical", "normal"]
@@ -183,6 +184,19 @@ def test_untraced_weights_take_one_backward_pass_for_each_example(monkeypatch) -
     with pytest.warns(UserWarning, match="lstm|recurrent"):
         estimate(net, x, y, likelihood="normal", curvature="empirical", structure="diag")
     assert len(calls) == 2 + 1 + len(x)  # of the batch axis, the head, the examples
+
+
+@each_net
+def test_the_first_examples_have_the_rows_that_they_have_alone(name: str) -> None:
+    net, x, _ = case(name, "normal")
+
+    def rows(x: Tensor) -> list[Tensor]:
+        with Capture(dict(net.named_parameters())) as capture:
+            net(x)
+        return [call.input_rows(2) for call in capture.trace().calls]
+
+    for first, alone in zip(rows(x), rows(x[:2]), strict=True):
+        torch.testing.assert_close(first, alone)
 
 
 def together(f: Tensor) -> Independent:
@@ -514,8 +528,8 @@ class Views(nn.Module):
 @pytest.mark.parametrize("batch", [2, 4, 6, 8, 10, 12, 16])
 @pytest.mark.parametrize("other", [
     lambda x: x.roll(len(x) // 2, 0), lambda x: x.flip(0), lambda x: x.unflatten(0, (-1, 2)).flip(1)
-    .flatten(0, 1),
-], ids=["half round", "reversed", "in pairs"])
+    .flatten(0, 1), lambda x: x[:1].expand_as(x), lambda x: x[1:2].expand_as(x),
+], ids=["half round", "reversed", "in pairs", "the first", "the second"])
 def test_examples_that_meet_far_apart(batch, other) -> None:
     net, x = Views(other).double(), torch.randn(batch, 3, dtype=torch.float64)
     with pytest.warns(UserWarning, match="layer.weight .rows that affect more"):

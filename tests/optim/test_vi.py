@@ -166,9 +166,13 @@ def test_vogn_is_its_equations(samples: int) -> None:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("samples", [1, 2])
-def test_ivon_is_its_equations(samples: int) -> None:
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_ivon_is_its_equations(samples: int, antithetic: bool) -> None:
     net, delta, lr, beta1, beta2, start = small(), 1e-2, 0.05, 0.8, 0.9, 0.3
-    optimizer = ivon(net, N, lr, weight_decay=delta, beta1=beta1, beta2=beta2, hess_init=start)
+    optimizer = ivon(
+        net, N, lr, weight_decay=delta, beta1=beta1, beta2=beta2, hess_init=start,
+        antithetic=antithetic,
+    )
     mean, g, h = flat(net), torch.zeros(57), torch.full((57,), start)
     for t in range(1, 9):
         x, y = classes()

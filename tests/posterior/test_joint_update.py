@@ -32,3 +32,13 @@ def test_small_steps_of_the_precision_are_linear_with_the_correction() -> None:
     change = change + change.mT
     wanted = matrix + 0.3 * change + 0.09 / 2 * change @ torch.linalg.solve(matrix, change)
     torch.testing.assert_close(retract(Dense(matrix), matrix + change, 0.3).dense(), wanted)
+
+
+def test_a_step_of_the_precision_is_bounded() -> None:
+    """By 1 + x + x²/2 at |X| = 1, whatever a sample from a heavy tail gives."""
+    target = 1e6 * torch.eye(3)[:1].mT @ torch.eye(3)[:1]
+    expected = torch.tensor([2.5, 1.0, 1.0])
+    found = retract(Dense(torch.eye(3)), target, 1.0).dense()
+    torch.testing.assert_close(found, expected.diag(), rtol=0, atol=1e-5)
+    found = retract(Diagonal(torch.ones(3)), target.diag(), 1.0).diag()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -1,8 +1,9 @@
-"""The diagonal of a Hessian from gradients at samples (Price's theorem)."""
+"""The functions of a natural-gradient update, each against its equation."""
 
+import pytest
 import torch
 
-from pyrocurv.posterior.natural_gradient import price_hessian_update
+from pyrocurv.posterior.natural_gradient import clip_momentum, price_hessian_update
 from pyrocurv.posterior.prior import GaussianPrior
 from pyrocurv.structures import Diagonal
 
@@ -29,3 +30,22 @@ def test_the_correction_keeps_the_precision_positive() -> None:
     for _ in range(500):
         curvature = price_hessian_update(curvature, torch.randn(200) * 30, 0.3, prior, ratio)
         assert (curvature.diag() + prior.precision / ratio > 0).all()
+
+
+def test_a_diagonal_that_the_prior_no_longer_outweighs_starts_again() -> None:
+    """Where S + δT/N is negative, because δ has become smaller since the last step."""
+    old, estimate = torch.tensor([-0.5, -0.2, 1.0]), torch.tensor([0.3, -0.1, 2.0])
+    prior = GaussianPrior(torch.zeros(()), torch.tensor(4.0), zero_mean=True)
+    found = price_hessian_update(Diagonal(old), estimate, 0.1, prior, 10.0)
+    start, share = torch.tensor([0.0, -0.2, 1.0]), 0.4
+    change = 0.1 * (estimate - start)
+    expected = start + change + change.square() / (2 * (start + share))
+    torch.testing.assert_close(found.diag(), expected)
+
+
+@pytest.mark.parametrize("energy", [1e-3, 0.09, 0.11, 40.0])
+def test_momentum_is_at_most_ten_radii_of_the_trust_region(energy: float) -> None:
+    """The energy is quadratic in the momentum: 100 κ is left of it."""
+    momentum = torch.tensor([3.0, -4.0])
+    clip_momentum(momentum, energy, 1e-3)
+    assert energy * float(momentum.norm() / 5) ** 2 == pytest.approx(min(energy, 0.1))
