@@ -42,8 +42,7 @@ def _(structure: KFAC, block: Block, statistics: BlockStatistics) -> Structure:
     factors = statistics.kronecker(structure.sharing)
     if structure.rank != "auto":
         return factors.eigen(block.ranks, structure.cuts)
-    output_blocks, input_blocks = structure.cuts
-    return Kronecker(cut(factors.output, output_blocks), cut(factors.input, input_blocks))
+    return Kronecker(*map(cut, (factors.output, factors.input), structure.cuts))
 
 
 @_matrix.register
@@ -145,11 +144,10 @@ def estimate(
         layers, calls = _with_untraced(trace, parameters, count)
         chosen = select_structures(structure, "kfac", layers, dict(net.named_modules()))
         blocks = make_blocks(layers, chosen.__getitem__, dense_untraced=True)
-        forward = ForwardPass([term], calls, count)
-        _, statistics = collect(curvature, blocks, forward, count)
+        _, collected = collect(curvature, blocks, ForwardPass([term], calls, count), count)
         matrices = tuple(
-            _matrix(block.structure, block, one)
-            for block, one in zip(blocks, statistics, strict=True)
+            _matrix(block.structure, block, statistics)
+            for block, statistics in zip(blocks, collected, strict=True)
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     return BlockDiagonal(matrices, BlockIndices(blocks, shapes, device))

@@ -80,11 +80,11 @@ def accumulate(
     Of `spec`, only `kind` and `num_samples` are used. Raises ValueError for a layer that does not
     read the batch as its first axis.
     """
-    count, statistics = collect(spec, [one.block for one in sums], forward, forward.rows)
+    count, statistics = collect(spec, [total.block for total in sums], forward, forward.rows)
     if count == 0:
         return list(sums)
     with torch.no_grad():
         return [
-            one.add(block, count, num_data / forward.rows)
-            for one, block in zip(sums, statistics, strict=True)
+            total.add(block_statistics, count, num_data / forward.rows)
+            for total, block_statistics in zip(sums, statistics, strict=True)
         ]

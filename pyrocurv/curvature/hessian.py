@@ -100,8 +100,7 @@ class HessianStatistics:
 
     @cached_property
     def _in_outputs(self) -> dict[bool, OutputHessian]:
-        """In the outputs of the calls that use the matrix as it is (False), and transposed (True).
-        """
+        """In the outputs of the calls that use the matrix, and of those that use its transpose."""
         graph, hessians = self.graph, {}
         for transposed in (False, True):
             calls = [call for call in self._calls if call.transposed == transposed]

@@ -41,8 +41,7 @@ from pyrocurv.structures.rescaled import KroneckerScaling
 
 @dataclass(frozen=True, eq=False)
 class OutputHessian:
-    """The Hessian in the outputs of calls of a layer, from the gradients in them with their graph.
-    """
+    """The Hessian in the outputs of calls of a layer, from the gradients there and their graph."""
 
     calls: Sequence[OpCall]
     gradients: Sequence[Tensor | None]

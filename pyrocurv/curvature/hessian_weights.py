@@ -165,8 +165,7 @@ def complete_basis(basis: Tensor) -> Tensor:
 
 
 def eigenspace_means(table: Tensor, u: Tensor, v: Tensor) -> KroneckerEigen:
-    """Means over the eigenspaces of u and v, from quadratic forms of columns of `complete_basis`.
-    """
+    """Means over the eigenspaces of u and v, from quadratic forms of the complete bases."""
     return KroneckerEigen(u, v, _means(_means(table, v).mT, u).mT)
 
 

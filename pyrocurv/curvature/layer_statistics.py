@@ -106,19 +106,19 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class GradientStatistics:
-    """Statistics of each layer of a block, from gradients of the output vectors of K vectors.
+    """Statistics of the layers of a block, for each use of a layer.
 
-    A layer has two of them if its matrix is also used transposed: its J is their sum.
+    A layer has two uses if its matrix is also used transposed; its J is their sum.
     """
 
     layers: Sequence[Sequence[LayerStatistics]]
 
     def __getitem__(self, examples: Tensor) -> GradientStatistics:
-        return GradientStatistics([[one[examples] for one in layer] for layer in self.layers])
+        return GradientStatistics([[use[examples] for use in layer] for layer in self.layers])
 
     def whiten(self, scaling: KroneckerScaling | None) -> GradientStatistics:
-        """`LayerStatistics.whiten` of all."""
-        return GradientStatistics([[one.whiten(scaling) for one in layer] for layer in self.layers])
+        """The statistics scaled by a prior."""
+        return GradientStatistics([[use.whiten(scaling) for use in layer] for layer in self.layers])
 
     def jacobians(self) -> Iterator[Tensor]:
         """J of all examples [B, P], one vector after another."""
@@ -138,7 +138,7 @@ class GradientStatistics:
     def kronecker(self, sharing: str) -> Kronecker:
         """G ⊗ A; the nearest product to the sum where a matrix is also used transposed."""
         (layer,) = self.layers
-        factors = [one.share_weights(sharing).factors() for one in layer]
+        factors = [use.share_weights(sharing).factors() for use in layer]
         return functools.reduce(Kronecker.nearest_kronecker_sum, factors)
 
     def eigenvalues(
@@ -171,22 +171,16 @@ def gradient_statistics(
 
     The calls of a layer are concatenated along S; a layer without a call has zeros.
     """
-    layers = []
-    for layer in block.layers:
-        pairs = [
-            (call, g) for call, g in zip(calls, gradients, strict=True) if call.layer == layer
-        ]
-        if pairs:
-            layers.append(_layer_statistics(layer, pairs, examples))
-        else:
-            layers.append([LayerStatistics.zeros(layer, gradients[0], examples.count)])
-    statistics = GradientStatistics(layers)
+    pairs = [*zip(calls, gradients, strict=True)]
+    statistics = GradientStatistics([
+        _layer_statistics(layer, [pair for pair in pairs if pair[0].layer == layer], examples)
+        or [LayerStatistics.zeros(layer, gradients[0], examples.count)] for layer in block.layers
+    ])
     return statistics if examples.index is None else statistics[examples.index]
 
 
 def _layer_statistics(
-    layer: Layer, pairs: Sequence[tuple[LayerCall, Tensor]],
-    examples: ExampleSelection,
+    layer: Layer, pairs: Sequence[tuple[LayerCall, Tensor]], examples: ExampleSelection
 ) -> list[LayerStatistics]:
     statistics = []
     for transposed in (False, True):
@@ -196,10 +190,10 @@ def _layer_statistics(
             g = _concatenate([gradient for _, gradient in calls])
             statistics.append(LayerStatistics(g, a) if transposed else LayerStatistics(a, g))
     if layer.orientation == "per_unit":
-        statistics = [_per_unit(one) for one in statistics]
-    if len(statistics) == 1:
-        statistics = [statistics[0].without(examples.masked_positions)]
-    return statistics
+        statistics = [_per_unit(use) for use in statistics]
+    if len(statistics) > 1:
+        return statistics
+    return [use.without(examples.masked_positions) for use in statistics]
 
 
 def _concatenate(rows: Sequence[Tensor]) -> Tensor:
@@ -216,12 +210,12 @@ def _per_unit(statistics: LayerStatistics) -> LayerStatistics:
 
 
 def _num_vectors(layers: Sequence[Sequence[LayerStatistics]]) -> int:
-    return max(statistics.num_vectors for layer in layers for statistics in layer)
+    return max(use.num_vectors for layer in layers for use in layer)
 
 
 def _jacobian(layer: Sequence[LayerStatistics], vector: int) -> Tensor:
     """J of one layer, [B, *lead, O, I]."""
-    return functools.reduce(torch.add, (statistics.jacobian(vector) for statistics in layer))
+    return functools.reduce(torch.add, (use.jacobian(vector) for use in layer))
 
 
 def _squares(layer: Sequence[LayerStatistics]) -> Tensor:

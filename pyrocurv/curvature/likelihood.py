@@ -50,10 +50,9 @@ class ExampleSelection:
 
     @staticmethod
     def of(terms: Sequence[LikelihoodTerm], count: int) -> ExampleSelection:
-        """The selection from the first `count` examples by the masks of the likelihood terms."""
-        return ExampleSelection(
-            count, _unmasked_examples(terms, count), _masked_positions(terms, count)
-        )
+        """The selection by the masks of the likelihood terms."""
+        index, positions = _unmasked_examples(terms, count), _masked_positions(terms, count)
+        return ExampleSelection(count, index, positions)
 
     @property
     def size(self) -> int:
