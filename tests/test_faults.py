@@ -303,7 +303,8 @@ def test_so_do_two_interrupts(name: str) -> None:
     make, stride = CASES[name]
 
     def ops(count: int) -> list[tuple[int, int]]:
+        every = min(12 * stride, count // 4)
         numbers = range(1, count + 1)
-        return [(n, n + 1) for n in numbers if n % (12 * stride) == 0 or n > count - TAIL // 3]
+        return [(n, n + 1) for n in numbers if n % every == 0 or n > count - TAIL // 3]
 
     assert interrupt(make, ops)["old"]
