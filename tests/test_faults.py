@@ -228,27 +228,27 @@ def variational(steps: int, call: str) -> Case:
 pytestmark = pytest.mark.filterwarnings("ignore:.*consumed by no supported op")
 
 CASES: dict[str, tuple[Callable[[], Case], int]] = {  # and the stride between interrupts
-    "K-FAC, first call": (lambda: ngvi(classifier, 0), 48),
-    "K-FAC, first step of a guide that was called": (lambda: ngvi(classifier, 0, call), 48),
-    "K-FAC, step": (lambda: ngvi(classifier, 1), 5),
-    "K-FAC, step with an empty store": (lambda: ngvi(classifier, 1, clear), 32),
-    "K-FAC, step with curvature": (lambda: ngvi(classifier, 2), 11),
-    "averaging, first call": (lambda: ngvi(averaging, 0), 96),
-    "averaging, step": (lambda: ngvi(averaging, 1), 3),
-    "noise, first call": (lambda: ngvi(unknown_noise, 0), 64),
-    "noise, step": (lambda: ngvi(unknown_noise, 1), 5),
-    "no network, first call": (lambda: ngvi(without_network, 0), 48),
-    "no network, step": (lambda: ngvi(without_network, 1), 7),
-    "second order, first step": (lambda: second_order(0), 11),
-    "second order, step": (lambda: second_order(1), 2),
-    "second order, step with curvature": (lambda: second_order(2), 13),
-    "variational, first sample": (lambda: variational(0, "leave"), 11),
-    "variational, first step": (lambda: variational(0, "step"), 2),
+    "K-FAC, first call": (lambda: ngvi(classifier, 0), 24),
+    "K-FAC, first step of a guide that was called": (lambda: ngvi(classifier, 0, call), 24),
+    "K-FAC, step": (lambda: ngvi(classifier, 1), 2),
+    "K-FAC, step with an empty store": (lambda: ngvi(classifier, 1, clear), 16),
+    "K-FAC, step with curvature": (lambda: ngvi(classifier, 2), 5),
+    "averaging, first call": (lambda: ngvi(averaging, 0), 48),
+    "averaging, step": (lambda: ngvi(averaging, 1), 1),
+    "noise, first call": (lambda: ngvi(unknown_noise, 0), 32),
+    "noise, step": (lambda: ngvi(unknown_noise, 1), 2),
+    "no network, first call": (lambda: ngvi(without_network, 0), 24),
+    "no network, step": (lambda: ngvi(without_network, 1), 3),
+    "second order, first step": (lambda: second_order(0), 5),
+    "second order, step": (lambda: second_order(1), 1),
+    "second order, step with curvature": (lambda: second_order(2), 6),
+    "variational, first sample": (lambda: variational(0, "leave"), 5),
+    "variational, first step": (lambda: variational(0, "step"), 1),
     "variational, entering a sample": (lambda: variational(1, "enter"), 1),
-    "variational, leaving a sample with curvature": (lambda: variational(2, "leave"), 9),
+    "variational, leaving a sample with curvature": (lambda: variational(2, "leave"), 4),
     "variational, leaving by an exception": (lambda: variational(2, "fail"), 1),
     "variational, step": (lambda: variational(1, "step"), 1),
-    "variational, closure": (lambda: variational(1, "closure"), 13),
+    "variational, closure": (lambda: variational(1, "closure"), 6),
 }
 TAIL = 20  # at the end, where a step is written, every op is interrupted
 
@@ -303,7 +303,7 @@ def test_so_do_two_interrupts(name: str) -> None:
     make, stride = CASES[name]
 
     def ops(count: int) -> list[tuple[int, int]]:
-        every = min(12 * stride, count // 4)
+        every = min(24 * stride, count // 4)
         numbers = range(1, count + 1)
         return [(n, n + 1) for n in numbers if n % every == 0 or n > count - TAIL // 3]
 
