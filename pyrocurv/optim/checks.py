@@ -1,17 +1,9 @@
-"""Checks of hyperparameters, and of saved states before anything of them is used."""
+"""Checks of hyperparameters."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor, nn
-
-from pyrocurv.layers import Layer
-from pyrocurv.layers.structure_selection import StructureChoice
-from pyrocurv.optim.parameter_blocks import ParameterBlocks, add_layers
-from pyrocurv.optim.parameter_store import ParameterStore
-from pyrocurv.structures.serialization import check_version
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
@@ -27,46 +19,9 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
         raise ValueError(f"kl_clip={kl_clip!r}: a positive number or None is needed")
 
 
-def check_state(state: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError unless it is the state of an optimizer of this class and version."""
-    if missing := {"optimizer", "posterior", "left_out", "auxiliary", "stream"} - state.keys():
-        raise ValueError(
-            f"the state is not of a {name}: it lacks {', '.join(sorted(missing))}, and has "
-            f"{', '.join(list(state)[:5])}"
-        )
-    check_version(state, name)
-    if state["optimizer"] != name:
-        raise ValueError(f"the state is of a {state['optimizer']}, this is a {name}")
-
-
-def check_layers(
-    layers: Mapping[Layer, Any], structure: StructureChoice, modules: Mapping[str, nn.Module],
-    store: ParameterStore, name: str,
-) -> None:
-    """Raise ValueError for saved {layer: structure} that the network or its optimizer differs in.
-    """
-    shapes = {name: tuple(p.shape) for name, (p, _) in store.named.items()}
-    wanted = {n: tuple(shape) for layer in layers for n, shape in layer.tensors.items()}
-    if unknown := {n: shape for n, shape in wanted.items() if shapes.get(n) != shape}:
-        raise ValueError(f"the state is of parameters {unknown}, the network has {shapes}")
-    expected = add_layers(ParameterBlocks({}), [*layers], structure, modules, store.named)
-    structures = {x: block.structure for block in expected.blocks for x in block.layers}
-    for layer, saved in layers.items():
-        here = structures.get(layer, expected.layers[layer])
-        if saved != here:
-            raise ValueError(
-                f"the state has structure {saved!r} for {layer.weight}, this {name} has {here!r}"
-            )
-
-
-def check_moments(auxiliary: Mapping[str, Any], store: ParameterStore) -> None:
-    """Raise ValueError for saved moments of Adam that no parameter of the network has."""
-    shapes = {name: tuple(p.shape) for name, (p, _) in store.named.items()}
-    for name, saved in auxiliary.items():
-        moments = [tuple(value.shape) for value in saved["state"].values()
-                   if isinstance(value, Tensor) and value.dim()]
-        if name not in shapes or any(shape != shapes[name] for shape in moments):
-            raise ValueError(
-                f"the state has moments of shapes {moments} of a parameter {name}, the network "
-                f"has {shapes}"
-            )
+def check_posterior_settings(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a prior precision or temperature that is out of its range."""
+    for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
+        value = values[name]
+        if value != word and (isinstance(value, str) or not value > 0):
+            raise ValueError(f"{name}={value!r}: a positive number or {word!r} is needed")

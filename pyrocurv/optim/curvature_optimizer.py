@@ -3,66 +3,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.collect import ForwardPass
-from pyrocurv.curvature.hessian import twice_differentiable
-from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm
+from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
-from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
-from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
-from pyrocurv.optim.checks import check_hyperparameters, check_layers, check_moments, check_state
-from pyrocurv.optim.forward_recorder import (
-    ForwardRecorder,
-    RecordedPass,
-    merge_compatible,
-    num_examples,
-)
-from pyrocurv.optim.loss_targets import (
-    DATA_KINDS,
-    check_likelihood,
-    check_loss,
-    observation,
-)
-from pyrocurv.optim.parameter_blocks import (
-    ParameterBlocks,
-    add_layers,
-    check_batch_axis,
-    new_layers,
-    split_by_group,
-    untraced_layers,
-)
-from pyrocurv.optim.parameter_store import Group, ParameterStore, Params, name_parameters
+from pyrocurv.optim.checks import check_hyperparameters
+from pyrocurv.optim.forward_recorder import ForwardRecorder, RecordedPass
+from pyrocurv.optim.loss_targets import LossLikelihood
+from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
+from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.saved_state import posterior_state, read_posterior
+from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
-from pyrocurv.posterior.summary import UpdateCount, format_table, update_counts
-from pyrocurv.runtime.autocast import disable_autocast
-from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 PICKLED = (
-    "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "layout",
-    "has_finite_support", "_recorder", "_stream", "_auxiliary", "_posterior", "_warned",
-    "_fallback_lr",
+    "defaults", "state", "param_groups", "curvature", "_likelihood", "_network", "_stream",
+    "_auxiliary", "_posterior", "_fallback_lr",
 )
 
 
@@ -71,6 +45,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     has_untraced_blocks = False  # whether parameters that no supported op consumes have a block
     fallback_description = ""  # what such a parameter gets instead
+    settings: tuple[str, ...] = ()  # further attributes of a subclass, which copies have too
 
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
@@ -82,17 +57,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not fallback_lr > 0:
             raise ValueError(f"fallback_lr={fallback_lr!r}: a positive number is needed")
         self.curvature = as_curvature(curvature)
-        self._likelihood_fn = check_likelihood(likelihood, self.curvature.kind)
-        self.likelihood, self.structure = likelihood, structure
+        self._likelihood = LossLikelihood(likelihood, self.curvature.kind)
         if isinstance(structure, str) and structure not in LEFT_OUT:
             parse_structure(structure)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
-        self._warned: set[str] = set()  # names that a warning has mentioned
         super().__init__(net.parameters() if params is None else params, defaults)
-        self._recorder = ForwardRecorder(net)
+        self._network = TracedNetwork(
+            ForwardRecorder(net), structure, type(self).__name__, self.fallback_description,
+            self.has_untraced_blocks,
+        )
         self._stream = RandomStream()
-        self.has_finite_support = likelihood in ("categorical", "bernoulli")  # or as observed
-        self.layout = ParameterBlocks({})
         self._posterior = Posterior(0, ())
         self._schedule_recording()
 
@@ -100,6 +74,25 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def net(self) -> nn.Module:
         """The network that was passed in."""
         return self._recorder.net
+
+    @property
+    def _recorder(self) -> ForwardRecorder:
+        return self._network.recorder
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood whose negative logarithm is the loss."""
+        return self._likelihood.likelihood
+
+    @property
+    def structure(self) -> StructureChoice:
+        """The structure of each layer, as it was asked for."""
+        return self._network.structure
+
+    @property
+    def layout(self) -> ParameterBlocks:
+        """The layers that forward passes have shown so far, and their blocks."""
+        return self._network.layout
 
     # ---- parameters -----------------------------------------------------------------------------
 
@@ -115,13 +108,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Raise ValueError for a hyperparameter out of its range."""
         check_hyperparameters({**self.defaults, **group})
 
+    @property
+    def _mutable(self) -> tuple[Any, ...]:
+        """The objects whose attributes a step may change."""
+        return self, self._network, self._recorder, self._likelihood, self._auxiliary, self._stream
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; passes that they came from do not count in the next step."""
         super().zero_grad(set_to_none)
         self._recorder.pop_passes()
 
     def _store(self) -> ParameterStore:
-        return ParameterStore(name_parameters(self._recorder.inner, self.param_groups))
+        return self._network.store(self.param_groups)
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
         raise TypeError(f"{type(self).__name__} defines no prior")
@@ -148,52 +146,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """Have the recorder keep the examples that the next step needs."""
         self._recorder.batch_size = self.curvature.batch if self._is_due() else 0
 
-    @contextmanager
-    def _likelihood_pass(
-        self, passes: Sequence[RecordedPass], store: ParameterStore
-    ) -> Iterator[tuple[LikelihoodTerm, ParameterBlocks, list[LayerCall], int]]:
-        """Another pass over recorded examples: the likelihood, the layout, calls, batch size."""
-        device = next(iter(store.named.values()))[0].device
-        inputs, gradients = merge_compatible(passes)
-        tracked: dict[str, Tensor] = {n: p for n, (p, _) in store.named.items() if p.requires_grad}
-        twice = self.curvature.kind == "hessian"
-        with (
-            self._stream(device), disable_autocast(device),
-            twice_differentiable() if twice else nullcontext(),
-            self._recorder.rerun(inputs, tracked) as (output, capture),
-        ):
-            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
-            if gradient is not None and not self.layout.blocks:
-                check_loss(self.likelihood, gradient)
-            term = observation(
-                self.likelihood, self._likelihood_fn, output, gradient, num_examples(passes),
-                inputs.batch, self.curvature.kind in DATA_KINDS,
-            )
-            self.has_finite_support = unwrap(term.likelihood).has_enumerate_support
-            trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
-            layout, calls = self._add_new_layers(trace, store)
-            yield term, layout, calls, inputs.batch
-
-    def _add_new_layers(
-        self, trace: Trace, store: ParameterStore
-    ) -> tuple[ParameterBlocks, list[LayerCall]]:
-        """The layout with the layers of this pass, and the calls of all layers in blocks."""
-        known, calls = self.layout.names, split_by_group(trace.calls, store.named)
-        unsupported = {name: why for name, why in trace.unsupported.items() if name not in known}
-        layers = new_layers(self.layout, calls)
-        if self.has_untraced_blocks:
-            layers += untraced_layers(unsupported, store.named)
-        self._warn_once(
-            {n: f"{n} ({why})" for n, why in unsupported.items()}, "consumed by no supported op"
-        )
-        layout = self._extended(layers, store)
-        in_blocks = {layer for block in layout.blocks for layer in block.layers}
-        return layout, [call for call in calls if call.layer in in_blocks]
-
-    def _extended(self, layers: Sequence[Layer], store: ParameterStore) -> ParameterBlocks:
-        modules = dict(self._recorder.inner.named_modules())
-        return add_layers(self.layout, layers, self.structure, modules, store.named)
-
     def _with_new_blocks(
         self, posterior: Posterior, layout: ParameterBlocks, store: ParameterStore,
         batch_fraction: float = 0.0,
@@ -214,8 +166,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
     ) -> tuple[ParameterBlocks, Posterior]:
         """The posterior with one more estimate of the blocks that are due and were used."""
-        with self._likelihood_pass(passes, store) as (term, layout, calls, batch_size):
-            called = {call.layer for call in calls}
+        device = next(iter(store.named.values()))[0].device
+        with (
+            self._stream(device),
+            self._network.forward_pass(passes, self._likelihood, store) as (layout, forward),
+        ):
+            called = {call.layer for call in forward.calls}
             posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
             posterior = self._in_context(posterior, layout, store)
             used = [
@@ -223,8 +179,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 if state.block.is_untraced or called >= set(state.block.layers)
             ]
             updated = update_curvature(
-                self.curvature, replace(posterior, blocks=tuple(used)),
-                ForwardPass([term], calls, batch_size), batch_fraction, particle,
+                self.curvature, replace(posterior, blocks=tuple(used)), forward, batch_fraction,
+                particle,
             )
         new = {state.block.name: state for state in updated.blocks}
         return layout, posterior.map_blocks(lambda state: new.get(state.block.name, state))
@@ -235,14 +191,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if not self.curvature.decays_at(posterior.step):
             return posterior
         return refresh(self.curvature, posterior, batch_fraction)
-
-    def _warn_once(self, descriptions: Mapping[str, str], what: str) -> None:
-        """Warn, once for each name, that it has no curvature."""
-        new = [text for name, text in descriptions.items() if name not in self._warned]
-        if new:
-            warn_user(f"{type(self).__name__}: {', '.join(new)} {what}: "
-                      f"{self.fallback_description}")
-            self._warned |= {*descriptions}
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -270,12 +218,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         evaluation = Evaluation(posterior, loss, means, [*rest.values()])
         update = step(self._posterior, evaluation)
         not_seen = {name: name for name in rest if name not in layout.names}
-        self._warn_once(not_seen, "not used yet in a pass that gave a curvature")
+        self._network.warn_once(not_seen, "not used yet in a pass that gave a curvature")
         self._auxiliary.keep(undo, auxiliary)
         self._auxiliary.step(auxiliary, 1 / num_samples)
 
         def assign() -> None:
-            self.layout, self._posterior = layout, update.posterior
+            self._network.layout, self._posterior = layout, update.posterior
             self._schedule_recording()
 
         commit(update, store, undo, assign)
@@ -296,32 +244,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         "adam" are parameters without a block; before the first step, which finds the layers, all
         are. The last line says how many parameters have a curvature.
         """
-        kinds = {n: kind for layer, kind in self.layout.layers.items() if kind in LEFT_OUT
-                 for n in layer.tensors}
-        kinds |= {name: block.label for block in self.layout.blocks for name in block.tensors}
-        rows = [
-            (name, p, kinds.get(name, "adam" if p.requires_grad else "frozen"))
-            for name, (p, _) in self._store().named.items()
-        ]
-        size = sum(block.size for block in self.layout.blocks)
-        return format_table(rows, size, "parameter", "a curvature")
+        return parameter_table(self.layout, self._store().named)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters, in plain values and tensors."""
-        left_out = [
-            {"as": kind, "layer": to_state(layer)}
-            for layer, kind in self.layout.layers.items() if kind in LEFT_OUT
-        ]
         return {
             **super().state_dict(),
-            "version": FORMAT_VERSION,
-            "optimizer": type(self).__name__,
-            "step": self._posterior.step,
-            "posterior": to_state(self._posterior.without_means()),
-            "left_out": left_out,
+            **posterior_state(type(self).__name__, self.layout, self._posterior),
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
-            "has_finite_support": self.has_finite_support,
+            "has_finite_support": self._likelihood.has_finite_support,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -330,33 +262,17 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything is changed, for the state of another class, of a network
         with other parameters, of other structures, or of a newer version.
         """
-        check_state(state_dict, type(self).__name__)
-        posterior = from_state(state_dict["posterior"])
-        layers = {
-            layer: state.block.structure for state in posterior.blocks
-            for layer in state.block.layers
-        }
-        layers |= {from_state(item["layer"]): item["as"] for item in state_dict["left_out"]}
-        modules, store = dict(self._recorder.inner.named_modules()), self._store()
-        check_layers(layers, self.structure, modules, store, type(self).__name__)
-        check_moments(state_dict["auxiliary"], store)
-        groups = {key: state_dict[key] for key in ("state", "param_groups")}
+        layout, posterior = read_posterior(state_dict, self._network, self._store())
         with Undo() as undo:
-            undo.keep_attributes(self, self._auxiliary, self._stream, self._recorder)
-            super().load_state_dict(groups)
-            self.layout = ParameterBlocks(layers, tuple(s.block for s in posterior.blocks))
-            like = next(iter(self._store().named.values()))[0]
-            self._posterior = posterior.to(like)
+            undo.keep_attributes(*self._mutable)
+            super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+            self._network.layout, self._posterior = layout, posterior
             self._auxiliary.load_state_dict(state_dict["auxiliary"])
-            self._warned = {*state_dict["auxiliary"]}
+            self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
-            self.has_finite_support = state_dict["has_finite_support"]
+            self._likelihood.has_finite_support = state_dict["has_finite_support"]
             self._recorder.pop_passes()
             self._schedule_recording()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in PICKLED}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._likelihood_fn = check_likelihood(self.likelihood, self.curvature.kind)
+        return {name: self.__dict__[name] for name in (*PICKLED, *self.settings)}

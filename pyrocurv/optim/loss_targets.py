@@ -10,7 +10,7 @@ gradient in the output tells the targets of the named likelihoods, where a curva
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,17 +23,6 @@ from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import is_out_of_memory
 
 DATA_KINDS = ("empirical", "hessian")
-
-
-def check_likelihood(likelihood: Likelihood, kind: str) -> Callable[[Any], Distribution]:
-    """The likelihood as a function; ValueError for one that has not what the curvature needs."""
-    density = as_likelihood(likelihood)
-    if kind in DATA_KINDS and not isinstance(likelihood, str):
-        raise ValueError(
-            f"curvature={kind!r} takes the targets from the loss's gradient, which a likelihood of "
-            "your own does not allow: use 'fisher' or 'ggn'"
-        )
-    return density
 
 
 def targets_from_gradient(
@@ -81,46 +70,79 @@ def unignored_mask(output: Tensor, gradient: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def observation(
-    likelihood: Likelihood, density: Callable[[Any], Distribution], output: Any,
-    gradient: Tensor | None, total: int, rows: int, with_targets: bool,
-) -> LikelihoodTerm:
-    """The term of one pass over `rows` examples; `gradient` is the loss's, a mean over `total`.
+@dataclass(eq=False)
+class LossLikelihood:
+    """The likelihood of a loss, for one kind of curvature.
 
-    The data are read off it where the curvature wants them, `with_targets`.
-
-    Raises ValueError for an output that the likelihood does not fit, FloatingPointError for one
-    that is not finite.
+    `has_finite_support` is as observed in the last pass. Raises ValueError for a likelihood that
+    has not what the curvature needs.
     """
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    least = 2 if likelihood == "categorical" else 1
-    if isinstance(likelihood, str) and not (isinstance(output, Tensor) and output.dim() >= least):
-        raise ValueError(
-            f"likelihood={likelihood!r} wants an output of {least} axes or more, the batch first, "
-            f"got {shape}"
-        )
-    if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-        raise FloatingPointError("the network's output is not finite")
-    try:
-        fitted = density(output)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"likelihood={likelihood!r} does not fit an output {shape}") from error
-    if not isinstance(fitted, Distribution):
-        raise ValueError(f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}")
-    if fitted.batch_shape[:1] != (rows,):
-        raise ValueError(
-            f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
-            f"inputs and an output {shape}: the batch is the first axis"
-        )
-    each = unwrap(fitted).batch_shape.numel() // rows
-    value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
-    mask = None
-    if gradient is not None and likelihood == "categorical":
-        mask = unignored_mask(output.detach(), gradient)
-    if gradient is not None and with_targets:
-        value = targets_from_gradient(likelihood, output.detach(), gradient, total * each)
-    if mask is None:
-        return LikelihoodTerm(fitted, value, 1 / each)
-    return LikelihoodTerm(unwrap(fitted), value, rows / mask.sum().clamp(min=1), mask)
+
+    likelihood: Likelihood
+    kind: str
+    has_finite_support: bool = False
+
+    def __post_init__(self) -> None:
+        as_likelihood(self.likelihood)
+        self.has_finite_support = self.likelihood in ("categorical", "bernoulli")
+        if self.kind in DATA_KINDS and not isinstance(self.likelihood, str):
+            raise ValueError(
+                f"curvature={self.kind!r} takes the targets from the loss's gradient, which a "
+                "likelihood of your own does not allow: use 'fisher' or 'ggn'"
+            )
+
+    def term(
+        self, output: Any, gradient: Tensor | None, total: int, rows: int
+    ) -> LikelihoodTerm:
+        """The term of one pass over `rows` examples; `gradient` is that of a mean over `total`.
+
+        The data are read off it where the curvature wants them.
+
+        Raises ValueError for an output that the likelihood does not fit, FloatingPointError for one
+        that is not finite.
+        """
+        fitted = self._distribution(output, rows)
+        entries = unwrap(fitted)
+        self.has_finite_support = entries.has_enumerate_support
+        each = entries.batch_shape.numel() // rows
+        value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
+        mask = None
+        if gradient is not None and self.likelihood == "categorical":
+            mask = unignored_mask(output.detach(), gradient)
+        if gradient is not None and self.kind in DATA_KINDS:
+            size = total * each
+            value = targets_from_gradient(self.likelihood, output.detach(), gradient, size)
+        if mask is None:
+            return LikelihoodTerm(fitted, value, 1 / each)
+        return LikelihoodTerm(entries, value, rows / mask.sum().clamp(min=1), mask)
+
+    def _distribution(self, output: Any, rows: int) -> Distribution:
+        likelihood = self.likelihood
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        least = 2 if likelihood == "categorical" else 1
+        is_deep = isinstance(output, Tensor) and output.dim() >= least
+        if isinstance(likelihood, str) and not is_deep:
+            raise ValueError(
+                f"likelihood={likelihood!r} wants an output of {least} axes or more, the batch "
+                f"first, got {shape}"
+            )
+        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            raise FloatingPointError("the network's output is not finite")
+        try:
+            fitted = as_likelihood(likelihood)(output)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"likelihood={likelihood!r} does not fit an output {shape}"
+            ) from error
+        if not isinstance(fitted, Distribution):
+            raise ValueError(
+                f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}"
+            )
+        if fitted.batch_shape[:1] != (rows,):
+            raise ValueError(
+                f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
+                f"inputs and an output {shape}: the batch is the first axis"
+            )
+        return fitted

@@ -18,6 +18,7 @@ from pyrocurv.layers.calls import LayerCall, OpCall, split_weight_and_bias
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
 from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.parameter_store import NamedParameters
+from pyrocurv.posterior.summary import format_table
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,3 +86,16 @@ def check_batch_axis(
     trace = trace.mark_untracked(total_output(output))
     scalar = None if trace.has_batch_coupling else per_example_scalar(output, batch_size)
     return mark_wrong_batch_axis(trace, batch_size, scalar)
+
+
+def parameter_table(layout: ParameterBlocks, named: NamedParameters) -> str:
+    """A table of every parameter: name, shape, structure, size."""
+    kinds = {n: kind for layer, kind in layout.layers.items() if kind in LEFT_OUT
+             for n in layer.tensors}
+    kinds |= {name: block.label for block in layout.blocks for name in block.tensors}
+    rows = [
+        (name, p, kinds.get(name, "adam" if p.requires_grad else "frozen"))
+        for name, (p, _) in named.items()
+    ]
+    size = sum(block.size for block in layout.blocks)
+    return format_table(rows, size, "parameter", "a curvature")

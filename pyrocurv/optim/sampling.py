@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,62 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
-from pyrocurv.posterior.sampling import perturbed_weights
+from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
+
+
+@dataclass(eq=False)
+class Sample:
+    """A sample of the weights that the parameters are set to for a while."""
+
+    spec: Curvature
+    sampler: Sampler
+    store: ParameterStore
+    perturbations: list[Perturbation] | None
+    means: Sequence[BlockState] = ()  # while the parameters are the sample
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)  # at its start
+
+    @staticmethod
+    def draw(
+        spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore, antithetic: bool,
+        mirrors: list[Perturbation] | None,
+    ) -> Sample:
+        """From torch's global generator; the mean itself without a block."""
+        sampler = Sampler(blocks, antithetic, mirrors)
+        return Sample(spec, sampler, store, sampler.draw() if blocks else None)
+
+    @contextmanager
+    def in_parameters(self) -> Iterator[None]:
+        """With the sample in the parameters, and the means again afterwards."""
+        blocks = self.sampler.blocks
+        with at_sample(blocks, self.perturbations, self.store) as self.means:
+            self.gradients = sample_gradients(self.spec, blocks, self.store)
+            yield
+
+    @contextmanager
+    def use_mean(self) -> Iterator[None]:
+        """With the means in the parameters, and the sample again afterwards."""
+        with self.store.restoring(self.means):
+            for state in self.means:
+                self.store.write(state.block.strided_views(state.mean))
+            torch.clear_autocast_cache()
+            yield
+
+    def price_estimates(self) -> dict[str, Tensor]:
+        """{block: Λ ε ∘ g}, with g the growth of the gradients since the start."""
+        perturbed = zip(self.sampler.blocks, self.perturbations or (), strict=True)
+        pairs = [
+            (state, perturbation.epsilon) for state, perturbation in perturbed
+            if uses_sample_gradients(self.spec, state.block)
+        ]
+        grown: dict[str, Tensor] = {}
+        for state, _ in pairs:
+            for name in state.block.tensors:
+                param, before = self.store.named[name][0], self.gradients.get(name)
+                now = torch.zeros_like(param) if param.grad is None else param.grad
+                grown[name] = now if before is None else now - before
+        epsilons = {state.block.name: epsilon for state, epsilon in pairs}
+        return price_estimates(self.spec, [state for state, _ in pairs], epsilons, grown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +84,17 @@ class EvaluationSum:
     price: Mapping[str, Tensor]  # {block: sum of Λ ε ∘ g}
     gradient_norm: Tensor | None = None  # of the blocks of `price`
 
-    def add(
-        self, mirrors: list[Perturbation] | None, price: Mapping[str, Tensor],
-        gradient_norm: Tensor | None,
-    ) -> EvaluationSum:
-        """With one more sample."""
+    def add(self, sample: Sample) -> EvaluationSum:
+        """With one more sample, whose weights and gradients the parameters have."""
+        price = sample.price_estimates()
         sums = {
             name: self.price[name] + value if name in self.price else value
             for name, value in price.items()
         }
         return replace(
-            self, count=self.count + 1, mirrors=mirrors, price={**self.price, **sums},
-            gradient_norm=gradient_norm,
+            self, count=self.count + 1, mirrors=sample.sampler.mirrors,
+            price={**self.price, **sums},
+            gradient_norm=gradient_norm(sample.spec, sample.sampler.blocks, sample.store),
         )
 
     @property
@@ -67,6 +120,17 @@ def at_sample(
         store.write(perturbed_weights(moved, perturbations))
         torch.clear_autocast_cache()
         yield moved
+
+
+def at_samples(
+    sampler: Sampler, count: int, store: ParameterStore, run: Callable[[], Any]
+) -> list[Any]:
+    """What `run` gives at `count` samples; at the mean without a block."""
+    results = []
+    for _ in range(count):
+        with at_sample(sampler.blocks, sampler.draw() if sampler.blocks else None, store):
+            results.append(run())
+    return results
 
 
 def sample_gradients(
@@ -97,27 +161,6 @@ def check_grad_scale(before: Tensor | None, now: Tensor | None) -> None:
             "than at step(), so the curvature from them is too large: with a GradScaler, call "
             "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
         )
-
-
-def sample_price_estimates(
-    spec: Curvature, blocks: Sequence[BlockState], perturbations: Sequence[Perturbation] | None,
-    before: Mapping[str, Tensor], store: ParameterStore,
-) -> dict[str, Tensor]:
-    """{block: Λ ε ∘ g}, with g the growth of the gradients since `before`."""
-    if perturbations is None:
-        return {}
-    pairs = [
-        (state, perturbation) for state, perturbation in zip(blocks, perturbations, strict=True)
-        if uses_sample_gradients(spec, state.block)
-    ]
-    grown: dict[str, Tensor] = {}
-    for state, _ in pairs:
-        for name in state.block.tensors:
-            param = store.named[name][0]
-            now = torch.zeros_like(param) if param.grad is None else param.grad
-            grown[name] = now - before[name] if name in before else now
-    epsilons = {state.block.name: perturbation.epsilon for state, perturbation in pairs}
-    return price_estimates(spec, [state for state, _ in pairs], epsilons, grown)
 
 
 def sum_gradients(

@@ -117,7 +117,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with Undo() as undo:
-            undo.keep_attributes(self, self._stream, self._recorder)
+            undo.keep_attributes(*self._mutable)
             passes, store = self._recorder.pop_passes(), self._store()
             layout, posterior = self.layout, self._decayed(store, 0.0)
             if self._is_due() and any(recorded.inputs for recorded in passes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
+from pyrocurv.optim.checks import check_posterior_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors
 from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
@@ -22,18 +23,16 @@ from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.sampling import (
     EvaluationSum,
-    at_sample,
+    Sample,
+    at_samples,
     check_grad_scale,
     gradient_norm,
-    sample_gradients,
-    sample_price_estimates,
     sum_gradients,
 )
 from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
-from pyrocurv.posterior.state import BlockState, Perturbation
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer
 
@@ -97,6 +96,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     has_untraced_blocks = True
     fallback_description = "independent Gaussians, from gradients"
+    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
 
     def __init__(
         self,
@@ -132,10 +132,9 @@ class VIOptimizer(CurvatureOptimizer):
         })
         self._priors = DefaultPriors()
         self._samples: EvaluationSum | None = None
+        self._sample: Sample | None = None  # that the parameters are
         self._num_particles = 1  # samples of a step that give its curvature
-        self._is_sampling = self._is_closure = False
-        self._gradients_before: dict[str, Tensor] = {}  # at the start of a sample
-        self._means: Sequence[BlockState] = ()  # while the parameters are a sample
+        self._is_closure = False
         if self.curvature.uses_sample_gradients:
             self._init_untraced()
 
@@ -144,30 +143,27 @@ class VIOptimizer(CurvatureOptimizer):
         """Lay out all parameters before any forward pass, which this curvature does not need."""
         store = self._store()
         names = [name for name, (p, _) in store.named.items() if p.requires_grad]
-        layout = self._extended(untraced_layers(names, store.named), store)
+        layout = self._network.extended(untraced_layers(names, store.named), store)
         kinds = set(layout.layers.values()).difference(LEFT_OUT)
         if unsupported := {spec.label for spec in kinds} - {"diag"}:
             raise ValueError(
                 f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
             )
-        self.layout = layout
+        self._network.layout = layout
         self._posterior = self._with_new_blocks(self._posterior, layout, store)
         self._schedule_recording()
 
     def _check(self, group: Group) -> None:
         super()._check(group)
-        values = {**self.defaults, **group}
-        for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
-            value = values[name]
-            if value != word and (isinstance(value, str) or not value > 0):
-                raise ValueError(f"{name}={value!r}: a positive number or {word!r} is needed")
+        check_posterior_settings({**self.defaults, **group})
 
     # ---- samples --------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; samples that they came from do not count in the next step."""
         super().zero_grad(set_to_none)
-        self._gradients_before = {}
+        if self._sample is not None:
+            self._sample.gradients = {}
         if not self._is_closure:  # which may clear them for each of its samples
             self._samples = None
 
@@ -177,40 +173,32 @@ class VIOptimizer(CurvatureOptimizer):
 
         A forward and a backward pass inside make it one of the samples of the next step.
         """
-        if self._is_sampling:
+        if self._sample is not None:
             raise RuntimeError("sampled_params() inside another one")
         store, blocks, stream = self._store(), self._posterior.blocks, self._stream.state_dict()
-        sampler = Sampler(blocks, self.antithetic, self._mirrors())
+        mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
         try:
             with self._stream(next(iter(store.named.values()))[0].device):
-                perturbations = sampler.draw() if blocks else None
+                sample = Sample.draw(self.curvature, blocks, store, self.antithetic, mirrored)
             self._recorder.pop_passes()
-            self._is_sampling = True
-            with at_sample(blocks, perturbations, store) as self._means:
-                self._gradients_before = sample_gradients(self.curvature, blocks, store)
+            self._sample = sample
+            with sample.in_parameters():
                 yield
                 samples = self._samples
                 if passes := self._recorder.pop_passes():
-                    samples = self._add_sample(passes, perturbations, sampler, store)
+                    samples = self._add_sample(passes, sample)
             self._samples = samples
         except BaseException:
             self._stream.load_state_dict(stream)
             self._recorder.pop_passes()
             raise
         finally:
-            self._is_sampling, self._means, self._gradients_before = False, (), {}
-
-    def _mirrors(self) -> list[Perturbation] | None:
-        """The perturbations that the next sample mirrors."""
-        return mirrors(self._posterior.blocks) if self._samples is None else self._samples.mirrors
+            self._sample = None
 
     @torch.no_grad()
-    def _add_sample(
-        self, passes: Sequence[RecordedPass], perturbations: list[Perturbation] | None,
-        sampler: Sampler, store: ParameterStore,
-    ) -> EvaluationSum:
+    def _add_sample(self, passes: Sequence[RecordedPass], sample: Sample) -> EvaluationSum:
         """The samples with one more, whose weights the parameters still have."""
-        samples, blocks = self._samples, self._posterior.blocks
+        samples, store = self._samples, sample.store
         if samples is None:
             batch_size = num_examples(passes)
             if batch_size > self._num_data:
@@ -219,18 +207,14 @@ class VIOptimizer(CurvatureOptimizer):
                 )
             decayed = self._decayed(store, batch_size / self._num_data)
             samples = EvaluationSum(0, batch_size, self.layout, decayed, None, {})
-        has_inputs = any(recorded.inputs for recorded in passes)
-        if samples.count < self._num_particles and self._is_due() and has_inputs:
+        is_wanted = samples.count < self._num_particles and self._is_due()
+        if is_wanted and any(recorded.inputs for recorded in passes):
             layout, posterior = self._update_curvature(
                 samples.posterior, passes, store, samples.batch_size / self._num_data,
                 Particle(samples.count, self._num_particles),
             )
             samples = replace(samples, layout=layout, posterior=posterior)
-        price = sample_price_estimates(
-            self.curvature, blocks, perturbations, self._gradients_before, store
-        )
-        norm = gradient_norm(self.curvature, blocks, store)
-        return samples.add(sampler.mirrors, price, norm)
+        return samples.add(sample)
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -239,10 +223,10 @@ class VIOptimizer(CurvatureOptimizer):
 
         A closure is called at `num_samples` samples, and may clear gradients.
         """
-        if self._is_sampling:
+        if self._sample is not None:
             raise RuntimeError("step() inside sampled_params(): leave it first")
         with Undo() as undo:
-            undo.keep_attributes(self, self._stream)
+            undo.keep_attributes(*self._mutable)
             loss = None if closure is None else self._sample_closure(closure)
             samples, self._samples = self._samples, None
             if samples is None:
@@ -280,7 +264,7 @@ class VIOptimizer(CurvatureOptimizer):
         step = self._posterior.step + 1
         warmup = min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
         rule = TemperatureRule(group["temperature"], layout.blocks)
-        temperature = rule(self._num_data, self.has_finite_support)
+        temperature = rule(self._num_data, self._likelihood.has_finite_support)
         return Hyperparameters.of(group, self._num_data, temperature * warmup)
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
@@ -291,11 +275,7 @@ class VIOptimizer(CurvatureOptimizer):
     @contextmanager
     def use_mean(self) -> Iterator[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
-        store = self._store()
-        with store.restoring(self._means):
-            for state in self._means:
-                store.write(state.block.strided_views(state.mean))
-            torch.clear_autocast_cache()
+        with nullcontext() if self._sample is None else self._sample.use_mean():
             yield
 
     @torch.no_grad()
@@ -318,13 +298,9 @@ class VIOptimizer(CurvatureOptimizer):
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
-        store, blocks, outputs = self._store(), self._posterior.blocks, []
-        sampler = Sampler(blocks, self.antithetic)
+        sampler = Sampler(self._posterior.blocks, self.antithetic)
         with self.use_mean():
-            for _ in range(count):
-                perturbations = sampler.draw() if blocks else None
-                with at_sample(blocks, perturbations, store):
-                    outputs.append(self.net(*args, **kwargs))
+            outputs = at_samples(sampler, count, self._store(), lambda: self.net(*args, **kwargs))
         return torch.stack(outputs)
 
     # ---- saving ---------------------------------------------------------------------------------
@@ -333,12 +309,7 @@ class VIOptimizer(CurvatureOptimizer):
         super().load_state_dict(state_dict)
         self._samples = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._priors, self._samples, self._num_particles = DefaultPriors(), None, 1
-        self._is_sampling = self._is_closure = False
-        self._gradients_before, self._means = {}, ()
+        self._priors, self._samples, self._sample = DefaultPriors(), None, None
+        self._num_particles, self._is_closure = 1, False

@@ -1,0 +1,109 @@
+"""The network of an optimizer: its recorded passes, and the layers that they have shown so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pyrocurv.curvature.collect import ForwardPass
+from pyrocurv.curvature.hessian import twice_differentiable
+from pyrocurv.layers import Layer
+from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.layers.trace import Trace
+from pyrocurv.optim.forward_recorder import (
+    ForwardRecorder,
+    RecordedPass,
+    merge_compatible,
+    num_examples,
+)
+from pyrocurv.optim.loss_targets import LossLikelihood, check_loss
+from pyrocurv.optim.parameter_blocks import (
+    ParameterBlocks,
+    add_layers,
+    check_batch_axis,
+    new_layers,
+    split_by_group,
+    untraced_layers,
+)
+from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameters
+from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.user_warnings import warn_user
+
+
+@dataclass(eq=False)
+class TracedNetwork:
+    """A network under observation, with the structure of its layers.
+
+    `fallback` says what a parameter gets that no supported op consumes; it has a block of its own
+    only if `has_untraced_blocks`.
+    """
+
+    recorder: ForwardRecorder
+    structure: StructureChoice
+    owner: str  # the optimizer's name, for warnings
+    fallback: str
+    has_untraced_blocks: bool
+    layout: ParameterBlocks = field(default_factory=lambda: ParameterBlocks({}))
+    warned: set[str] = field(default_factory=set)  # names that a warning has mentioned
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules by name, under what compiles or distributes the network."""
+        return dict(self.recorder.inner.named_modules())
+
+    def store(self, groups: Sequence[Group]) -> ParameterStore:
+        """The parameters of the groups; ValueError for one that is not the network's."""
+        return ParameterStore(name_parameters(self.recorder.inner, groups))
+
+    @contextmanager
+    def forward_pass(
+        self, passes: Sequence[RecordedPass], likelihood: LossLikelihood, store: ParameterStore
+    ) -> Iterator[tuple[ParameterBlocks, ForwardPass]]:
+        """The layout and another pass over the recorded examples, with the loss's likelihood."""
+        device = next(iter(store.named.values()))[0].device
+        inputs, gradients = merge_compatible(passes)
+        tracked: dict[str, Tensor] = {n: p for n, (p, _) in store.named.items() if p.requires_grad}
+        with (
+            disable_autocast(device),
+            twice_differentiable() if likelihood.kind == "hessian" else nullcontext(),
+            self.recorder.rerun(inputs, tracked) as (output, capture),
+        ):
+            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
+            if gradient is not None and not self.layout.blocks:
+                check_loss(likelihood.likelihood, gradient)
+            term = likelihood.term(output, gradient, num_examples(passes), inputs.batch)
+            trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
+            layout, calls = self.layout_with(trace, store)
+            yield layout, ForwardPass([term], calls, inputs.batch)
+
+    def layout_with(
+        self, trace: Trace, store: ParameterStore
+    ) -> tuple[ParameterBlocks, list[LayerCall]]:
+        """The layout with the layers of a pass, and the calls of all layers in blocks."""
+        known, calls = self.layout.names, split_by_group(trace.calls, store.named)
+        unsupported = {name: why for name, why in trace.unsupported.items() if name not in known}
+        layers = new_layers(self.layout, calls)
+        if self.has_untraced_blocks:
+            layers += untraced_layers(unsupported, store.named)
+        self.warn_once(
+            {n: f"{n} ({why})" for n, why in unsupported.items()}, "consumed by no supported op"
+        )
+        layout = self.extended(layers, store)
+        in_blocks = {layer for block in layout.blocks for layer in block.layers}
+        return layout, [call for call in calls if call.layer in in_blocks]
+
+    def extended(self, layers: Sequence[Layer], store: ParameterStore) -> ParameterBlocks:
+        """The layout with blocks for new layers."""
+        return add_layers(self.layout, layers, self.structure, self.modules, store.named)
+
+    def warn_once(self, descriptions: Mapping[str, str], what: str) -> None:
+        """Warn, once for each name, that it has no curvature."""
+        new = [text for name, text in descriptions.items() if name not in self.warned]
+        if new:
+            warn_user(f"{self.owner}: {', '.join(new)} {what}: {self.fallback}")
+            self.warned |= {*descriptions}
