@@ -52,6 +52,19 @@ class BlockwiseGuide(ParamStoreGuide):
             make_family = family_of(type(block.structure))
             self.blocks.append(make_family(block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
+        self._name_families()
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        super()._pyro_set_supermodule(name, context)
+        self._name_families()
+
+    def _name_families(self) -> None:
+        """The parameters' names in the store: "FullGuide.loc", "KFACGuide.net.0.loc"."""
+        families = [*self._modules.get("blocks", ())]
+        names = [family.block.name for family in families]
+        for family, name in zip(families, names, strict=True):
+            own = name if names.count(name) == 1 else next(iter(family.block.tensors))
+            family._pyro_name = ".".join([self._pyro_name, own][: len(families)])
 
     # ---- the Gaussians --------------------------------------------------------------------------
 
@@ -75,6 +88,7 @@ class BlockwiseGuide(ParamStoreGuide):
         """The posterior over the sites, also over none; RuntimeError before initialization."""
         if reason := self._uninitialized_reason:
             raise RuntimeError(f"{reason}: call it once with the data, guide(x, y)")
+        self.sync_with_store()
         return BlockwisePosterior(tuple(self.blocks), self._latents)
 
     def _ready_blocks(self) -> BlockwisePosterior:
@@ -124,6 +138,7 @@ class BlockwiseGuide(ParamStoreGuide):
     @property
     def has_initial_scale(self) -> bool:
         """Whether all standard deviations still have their initial value."""
+        self.sync_with_store()
         initial = self._init_scale**-2
         diagonals = [family.precision().diag() for family in self.blocks]
         return all(bool(torch.allclose(d, torch.full_like(d, initial))) for d in diagonals)

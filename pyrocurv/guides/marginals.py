@@ -15,6 +15,7 @@ from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.layers.block import BlockIndices
 from pyrocurv.posterior.prior import GaussianPrior
 from pyrocurv.structures import BlockDiagonal
+from pyrocurv.structures.serialization import map_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,8 @@ class BlockwisePosterior:
         device = self.families[0].loc.device
         shapes = {name: latent.shape for name, latent in self.latents.items()}
         index = BlockIndices([family.block for family in self.families], shapes, device)
-        precision = BlockDiagonal(tuple(family.precision() for family in self.families), index)
+        copies = [map_tensors(family.precision(), torch.clone) for family in self.families]
+        precision = BlockDiagonal(tuple(copies), index)  # training writes the bases in place
         return StructuredNormal(precision.join([f.loc for f in self.families]), precision)
 
     def sample(self, n: int) -> dict[str, Tensor]:

@@ -128,6 +128,7 @@ class StructuredGuide(BlockwiseGuide):
             near_medians = has_default and not has_network(self._base_model[0])
             values = initial_values(partition, prototype.latents, near_medians)
             self._build(partition.blocks, values)
+            self.adopt_from_store()
         self._latents = {name: partition.latents[name] for name in self.sites}
         self.is_joint = partition.is_joint
         if not self.is_joint:
@@ -140,6 +141,7 @@ class StructuredGuide(BlockwiseGuide):
         if warning := partition.warning(prototype):
             warn_user(f"{type(self).__name__}: {warning}")
         self._setup_fallback(prototype, partition, args, kwargs)
+        self.sync_with_store()
         self.prototype_trace = prototype.trace
         if self.master is not None:
             self.master()._check_prototype(prototype.trace)
@@ -189,12 +191,13 @@ class StructuredGuide(BlockwiseGuide):
         """Sample all latents at the sites of the model; takes the model's arguments."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self.sync_with_store()
         self._warn_of_laplace_samples()
         self._create_plates(*args, **kwargs)
         unconstrained: dict[str, Tensor] = {}
-        for number, family in enumerate(self.blocks):
+        for family in self.blocks:
             packed = pyro.sample(
-                f"_{self._pyro_name}_{number}", family.distribution(), infer={"is_auxiliary": True}
+                f"_{family._pyro_name}_latent", family.distribution(), infer={"is_auxiliary": True}
             )
             if packed.dim() > 1:
                 check_particles(self.sites, named_modules(self.model))

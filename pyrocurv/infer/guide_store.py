@@ -30,11 +30,18 @@ class GuideStore:
     def __init__(self, guide: StructuredGuide) -> None:
         self.guide = guide
         self._cache = PriorCache()
+        self._times_restored = guide.times_restored
 
     @property
     def blocks(self) -> list[Block]:
         """The guide's blocks; none before its first call."""
         return [family.block for family in self.guide.blocks]
+
+    def sync(self) -> bool:
+        """Let the guide take over what Pyro's store has; whether that was another posterior."""
+        self.guide.sync_with_store()
+        before, self._times_restored = self._times_restored, self.guide.times_restored
+        return before != self._times_restored
 
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what a run of the model may change before a step is written."""
@@ -59,6 +66,7 @@ class GuideStore:
 
     # ---- the posterior --------------------------------------------------------------------------
 
+    @torch.no_grad()
     def init(self, spec: Curvature, group: Mapping[str, Any]) -> Posterior:
         """The posterior of the guide before the first step, whose run gives N and T."""
         sites = {} if self.guide.is_joint else self._prototype_sites()
@@ -70,6 +78,7 @@ class GuideStore:
             blocks.append(replace(state, precision=family.precision()))
         return Posterior(0, tuple(blocks))
 
+    @torch.no_grad()
     def init_joint(self, group: Mapping[str, Any]) -> Posterior:
         """The same for one Gaussian over all latents, of unit precision if it is untrained."""
         (family,) = self.guide.blocks

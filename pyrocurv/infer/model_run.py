@@ -242,6 +242,7 @@ def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
 
 def mean_weights(guide: StructuredGuide) -> dict[str, Tensor]:
     """The mean of the guide as leaves of a graph."""
+    guide.sync_with_store()
     means: dict[str, Tensor] = {}
     for family in guide.blocks:
         means.update(family.block.unpack(family.raw_loc.detach().clone()))

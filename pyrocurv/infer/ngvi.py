@@ -97,6 +97,9 @@ class NGVI:
     arguments of `Curvature`, such as `every` or `batch`, belong to running averages: with them a
     network is trained layer by layer, and without a network they are not used.
 
+    From a posterior that Pyro's param store was given (`load`, `set_state`) the next step starts as
+    that of a new `NGVI`, without the momentum of the steps before.
+
     Random numbers come from a separate stream, seeded from torch's generator at construction.
     `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so different from the
     mean that training does not progress (learned log scales, priors much wider than 1/fan_in), use
@@ -182,6 +185,7 @@ class NGVI:
         Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the sampled
         weights (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a skipped step.
         """
+        self._follow_store()
         try:
             with Undo() as undo:
                 return self._step(undo, args, kwargs)
@@ -190,6 +194,11 @@ class NGVI:
                 raise
         self.skipped += 1
         return math.nan
+
+    def _follow_store(self) -> None:
+        """Start from the posterior that Pyro's store was given, if it was, as a new `NGVI` does."""
+        if self._store.sync() and self._loaded is None:
+            self._posterior = None
 
     def _step(self, undo: Undo, args: Any, kwargs: Any) -> float:
         """A step; whatever is raised, `undo` restores all that has changed by then."""
@@ -260,6 +269,7 @@ class NGVI:
         posterior. The returned number has the T that it was computed with, also of "auto", as
         `.temperature`; at 1 it is -ELBO. Draws from torch's global generator; changes nothing.
         """
+        self._follow_store()
         if self.guide.prototype_trace is None:
             with poutine.block():
                 self.guide.setup(args, kwargs, self._prefers_joint)
@@ -284,6 +294,7 @@ class NGVI:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states."""
+        self._follow_store()
         posterior, signature = self._posterior, self._loaded or self._signature()
         return {
             "version": FORMAT_VERSION,
@@ -308,6 +319,7 @@ class NGVI:
         the first step for a guide that has no blocks yet.
         """
         check_state(state, self.average)
+        self._store.sync()
         posterior = from_state(state["posterior"])
         if posterior is not None and self.guide.blocks:
             self._check_blocks(posterior)
