@@ -107,10 +107,7 @@ def _dilate(input: Tensor, steps: tuple[int, ...]) -> Tensor:
     """The input with `step - 1` zeros between the entries of each spatial axis."""
     sides = [step * (size - 1) + 1 for size, step in zip(input.shape[2:], steps, strict=True)]
     dilated = input.new_zeros(*input.shape[:2], *sides)
-    entries = dilated
-    for axis, step in enumerate(steps, 2):
-        entries = entries.unfold(axis, 1, step).squeeze(-1)
-    entries.copy_(input)
+    dilated[(slice(None),) * 2 + tuple(slice(None, None, step) for step in steps)] = input
     return dilated
 
 
