@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import predict
 from pyrocurv.infer.marginal_likelihood import (
@@ -70,11 +71,7 @@ class Laplace:
     def __init__(
         self, model: Callable[..., Any], guide: StructuredGuide, curvature: str | Curvature = "ggn"
     ) -> None:
-        if not isinstance(guide, StructuredGuide):
-            raise TypeError(
-                "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
-                f"{type(guide).__name__}"
-            )
+        check_guide(guide)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
