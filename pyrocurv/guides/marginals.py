@@ -13,7 +13,7 @@ from pyrocurv.guides.families import Family
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.layers.block import BlockIndices
-from pyrocurv.posterior.prior import GaussianPrior
+from pyrocurv.posterior.prior import Prior, kl
 from pyrocurv.structures import BlockDiagonal
 
 
@@ -30,7 +30,8 @@ class BlockwisePosterior:
         shapes = {name: latent.shape for name, latent in self.latents.items()}
         index = BlockIndices([family.block for family in self.families], shapes, device)
         precision = BlockDiagonal(tuple(family.precision() for family in self.families), index)
-        return StructuredNormal(precision.join([f.loc for f in self.families]), precision)
+        loc = precision.join([family.loc for family in self.families])
+        return StructuredNormal(loc, precision, sites=shapes)
 
     def sample(self, n: int) -> dict[str, Tensor]:
         """{site: [n, *shape]}."""
@@ -59,10 +60,10 @@ class BlockwisePosterior:
             return marginal.to_event(marginal.loc.dim())
         return dist.TransformedDistribution(marginal, [self.latents[site].transform])
 
-    def kl(self, priors: Sequence[GaussianPrior]) -> Tensor:
+    def kl(self, priors: Sequence[Prior]) -> Tensor:
         """KL(q ‖ prior) in nats, with a prior for each block."""
         return torch.stack([
-            StructuredNormal(family.loc, family.precision()).kl(prior.loc, prior.precision)
+            kl(family.loc, family.precision(), prior)
             for family, prior in zip(self.families, priors, strict=True)
         ]).sum()
 

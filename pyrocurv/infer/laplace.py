@@ -30,6 +30,7 @@ from pyrocurv.infer.marginal_likelihood import (
 )
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.runtime.undo import Undo
 
 
@@ -155,11 +156,19 @@ class Laplace:
         Cholesky factorization of every dense block, which is slow with `FullGuide` from a few
         thousand weights on, but not with Kronecker factors.
 
-        Raises ValueError for another `per`, RuntimeError before `fit`.
+        Raises ValueError for another `per`, or a prior that is the posterior of another task, whose
+        width is known; RuntimeError before `fit`.
         """
         if per not in ("layer", "model"):
             raise ValueError(f"per={per!r}: choose 'layer' or 'model'")
         self._ready()
+        bases = [(fitted.block, fitted.prior.gaussian.base) for fitted in self._fitted]
+        names = [block.name for block, base in bases if isinstance(base, CorrelatedPrior)]
+        if names:
+            raise ValueError(
+                f"tune_prior: the prior of {', '.join(names)} is the posterior of another task, "
+                "which has its width from data"
+            )
         factors = maximize_evidence(self._fitted, per == "layer").to(self._fitted[0].loc)
         self._write(with_prior_scales(self._fitted, factors))
         precisions: dict[str, Tensor] = {}
@@ -168,7 +177,7 @@ class Laplace:
             for site in layer.tensors:
                 rescale_prior(self.model, site, (-factor / 2).exp())
         for fitted in self._fitted:
-            precision = fitted.prior.gaussian.base.precision.expand(fitted.block.size)
+            precision = fitted.prior.gaussian.base.diagonal.expand(fitted.block.size)
             precisions.update(fitted.block.unpack(precision))
         return {name: _scalar_if_equal(value) for name, value in precisions.items()}
 
