@@ -13,9 +13,11 @@ from pyrocurv.guides.families import family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
 from pyrocurv.guides.partition import check_layout
+from pyrocurv.guides.task_posterior import guide_parts
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
@@ -97,6 +99,10 @@ class BlockwiseGuide(ParamStoreGuide):
         if not self.sites:
             raise RuntimeError(self.no_gaussian_reason)
         return posterior
+
+    def weight_gaussians(self) -> list[WeightGaussian]:
+        """The posterior in independent parts, for `prior=`; see `pyrocurv.nn.bayesianize`."""
+        return guide_parts(self)
 
     @property
     def no_gaussian_reason(self) -> str:

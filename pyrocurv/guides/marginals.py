@@ -13,7 +13,7 @@ from pyrocurv.guides.families import Family
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.layers.block import BlockIndices
-from pyrocurv.posterior.prior import GaussianPrior
+from pyrocurv.posterior.prior import Prior, kl
 from pyrocurv.structures import BlockDiagonal
 from pyrocurv.structures.serialization import map_tensors
 
@@ -32,7 +32,8 @@ class BlockwisePosterior:
         index = BlockIndices([family.block for family in self.families], shapes, device)
         copies = [map_tensors(family.precision(), torch.clone) for family in self.families]
         precision = BlockDiagonal(tuple(copies), index)  # training writes the bases in place
-        return StructuredNormal(precision.join([f.loc for f in self.families]), precision)
+        loc = precision.join([family.loc for family in self.families])
+        return StructuredNormal(loc, precision, sites=shapes)
 
     def sample(self, n: int) -> dict[str, Tensor]:
         """{site: [n, *shape]}."""
@@ -61,10 +62,10 @@ class BlockwisePosterior:
             return marginal.to_event(marginal.loc.dim())
         return dist.TransformedDistribution(marginal, [self.latents[site].transform])
 
-    def kl(self, priors: Sequence[GaussianPrior]) -> Tensor:
+    def kl(self, priors: Sequence[Prior]) -> Tensor:
         """KL(q ‖ prior) in nats, with a prior for each block."""
         return torch.stack([
-            StructuredNormal(family.loc, family.precision()).kl(prior.loc, prior.precision)
+            kl(family.loc, family.precision(), prior)
             for family, prior in zip(self.families, priors, strict=True)
         ]).sum()
 

@@ -34,7 +34,7 @@ from pyrocurv.handlers.prototype import Prototype, trace_prototype
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.handlers.vectorized import VectorizedRunner
 from pyrocurv.layers.structure_selection import StructureChoice
-from pyrocurv.posterior.prior import GaussianPrior, read_prior
+from pyrocurv.posterior.prior import Prior, read_prior
 from pyrocurv.posterior.summary import guide_summary
 from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.undo import Undo
@@ -89,7 +89,7 @@ class StructuredGuide(BlockwiseGuide):
         super().__init__(model, init_loc_fn, init_scale, create_plates)
         self._choice, self._make_fallback = structure, fallback
         self._run_fallback = VectorizedRunner()
-        self._priors: list[GaussianPrior] = []
+        self._priors: list[Prior] = []
 
     # ---- the first call -------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class StructuredGuide(BlockwiseGuide):
             return False
         return self.structure == "full" or not has_network(model)
 
-    def observe_priors(self, priors: Sequence[GaussianPrior]) -> None:
+    def observe_priors(self, priors: Sequence[Prior]) -> None:
         """Set the priors of the blocks, which `kl` uses."""
         self._priors = list(priors)
 

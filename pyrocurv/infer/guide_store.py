@@ -10,7 +10,8 @@ import pyro
 import torch
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides import MixtureGuide, StructuredGuide
+from pyrocurv.guides.mixture import PREDICTION_ONLY
 from pyrocurv.handlers.sites import prior_power
 from pyrocurv.infer.model_run import ModelRun
 from pyrocurv.layers.block import Block
@@ -134,3 +135,14 @@ class GuideStore:
                 family.write(values)
 
         return write
+
+
+def check_guide(guide: Any) -> None:
+    """Raise TypeError unless it is a guide that can be trained."""
+    if isinstance(guide, MixtureGuide):
+        raise TypeError(PREDICTION_ONLY)
+    if not isinstance(guide, StructuredGuide):
+        raise TypeError(
+            "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
+            f"{type(guide).__name__}"
+        )

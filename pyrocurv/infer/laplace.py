@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import predict
 from pyrocurv.infer.marginal_likelihood import (
@@ -29,6 +30,7 @@ from pyrocurv.infer.marginal_likelihood import (
 )
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.runtime.undo import Undo
 
 
@@ -70,11 +72,7 @@ class Laplace:
     def __init__(
         self, model: Callable[..., Any], guide: StructuredGuide, curvature: str | Curvature = "ggn"
     ) -> None:
-        if not isinstance(guide, StructuredGuide):
-            raise TypeError(
-                "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
-                f"{type(guide).__name__}"
-            )
+        check_guide(guide)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
@@ -158,11 +156,19 @@ class Laplace:
         Cholesky factorization of every dense block, which is slow with `FullGuide` from a few
         thousand weights on, but not with Kronecker factors.
 
-        Raises ValueError for another `per`, RuntimeError before `fit`.
+        Raises ValueError for another `per`, or a prior that is the posterior of another task, whose
+        width is known; RuntimeError before `fit`.
         """
         if per not in ("layer", "model"):
             raise ValueError(f"per={per!r}: choose 'layer' or 'model'")
         self._ready()
+        bases = [(fitted.block, fitted.prior.gaussian.base) for fitted in self._fitted]
+        names = [block.name for block, base in bases if isinstance(base, CorrelatedPrior)]
+        if names:
+            raise ValueError(
+                f"tune_prior: the prior of {', '.join(names)} is the posterior of another task, "
+                "which has its width from data"
+            )
         factors = maximize_evidence(self._fitted, per == "layer").to(self._fitted[0].loc)
         self._write(with_prior_scales(self._fitted, factors))
         precisions: dict[str, Tensor] = {}
@@ -171,7 +177,7 @@ class Laplace:
             for site in layer.tensors:
                 rescale_prior(self.model, site, (-factor / 2).exp())
         for fitted in self._fitted:
-            precision = fitted.prior.gaussian.base.precision.expand(fitted.block.size)
+            precision = fitted.prior.gaussian.base.diagonal.expand(fitted.block.size)
             precisions.update(fitted.block.unpack(precision))
         return {name: _scalar_if_equal(value) for name, value in precisions.items()}
 

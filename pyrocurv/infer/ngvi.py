@@ -19,9 +19,9 @@ from pyro import poutine
 from pyro.optim import PyroOptim
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.data_checks import DatasetSizeCheck
 from pyrocurv.curvature.spec import as_curvature
-from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.guides.mixture import PREDICTION_ONLY
+from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.defaults import (
     AUTO,
@@ -30,17 +30,11 @@ from pyrocurv.infer.defaults import (
     auxiliary_optimizer,
     resolve_defaults,
 )
-from pyrocurv.infer.guide_store import GuideStore
+from pyrocurv.infer.guide_store import GuideStore, check_guide
 from pyrocurv.infer.joint_step import uses_joint_update
 from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel
-from pyrocurv.infer.resume_checks import (
-    DatasetSizeCheck,
-    RunSignature,
-    check_blocks,
-    check_signature,
-    check_state,
-)
+from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
@@ -143,13 +137,7 @@ class NGVI:
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
-        if isinstance(guide, MixtureGuide):
-            raise TypeError(PREDICTION_ONLY)
-        if not isinstance(guide, StructuredGuide):
-            raise TypeError(
-                "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
-                f"{type(guide).__name__}"
-            )
+        check_guide(guide)
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
         check_positive("temperature", temperature, "auto")
@@ -247,8 +235,8 @@ class NGVI:
         if self._posterior is None:
             return self._rule, self._rule.init(self.optimizer.param_groups[0])
         if self._loaded is not None:
-            self._check_blocks(self._posterior)
-            check_signature(self._loaded, self._signature())
+            check_blocks(self._posterior, self._store.blocks)
+            check_signature(self._loaded, RunSignature.of(self._rule, self.guide))
             self._loaded = None
         return self._rule, self._posterior
 
@@ -295,7 +283,8 @@ class NGVI:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states."""
         self._follow_store()
-        posterior, signature = self._posterior, self._loaded or self._signature()
+        signature = self._loaded or RunSignature.of(self._rule, self.guide)
+        posterior = self._posterior
         return {
             "version": FORMAT_VERSION,
             "optimizer": self.optimizer.state_dict(),
@@ -322,7 +311,7 @@ class NGVI:
         self._store.sync()
         posterior = from_state(state["posterior"])
         if posterior is not None and self.guide.blocks:
-            self._check_blocks(posterior)
+            check_blocks(posterior, self._store.blocks)
         with Undo() as undo:
             undo.keep_attributes(self, self._stream)
             self._auxiliary.keep(undo, ())
@@ -335,10 +324,3 @@ class NGVI:
             self._loaded = None
             if posterior is not None:
                 self._loaded = RunSignature(state["is_joint"], state["means"])
-
-    def _signature(self) -> RunSignature:
-        is_joint = self._rule is not None and self._rule.is_joint
-        return RunSignature.of(is_joint, self.guide.blocks)
-
-    def _check_blocks(self, posterior: Posterior) -> None:
-        check_blocks([block_state.block for block_state in posterior.blocks], self._store.blocks)

@@ -14,7 +14,6 @@ from pyrocurv.runtime.user_warnings import warn_user
 
 LEFT_OUT = ("point", "frozen")  # no posterior: trained by `optim`, or kept unchanged
 Rule = Callable[[str, "nn.Module | None"], Any]
-Owners = Mapping[Layer, "nn.Module | None"]
 StructureChoice = str | StructureSpec | Mapping[Any, Any] | Rule | None
 
 
@@ -47,7 +46,7 @@ def select_structures(
     return structures
 
 
-def _as_rule(choice: StructureChoice, owners: Owners) -> Rule:
+def _as_rule(choice: StructureChoice, owners: Mapping[Layer, nn.Module | None]) -> Rule:
     if callable(choice) and not isinstance(choice, type):
         return choice
     if not isinstance(choice, Mapping):

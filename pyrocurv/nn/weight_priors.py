@@ -14,9 +14,10 @@ from torch.distributions import Distribution
 
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.layers.module_types import NORMS, fan_in
+from pyrocurv.nn.posterior_prior import CorrelatedNormal, CorrelatedWeight
 from pyrocurv.runtime.distributions import as_normal, compact
 
-PriorSpec = float | str | Callable[[nn.Module, str], Distribution]
+PriorSpec = float | str | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
 
 
 def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
@@ -31,7 +32,7 @@ def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
         return prior
     if prior == "fan_in":
         return lambda module, name: _normal(module, name, 1 / math.sqrt(fan_in(module) + 1))
-    if isinstance(prior, str) or not prior > 0:
+    if not isinstance(prior, float | int) or not prior > 0:
         raise ValueError(
             f"prior={prior!r}: 'fan_in', a positive standard deviation or a callable "
             "(module, name) -> Distribution is needed"
@@ -45,9 +46,33 @@ def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
     return dist.Normal(loc, like.new_full((), scale)).expand(like.shape)
 
 
-def set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
-    """Replace a parameter by a latent, with the parameter's value as its initial value."""
-    initial = parameter.detach().clone()
+def latent_names(module: nn.Module) -> list[str]:
+    """The parameters of a module that `bayesianize` has made latents of."""
+    priors = module.__dict__.get("_pyro_samples", {})
+    return [name for name in priors if _initial(module, name) is not None]
+
+
+def initial_value(module: nn.Module, name: str) -> Tensor:
+    """A parameter, or the value that it had before it became a latent."""
+    initial = _initial(module, name)
+    return getattr(module, name) if initial is None else initial
+
+
+def _initial(module: nn.Module, name: str) -> Tensor | None:
+    prior = module.__dict__.get("_pyro_samples", {}).get(name)
+    return module._buffers.get(_buffer_names(name)[2], getattr(prior, "initial", None))
+
+
+def set_prior(module: nn.Module, name: str, fn: Any, initial: Tensor) -> None:
+    """Replace a parameter by a latent, with its initial value in a guide."""
+    initial = initial.detach().clone()
+    if isinstance(fn, CorrelatedNormal):
+        *others, buffer = _buffer_names(name)
+        for other in others:  # of a normal prior that it replaces
+            module._buffers.pop(other, None)
+        module.register_buffer(buffer, initial, persistent=False)
+        setattr(module, name, PyroSample(CorrelatedWeight(*fn.share, buffer)))
+        return
     normal = as_normal(fn)
     if normal is None:
         if fn.event_dim < initial.dim():

@@ -72,6 +72,13 @@ def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
     return value
 
 
+def cast(value: T, like: Tensor) -> T:
+    """The same value in the dtype and on the device of `like`; integers keep their dtype."""
+    return map_tensors(
+        value, lambda x: x.to(like) if x.is_floating_point() else x.to(like.device)
+    )
+
+
 def check_version(state: Mapping[str, Any], owner: str) -> None:
     """Raise ValueError for the state of a newer format than this one."""
     version = state.get("version", FORMAT_VERSION)

@@ -69,6 +69,12 @@ def test_state_of_modules() -> None:
     assert [module.training for module in net.modules()] == [True, False, True]
 
 
+def test_modules_of_a_function_around_two_networks() -> None:
+    first, second = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3))
+    found = modules(lambda x: first(x) + second(x))
+    assert found == [first, first[0], second, second[0]]
+
+
 def test_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 58)
