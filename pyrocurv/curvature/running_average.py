@@ -52,6 +52,12 @@ class RunningCurvature:
     factors: Kronecker | None = None
     truncated_factors: tuple[TruncatedFactor, TruncatedFactor] | None = None  # output and input
     scaling: KroneckerScaling | None = None
+    positions: int = 1  # S at which the last estimate saw the weights
+
+    @property
+    def root(self) -> Tensor | None:
+        """The scale [P] of the weights that `curvature` belongs to; None for 1."""
+        return None if self.scaling is None else self.scaling.root
 
     @property
     def known(self) -> Structure | None:
@@ -185,7 +191,11 @@ def update(
     """
     block, old, scaling = due
     count, weight = particle.count(old), particle.weight(old, decay)
-    new = replace(old, count=count, factors=None, truncated_factors=None, scaling=scaling)
+    positions = statistics.layers[0][0].a.shape[-2]
+    new = replace(
+        old, count=count, factors=None, truncated_factors=None, scaling=scaling,
+        positions=positions,
+    )
     if _is_truncated(block, statistics):
         return _update_truncated(due, new, statistics, rows, weight)
     value = assemble(block.structure, statistics).scale(1 / rows)

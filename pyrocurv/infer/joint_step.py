@@ -25,6 +25,7 @@ from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.joint_update import ill_conditioned, log_density, update_joint
+from pyrocurv.posterior.mean_update import NATURAL
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
@@ -63,6 +64,11 @@ class JointRule:
         for a log joint that does not depend on the latents, FloatingPointError if the loss is not
         finite or the precision too ill-conditioned.
         """
+        if settings.mean_update is not NATURAL:
+            raise ValueError(
+                f"update={settings.mean_update.name!r}: one Gaussian over all latents moves by the "
+                "natural gradient, update='natural'"
+            )
         vectorize = self._can_vectorize and posterior.step > 0
         restore = save_buffers(modules(model.model))
         try:

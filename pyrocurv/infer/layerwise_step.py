@@ -23,6 +23,7 @@ from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
+from pyrocurv.posterior.mean_update import MeanUpdate
 from pyrocurv.posterior.precision import (
     is_any_due,
     price_estimates,
@@ -46,6 +47,7 @@ class StepSettings:
     num_particles: int
     antithetic: bool
     average: bool
+    mean_update: MeanUpdate
 
     def temperature_of(self, run: ModelRun) -> float:
         """T, which may depend on the data of a run."""
@@ -188,7 +190,8 @@ class LayerwiseRule:
             updated.with_mirrors(sampler.mirrors), sums.loss / count, sums.weights,
             [parameter.gradient for parameter in sums.auxiliary],
         )
-        return step(posterior, evaluation, settings.average), sums.auxiliary
+        update = step(posterior, evaluation, settings.average, settings.mean_update)
+        return update, sums.auxiliary
 
     def negative_elbo(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel

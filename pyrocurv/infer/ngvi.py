@@ -36,6 +36,7 @@ from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel
 from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
+from pyrocurv.optim.mean_updates import Update, as_mean_update
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
@@ -71,6 +72,14 @@ class NGVI:
             converges to a mode of the log joint (at T = 1). The posterior there is a Laplace
             approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
         antithetic: use each perturbation a second time with its sign turned, also across steps.
+        update: how the mean moves. "natural": the natural gradient, in the trust region of
+            `kl_clip`. "whitened-muon": the orthogonalized momentum of each weight matrix in
+            coordinates whitened by the input factor of its curvature, "muon": without whitening,
+            both at the learning rates of Muon, and Adam at a tenth of them for other tensors.
+            "soap": Adam in the eigenbasis of the curvature's factors. A callable from parameters
+            (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has a
+            learning rate and a momentum of its own; `lr` is then its schedule. All see the gradient
+            of the tempered objective; they differ in speed, not in the posterior they end at.
         average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
             training continues from the iterate.
         optim: the optimizer of everything without a natural gradient, the parameters of the model
@@ -133,6 +142,7 @@ class NGVI:
         kl_clip: float | str | None = AUTO,
         num_particles: int | str = AUTO,
         antithetic: bool = True,
+        update: Update = "natural",
         average: bool | str = AUTO,
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
@@ -157,6 +167,7 @@ class NGVI:
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
         self.optimizer = ScheduledHyperparameters(**values)
+        self._mean_update = as_mean_update(update)
         self._auxiliary = auxiliary_optimizer(optim)
         self._stream = RandomStream()
         self._store = GuideStore(guide)
@@ -192,6 +203,7 @@ class NGVI:
         """A step; whatever is raised, `undo` restores all that has changed by then."""
         undo.keep_attributes(self, self._stream, self._dataset_size)
         self._store.keep(undo)
+        self._mean_update.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
         self._setup_guide(undo, args, kwargs)
         is_first = self._posterior is None
@@ -244,7 +256,7 @@ class NGVI:
         return StepSettings(
             self.curvature, self.optimizer.param_groups[0],
             TemperatureRule(self.temperature, self._store.blocks), self.num_particles,
-            self.antithetic, self.average,
+            self.antithetic, self.average, self._mean_update,
         )
 
     # ---- watching and saving --------------------------------------------------------------------
@@ -292,6 +304,8 @@ class NGVI:
             "stream": self._stream.state_dict(),
             "skipped": self.skipped,
             "average": self.average,
+            "update": self._mean_update.name,
+            "update_state": self._mean_update.state_dict(),
             "temperature": self.temperature,
             "is_joint": signature.is_joint,
             "means": signature.means,
@@ -307,7 +321,7 @@ class NGVI:
         version or another `average`, or of a guide with other blocks or structures; the latter at
         the first step for a guide that has no blocks yet.
         """
-        check_state(state, self.average)
+        check_state(state, self.average, self._mean_update.name)
         self._store.sync()
         posterior = from_state(state["posterior"])
         if posterior is not None and self.guide.blocks:
@@ -315,9 +329,11 @@ class NGVI:
         with Undo() as undo:
             undo.keep_attributes(self, self._stream)
             self._auxiliary.keep(undo, ())
+            self._mean_update.keep(undo)
             undo.keep_optimizer(self.optimizer)
             self.optimizer.load_state_dict(state["optimizer"])
             self._auxiliary.load_state_dict(state["auxiliary"])
+            self._mean_update.load_state_dict(state["update_state"])
             self._stream.load_state_dict(state["stream"])
             self.skipped, self._posterior = state["skipped"], posterior
             self.temperature = state["temperature"]

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.update_rule import UpdateRule
 from pyrocurv.layers.block import Block
+from pyrocurv.optim.mean_updates import check_update
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import check_version
 
 STATE_KEYS = (
     "optimizer", "auxiliary", "stream", "skipped", "average", "temperature", "means", "posterior",
+    "update", "update_state",
 )
 
 
@@ -32,8 +34,8 @@ class RunSignature(NamedTuple):
         return RunSignature(rule is not None and rule.is_joint, means)
 
 
-def check_state(state: Mapping[str, Any], average: bool) -> None:
-    """Raise ValueError unless it is the state of an `NGVI` with this `average`."""
+def check_state(state: Mapping[str, Any], average: bool, update: str) -> None:
+    """Raise ValueError unless it is the state of an `NGVI` with this `average` and `update`."""
     if missing := {*STATE_KEYS} - state.keys():
         raise ValueError(
             f"the state is not of an NGVI: it lacks {', '.join(sorted(missing))}, and has "
@@ -44,6 +46,7 @@ def check_state(state: Mapping[str, Any], average: bool) -> None:
         raise ValueError(
             f"the state is of average={state['average']}, this NGVI has average={average}"
         )
+    check_update(state["update"], update, "NGVI")
 
 
 def check_blocks(saved: Posterior, current: Sequence[Block]) -> None:

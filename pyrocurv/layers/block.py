@@ -109,7 +109,7 @@ class Block:
     @cached_property
     def _strides(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] | None:
         """{name: (shape, stride, offset)} in a vector; None if a tensor is in another order."""
-        if any(layer.orientation == "in_out" for layer in self.layers):
+        if any(layer.is_transposed for layer in self.layers):
             return None
         views = self.views(torch.empty(self.size, device="meta"))
         return {n: (tuple(v.shape), v.stride(), int(v.storage_offset())) for n, v in views.items()}

@@ -22,7 +22,8 @@ class Layer:
 
         out_in    [Γ·O, ...]         linear and convolutions: W is the weight with its other axes
                                      flattened
-        in_out    [Γ·I, O, *kernel]  x @ w, embeddings, transposed convolutions: W is transposed
+        in_out    [Γ·I, O, *kernel]  x @ w, transposed convolutions: W is transposed
+        lookup    [I, O]             embeddings: W is transposed
         per_unit  [...]              scales of norm layers: each unit is a group with O = I = 1
         bias      [...]              a bias alone: I = 1
         untraced  [...]              no supported op consumes it, or not example by example: I = 1
@@ -43,7 +44,7 @@ class Layer:
         if self.orientation in ("bias", "untraced"):
             return size, 1
         lead = (self.groups,) if self.groups > 1 else ()
-        outputs = self.shape[1] if self.orientation == "in_out" else self.shape[0] // self.groups
+        outputs = self.shape[1] if self.is_transposed else self.shape[0] // self.groups
         return *lead, outputs, size // (self.groups * outputs) + bias
 
     @property
@@ -55,6 +56,16 @@ class Layer:
     def is_untraced(self) -> bool:
         """Whether no supported op consumes the weight."""
         return self.orientation == "untraced"
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the inputs are the first axis of the weight."""
+        return self.orientation in ("in_out", "lookup")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the weight maps vectors to vectors, unlike a scale or an embedding."""
+        return self.orientation in ("in_out", "out_in") and len(self.shape) > 1
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -90,7 +101,7 @@ class Layer:
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P], W row-major, one group after the other."""
         matrix, has_bias = values[self.weight], self.bias is not None
-        if self.orientation == "in_out":  # [Γ·I, O, *kernel] -> [Γ, O, I, k]
+        if self.is_transposed:  # [Γ·I, O, *kernel] -> [Γ, O, I, k]
             kernel = math.prod(self.shape[2:])
             matrix = matrix.reshape(self.groups, -1, self.out_features, kernel).transpose(1, 2)
         matrix = matrix.reshape(*self.matrix_shape[:-1], self.in_features - has_bias)
@@ -104,7 +115,7 @@ class Layer:
         batch = packed.shape[:-1]
         matrix = packed.reshape(*batch, *self.matrix_shape)
         weight = matrix if self.bias is None else matrix.narrow(-1, 0, self.in_features - 1)
-        if self.orientation == "in_out":  # [..., *lead, O, I] -> [..., Γ, I, O, k]
+        if self.is_transposed:  # [..., *lead, O, I] -> [..., Γ, I, O, k]
             kernel = math.prod(self.shape[2:])
             weight = weight.reshape(*batch, self.groups, self.out_features, -1, kernel)
             weight = weight.transpose(-3, -2)

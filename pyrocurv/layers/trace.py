@@ -17,6 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import consumers, sequence_number
 from pyrocurv.layers.calls import Layout, OpCall, OpRecord
+from pyrocurv.layers.linear import EMBEDDING
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +115,9 @@ def _resolve(
         if bias is not None:
             partners[bias].add(weight)
     biases = {record.names[1] for record in records}
+    lookups = {weight for weight in layouts if all(
+        record.op is EMBEDDING for record in records if record.names[0] == weight
+    )}
     unsupported = dict(refused)
     for name, uses in layouts.items():
         if len(set(uses)) > 1 and not _are_transposes(uses) or name in biases:
@@ -132,7 +136,8 @@ def _resolve(
         joined = are_one_layer(weight, bias)
         if weight is not None and weight not in unsupported:
             orientation, groups, shape = layouts[weight][0]
-            layer = Layer(weight, bias if joined else None, shape, orientation, groups)
+            kind = "lookup" if weight in lookups else orientation
+            layer = Layer(weight, bias if joined else None, shape, kind, groups)
             calls.append(OpCall(layer, record, record.orientation != orientation))
         if record.bias is not None and not joined and bias not in unsupported:
             layer = Layer(record.bias.name, None, record.bias.shape, "bias")

@@ -21,6 +21,7 @@ from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters
 from pyrocurv.optim.forward_recorder import ForwardRecorder, RecordedPass
 from pyrocurv.optim.loss_targets import LossLikelihood
+from pyrocurv.optim.mean_updates import Update, as_mean_update, check_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
@@ -36,7 +37,7 @@ from pyrocurv.runtime.undo import Undo
 
 PICKLED = (
     "defaults", "state", "param_groups", "curvature", "_likelihood", "_network", "_stream",
-    "_auxiliary", "_posterior", "_fallback_lr",
+    "_auxiliary", "_posterior", "_fallback_lr", "_mean_update",
 )
 
 
@@ -49,8 +50,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
-        curvature: str | Curvature, structure: StructureChoice, fallback_lr: float,
-        defaults: Group,
+        curvature: str | Curvature, structure: StructureChoice, update: Update,
+        fallback_lr: float, defaults: Group,
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net: a torch.nn.Module is needed, got {type(net).__name__}")
@@ -60,6 +61,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind)
         if isinstance(structure, str) and structure not in LEFT_OUT:
             parse_structure(structure)
+        self._mean_update = as_mean_update(update)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
         super().__init__(net.parameters() if params is None else params, defaults)
         self._network = TracedNetwork(
@@ -216,7 +218,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         loss = torch.zeros((), device=next(iter(store.named.values()))[0].device)
         evaluation = Evaluation(posterior, loss, means, [*rest.values()])
-        update = step(self._posterior, evaluation)
+        self._mean_update.keep(undo)
+        update = step(self._posterior, evaluation, mean_update=self._mean_update)
         not_seen = {name: name for name in rest if name not in layout.names}
         self._network.warn_once(not_seen, "not used yet in a pass that gave a curvature")
         self._auxiliary.keep(undo, auxiliary)
@@ -251,6 +254,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return {
             **super().state_dict(),
             **posterior_state(type(self).__name__, self.layout, self._posterior),
+            "update": self._mean_update.name,
+            "update_state": self._mean_update.state_dict(),
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
             "has_finite_support": self._likelihood.has_finite_support,
@@ -263,10 +268,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         with other parameters, of other structures, or of a newer version.
         """
         layout, posterior = read_posterior(state_dict, self._network, self._store())
+        check_update(state_dict["update"], self._mean_update.name, type(self).__name__)
         with Undo() as undo:
             undo.keep_attributes(*self._mutable)
+            self._mean_update.keep(undo)
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
             self._network.layout, self._posterior = layout, posterior
+            self._mean_update.load_state_dict(state_dict["update_state"])
             self._auxiliary.load_state_dict(state_dict["auxiliary"])
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])

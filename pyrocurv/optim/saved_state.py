@@ -15,6 +15,8 @@ from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
+STATE_KEYS = ("optimizer", "posterior", "left_out", "update", "auxiliary", "stream")
+
 
 def posterior_state(name: str, layout: ParameterBlocks, posterior: Posterior) -> dict[str, Any]:
     """The blocks and the layers without one, as the optimizer of this class has them."""
@@ -53,7 +55,7 @@ def read_posterior(
 
 def _check_class(state: Mapping[str, Any], name: str) -> None:
     """Raise ValueError unless it is the state of an optimizer of this class and version."""
-    if missing := {"optimizer", "posterior", "left_out", "auxiliary", "stream"} - state.keys():
+    if missing := {*STATE_KEYS} - state.keys():
         raise ValueError(
             f"the state is not of a {name}: it lacks {', '.join(sorted(missing))}, and has "
             f"{', '.join(list(state)[:5])}"

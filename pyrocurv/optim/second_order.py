@@ -15,6 +15,7 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
+from pyrocurv.optim.mean_updates import Update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
@@ -54,6 +55,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             gradient in the output (hard classes; for "normal" of a loss that nothing scales).
         structure: one for all layers, or a choice for each; see `pyrocurv.curvature.estimate`.
             "point" leaves layers to Adam, "frozen" as they are.
+        update: how the parameters move; see `pyrocurv.infer.NGVI`. "natural" is the step above,
+            the others use the curvature for their coordinates or not at all.
         momentum, damping: β, and what is added to the curvature.
         weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
         kl_clip: trust region κ of a step, over all layers; None for no clipping. The momentum keeps
@@ -91,6 +94,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         likelihood: Likelihood = "categorical",
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
+        update: Update = "natural",
         momentum: float = 0.9,
         damping: float = 3e-3,
         weight_decay: float = 0.0,
@@ -99,7 +103,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     ) -> None:
         if as_curvature(curvature).uses_sample_gradients:
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
-        super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
+        super().__init__(net, params, likelihood, curvature, structure, update, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
             "kl_clip": kl_clip,
         })

@@ -19,6 +19,7 @@ from pyrocurv.optim.checks import check_posterior_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors
 from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
+from pyrocurv.optim.mean_updates import Update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.sampling import (
@@ -55,8 +56,8 @@ class VIOptimizer(CurvatureOptimizer):
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
-        net, params, likelihood, curvature, structure, momentum, damping, kl_clip, fallback_lr: as
-            for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
+        net, params, likelihood, curvature, structure, update, momentum, damping, kl_clip,
+            fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean.
@@ -108,6 +109,7 @@ class VIOptimizer(CurvatureOptimizer):
         likelihood: Likelihood = "categorical",
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
+        update: Update = "natural",
         prior_precision: float | str = "fan_in",
         temperature: float | str = 1.0,
         kl_warmup: int = 0,
@@ -126,7 +128,7 @@ class VIOptimizer(CurvatureOptimizer):
             raise ValueError(f"augmentation={augmentation!r}: a positive number is needed")
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
-        super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
+        super().__init__(net, params, likelihood, curvature, structure, update, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })

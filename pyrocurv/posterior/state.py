@@ -38,6 +38,15 @@ class Perturbation:
 
 @serializable
 @dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """The average of squared gradients over `count` steps, as a diagonal or in an eigenbasis."""
+
+    count: int
+    mean: Structure
+
+
+@serializable
+@dataclass(frozen=True, eq=False)
 class BlockState:
     """One block of weights with posterior N(mean, precision⁻¹), between two steps."""
 
@@ -51,6 +60,7 @@ class BlockState:
     momentum: Tensor  # m [P]
     mirror: Perturbation | None = None  # to be used once more, with its sign turned
     averaged_precision: Structure | None = None  # with an average, whose mean is in the store
+    second_moment: SecondMoment | None = None  # of updates that have one
 
 
 @serializable

@@ -14,11 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyrocurv.posterior.natural_gradient import (
-    clip_momentum,
-    regularized_gradient,
-    trust_region_scale,
-)
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
+from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scale
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.runtime.undo import Undo, complete
 from pyrocurv.structures import Solution
@@ -88,32 +85,33 @@ def commit(
     complete(finish)
 
 
-def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Update:
+def step(
+    before: Posterior, evaluation: Evaluation, average: bool = False,
+    mean_update: MeanUpdate = NATURAL,
+) -> Update:
     """The step of all blocks that have a gradient; with `average` also the running averages.
 
     `before` is the posterior that the samples are from. Raises FloatingPointError if the loss or a
     gradient is not finite.
     """
     posterior = evaluation.posterior
-    pushed = [_push(state, evaluation.gradients) for state in posterior.blocks]
-    moving = [state for state in pushed if state is not None]
-    directions = [_direction(state, posterior.step) for state in moving]
+    pushed = [
+        _push(state, evaluation.gradients, posterior.step, mean_update.uses_momentum)
+        for state in posterior.blocks
+    ]
+    directions = mean_update.directions([push for push in pushed if push is not None])
     loss, *dots = _finite(
-        [evaluation.loss, *(direction.dot for direction in directions)], evaluation.auxiliary,
-        posterior.step,
+        [evaluation.loss, *(direction.solution.dot for direction in directions)],
+        evaluation.auxiliary, posterior.step,
     )
-    pairs = [*zip(moving, directions, strict=True)]
     energy = sum(
-        dot * (_bias_corrected(state.hyperparameters.base_lr, state, posterior.step)) ** 2
-        for dot, state in zip(dots, moving, strict=True)
+        dot * direction.energy_rate**2
+        for dot, direction in zip(dots, directions, strict=True)
+        if direction.energy_rate is not None
     )
-    moves = []
-    for state, direction in pairs:
-        kl_clip = state.hyperparameters.kl_clip
-        lr = _bias_corrected(state.hyperparameters.lr, state, posterior.step)
-        move = Move(state, direction, lr * trust_region_scale(energy, kl_clip))
-        clip_momentum(state.momentum, energy, kl_clip)
-        moves.append(_averaged(move, posterior.step) if average else move)
+    moves = [_move(direction, energy) for direction in directions]
+    if average:
+        moves = [_averaged(move, posterior.step) for move in moves]
     moved = iter(moves)
     blocks = tuple(
         old if new is None else next(moved).state
@@ -122,29 +120,32 @@ def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Up
     return Update(loss, Posterior(posterior.step + 1, blocks), moves, before)
 
 
-def _push(state: BlockState, gradients: dict[str, Tensor]) -> BlockState | None:
+def _push(
+    state: BlockState, gradients: dict[str, Tensor], step: int, uses_momentum: bool
+) -> Push | None:
     """The block with one more gradient in its momentum; None if there is no gradient."""
     names = state.block.tensors
     if gradients.keys().isdisjoint(names):
         return None
-    views = state.block.strided_views(state.momentum)
+    if not uses_momentum:
+        state = replace(state, hyperparameters=replace(state.hyperparameters, momentum=0.0))
+    before = state.momentum
+    views = state.block.strided_views(before)
     gradient = {n: gradients.pop(n, None) for n in names}
     complete = {n: torch.zeros_like(views[n]) if g is None else g for n, g in gradient.items()}
     weight = 1 - state.hyperparameters.momentum
-    return replace(state, momentum=state.block.lerp(state.momentum, complete, weight))
+    state = replace(state, momentum=state.block.lerp(before, complete, weight))
+    return Push(state, before, step)
 
 
-def _direction(state: BlockState, step: int) -> Solution:
-    numbers = state.hyperparameters
-    h = regularized_gradient(
-        state.momentum, state.mean, state.prior.gaussian, numbers.likelihood_weight,
-        numbers.bias_correction(step),
-    )
-    return state.preconditioner.solution(h)
-
-
-def _bias_corrected(lr: float, state: BlockState, step: int) -> float:
-    return lr / state.hyperparameters.bias_correction(step)
+def _move(direction: Direction, energy: float) -> Move:
+    """The move of a block; shortens it, and the momentum, where it is in the trust region."""
+    state, rate = direction.state, direction.rate
+    if direction.energy_rate is not None:
+        kl_clip = state.hyperparameters.kl_clip
+        rate *= trust_region_scale(energy, kl_clip)
+        clip_momentum(state.momentum, energy, kl_clip)
+    return Move(state, direction.solution, rate)
 
 
 def average_weight(step: int) -> float:

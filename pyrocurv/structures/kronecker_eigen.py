@@ -9,6 +9,7 @@ EK-FAC: George et al. 2018, arXiv:1806.03884.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -207,6 +208,41 @@ class KroneckerEigen(Structure):
                 "use Rescaled for a diagonal of the form p_i r_j"
             )
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum + delta)
+
+    def map_eigenvalues(self, function: Callable[[Tensor], Tensor]) -> KroneckerEigen:
+        """The matrix with `function` applied to its eigenvalues."""
+        return KroneckerEigen(self.output_basis, self.input_basis, function(self.spectrum))
+
+    def mean_squares(self, x: Tensor) -> KroneckerEigen:
+        """With the mean square of the projections of x [P] onto each eigenspace as eigenvalue."""
+        u, v, matrix = self.output_basis, self.input_basis, x.view(self.shape)
+        left = [u.mT @ matrix, matrix - u @ (u.mT @ matrix)][: 1 + self._truncated[0]]
+        rows = []
+        for part, is_rest in zip(left, (False, True), strict=False):
+            k = part @ v
+            pieces = [k.square(), (part - k @ v.mT).square().sum(-1, keepdim=True)]
+            row = torch.cat(pieces[: 1 + self._truncated[1]], -1)
+            rows.append(row.sum(-2, keepdim=True) if is_rest else row)
+        return KroneckerEigen(u, v, torch.cat(rows, -2) / self.multiplicity)
+
+    @cached_property
+    def _input_factor(self) -> Tensor:
+        """The eigenvalues [..., r] of the trace over the outputs, with a mean of 1."""
+        counts = multiplicities(self.input_basis)
+        trace = multiplicities(self.output_basis) @ self.spectrum
+        mean = (trace * counts).sum(-1, keepdim=True) / counts.sum()
+        return torch.where(mean > 0, trace / mean, torch.ones_like(trace))
+
+    def whiten_input(self, x: Tensor, ridge: float) -> Tensor:
+        """X (A + ridge · I)^-½ for X [..., O, I], with A the input factor, scaled to a mean of 1.
+
+        A is the trace of M over the outputs, for G ⊗ A that of G times A.
+        """
+        root, v = (self._input_factor + ridge).rsqrt(), self.input_basis
+        rest = root[..., v.shape[-1] :].sum(-1)[..., None, None]  # 0 without truncation
+        core = v * (root[..., None, : v.shape[-1]] - rest)
+        product = (x @ core) @ v.mT
+        return torch.addcmul(product, rest, x) if self._truncated[1] else product
 
     def change_basis(
         self, output_basis: Tensor, input_basis: Tensor,

@@ -1,0 +1,100 @@
+"""The rules for the step of the mean by name, and any optimizer of torch as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
+from pyrocurv.posterior.adam import SoapUpdate
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
+from pyrocurv.posterior.muon import MuonUpdate, WhitenedMuonUpdate
+from pyrocurv.runtime.undo import Undo
+
+UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdate(), SoapUpdate())}
+Update = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def as_mean_update(update: Update) -> MeanUpdate:
+    """The rule of that name, or of the optimizer that a callable makes.
+
+    Raises ValueError for an unknown name, TypeError for anything else.
+    """
+    if isinstance(update, str):
+        if update not in UPDATES:
+            raise ValueError(
+                f"update={update!r}: choose {', '.join(map(repr, UPDATES))}, or a callable from "
+                "parameters to a torch.optim.Optimizer"
+            )
+        return UPDATES[update]
+    if not callable(update):
+        raise TypeError(
+            f"update: one of {', '.join(map(repr, UPDATES))} or a callable from parameters to a "
+            f"torch.optim.Optimizer is needed, got {type(update).__name__}"
+        )
+    return TorchUpdate(update)
+
+
+def check_update(saved: str, here: str, owner: str) -> None:
+    """Raise ValueError for a state that was saved with another rule."""
+    if saved != here:
+        raise ValueError(f"the state is of update={saved!r}, this {owner} has update={here!r}")
+
+
+class TorchUpdate(MeanUpdate):
+    """A `torch.optim.Optimizer` steps copies of the means, in the shapes of their weights.
+
+    Its learning rate follows the schedule of the caller's, in proportion.
+    """
+
+    name = "torch"
+    uses_momentum = False
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        self._optimizer = AuxiliaryOptimizer(make)
+        self._parameters: dict[str, nn.Parameter] = {}
+
+    @torch.no_grad()
+    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
+        moving = [parameter for push in pushes for parameter in self._load(push)]
+        self._optimizer.step(moving)
+        return [self._direction(push) for push in pushes]
+
+    def _load(self, push: Push) -> list[AuxiliaryParameter]:
+        """The parameters of a block, with the values of its mean and their gradients."""
+        block, numbers = push.state.block, push.state.hyperparameters
+        gradients = block.unpack(push.gradient)
+        factor = numbers.lr / numbers.base_lr if numbers.base_lr else 1.0
+        return [
+            AuxiliaryParameter(
+                name, self._parameter(name, mean), gradients[name], "means", {}, factor
+            )
+            for name, mean in block.views(push.state.mean).items()
+        ]
+
+    def _parameter(self, name: str, mean: Tensor) -> nn.Parameter:
+        known = self._parameters.get(name)
+        if known is None or (known.device, known.dtype) != (mean.device, mean.dtype):
+            known = self._parameters[name] = nn.Parameter(torch.empty_like(
+                mean, memory_format=torch.contiguous_format
+            ))
+        known.copy_(mean)
+        return known
+
+    def _direction(self, push: Push) -> Direction:
+        moved = push.state.block.pack({n: self._parameters[n] for n in push.state.block.tensors})
+        return Direction.of(push, push.state.mean - moved, 1.0)
+
+    def keep(self, undo: Undo) -> None:
+        undo.keep_attributes(self)
+        self._optimizer.keep(undo, ())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._parameters.clear()
+        self._optimizer.load_state_dict(state)

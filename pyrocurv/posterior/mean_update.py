@@ -1,0 +1,117 @@
+"""How the mean of a block moves, given the gradient of the tempered objective.
+
+With m the momentum of the gradient per datum at the samples, β its decay, δ the prior precision,
+
+    h = m / (1-βᵗ) + (δT/N)(M - M₀),   M ← M - η d(h)
+
+Any d that is a descent direction has the fixed points of E_q[loss] + T KL(q ‖ prior): the posterior
+does not depend on the rule, only how fast it is reached. The natural gradient is
+
+    d = ν (C + e + δT/N + damping)⁻¹ h,   ν one trust region over all blocks
+
+see `pyrocurv.posterior.natural_gradient`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrocurv.posterior.natural_gradient import regularized_gradient
+from pyrocurv.posterior.state import BlockState
+from pyrocurv.runtime.undo import Undo
+from pyrocurv.structures import LazySolution
+
+
+@dataclass(frozen=True, eq=False)
+class Push:
+    """A block whose momentum has one more gradient, and the momentum before; `step` is from 0."""
+
+    state: BlockState
+    last_momentum: Tensor  # [P]
+    step: int
+
+    @property
+    def bias_correction(self) -> float:
+        """1 - βᵗ."""
+        return self.state.hyperparameters.bias_correction(self.step)
+
+    @cached_property
+    def scaled_gradient(self) -> Tensor:
+        """(1 - βᵗ) h [P]."""
+        return self._with_prior(self.state.momentum, self.bias_correction)
+
+    @property
+    def gradient(self) -> Tensor:
+        """h [P]."""
+        return self.scaled_gradient / self.bias_correction
+
+    @property
+    def last_gradient(self) -> Tensor:
+        """The gradient of this step alone, with the prior's [P]."""
+        weight = 1 - self.state.hyperparameters.momentum
+        return self._with_prior(self.last_momentum.lerp(self.state.momentum, 1 / weight), 1.0)
+
+    def _with_prior(self, gradient: Tensor, scale: float) -> Tensor:
+        state = self.state
+        return regularized_gradient(
+            gradient, state.mean, state.prior.gaussian, state.hyperparameters.likelihood_weight,
+            scale,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """The mean of a block moves by -rate · solution; `state` is the block with its new moments.
+
+    The steps of all blocks in the trust region are shortened together. `energy_rate` is the rate
+    that counts there, that without a schedule.
+    """
+
+    state: BlockState
+    solution: LazySolution
+    rate: float
+    energy_rate: float | None = None  # None: outside of the trust region
+
+    @staticmethod
+    def of(push: Push, vector: Tensor, rate: float, state: BlockState | None = None) -> Direction:
+        """A direction [P] outside of the trust region."""
+        solution = LazySolution(torch.dot(push.scaled_gradient, vector), (vector,))
+        return Direction(push.state if state is None else state, solution, rate)
+
+
+class MeanUpdate:
+    """A rule from gradients to directions. The natural gradient: Khan & Rue 2023, arXiv:2107.04562.
+    """
+
+    name = "natural"
+    uses_momentum = True  # False: the rule has a momentum of its own
+
+    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
+        """The direction of each block; nothing is changed that `keep` does not keep."""
+        return [natural_direction(push) for push in pushes]
+
+    def keep(self, undo: Undo) -> None:
+        """Have `undo` keep what `directions` changes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in the blocks, in plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+
+NATURAL = MeanUpdate()
+
+
+def natural_direction(push: Push) -> Direction:
+    """The natural gradient of one block, in the trust region."""
+    numbers, correction = push.state.hyperparameters, push.bias_correction
+    solution = push.state.preconditioner.solution(push.scaled_gradient)
+    return Direction(push.state, solution, numbers.lr / correction, numbers.base_lr / correction)

@@ -1,0 +1,295 @@
+"""How the mean moves, in NGVI and both optimizers: where it ends, resumed runs, errors."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import (
+    EXACT,
+    GUIDES,
+    NOISE,
+    PRIORS,
+    class_data,
+    classifier,
+    everything,
+    exactly,
+    identical,
+    leaves,
+    linear,
+    regression_data,
+    sigma_model,
+    truth,
+)
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
+
+from pyrocurv.guides import FullGuide, KFACGuide
+from pyrocurv.infer import NGVI
+from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
+
+Parameters = list[nn.Parameter]
+
+
+def adam(parameters: Parameters) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+NAMED = ["natural", "whitened-muon", "muon", "soap"]
+UPDATES = {**dict(zip(NAMED, NAMED, strict=True)), "adam": adam}
+each_update = pytest.mark.parametrize("update", UPDATES)
+
+
+# ---- where it ends ------------------------------------------------------------------------------
+
+
+@each_update
+@pytest.mark.parametrize("priors", PRIORS)
+@pytest.mark.parametrize("structure", ["kfac", "diag"])
+def test_the_mean_ends_at_the_exact_posterior(update: str, priors: str, structure: str) -> None:
+    """At a learning rate that falls to 0, on a model whose posterior mean is known."""
+    x, y = regression_data()
+    mean, _, _ = truth(x, y, priors)
+    rates = {"natural": 0.5, "adam": 10.0}  # of Adam a factor
+    ngvi = exactly(
+        linear(priors), structure, update=UPDATES[update], num_particles=0,
+        lr=rates.get(update, 0.2), momentum=0.5,
+    )
+    schedule = ExponentialLR(ngvi.optimizer, 0.96)
+    for _ in range(500):
+        ngvi.step(x, y)
+        if update != "natural":
+            schedule.step()
+    torch.testing.assert_close(ngvi.guide.posterior.loc, mean, rtol=0, atol=1e-6)
+
+
+def test_sgd_descends_the_tempered_objective() -> None:
+    """N nll + T KL over N, whose gradient at the mean is autograd's."""
+    x, y = regression_data()
+    temperature, num_data = 0.3, len(x)
+    model = linear("unequal")
+    ngvi = NGVI(
+        model, KFACGuide(model), temperature=temperature, num_particles=0,
+        update=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )
+    ngvi.step(x, y)
+    net = nn.Linear(3, 2).double()
+    weight, bias = PRIORS["unequal"]
+    with torch.no_grad():
+        for name, value in ngvi.guide.median().items():
+            net.get_parameter(name.removeprefix("net.")).copy_(value)
+    # the momentum of the first step, from the way it went
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    state = ngvi.state_dict()["update_state"]
+    for name, parameter in net.named_parameters():
+        optimizer.state[parameter] = {
+            "momentum_buffer": state[f"net.{name}"]["state"]["momentum_buffer"].clone()
+        }
+    for _ in range(3):
+        optimizer.zero_grad()
+        nll = (net(x) - y).square().sum() / (2 * NOISE**2)
+        prior = net.weight.square().sum() / weight**2 + net.bias.square().sum() / bias**2
+        ((nll + temperature * prior / 2) / num_data).backward()
+        optimizer.step()
+        ngvi.step(x, y)
+    for name, value in ngvi.guide.median().items():
+        expected = net.get_parameter(name.removeprefix("net."))
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+# ---- resumed runs -------------------------------------------------------------------------------
+
+
+def restored(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@each_update
+@pytest.mark.parametrize("average", [False, True])
+def test_a_run_is_resumed_bit_for_bit(update: str, average: bool) -> None:
+    def make() -> NGVI:
+        torch.manual_seed(0)
+        model = sigma_model()
+        return NGVI(
+            model, KFACGuide(model), update=UPDATES[update], average=average, curvature="ggn"
+        )
+
+    x, y = regression_data()
+    whole, first = make(), make()
+    for _ in range(5):
+        whole.step(x, y)
+    for _ in range(3):
+        first.step(x, y)
+    parts = first.model.state_dict(), first.guide.state_dict(), first.state_dict()
+    model_state, guide_state, state = restored(parts)
+    second = make()
+    second.guide(x, y)
+    second.model.load_state_dict(model_state)
+    second.guide.load_state_dict(guide_state)
+    second.load_state_dict(state)
+    for _ in range(2):
+        second.step(x, y)
+    states = ([*leaves(part.state_dict())] for part in (whole.guide, second.guide))
+    assert identical(*states)
+
+
+def optimizer_of(kind: str, update: str) -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(1, 3, 2), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 3))
+    if kind == "vi":
+        return VIOptimizer(net, 32, update=UPDATES[update])
+    return SecondOrderOptimizer(net, update=UPDATES[update])
+
+
+def train(optimizer: Any, x: Tensor, y: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(optimizer.net(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+@each_update
+@pytest.mark.parametrize("kind", ["vi", "second-order"])
+def test_optimizers_learn_and_are_resumed_bit_for_bit(kind: str, update: str) -> None:
+    x, y = torch.randn(16, 1, 5), torch.randint(3, (16,))
+    whole, first, second = (optimizer_of(kind, update) for _ in range(3))
+    before = F.cross_entropy(whole.net.eval()(x), y)
+    whole.net.train()
+    train(whole, x, y, 5)
+    train(first, x, y, 3)
+    net_state, state = restored((first.net.state_dict(), first.state_dict()))
+    second.net.load_state_dict(net_state)
+    second.load_state_dict(state)
+    train(second, x, y, 2)
+    for a, b in zip(whole.net.state_dict().values(), second.net.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    train(whole, x, y, 20)
+    assert F.cross_entropy(whole.net.eval()(x), y) < before
+
+
+@pytest.mark.parametrize("kind", ["vi", "second-order"])
+def test_an_optimizer_refuses_the_state_of_another_update(kind: str) -> None:
+    x, y = torch.randn(16, 1, 5), torch.randint(3, (16,))
+    optimizer, other = optimizer_of(kind, "muon"), optimizer_of(kind, "soap")
+    train(optimizer, x, y, 1)
+    with pytest.raises(ValueError, match="update='muon', this .* has update='soap'"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_ngvi_refuses_the_state_of_another_update() -> None:
+    x, y = class_data()
+    model = classifier()
+    ngvi = NGVI(model, KFACGuide(model), update="muon")
+    ngvi.step(x, y)
+    other = NGVI(model, ngvi.guide, update="natural")
+    with pytest.raises(ValueError, match="update='muon', this NGVI has update='natural'"):
+        other.load_state_dict(ngvi.state_dict())
+
+
+# ---- schedules ----------------------------------------------------------------------------------
+
+
+def test_an_optimizer_of_the_user_follows_the_schedule() -> None:
+    x, y = class_data()
+    model, rates = classifier(), []
+
+    class Recorded(torch.optim.SGD):
+        def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    ngvi = NGVI(model, KFACGuide(model), update=lambda p: Recorded(p, lr=0.8))
+    schedule = LambdaLR(ngvi.optimizer, lambda t: 0.5**t)
+    for _ in range(3):
+        ngvi.step(x, y)
+        schedule.step()
+    assert rates == [0.8, 0.4, 0.2]
+
+
+# ---- nothing is lost ----------------------------------------------------------------------------
+
+
+class Breaks(torch.optim.Adam):
+    """Changes half of its parameters, then raises."""
+
+    broken = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        if self.broken:
+            raise KeyboardInterrupt
+
+
+def test_a_broken_step_changes_nothing() -> None:
+    x, y = class_data()
+    model, made = classifier(), []
+
+    def make(parameters: Parameters) -> torch.optim.Optimizer:
+        made.append(Breaks(parameters, lr=0.1))
+        return made[-1]
+
+    ngvi = NGVI(model, KFACGuide(model), update=make)
+    ngvi.step(x, y)
+    before = everything(ngvi)
+    made[0].broken = True
+    with pytest.raises(KeyboardInterrupt):
+        ngvi.step(x, y)
+    assert identical(before, everything(ngvi))
+
+
+@each_update
+def test_a_gradient_that_is_not_finite_changes_nothing(update: str) -> None:
+    x, y = regression_data()
+    ngvi = exactly(linear("equal"), "kfac", update=UPDATES[update], curvature=EXACT)
+    ngvi.step(x, y)
+    before = everything(ngvi)
+    y = y.clone()
+    y[0] = 1e308
+    with pytest.raises(FloatingPointError):
+        ngvi.step(x, y)
+    assert identical(before, everything(ngvi))
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["mu", "", "Natural"])
+def test_unknown_names_are_refused(update: str) -> None:
+    model = classifier()
+    with pytest.raises(ValueError, match="update=.*'natural', 'whitened-muon', 'muon', 'soap'"):
+        NGVI(model, KFACGuide(model), update=update)
+    with pytest.raises(ValueError, match="update="):
+        VIOptimizer(nn.Linear(2, 2), 4, update=update)
+
+
+@pytest.mark.parametrize("update", [3, None, [torch.optim.SGD]])
+def test_other_objects_are_refused(update: Any) -> None:
+    with pytest.raises(TypeError, match="update: one of"):
+        SecondOrderOptimizer(nn.Linear(2, 2), update=update)
+
+
+def test_a_joint_gaussian_moves_by_the_natural_gradient() -> None:
+    x, y = class_data()
+    model = classifier()
+    ngvi = NGVI(model, FullGuide(model), curvature="hessian", update="muon")
+    with pytest.raises(ValueError, match="update='muon': one Gaussian over all latents"):
+        ngvi.step(x, y)
+
+
+def test_guides_of_all_structures_take_all_updates() -> None:
+    x, y = class_data()
+    for name, guide in GUIDES.items():
+        for update in UPDATES.values():
+            model = classifier()
+            ngvi = NGVI(model, guide(model), update=update)
+            losses = [ngvi.step(x, y) for _ in range(2)]
+            assert all(torch.isfinite(torch.tensor(losses))), name
