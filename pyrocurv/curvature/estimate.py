@@ -28,6 +28,7 @@ from pyrocurv.layers.structure_selection import StructureChoice, select_structur
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 
@@ -51,6 +52,7 @@ def _(structure: EKFAC, block: Block, statistics: BlockStatistics) -> Structure:
     return statistics.eigenvalues(statistics.kronecker(structure.sharing).eigen(ranks))
 
 
+@outside_inference_mode
 def estimate(
     net: nn.Module,
     x: Tensor,
@@ -122,6 +124,7 @@ def estimate(
     parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the network has requires_grad")
+    check_differentiable(net.modules())
     if y.shape[:1] == (0,):
         raise ValueError("the batch has no examples")
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext

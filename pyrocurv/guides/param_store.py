@@ -34,6 +34,7 @@ from pyrocurv.guides.store_entries import (
 )
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.handlers.sites import TraceSite
+from pyrocurv.runtime.inference_mode import outside_inference_mode, without_inference_tensors
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
 
@@ -101,11 +102,12 @@ class ParamStoreGuide(AutoGuide):
             name: shapes for name, shapes in guide_names(type(self).__name__).items() if shapes
         }
         for name, shapes in orphans.items():
-            if expected.items() <= shapes.items():
+            is_fallback = all(parameter.startswith("fallback.") for parameter in shapes)
+            if expected.items() <= shapes.items() and (expected or is_fallback):
                 self._rename(name)
                 return
         for name, shapes in orphans.items():
-            if expected.keys() <= shapes.keys():
+            if expected and expected.keys() <= shapes.keys():
                 raise ValueError(mismatch(name, expected, shapes))
         self._rename(self._free_name())
         if orphans:
@@ -117,11 +119,13 @@ class ParamStoreGuide(AutoGuide):
     def _leave_name_of_others(self) -> bool:
         """Take a free name if another living guide has entries under the present one."""
         is_nested = self._pyro_name != self._unique_name  # and is named by a guide around it
-        if is_nested or owned_names(self).isdisjoint(slots(self)):
+        prefix = f"{self._pyro_name}."
+        if is_nested or not any(name.startswith(prefix) for name in owned_names(self)):
             return False
         self._rename(self._free_name())
         return True
 
+    @outside_inference_mode
     @torch.no_grad()
     def sync_with_store(self) -> None:
         """Take over what the store has under the guide's names; add what it lacks.
@@ -160,6 +164,7 @@ class ParamStoreGuide(AutoGuide):
                 ": a posterior needs all of them"
             )
         for name, value in foreign.items():
+            value = without_inference_tensors(value)
             slot, new = own[name], value
             if isinstance(slot.tensor, nn.Parameter) and not isinstance(value, nn.Parameter):
                 new = nn.Parameter(value.detach())
@@ -167,6 +172,7 @@ class ParamStoreGuide(AutoGuide):
             old, slot.tensors[slot.key] = slot.tensor, new
             self.times_restored += not (old.device == new.device and torch.equal(old, new))
 
+    @outside_inference_mode
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+ENUMERATION = (
+    "NGVI does not enumerate discrete latents; SVI with TraceEnum_ELBO on the same guide does, see "
+    "https://pyro.ai/examples/enumeration.html"
+)
 TraceSite = Mapping[str, Any]
 
 
@@ -38,6 +42,15 @@ def prior_power(name: str, scale: float | Tensor) -> float:
             "be scaled by a single number only"
         )
     return float(scale)
+
+
+def check_latent(site: TraceSite) -> None:
+    """Raise ValueError for a latent of a guide that is observed in this call."""
+    if site["is_observed"]:
+        raise ValueError(
+            f"site {site['name']!r} is observed in this call, and was a latent at the first call "
+            "of the guide, without its data: make a new guide, and call it with the data first"
+        )
 
 
 def check_data(site: TraceSite) -> None:

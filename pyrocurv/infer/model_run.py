@@ -237,7 +237,7 @@ def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
     """Set up a guide that has not been called, without using random numbers."""
     if guide.prototype_trace is None:
         with isolated_rng(torch.device("cpu")), poutine.block():
-            guide._setup_prototype(*args, **kwargs)
+            guide.setup(args, kwargs)
 
 
 def mean_weights(guide: StructuredGuide) -> dict[str, Tensor]:
