@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocurv.guides.initialization import InitInside
 from pyrocurv.guides.store_entries import (
     Slot,
     forget_dead_guides,
@@ -51,7 +51,7 @@ class ParamStoreGuide(AutoGuide):
         self, model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor],
         create_plates: Callable[..., Any] | None,
     ) -> None:
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        super().__init__(InitInside(init_loc_fn)(model), create_plates=create_plates)
         self.times_restored = 0  # how often the store had other values
         self._set_unique_name()
         self.register_load_state_dict_post_hook(clear_param_store)

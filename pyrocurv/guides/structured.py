@@ -37,6 +37,7 @@ from pyrocurv.posterior.prior import Prior, read_prior
 from pyrocurv.posterior.summary import guide_summary
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
 
@@ -96,6 +97,7 @@ class StructuredGuide(BlockwiseGuide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self.setup(args, kwargs, requires_data=False)
 
+    @one_thread_at_a_time
     @outside_inference_mode
     def setup(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool = False,

@@ -26,6 +26,7 @@ from pyrocurv.handlers.sites import (
     is_deterministic,
     prior_power,
 )
+from pyrocurv.handlers.support import check_support
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,7 @@ class ReplayMessenger(Messenger):
             return
         if msg["is_observed"]:
             check_data(msg)
+            check_support(msg)
             self.observed.append(_observed_site(msg))
         else:
             self.latents[msg["name"]] = _observed_site(msg)

@@ -31,6 +31,8 @@ from pyrocurv.infer.marginal_likelihood import (
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 
 
@@ -84,6 +86,8 @@ class Laplace:
 
     # ---- the posterior --------------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def fit(self, loader: Iterable[Any]) -> Laplace:
         """Set the guide's precision from the curvature of all data at its mean.
 
@@ -136,6 +140,7 @@ class Laplace:
         unscaled = fitted[0].loc.new_zeros(1)
         return self._log_likelihood + float(log_evidence(fitted, unscaled))
 
+    @outside_inference_mode
     @torch.no_grad()
     def tune_prior(self, per: str = "layer") -> dict[str, Tensor]:
         """Scale the prior precisions to maximize the evidence, with the curvature fixed.
@@ -183,6 +188,8 @@ class Laplace:
 
     # ---- prediction -----------------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def predict(self, *args: Any, **kwargs: Any) -> Distribution:
         """The predictive distribution of the network linearized at the guide's mean.
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.optim import PyroOptim
@@ -23,6 +22,7 @@ from pyrocurv.curvature.data_checks import DatasetSizeCheck
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.support import only_data_validated
 from pyrocurv.infer.defaults import (
     AUTO,
     Loss,
@@ -41,8 +41,10 @@ from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
 from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer, check_positive
 from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
@@ -167,6 +169,8 @@ class NGVI:
 
     # ---- a step ---------------------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step on a mini-batch; takes the model's arguments.
 
@@ -197,7 +201,7 @@ class NGVI:
         is_first = self._posterior is None
         rule, posterior = self._ready()
         like = self.guide.blocks[0].raw_loc
-        validation = nullcontext() if is_first else pyro.validation_enabled(False)
+        validation = nullcontext() if is_first else only_data_validated()
         with (self._stream(like.device), validation, torch.enable_grad(),
               disable_autocast(like.device) as network):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
@@ -249,6 +253,8 @@ class NGVI:
 
     # ---- watching and saving --------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Loss:
         """-ELBO on these data, N nll + T (log q - log p) at `num_particles` samples of the guide.

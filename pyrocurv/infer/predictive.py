@@ -27,9 +27,11 @@ from pyrocurv.handlers.vectorized import (
     VectorizedRunner,
     call_signature,
     concatenate,
+    remember,
 )
 from pyrocurv.runtime.module_state import preserve_module_state, still_frozen
 from pyrocurv.runtime.rng import device_of, isolated_rng
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.user_warnings import warn_user
 
 # entries of all latents drawn together: the model may return little, the draws are large
@@ -96,6 +98,7 @@ class Predictive(pyro.infer.Predictive):
         self._num_elements: dict[Any, int] = {}  # of one draw from the guide
         self._warned = False
 
+    @one_thread_at_a_time
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """{site: [S, ...]} for the model's arguments."""
@@ -158,7 +161,8 @@ class Predictive(pyro.infer.Predictive):
             self._initialize_guides(args, kwargs)
             with isolated_rng(device_of(args)):
                 draw = self._draw(1, args, kwargs)
-            self._num_elements[signature] = sum(value.numel() for value in draw.values())
+            elements = sum(value.numel() for value in draw.values())
+            remember(self._num_elements, signature, elements)
         size = max(1, MAX_ELEMENTS // max(1, self._num_elements[signature]))
         for start in range(0, self.num_samples, size):
             n = min(size, self.num_samples - start)
