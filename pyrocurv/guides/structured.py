@@ -115,7 +115,7 @@ class StructuredGuide(BlockwiseGuide):
                 "this guide was pickled before its first call, and pickles leave the model behind: "
                 f"make a new one, {type(self).__name__}(model)"
             )
-        with Undo() as undo:
+        with Undo() as undo, poutine.block():
             undo.keep_attributes(self, self.blocks, pyro.get_param_store())
             self._setup(args, kwargs, prefers_joint, requires_data)
 

@@ -236,7 +236,7 @@ def require_grad(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
     """Set up a guide that has not been called, without using random numbers."""
     if guide.prototype_trace is None:
-        with isolated_rng(torch.device("cpu")), poutine.block():
+        with isolated_rng(torch.device("cpu")):
             guide.setup(args, kwargs)
 
 

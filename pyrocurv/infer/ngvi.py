@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.optim import PyroOptim
 
 from pyrocurv.curvature import Curvature
@@ -94,18 +93,19 @@ class NGVI:
     network is trained layer by layer, and without a network they are not used.
 
     From a posterior that Pyro's param store was given (`load`, `set_state`) the next step starts as
-    that of a new `NGVI`, without the momentum of the steps before.
-
-    Random numbers come from a separate stream, seeded from torch's generator at construction.
-    `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so different from the
-    mean that training does not progress (learned log scales, priors much wider than 1/fan_in), use
-    several of them (`num_particles=4`) or a lower temperature.
+    that of a new `NGVI`, without the momentum of the steps before. Random numbers come from a
+    separate stream, seeded from torch's generator at construction. `.optimizer` is a
+    `torch.optim.Optimizer` for schedulers. If samples are so different from the mean that training
+    does not progress (learned log scales, priors much wider than 1/fan_in), use several of them
+    (`num_particles=4`) or a lower temperature.
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
         ValueError: an unknown name or a number out of its range; at a step, before any state is
-            changed, what the guide raises at its first call, a plate smaller than the batch in it,
-            a latent that the guide does not have.
+            changed, what the guide raises at its first call, no observed site, data outside of the
+            support of their likelihood (`pyro.enable_validation(False)` turns that off), a plate
+            smaller than the batch in it, a latent that the guide does not have.
+        RuntimeError: a step while another thread trains or predicts.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390; Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562.
@@ -198,10 +198,9 @@ class NGVI:
         self._store.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
         self._setup_guide(undo, args, kwargs)
-        is_first = self._posterior is None
+        validation = only_data_validated() if self._posterior else nullcontext()
         rule, posterior = self._ready()
         like = self.guide.blocks[0].raw_loc
-        validation = nullcontext() if is_first else only_data_validated()
         with (self._stream(like.device), validation, torch.enable_grad(),
               disable_autocast(like.device) as network):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
@@ -227,8 +226,7 @@ class NGVI:
         if self.guide.prototype_trace is None:
             undo.keep_attributes(self.guide.blocks)
             with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
-                with poutine.block():
-                    self.guide.setup(args, kwargs, self._prefers_joint)
+                self.guide.setup(args, kwargs, self._prefers_joint)
         if not self.guide.blocks:
             raise ValueError(f"{self.guide.no_gaussian_reason}: use pyro.infer.SVI")
 
@@ -265,8 +263,7 @@ class NGVI:
         """
         self._follow_store()
         if self.guide.prototype_trace is None:
-            with poutine.block():
-                self.guide.setup(args, kwargs, self._prefers_joint)
+            self.guide.setup(args, kwargs, self._prefers_joint)
         rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
         posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
         with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:

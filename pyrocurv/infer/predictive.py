@@ -171,8 +171,7 @@ class Predictive(pyro.infer.Predictive):
     def _initialize_guides(self, args: Any, kwargs: Any) -> None:
         for guide in _uninitialized_guides(self.guide):
             try:
-                with poutine.block():
-                    guide.setup(args, kwargs)
+                guide.setup(args, kwargs)
             except ValueError as error:
                 raise ValueError(
                     "the guide is not initialized, and cannot be from these arguments: train it "
