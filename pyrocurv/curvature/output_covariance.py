@@ -58,12 +58,12 @@ class BlockCovariance:
         return self.matrix.diagonal(dim1=-2, dim2=-1)
 
     def correlate(self, z: Tensor) -> Tensor:
-        """Deviations [N, K, C] with this covariance, from standard normal z [K, C]."""
+        """Deviations [N, C, K] with this covariance, from standard normal z [C, K]."""
         root, failed = torch.linalg.cholesky_ex(self.matrix)
         if bool(failed.any()):  # singular, as with fewer weights than outputs
             values, vectors = eigh_psd(self.matrix)
             root = vectors * values.sqrt().unsqueeze(-2)
-        return z @ root.mT
+        return root @ z
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +111,16 @@ class SpectralCovariance:
         return diagonal if self.root is None else diagonal * self.root.square()
 
     def correlate(self, z: Tensor) -> Tensor:
-        """Deviations [N, K, C] with this covariance, from standard normal z [K, C]."""
-        roots = self.weights.sqrt().unsqueeze(-2)
+        """Deviations [N, C, K] with this covariance, from standard normal z [C, K]."""
+        roots = self.weights.sqrt().unsqueeze(-1)
         if self.basis is None:
             deviations = roots * z
         else:
-            rest = 0.0 if self.rest is None else self.rest.sqrt().unsqueeze(-2)
-            deviations = ((roots - rest) * (z @ self.basis)) @ self.basis.mT
+            rest = 0.0 if self.rest is None else self.rest.sqrt().unsqueeze(-1)
+            deviations = self.basis @ ((roots - rest) * (self.basis.mT @ z))
             if isinstance(rest, Tensor):
                 deviations = deviations.addcmul_(rest, z)
-        return deviations if self.root is None else deviations * self.root
+        return deviations if self.root is None else deviations * self.root[:, None]
 
 
 OutputCovariance = BlockCovariance | SpectralCovariance

@@ -18,11 +18,12 @@ Sobol points: Owen 1997, "Scrambled net variance for integrals of smooth functio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
@@ -33,17 +34,16 @@ from pyrocurv.structures import Structure
 SEED = 0
 MAX_ELEMENTS = 2**19  # of the draws of one chunk, which a processor's cache holds
 FINEST = 2.0**-31  # half the distance of Sobol points
-ToLogits = Callable[[Tensor], Tensor]  # outputs [..., C] -> logits of D classes [..., D]
 
 
 def normal_points(count: int, like: Tensor) -> Tensor:
-    """K = count quasi-random points of N(0, I) [K, C], for outputs `like` [..., C]."""
+    """K = count quasi-random points of N(0, I) [C, K], for outputs `like` [N, C]."""
     size = like.shape[-1]
     if size > SobolEngine.MAXDIM:
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(count, size, dtype=torch.float64, generator=generator).to(like)
+        return torch.randn(size, count, dtype=torch.float64, generator=generator).to(like)
     points = SobolEngine(size, scramble=True, seed=SEED).draw(count, dtype=torch.float64)
-    return torch.special.ndtri(points.clamp(FINEST, 1 - FINEST)).to(like)
+    return torch.special.ndtri(points.clamp(FINEST, 1 - FINEST)).mT.to(like).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +53,30 @@ class CovarianceDraws:
     covariance: OutputCovariance
     pairs: int
 
-    def log_mean(self, to_logits: ToLogits, loc: Tensor) -> Tensor:
-        """The logarithms of the mean probabilities [N, D], for f = loc [N, C]."""
+    def log_mean(self, loc: Tensor, is_binary: bool = False) -> Tensor:
+        """The logarithms of the mean probabilities [N, D] for logits f = loc [N, C].
+
+        With `is_binary`, one logit stands for two classes, the other of which has logit 0.
+        """
         z = normal_points(self.pairs, loc)
         step = max(1, MAX_ELEMENTS // z.numel())
-        found = [
-            _log_mean_softmax(to_logits, loc[start:start + step].unsqueeze(1),
-                              self.covariance[start:start + step].correlate(z))
-            for start in range(0, len(loc), step)
-        ]
+        found = []
+        for start in range(0, len(loc), step):
+            places = slice(start, start + step)
+            deviations = self.covariance[places].correlate(z)  # [n, C, K]: softmax is fast so
+            center = loc[places].unsqueeze(-1)
+            found.append(_log_sum(center + deviations, center - deviations, is_binary))
         return torch.cat(found) - math.log(2 * self.pairs)
 
 
-def _log_mean_softmax(to_logits: ToLogits, loc: Tensor, deviations: Tensor) -> Tensor:
-    """log Σ_k (softmax(f + d_k) + softmax(f - d_k)) [n, D]."""
-    values = loc + deviations, loc - deviations
-    first, second = (to_logits(f).softmax(-1).sum(1) for f in values)
-    if bool((first + second > torch.finfo(loc.dtype).tiny).all()):
-        return (first + second).log()
-    return torch.logaddexp(*(to_logits(f).log_softmax(-1).logsumexp(1) for f in values))
+def _log_sum(first: Tensor, second: Tensor, is_binary: bool) -> Tensor:
+    """The logarithms of the sum of probabilities [n, D] over logits [n, C, K] of two halves."""
+    if is_binary:
+        first, second = (F.pad(logits, (0, 0, 0, 1)) for logits in (first, second))
+    total = first.softmax(1).sum(-1) + second.softmax(1).sum(-1)
+    if bool((total > torch.finfo(total.dtype).tiny).all()):
+        return total.log()
+    return torch.logaddexp(*(f.log_softmax(1).logsumexp(-1) for f in (first, second)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +89,12 @@ class WeightDraws:
     output: Tensor
     pairs: int
 
-    def log_mean(self, to_logits: ToLogits, loc: Tensor) -> Tensor:
-        """The logarithms of the mean probabilities [N, D], for f = loc [N, C]."""
-        total = torch.full_like(to_logits(loc), -torch.inf)
+    def log_mean(self, loc: Tensor, is_binary: bool = False) -> Tensor:
+        """As `CovarianceDraws.log_mean`."""
+        center, total = loc.unsqueeze(-1), loc.new_full((), -torch.inf)
         for deviation in self.deviations():
-            change = deviation.reshape(loc.shape)
-            for f in (loc + change, loc - change):
-                total = torch.logaddexp(total, to_logits(f).log_softmax(-1))
+            change = deviation.reshape(center.shape)
+            total = torch.logaddexp(total, _log_sum(center + change, center - change, is_binary))
         return total - math.log(2 * self.pairs)
 
     def deviations(self) -> Iterator[Tensor]:

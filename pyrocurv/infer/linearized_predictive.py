@@ -34,7 +34,6 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
 )
-from torch.nn import functional as F
 
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.last_layer import last_layer_covariance
@@ -183,7 +182,7 @@ def _(likelihood: Bernoulli, event: int, covariance: Tensor | OutputCovariance) 
 @averaged.register
 def _(likelihood: Bernoulli, event: int, draws: Draws) -> Distribution:
     logits = likelihood.logits.detach()
-    both = draws.log_mean(lambda f: F.pad(f, (0, 1)), logits.reshape(-1, 1))  # logits f and 0
+    both = draws.log_mean(logits.reshape(-1, 1), is_binary=True)
     return dist.Bernoulli(logits=(both[:, 0] - both[:, 1]).reshape(logits.shape)).to_event(event)
 
 
@@ -219,7 +218,7 @@ def _pairwise(logits: Tensor, covariance: Tensor) -> Tensor:
 @averaged.register
 def _(likelihood: Categorical, event: int, draws: Draws) -> Distribution:
     logits = likelihood.logits.detach()
-    found = draws.log_mean(lambda f: f, logits.reshape(-1, logits.shape[-1]))
+    found = draws.log_mean(logits.reshape(-1, logits.shape[-1]))
     return dist.Categorical(logits=found.reshape(logits.shape)).to_event(event)
 
 
