@@ -18,6 +18,7 @@ from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide, StructuredGuide
 from pyrocurv.infer import Laplace, linearized_predictive
 from pyrocurv.infer.linearized_draws import CovarianceDraws, WeightDraws
 from pyrocurv.nn import Classifier, Regressor, bayesianize
+from pyrocurv.structures import Dense
 
 DRAWS = 5000
 PAIRS = 128  # of the default number of draws
@@ -348,3 +349,15 @@ def test_tokens_and_tied_or_rearranged_outputs() -> None:
         variance = covariance.diagonal(dim1=1, dim2=2).reshape(y.shape)
         found = laplace.predict(x).base_dist.variance
         torch.testing.assert_close(found, variance + 0.25, msg=f"{name}: {found}")
+
+
+@pytest.mark.parametrize("kind", ["ggn", "empirical", "hessian"])
+def test_only_a_hessian_is_projected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of squares has no negative part: no eigendecomposition to find that out."""
+    calls = []
+    psd = Dense.psd
+    monkeypatch.setattr(Dense, "psd", lambda self: calls.append(1) or psd(self))
+    x, y = class_data()
+    model = classifier()
+    Laplace(model, FullGuide(model), kind).fit([(x, y)])
+    assert bool(calls) == (kind == "hessian")
