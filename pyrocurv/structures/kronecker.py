@@ -182,11 +182,11 @@ def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor
         mean = without_rounding(rest, rows, values.abs().amax()) / (rows - rank)
         return basis, torch.cat([values, mean])
     values, basis = eigh_blocks(factor, num_blocks)
-    rest = values.shape[-1] - rank
-    if rest == 0:
+    others = rows - rank
+    if others == 0:
         return basis, values
-    mean = values[..., :rest].mean(-1, keepdim=True)
-    return basis[..., rest:].contiguous(), torch.cat([values[..., rest:], mean], -1)
+    mean = values[..., :others].mean(-1, keepdim=True)
+    return basis[..., others:].contiguous(), torch.cat([values[..., others:], mean], -1)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:
