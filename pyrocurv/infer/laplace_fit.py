@@ -64,7 +64,7 @@ def sum_curvature(
         raise FloatingPointError(f"the log likelihood is {log_likelihood}")
     parts = zip(totals, priors, guide.blocks, strict=True)
     return [
-        LaplaceBlock(total.block, total.total(), prior, family.raw_loc.detach().clone())
+        LaplaceBlock(total.block, total.total(spec.kind), prior, family.raw_loc.detach().clone())
         for total, prior, family in parts
     ], log_likelihood
 
