@@ -47,7 +47,7 @@ class WeightGaussian:
         flat = packed[..., self.index.argsort()]
         pieces = flat.split([math.prod(shape) for shape in self.shapes.values()], -1)
         named = zip(self.shapes.items(), pieces, strict=True)
-        return {name: piece.reshape(*packed.shape[:-1], *shape) for (name, shape), piece in named}
+        return {name: piece.reshape((*packed.shape[:-1], *shape)) for (name, shape), piece in named}
 
     @cached_property
     def means(self) -> dict[str, Tensor]:
