@@ -172,7 +172,7 @@ class StructuredGuide(BlockwiseGuide):
     def _setup_fallback(
         self, prototype: Prototype, partition: LatentPartition, args: Any, kwargs: Any
     ) -> None:
-        self._excluded = dict(partition.excluded)
+        self._excluded, self._unsupported = dict(partition.excluded), dict(prototype.unsupported)
         self.fallback_sites = (*partition.excluded, *partition.fallback)
         if not self.fallback_sites:
             return

@@ -38,7 +38,7 @@ from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
-from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
@@ -228,7 +228,7 @@ class NGVI:
             with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
                 self.guide.setup(args, kwargs, self._prefers_joint)
         if not self.guide.blocks:
-            raise ValueError(f"{self.guide.no_gaussian_reason}: use pyro.infer.SVI")
+            raise ValueError(self.guide.no_gaussian_reason)
 
     def _ready(self) -> tuple[UpdateRule, Posterior]:
         """The rule and the posterior, both from the first step on; checks a loaded state."""
@@ -282,6 +282,10 @@ class NGVI:
         if self._posterior is None or self._rule is None or self._rule.is_joint:
             return {}
         return update_counts(self.curvature, self._posterior)
+
+    def prior_errors(self) -> dict[str, float]:
+        """{block: |Λ - (N/T) C - Λ₀|, relative}, if the prior's Λ₀ is another task's posterior."""
+        return prior_errors(self.curvature, self._posterior) if self._posterior else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states."""

@@ -30,7 +30,7 @@ from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
-from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 
@@ -237,6 +237,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         step.
         """
         return update_counts(self.curvature, self._posterior)
+
+    def prior_errors(self) -> dict[str, float]:
+        """As `pyrocurv.infer.NGVI.prior_errors`, for `VIOptimizer(prior=...)`."""
+        return prior_errors(self.curvature, self._posterior)
 
     def summary(self) -> str:
         """A table of every parameter: name, shape, structure, size.

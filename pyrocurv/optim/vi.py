@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
+from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.optim.checks import check_posterior_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.optim.default_prior import DefaultPriors
+from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
 from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
@@ -62,6 +63,8 @@ class VIOptimizer(CurvatureOptimizer):
         lr: learning rate of the mean.
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
+        prior: the posterior of an earlier task, as for `bayesianize`, of the weights that it has:
+            another `VIOptimizer`, a guide of the same network or its `.posterior`.
         temperature: T multiplies the KL term; 1 is the ELBO. "auto": min(0.1, N/P) for likelihoods
             of finite support, 0.3 for others, a rule of thumb. A group may have its own.
         kl_warmup: steps over which T rises linearly to its value.
@@ -96,7 +99,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     has_untraced_blocks = True
     fallback_description = "independent Gaussians, from gradients"
-    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
+    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "_priors")
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class VIOptimizer(CurvatureOptimizer):
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         prior_precision: float | str = "fan_in",
+        prior: Any = None,
         temperature: float | str = 1.0,
         kl_warmup: int = 0,
         augmentation: float = 1.0,
@@ -130,7 +134,7 @@ class VIOptimizer(CurvatureOptimizer):
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })
-        self._priors = DefaultPriors()
+        self._priors = DefaultPriors(prior, self._recorder.inner)
         self._samples: EvaluationSum | None = None
         self._sample: Sample | None = None  # that the parameters are
         self._num_particles = 1  # samples of a step that give its curvature
@@ -272,11 +276,9 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ---- using it -------------------------------------------------------------------------------
 
-    @contextmanager
-    def use_mean(self) -> Iterator[None]:
+    def use_mean(self) -> AbstractContextManager[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
-        with nullcontext() if self._sample is None else self._sample.use_mean():
-            yield
+        return nullcontext() if self._sample is None else self._sample.use_mean()
 
     @torch.no_grad()
     def kl(self) -> Tensor:
@@ -287,6 +289,10 @@ class VIOptimizer(CurvatureOptimizer):
             for state in self._posterior.blocks
         ]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def weight_gaussians(self) -> list[WeightGaussian]:
+        """The posterior in independent parts, for `prior=`."""
+        return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()
     def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Tensor:
@@ -311,5 +317,4 @@ class VIOptimizer(CurvatureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._priors, self._samples, self._sample = DefaultPriors(), None, None
-        self._num_particles, self._is_closure = 1, False
+        self._samples, self._sample, self._num_particles, self._is_closure = None, None, 1, False
