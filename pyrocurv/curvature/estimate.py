@@ -24,11 +24,16 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
-from pyrocurv.layers.structure_selection import StructureChoice, select_structures
+from pyrocurv.layers.structure_selection import (
+    StructureChoice,
+    check_structure,
+    select_structures,
+)
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
+from pyrocurv.runtime.validation import check_inputs, check_module, check_tensor
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 
@@ -116,6 +121,10 @@ def estimate(
         >>> matrix.dense().shape
         torch.Size([8, 8])
     """
+    check_module("net", net)
+    check_inputs("x", x)
+    check_tensor("y", y)
+    check_structure(structure)
     curvature, distribution = as_curvature(curvature), as_likelihood(likelihood)
     if curvature.uses_sample_gradients:
         raise ValueError(

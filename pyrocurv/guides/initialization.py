@@ -21,6 +21,7 @@ from pyrocurv.guides.partition import LatentPartition
 from pyrocurv.handlers.sites import TraceSite, is_real
 from pyrocurv.handlers.support import outside_support
 from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.validation import check_distribution, check_is, check_tensor
 
 MAX_UNCONSTRAINED = 30.0  # size of an unconstrained value beyond which a median is not used
 
@@ -32,6 +33,8 @@ def init_to_network(site: TraceSite) -> Tensor:
     weights are sampled. Scales and single numbers are initialized to their medians: priors of
     weights may depend on them, and a sample from a heavy tail would fix those for good.
     """
+    check_is("site", site, Mapping, "a site of a trace, a mapping,")
+    check_distribution('site["fn"]', site.get("fn"))
     initial = getattr(site["fn"], "initial", None)
     if initial is not None:
         return _inside_support(site, initial.detach())
@@ -62,6 +65,19 @@ def _inside_support(site: TraceSite, value: Tensor) -> Tensor:
     """The value, or the prior's median where the value is not in the prior's support."""
     outside = outside_support(site, value)
     return value if outside is None else torch.where(outside, init_to_prior_median(site), value)
+
+
+def checked_value(init_fn: Callable[[TraceSite], Tensor], site: TraceSite) -> Tensor:
+    """The initial value that `init_loc_fn` gives a site.
+
+    Raises TypeError if it is no tensor, ValueError for a shape that the site has not.
+    """
+    value = init_fn(site)
+    name = f"the value of init_loc_fn for site {site['name']!r}"
+    check_tensor(name, value)
+    if value.shape != (shape := site["fn"].shape()):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, the site {tuple(shape)}")
+    return value
 
 
 def init_near_median(site: TraceSite) -> Tensor:

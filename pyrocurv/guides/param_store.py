@@ -10,6 +10,7 @@ class whose shapes they fit.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.guides.initialization import InitInside
+from pyrocurv.guides.initialization import InitInside, checked_value
 from pyrocurv.guides.store_entries import (
     Slot,
     forget_dead_guides,
@@ -37,6 +38,8 @@ from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.runtime.inference_mode import outside_inference_mode, without_inference_tensors
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_state_dict
+from pyrocurv.structures.serialization import reading_state
 
 
 class ParamStoreGuide(AutoGuide):
@@ -51,7 +54,8 @@ class ParamStoreGuide(AutoGuide):
         self, model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor],
         create_plates: Callable[..., Any] | None,
     ) -> None:
-        super().__init__(InitInside(init_loc_fn)(model), create_plates=create_plates)
+        checked = functools.partial(checked_value, init_loc_fn)
+        super().__init__(InitInside(checked)(model), create_plates=create_plates)
         self.times_restored = 0  # how often the store had other values
         self._set_unique_name()
         self.register_load_state_dict_post_hook(clear_param_store)
@@ -233,10 +237,11 @@ def all_or_nothing(
 
     Raises ValueError for the state of a module that is not a guide.
     """
+    check_state_dict(state_dict, type(guide).__name__)
     if strict and "_extra_state" not in state_dict:
         keys = ", ".join(map(str, [*state_dict][:5])) or "no keys"
         raise ValueError(f"the state is not of a {type(guide).__name__}: it has {keys}")
-    with Undo() as undo:
+    with Undo() as undo, reading_state(type(guide).__name__):
         undo.keep_module(guide)
         undo.keep_attributes(pyro.get_param_store())
         yield

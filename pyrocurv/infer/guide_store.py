@@ -22,6 +22,7 @@ from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Update, average_weight
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_is
 from pyrocurv.structures import Dense, Diagonal
 
 
@@ -141,8 +142,4 @@ def check_guide(guide: Any) -> None:
     """Raise TypeError unless it is a guide that can be trained."""
     if isinstance(guide, MixtureGuide):
         raise TypeError(PREDICTION_ONLY)
-    if not isinstance(guide, StructuredGuide):
-        raise TypeError(
-            "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
-            f"{type(guide).__name__}"
-        )
+    check_is("guide", guide, StructuredGuide, "one of pyrocurv.guides (KFACGuide, ...)")

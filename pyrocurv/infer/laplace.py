@@ -34,7 +34,13 @@ from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer
+from pyrocurv.runtime.validation import (
+    check_callable,
+    check_choice,
+    check_integer,
+    check_loader,
+    check_values,
+)
 
 
 class Laplace:
@@ -76,6 +82,7 @@ class Laplace:
         self, model: Callable[..., Any], guide: StructuredGuide, curvature: str | Curvature = "ggn"
     ) -> None:
         check_guide(guide)
+        check_callable("model", model, "a Pyro model, a callable,")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
@@ -101,8 +108,7 @@ class Laplace:
                 its first call.
             FloatingPointError: a likelihood or a curvature is not finite.
         """
-        if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
-            raise ValueError("loader: batches in a list or a DataLoader are needed, [(x, y)]")
+        check_loader("loader", loader)
         fitted, log_likelihood = sum_curvature(self.model, self.guide, self.curvature, loader)
         self._write(fitted)
         self._log_likelihood = log_likelihood
@@ -165,8 +171,7 @@ class Laplace:
         Raises ValueError for another `per`, or a prior that is the posterior of another task, whose
         width is known; RuntimeError before `fit`.
         """
-        if per not in ("layer", "model"):
-            raise ValueError(f"per={per!r}: choose 'layer' or 'model'")
+        check_choice("per", per, ("layer", "model"))
         self._ready()
         bases = [(fitted.block, fitted.prior.gaussian.base) for fitted in self._fitted]
         names = [block.name for block, base in bases if isinstance(base, CorrelatedPrior)]
@@ -219,9 +224,9 @@ class Laplace:
                 `pyrocurv.infer.linearized_predictive`), several observed sites, or none.
             RuntimeError: the guide is not initialized, or neither fitted nor trained.
         """
-        if link not in LINKS:
-            raise ValueError(f"link={link!r}: choose one of {', '.join(LINKS)}")
+        check_choice("link", link, LINKS)
         check_integer("num_samples", num_samples, 1)
+        check_values((*args, *kwargs.values()), "the model")
         if self.guide.sites:  # also those of a loaded guide
             setup_guide(self.guide, args, kwargs)
         self.guide._ready_blocks()

@@ -42,11 +42,18 @@ from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer, check_positive
-from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
+from pyrocurv.runtime.validation import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_positive,
+    check_values,
+)
+from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, reading_state, to_state
 
 
 class NGVI:
@@ -140,9 +147,10 @@ class NGVI:
         on_nonfinite: str = "raise",
     ) -> None:
         check_guide(guide)
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
+        check_callable("model", model, "a Pyro model, a callable,")
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_positive("temperature", temperature, "auto")
+        check_flag("antithetic", antithetic)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self._prefers_joint = (
@@ -155,6 +163,7 @@ class NGVI:
         self.num_particles: Any = values.pop("num_particles")
         if self.num_particles != AUTO:
             check_integer("num_particles", self.num_particles, 0)
+        check_flag("average", values["average"])
         self.average: bool = values.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
@@ -194,6 +203,7 @@ class NGVI:
 
     def _step(self, undo: Undo, args: Any, kwargs: Any) -> float:
         """A step; whatever is raised, `undo` restores all that has changed by then."""
+        check_values((*args, *kwargs.values()), "the model")
         undo.keep_attributes(self, self._stream, self._dataset_size)
         self._store.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
@@ -261,12 +271,14 @@ class NGVI:
         posterior. The returned number has the T that it was computed with, also of "auto", as
         `.temperature`; at 1 it is -ELBO. Draws from torch's global generator; changes nothing.
         """
+        check_values((*args, *kwargs.values()), "the model")
         self._follow_store()
         if self.guide.prototype_trace is None:
             self.guide.setup(args, kwargs, self._prefers_joint)
         rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
         posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
-        with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:
+        device = self.guide.blocks[0].raw_loc.device
+        with disable_autocast(device) as network, rewind_rng_on_error(device):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
@@ -314,6 +326,10 @@ class NGVI:
         version or another `average`, or of a guide with other blocks or structures; the latter at
         the first step for a guide that has no blocks yet.
         """
+        with reading_state("NGVI"):
+            self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         check_state(state, self.average)
         self._store.sync()
         posterior = from_state(state["posterior"])

@@ -5,23 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from pyrocurv.runtime.validation import (
+    as_number,
+    check_fraction,
+    check_is,
+    check_iterable,
+    check_nonnegative,
+    check_positive,
+)
+
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
     """Raise ValueError for one that is out of its range."""
-    momentum, damping, kl_clip = (values[name] for name in ("momentum", "damping", "kl_clip"))
-    if not values["lr"] >= 0:
-        raise ValueError(f"lr={values['lr']!r}: a number from 0 is needed")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-    if not damping >= 0:
-        raise ValueError(f"damping={damping!r}: a number from 0 is needed")
-    if kl_clip is not None and not kl_clip > 0:
-        raise ValueError(f"kl_clip={kl_clip!r}: a positive number or None is needed")
+    check_nonnegative("lr", as_number(values["lr"]))
+    check_fraction("momentum", values["momentum"])
+    check_nonnegative("damping", values["damping"])
+    check_positive("kl_clip", values["kl_clip"], None)
+
+
+def check_params(params: Any) -> list[Any]:
+    """Parameters, or groups of them, as a list.
+
+    Raises TypeError for what is neither, ValueError if there is none.
+    """
+    if isinstance(params, Tensor):
+        return [params]
+    check_iterable("params", params, "a list of parameters or groups")
+    found = [*params]
+    for item in found:
+        check_is("params", item, (Tensor, dict, tuple), "a list of parameters or groups")
+    if not found:
+        raise ValueError("params: at least one parameter is needed, the list is empty")
+    return found
 
 
 def check_posterior_settings(values: Mapping[str, Any]) -> None:
     """Raise ValueError for a prior precision or temperature that is out of its range."""
     for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
-        value = values[name]
-        if value != word and (isinstance(value, str) or not value > 0):
-            raise ValueError(f"{name}={value!r}: a positive number or {word!r} is needed")
+        check_positive(name, values[name], word)

@@ -20,6 +20,7 @@ from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_callable, check_nonnegative
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
@@ -106,14 +107,13 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     def _check(self, group: Group) -> None:
         super()._check(group)
-        decay = {**self.defaults, **group}["weight_decay"]
-        if not decay >= 0:
-            raise ValueError(f"weight_decay={decay!r}: a number from 0 is needed")
+        check_nonnegative("weight_decay", {**self.defaults, **group}["weight_decay"])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the parameters' gradients; returns what the closure returns."""
         loss = None
         if closure is not None:
+            check_callable("closure", closure, "a callable that returns the loss")
             with torch.enable_grad():
                 loss = closure()
         with Undo() as undo:

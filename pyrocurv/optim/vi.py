@@ -34,8 +34,9 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer
+from pyrocurv.runtime.validation import check_callable, check_flag, check_integer, check_positive
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -126,8 +127,8 @@ class VIOptimizer(CurvatureOptimizer):
         check_integer("num_data", num_data, 1)
         check_integer("num_samples", num_samples, 1)
         check_integer("kl_warmup", kl_warmup, 0)
-        if not augmentation > 0:
-            raise ValueError(f"augmentation={augmentation!r}: a positive number is needed")
+        check_positive("augmentation", augmentation)
+        check_flag("antithetic", antithetic)
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
         super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
@@ -229,6 +230,8 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._sample is not None:
             raise RuntimeError("step() inside sampled_params(): leave it first")
+        if closure is not None:
+            check_callable("closure", closure, "a callable that returns the loss")
         with Undo() as undo:
             undo.keep_attributes(*self._mutable)
             loss = None if closure is None else self._sample_closure(closure)
@@ -305,7 +308,8 @@ class VIOptimizer(CurvatureOptimizer):
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
         sampler = Sampler(self._posterior.blocks, self.antithetic)
-        with self.use_mean():
+        device = next(iter(self._store().named.values()))[0].device
+        with self.use_mean(), rewind_rng_on_error(device):
             outputs = at_samples(sampler, count, self._store(), lambda: self.net(*args, **kwargs))
         return torch.stack(outputs)
 

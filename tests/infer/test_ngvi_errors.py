@@ -326,7 +326,7 @@ def test_bad_arguments(name: str) -> None:
 
 def test_a_guide_of_another_kind() -> None:
     model = regressor()
-    with pytest.raises(TypeError, match="one of pyrocurv.guides is needed.*got AutoNormal"):
+    with pytest.raises(TypeError, match="one of pyrocurv.guides .* is needed, got AutoNormal"):
         NGVI(model, AutoNormal(model))
 
 
