@@ -28,6 +28,7 @@ from pyrocurv.guides.store_entries import (
     Slot,
     forget_dead_guides,
     guide_names,
+    has_entries,
     mismatch,
     owned_names,
     register,
@@ -129,18 +130,20 @@ class ParamStoreGuide(AutoGuide):
         self._rename(self._free_name())
         return True
 
-    @outside_inference_mode
-    @torch.no_grad()
     def sync_with_store(self) -> None:
         """Take over what the store has under the guide's names; add what it lacks.
 
         Raises ValueError if that is of other shapes, or a part only.
         """
+        if not has_entries(self):
+            self._sync()
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def _sync(self) -> None:
         if pyro.settings.get("module_local_params"):
             return
         own, stored = slots(self), pyro.get_param_store()._params
-        if all(stored.get(name) is slot.tensor for name, slot in own.items()):
-            return
         foreign = {
             name: stored[name] for name, slot in own.items()
             if name in stored and stored[name] is not slot.tensor

@@ -165,7 +165,7 @@ class StructuredGuide(BlockwiseGuide):
         if warning := partition.warning(prototype):
             warn_user(f"{type(self).__name__}: {warning}")
         self._setup_fallback(prototype, partition, args, kwargs)
-        self.sync_with_store()
+        self._sync()
         self.prototype_trace, self._given = prototype.trace, given(args, kwargs)
         if self.master is not None:
             self.master()._check_prototype(prototype.trace)
