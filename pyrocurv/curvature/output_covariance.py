@@ -59,9 +59,10 @@ class BlockCovariance:
 
     def correlate(self, z: Tensor) -> Tensor:
         """Deviations [N, C, K] with this covariance, from standard normal z [C, K]."""
-        root, failed = torch.linalg.cholesky_ex(self.matrix)
+        matrix = self.matrix.to(z.dtype)
+        root, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed.any()):  # singular, as with fewer weights than outputs
-            values, vectors = eigh_psd(self.matrix)
+            values, vectors = eigh_psd(matrix)
             root = vectors * values.sqrt().unsqueeze(-2)
         return root @ z
 
@@ -112,12 +113,13 @@ class SpectralCovariance:
 
     def correlate(self, z: Tensor) -> Tensor:
         """Deviations [N, C, K] with this covariance, from standard normal z [C, K]."""
-        roots = self.weights.sqrt().unsqueeze(-1)
+        roots = self.weights.to(z.dtype).sqrt().unsqueeze(-1)
         if self.basis is None:
             deviations = roots * z
         else:
-            rest = 0.0 if self.rest is None else self.rest.sqrt().unsqueeze(-1)
-            deviations = self.basis @ ((roots - rest) * (self.basis.mT @ z))
+            basis = self.basis.to(z.dtype)
+            rest = 0.0 if self.rest is None else self.rest.to(z.dtype).sqrt().unsqueeze(-1)
+            deviations = basis @ ((roots - rest) * (basis.mT @ z))
             if isinstance(rest, Tensor):
                 deviations = deviations.addcmul_(rest, z)
         return deviations if self.root is None else deviations * self.root[:, None]
