@@ -47,6 +47,7 @@ from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.module_state import eval_mode, still_frozen
 from pyrocurv.runtime.rng import isolated_rng
+from pyrocurv.structures.linalg import at_least_single
 
 LINKS = ("auto", "mc", "probit")
 MAX_PAIRS = 2**24  # of classes whose differences are in memory at once
@@ -144,8 +145,8 @@ def _(likelihood: Normal, event: int) -> int:
 def _(likelihood: Normal, event: int, covariance: Tensor | OutputCovariance) -> Distribution:
     loc, noise = likelihood.loc.detach(), likelihood.scale.detach().square()
     if event == 1 and loc.dim() == 2:
-        matrices = _at_places(covariance, loc.shape[-1]).dense()
-        return dist.MultivariateNormal(loc, matrices + noise.diag_embed())
+        matrices = _at_places(covariance, loc.shape[-1]).dense() + noise.diag_embed()
+        return dist.MultivariateNormal(*map(at_least_single, (loc, matrices)))
     places = _at_places(covariance, 1)
     return dist.Normal(loc, (places.diag().reshape(loc.shape) + noise).sqrt()).to_event(event)
 

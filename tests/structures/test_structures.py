@@ -652,9 +652,7 @@ def test_state_through_a_file(name: str, dtype: torch.dtype) -> None:
 @each
 def test_no_verb_changes_its_operands(name: str) -> None:
     structure, _ = make(name)
-    other = MAKERS[name](FLOAT64)
-    if isinstance(other, BlockDiagonal):
-        other = BlockDiagonal(other.blocks, structure.index)
+    other = structure.map(torch.clone)
     x, delta = torch.randn(structure.size, dtype=FLOAT64), torch.tensor(0.7, dtype=FLOAT64)
     operands = [*tensors(structure), *tensors(other), x, delta]
     before = [t.clone() for t in operands]
