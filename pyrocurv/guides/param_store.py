@@ -39,8 +39,7 @@ from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.runtime.inference_mode import outside_inference_mode, without_inference_tensors
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.runtime.validation import check_state_dict
-from pyrocurv.structures.serialization import reading_state
+from pyrocurv.runtime.validation import check_state_dict, reading_state
 
 
 class ParamStoreGuide(AutoGuide):

@@ -52,8 +52,9 @@ from pyrocurv.runtime.validation import (
     check_integer,
     check_positive,
     check_values,
+    reading_state,
 )
-from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, reading_state, to_state
+from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 
 class NGVI:
