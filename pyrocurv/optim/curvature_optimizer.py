@@ -35,8 +35,8 @@ from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 
 PICKLED = (
-    "defaults", "state", "param_groups", "curvature", "_likelihood", "_network", "_stream",
-    "_auxiliary", "_posterior", "_fallback_lr",
+    "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",
+    "_network", "_stream", "_auxiliary", "_posterior", "_fallback_lr",
 )
 
 
@@ -44,20 +44,22 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     """Records a network and keeps the curvature of its layers; subclasses define the step."""
 
     has_untraced_blocks = False  # whether parameters that no supported op consumes have a block
+    has_samples = False  # whether the gradients of a sample may be unscaled after its curvature
     fallback_description = ""  # what such a parameter gets instead
     settings: tuple[str, ...] = ()  # further attributes of a subclass, which copies have too
 
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
-        curvature: str | Curvature, structure: StructureChoice, fallback_lr: float,
-        defaults: Group,
+        class_dim: int | None, curvature: str | Curvature, structure: StructureChoice,
+        fallback_lr: float, defaults: Group,
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net: a torch.nn.Module is needed, got {type(net).__name__}")
         if not fallback_lr > 0:
             raise ValueError(f"fallback_lr={fallback_lr!r}: a positive number is needed")
         self.curvature = as_curvature(curvature)
-        self._likelihood = LossLikelihood(likelihood, self.curvature.kind)
+        self.likelihood, self.structure = likelihood, structure
+        self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
         if isinstance(structure, str) and structure not in LEFT_OUT:
             parse_structure(structure)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
@@ -80,16 +82,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._network.recorder
 
     @property
-    def likelihood(self) -> Likelihood:
-        """The likelihood whose negative logarithm is the loss."""
-        return self._likelihood.likelihood
-
-    @property
-    def structure(self) -> StructureChoice:
-        """The structure of each layer, as it was asked for."""
-        return self._network.structure
-
-    @property
     def layout(self) -> ParameterBlocks:
         """The layers that forward passes have shown so far, and their blocks."""
         return self._network.layout
@@ -103,6 +95,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         self._check(param_group)
         super().add_param_group(param_group)
+        if "_network" in vars(self):
+            self._schedule_recording()
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for a hyperparameter out of its range."""
@@ -145,6 +139,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _schedule_recording(self) -> None:
         """Have the recorder keep the examples that the next step needs."""
         self._recorder.batch_size = self.curvature.batch if self._is_due() else 0
+        self._recorder.parameters = [p for group in self.param_groups for p in group["params"]]
 
     def _with_new_blocks(
         self, posterior: Posterior, layout: ParameterBlocks, store: ParameterStore,
@@ -166,10 +161,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
     ) -> tuple[ParameterBlocks, Posterior]:
         """The posterior with one more estimate of the blocks that are due and were used."""
-        device = next(iter(store.named.values()))[0].device
         with (
-            self._stream(device),
-            self._network.forward_pass(passes, self._likelihood, store) as (layout, forward),
+            self._stream(store.device),
+            self._network.forward_pass(
+                passes, self._likelihood, store, self.has_samples
+            ) as (layout, forward),
         ):
             called = {call.layer for call in forward.calls}
             posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
@@ -214,7 +210,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             name: gradient if num_samples == 1 else gradient / num_samples
             for name, gradient in gradients.items() if name in blocked
         }
-        loss = torch.zeros((), device=next(iter(store.named.values()))[0].device)
+        loss = torch.zeros((), device=store.device)
         evaluation = Evaluation(posterior, loss, means, [*rest.values()])
         update = step(self._posterior, evaluation)
         not_seen = {name: name for name in rest if name not in layout.names}
@@ -254,6 +250,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
             "has_finite_support": self._likelihood.has_finite_support,
+            "class_dim": self._likelihood.class_dim,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -271,6 +268,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
             self._likelihood.has_finite_support = state_dict["has_finite_support"]
+            self._likelihood.class_dim = state_dict.get("class_dim", self._likelihood.class_dim)
             self._recorder.pop_passes()
             self._schedule_recording()
 

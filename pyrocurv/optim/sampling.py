@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.optim.loss_weights import LEAST_SCALE
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
@@ -82,9 +83,9 @@ class EvaluationSum:
     posterior: Posterior  # with the curvature of the samples
     mirrors: list[Perturbation] | None  # for the next sample
     price: Mapping[str, Tensor]  # {block: sum of Λ ε ∘ g}
-    gradient_norm: Tensor | None = None  # of the blocks of `price`
+    gradient_norm: Tensor | None = None  # of the last sample, if the curvature relies on it
 
-    def add(self, sample: Sample) -> EvaluationSum:
+    def add(self, sample: Sample, gradient_norm: Tensor | None) -> EvaluationSum:
         """With one more sample, whose weights and gradients the parameters have."""
         price = sample.price_estimates()
         sums = {
@@ -94,7 +95,7 @@ class EvaluationSum:
         return replace(
             self, count=self.count + 1, mirrors=sample.sampler.mirrors,
             price={**self.price, **sums},
-            gradient_norm=gradient_norm(sample.spec, sample.sampler.blocks, sample.store),
+            gradient_norm=gradient_norm,
         )
 
     @property
@@ -146,18 +147,27 @@ def sample_gradients(
 
 
 def gradient_norm(
-    spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore
+    spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore, total_weight: float
 ) -> Tensor | None:
-    """The norm of the gradients of such blocks, if there are any."""
-    gradients = [*sample_gradients(spec, blocks, store).values()]
+    """The norm of the gradients of such blocks, if there are any.
+
+    It is that of all gradients if the weights of the loss add up to what a GradScaler may explain.
+    """
+    gradients: list[Tensor] = [*sample_gradients(spec, blocks, store).values()]
+    if total_weight >= LEAST_SCALE:
+        gradients = [p.grad for p, _ in store.named.values() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
 
-def check_grad_scale(before: Tensor | None, now: Tensor | None) -> None:
-    """Raise RuntimeError if gradients were unscaled after a curvature was computed from them."""
-    if before is not None and now is not None and bool(256 * now < before):
+def check_grad_scale(before: Tensor | None, now: Tensor | None, known: float) -> None:
+    """Raise RuntimeError if gradients were unscaled after a curvature was computed from them.
+
+    `known` is the scale that the curvature has taken into account.
+    """
+    ratio = 1.0 if before is None or now is None else float(before / now)
+    if ratio > LEAST_SCALE and not 1 < known < 1.01 * ratio:
         raise RuntimeError(
-            f"the gradients were {float(before / now):.0f} times larger at the end of the sample "
+            f"the gradients were {ratio:.0f} times larger at the end of the sample "
             "than at step(), so the curvature from them is too large: with a GradScaler, call "
             "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
         )

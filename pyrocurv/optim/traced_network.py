@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from pyrocurv.curvature.collect import ForwardPass
@@ -21,7 +20,8 @@ from pyrocurv.optim.forward_recorder import (
     merge_compatible,
     num_examples,
 )
-from pyrocurv.optim.loss_targets import LossLikelihood, check_loss
+from pyrocurv.optim.loss_targets import LossLikelihood
+from pyrocurv.optim.loss_weights import LossSize
 from pyrocurv.optim.parameter_blocks import (
     ParameterBlocks,
     add_layers,
@@ -62,24 +62,27 @@ class TracedNetwork:
 
     @contextmanager
     def forward_pass(
-        self, passes: Sequence[RecordedPass], likelihood: LossLikelihood, store: ParameterStore
+        self, passes: Sequence[RecordedPass], likelihood: LossLikelihood, store: ParameterStore,
+        is_scaled: bool,
     ) -> Iterator[tuple[ParameterBlocks, ForwardPass]]:
-        """The layout and another pass over the recorded examples, with the loss's likelihood."""
-        device = next(iter(store.named.values()))[0].device
-        inputs, gradients = merge_compatible(passes)
+        """The layout and another pass over the recorded examples, with the loss's likelihood.
+
+        With `is_scaled` a GradScaler may not have unscaled the gradients yet.
+        """
+        inputs, recorded = merge_compatible(passes)
         tracked: dict[str, Tensor] = {n: p for n, (p, _) in store.named.items() if p.requires_grad}
         with (
-            disable_autocast(device),
+            disable_autocast(store.device),
             twice_differentiable() if likelihood.kind == "hessian" else nullcontext(),
             self.recorder.rerun(inputs, tracked) as (output, capture),
         ):
-            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
-            if gradient is not None and not self.layout.blocks:
-                check_loss(likelihood.likelihood, gradient)
-            term = likelihood.term(output, gradient, num_examples(passes), inputs.batch)
+            size = LossSize(
+                num_examples(passes), inputs.batch, self.recorder.shrinkage(), is_scaled
+            )
+            terms = likelihood.terms(output, recorded, size)
             trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
             layout, calls = self.layout_with(trace, store)
-            yield layout, ForwardPass([term], calls, inputs.batch)
+            yield layout, ForwardPass(terms, calls, inputs.batch)
 
     def layout_with(
         self, trace: Trace, store: ParameterStore

@@ -33,6 +33,7 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer
 
@@ -55,8 +56,8 @@ class VIOptimizer(CurvatureOptimizer):
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
-        net, params, likelihood, curvature, structure, momentum, damping, kl_clip, fallback_lr: as
-            for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
+        net, params, likelihood, class_dim, curvature, structure, momentum, damping, kl_clip,
+            fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean.
@@ -94,7 +95,7 @@ class VIOptimizer(CurvatureOptimizer):
         torch.Size([16, 3])
     """
 
-    has_untraced_blocks = True
+    has_untraced_blocks = has_samples = True
     fallback_description = "independent Gaussians, from gradients"
     settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
 
@@ -106,6 +107,7 @@ class VIOptimizer(CurvatureOptimizer):
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
+        class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         prior_precision: float | str = "fan_in",
@@ -126,7 +128,7 @@ class VIOptimizer(CurvatureOptimizer):
             raise ValueError(f"augmentation={augmentation!r}: a positive number is needed")
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
-        super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
+        super().__init__(net, params, likelihood, class_dim, curvature, structure, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })
@@ -178,7 +180,7 @@ class VIOptimizer(CurvatureOptimizer):
         store, blocks, stream = self._store(), self._posterior.blocks, self._stream.state_dict()
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
         try:
-            with self._stream(next(iter(store.named.values()))[0].device):
+            with self._stream(store.device):
                 sample = Sample.draw(self.curvature, blocks, store, self.antithetic, mirrored)
             self._recorder.pop_passes()
             self._sample = sample
@@ -214,7 +216,7 @@ class VIOptimizer(CurvatureOptimizer):
                 Particle(samples.count, self._num_particles),
             )
             samples = replace(samples, layout=layout, posterior=posterior)
-        return samples.add(sample)
+        return samples.add(sample, self._gradient_norm(self._posterior.blocks, store))
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -235,7 +237,8 @@ class VIOptimizer(CurvatureOptimizer):
                     "optimizer.sampled_params():`, calling the network itself"
                 )
             store, blocks = self._store(), samples.posterior.blocks
-            check_grad_scale(samples.gradient_norm, gradient_norm(self.curvature, blocks, store))
+            norm, scale = self._gradient_norm(blocks, store), self._likelihood.scale
+            check_grad_scale(samples.gradient_norm, norm, scale)
             posterior = update_from_sample_gradients(
                 self.curvature, self._in_context(samples.posterior, samples.layout, store),
                 samples.mean_price, samples.batch_size / self._num_data,
@@ -254,6 +257,11 @@ class VIOptimizer(CurvatureOptimizer):
             return sum_gradients(run, self.num_samples, self.zero_grad, self._store())
         finally:
             self._num_particles, self._is_closure = 1, False
+
+    def _gradient_norm(
+        self, blocks: Sequence[BlockState], store: ParameterStore
+    ) -> Tensor | None:
+        return gradient_norm(self.curvature, blocks, store, self._likelihood.total_weight)
 
     @property
     def _num_data(self) -> float:
