@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,17 @@ from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters
-from pyrocurv.optim.forward_recorder import ForwardRecorder, RecordedPass
+from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
-from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
 from pyrocurv.posterior.summary import UpdateCount, update_counts
 from pyrocurv.runtime.rng import RandomStream
@@ -157,29 +159,32 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return replace(posterior, blocks=(*posterior.blocks, *states))
 
     def _update_curvature(
-        self, posterior: Posterior, passes: Sequence[RecordedPass], store: ParameterStore,
-        batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
+        self, layout: ParameterBlocks, posterior: Posterior, passes: Sequence[RecordedPass],
+        store: ParameterStore, batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
     ) -> tuple[ParameterBlocks, Posterior]:
-        """The posterior with one more estimate of the blocks that are due and were used."""
-        with (
-            self._stream(store.device),
-            self._network.forward_pass(
-                passes, self._likelihood, store, self.has_samples
-            ) as (layout, forward),
-        ):
-            called = {call.layer for call in forward.calls}
-            posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
-            posterior = self._in_context(posterior, layout, store)
-            used = [
-                state for state in posterior.blocks
-                if state.block.is_untraced or called >= set(state.block.layers)
-            ]
-            updated = update_curvature(
-                self.curvature, replace(posterior, blocks=tuple(used)), forward, batch_fraction,
-                particle,
-            )
-        new = {state.block.name: state for state in updated.blocks}
-        return layout, posterior.map_blocks(lambda state: new.get(state.block.name, state))
+        """The posterior with one more estimate of the blocks that are due and were used.
+
+        Passes that do not fit together, as of two lengths, are parts of it by their examples.
+        """
+        for group in group_compatible(passes):
+            part = replace(particle, before=group.before, share=group.share)
+            with self._stream(store.device), self._network.forward_pass(
+                layout, group, self._likelihood, store, self.has_samples
+            ) as (layout, forward):
+                called = {call.layer for call in forward.calls}
+                posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
+                posterior = self._in_context(posterior, layout, store)
+                used = [
+                    state for state in posterior.blocks
+                    if state.block.is_untraced or called >= set(state.block.layers)
+                ]
+                updated = update_curvature(
+                    self.curvature, replace(posterior, blocks=tuple(used)), forward,
+                    batch_fraction, part,
+                )
+            new = {state.block.name: state for state in updated.blocks}
+            posterior = posterior.map_blocks(partial(_replaced, new))
+        return layout, posterior
 
     def _decayed(self, store: ParameterStore, batch_fraction: float) -> Posterior:
         """On a step without an estimate: with the initial curvature as it is now."""
@@ -274,3 +279,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in (*PICKLED, *self.settings)}
+
+
+def _replaced(new: Mapping[str, BlockState], state: BlockState) -> BlockState:
+    return new.get(state.block.name, state)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyrocurv.layers.capture import Capture
 from pyrocurv.optim.outputs import named_outputs
+from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass
 from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.undo import complete
 
@@ -187,100 +187,3 @@ class _WeakHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _WeakHook, (None, self._method)
-
-
-@dataclass(eq=False)
-class ForwardInputs:
-    """The arguments of a forward pass, as leaves; where `rows`, of the first examples alone."""
-
-    leaves: list[Any]
-    shape: TreeSpec
-    rows: list[bool]
-    limit: int | None
-    autocast: torch.dtype | None
-
-    @staticmethod
-    def of(args: Any, kwargs: Any, limit: int | None) -> ForwardInputs:
-        """Copies: a network may overwrite what it is given."""
-        leaves, shape = tree_flatten((args, kwargs))
-        sizes = [len(x) for x in leaves if isinstance(x, Tensor) and x.dim()]
-        rows = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == sizes[0] for x in leaves]
-        kept = [x[:limit].detach().clone() if r else x for x, r in zip(leaves, rows, strict=True)]
-        device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return ForwardInputs(kept, shape, rows, limit, autocast)
-
-    @property
-    def batch(self) -> int:
-        """How many examples there are."""
-        return len(self.leaves[self.rows.index(True)])
-
-    def fits(self, other: ForwardInputs) -> bool:
-        """Whether the examples of both can go through the network together."""
-        return (
-            (self.shape, self.rows, self.autocast) == (other.shape, other.rows, other.autocast)
-            and all(
-                a.shape[1:] == b.shape[1:] if row else a is b or not torch.is_tensor(a) and a == b
-                for a, b, row in zip(self.leaves, other.leaves, self.rows, strict=True)
-            )
-        )
-
-    @staticmethod
-    def joined(several: Sequence[ForwardInputs]) -> ForwardInputs:
-        """The first examples of them all, which fit each other."""
-        first = several[0]
-        columns = zip(*(one.leaves for one in several), strict=True)
-        leaves = [
-            torch.cat(column)[: first.limit] if row else column[0]
-            for column, row in zip(columns, first.rows, strict=True)
-        ]
-        return ForwardInputs(leaves, first.shape, first.rows, first.limit, first.autocast)
-
-    def call(self, net: nn.Module) -> Any:
-        """The network's output."""
-        args, kwargs = tree_unflatten(self.leaves, self.shape)
-        device = next((x.device.type for x in self.leaves if isinstance(x, Tensor)), "cpu")
-        cast: AbstractContextManager[Any] = nullcontext()
-        if self.autocast is not None:
-            cast = torch.autocast(device, self.autocast, cache_enabled=False)
-        with cast:
-            return net(*args, **kwargs)
-
-
-@dataclass(eq=False)
-class RecordedPass:
-    """A forward pass that counts: its inputs if kept, and its outputs and gradients in them."""
-
-    inputs: ForwardInputs | None
-    batch: int
-    outputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the examples that are kept
-    gradients: dict[str, Tensor] = field(default_factory=dict)  # as far as the loss has come
-
-
-def num_examples(passes: Iterable[RecordedPass]) -> int:
-    """The number of examples of all passes."""
-    return sum(recorded.batch for recorded in passes)
-
-
-class OutputGradients(NamedTuple):
-    """The outputs of a network and the loss's gradients in them, {path: [B, ...]}."""
-
-    outputs: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
-
-
-def merge_compatible(passes: Sequence[RecordedPass]) -> tuple[ForwardInputs, OutputGradients]:
-    """The joined examples of all passes that fit the first one with inputs."""
-    kept = [(recorded.inputs, recorded) for recorded in passes if recorded.inputs]
-    compatible = [(inputs, recorded) for inputs, recorded in kept if kept[0][0].fits(inputs)]
-    joined = ForwardInputs.joined([inputs for inputs, _ in compatible])
-    outputs = [recorded.outputs for _, recorded in compatible]
-    names = {name for _, recorded in compatible for name in recorded.gradients}
-    gradients = {
-        name: torch.cat([
-            recorded.gradients.get(name, torch.zeros_like(recorded.outputs[name]))
-            for _, recorded in compatible
-        ])[: joined.batch] for name in outputs[0] if name in names
-    }
-    rows = {name: torch.cat([each[name] for each in outputs])[: joined.batch] for name in gradients}
-    return joined, OutputGradients(rows, gradients)

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
-from pyrocurv.optim.forward_recorder import OutputGradients
 from pyrocurv.optim.loss_weights import (
     LossReading,
     LossSize,
@@ -27,6 +26,7 @@ from pyrocurv.optim.loss_weights import (
     tolerance,
 )
 from pyrocurv.optim.outputs import logits_of, named_outputs, replaced
+from pyrocurv.optim.recorded_pass import OutputGradients
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import is_out_of_memory

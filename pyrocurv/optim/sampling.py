@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.loss_weights import LEAST_SCALE
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
@@ -85,7 +86,7 @@ class EvaluationSum:
     price: Mapping[str, Tensor]  # {block: sum of Λ ε ∘ g}
     gradient_norm: Tensor | None = None  # of the last sample, if the curvature relies on it
 
-    def add(self, sample: Sample, gradient_norm: Tensor | None) -> EvaluationSum:
+    def add(self, sample: Sample, total_weight: float) -> EvaluationSum:
         """With one more sample, whose weights and gradients the parameters have."""
         price = sample.price_estimates()
         sums = {
@@ -95,8 +96,25 @@ class EvaluationSum:
         return replace(
             self, count=self.count + 1, mirrors=sample.sampler.mirrors,
             price={**self.price, **sums},
-            gradient_norm=gradient_norm,
+            gradient_norm=gradient_norm(
+                sample.spec, sample.sampler.blocks, sample.store, total_weight
+            ),
         )
+
+    def check_scale(
+        self, spec: Curvature, store: ParameterStore, likelihood: LossLikelihood
+    ) -> None:
+        """Raise RuntimeError if gradients were unscaled after a curvature was computed from them.
+        """
+        before, blocks = self.gradient_norm, self.posterior.blocks
+        now = gradient_norm(spec, blocks, store, likelihood.total_weight)
+        ratio = 1.0 if before is None or now is None else float(before / now)
+        if ratio > LEAST_SCALE and not 1 < likelihood.scale < 1.01 * ratio:
+            raise RuntimeError(
+                f"the gradients were {ratio:.0f} times larger at the end of the sample than at "
+                "step(), so the curvature from them is too large: with a GradScaler, call "
+                "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
+            )
 
     @property
     def mean_price(self) -> dict[str, Tensor]:
@@ -157,20 +175,6 @@ def gradient_norm(
     if total_weight >= LEAST_SCALE:
         gradients = [p.grad for p, _ in store.named.values() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else None
-
-
-def check_grad_scale(before: Tensor | None, now: Tensor | None, known: float) -> None:
-    """Raise RuntimeError if gradients were unscaled after a curvature was computed from them.
-
-    `known` is the scale that the curvature has taken into account.
-    """
-    ratio = 1.0 if before is None or now is None else float(before / now)
-    if ratio > LEAST_SCALE and not 1 < known < 1.01 * ratio:
-        raise RuntimeError(
-            f"the gradients were {ratio:.0f} times larger at the end of the sample "
-            "than at step(), so the curvature from them is too large: with a GradScaler, call "
-            "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
-        )
 
 
 def sum_gradients(

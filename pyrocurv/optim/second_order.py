@@ -128,7 +128,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             passes, store = self._recorder.pop_passes(), self._store()
             layout, posterior = self.layout, self._decayed(store, 0.0)
             if self._is_due() and any(recorded.inputs for recorded in passes):
-                layout, posterior = self._update_curvature(posterior, passes, store, 0.0)
+                layout, posterior = self._update_curvature(layout, posterior, passes, store, 0.0)
             if not layout.layers and not passes:
                 raise RuntimeError(
                     "step() before any forward pass of the network that had a gradient: call the "

@@ -14,26 +14,23 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
+from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.checks import check_posterior_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors
-from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
-from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
+from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
 from pyrocurv.optim.sampling import (
     EvaluationSum,
     Sample,
     at_samples,
-    check_grad_scale,
-    gradient_norm,
     sum_gradients,
 )
 from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
-from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_integer
 
@@ -144,15 +141,12 @@ class VIOptimizer(CurvatureOptimizer):
     def _init_untraced(self) -> None:
         """Lay out all parameters before any forward pass, which this curvature does not need."""
         store = self._store()
-        names = [name for name, (p, _) in store.named.items() if p.requires_grad]
-        layout = self._network.extended(untraced_layers(names, store.named), store)
-        kinds = set(layout.layers.values()).difference(LEFT_OUT)
-        if unsupported := {spec.label for spec in kinds} - {"diag"}:
+        self._network.layout = self._network.untraced_layout(store)
+        if unsupported := self._network.layout.labels - {"diag"}:
             raise ValueError(
                 f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
             )
-        self._network.layout = layout
-        self._posterior = self._with_new_blocks(self._posterior, layout, store)
+        self._posterior = self._with_new_blocks(self._posterior, self.layout, store)
         self._schedule_recording()
 
     def _check(self, group: Group) -> None:
@@ -212,11 +206,11 @@ class VIOptimizer(CurvatureOptimizer):
         is_wanted = samples.count < self._num_particles and self._is_due()
         if is_wanted and any(recorded.inputs for recorded in passes):
             layout, posterior = self._update_curvature(
-                samples.posterior, passes, store, samples.batch_size / self._num_data,
-                Particle(samples.count, self._num_particles),
+                samples.layout, samples.posterior, passes, store,
+                samples.batch_size / self._num_data, Particle(samples.count, self._num_particles),
             )
             samples = replace(samples, layout=layout, posterior=posterior)
-        return samples.add(sample, self._gradient_norm(self._posterior.blocks, store))
+        return samples.add(sample, self._likelihood.total_weight)
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -236,9 +230,8 @@ class VIOptimizer(CurvatureOptimizer):
                     "step() without a sample: run forward and backward inside `with "
                     "optimizer.sampled_params():`, calling the network itself"
                 )
-            store, blocks = self._store(), samples.posterior.blocks
-            norm, scale = self._gradient_norm(blocks, store), self._likelihood.scale
-            check_grad_scale(samples.gradient_norm, norm, scale)
+            store = self._store()
+            samples.check_scale(self.curvature, store, self._likelihood)
             posterior = update_from_sample_gradients(
                 self.curvature, self._in_context(samples.posterior, samples.layout, store),
                 samples.mean_price, samples.batch_size / self._num_data,
@@ -257,11 +250,6 @@ class VIOptimizer(CurvatureOptimizer):
             return sum_gradients(run, self.num_samples, self.zero_grad, self._store())
         finally:
             self._num_particles, self._is_closure = 1, False
-
-    def _gradient_norm(
-        self, blocks: Sequence[BlockState], store: ParameterStore
-    ) -> Tensor | None:
-        return gradient_norm(self.curvature, blocks, store, self._likelihood.total_weight)
 
     @property
     def _num_data(self) -> float:

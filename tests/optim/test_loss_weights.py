@@ -6,6 +6,7 @@ loss, whose Hessian `torch.autograd.functional.hessian` gives.
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -338,3 +339,70 @@ def test_a_scaled_sample_is_weighed_as_without_its_scale(loss: str, inside: bool
     scaled = run(True)
     if scaled.dim():
         torch.testing.assert_close(scaled, run(False))
+
+
+# ---- accumulation -------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """A network of tokens that do not see each other; `kind` is an argument of no effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, kind: int = 0) -> Tensor:
+        return self.last(self.first(x).tanh())
+
+
+def curvature_of(
+    structure: str, kind: str, batches: list[tuple[Tensor, Tensor, int]], variational: bool = False
+) -> list[Tensor]:
+    """After one step on the mean over all tokens of several batches (x, y, kind)."""
+    torch.manual_seed(0)
+    net, number = Tokens(), sum(y.numel() for _, y, _ in batches)
+    spec = Curvature(kind, batch=None, initial=0.0)
+    optimizer: Any = (
+        VIOptimizer(net, 100, curvature=spec, structure=structure) if variational
+        else SecondOrderOptimizer(net, curvature=spec, structure=structure)
+    )
+    with optimizer.sampled_params() if variational else nullcontext():
+        for x, y, each in batches:
+            loss = F.cross_entropy(net(x, each).flatten(0, -2), y.flatten(), reduction="sum")
+            (loss / number).backward()
+    optimizer.step()
+    return [state.curvature.curvature.dense() for state in optimizer._posterior.blocks]
+
+
+@pytest.mark.parametrize("variational", [False, True])
+@pytest.mark.parametrize("structure", ["full", "block", "diag"])
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_batches_of_several_lengths_count_all(
+    structure: str, kind: str, variational: bool
+) -> None:
+    """As all tokens in one batch; their number in an example does not matter."""
+    batches = [(torch.randn(b, t, 4), torch.randint(3, (b, t)), 0) for b, t in [(5, 2), (3, 4)]]
+    x, y = (torch.cat([b[i].flatten(0, 1) for b in batches]) for i in (0, 1))
+    several = curvature_of(structure, kind, batches, variational)
+    torch.testing.assert_close(several, curvature_of(structure, kind, [(x, y, 0)], variational))
+
+
+@pytest.mark.parametrize("structure", ["kfac", "kfac-block", "full"])
+def test_groups_of_passes_count_by_their_examples(structure: str) -> None:
+    """Passes with other arguments cannot be joined: their factors are."""
+    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    parts = [(x[:3], y[:3], 1), (x[3:8], y[3:8], 2), (x[8:], y[8:], 1)]
+    apart = curvature_of(structure, "ggn", parts)
+    torch.testing.assert_close(apart, curvature_of(structure, "ggn", [(x, y, 0)]))
+
+
+def test_of_many_lengths_no_more_examples_are_kept_than_of_one() -> None:
+    net = Tokens()
+    optimizer = SecondOrderOptimizer(net, curvature=Curvature("ggn", batch=8))
+    rows = []
+    net.first.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    for length in (2, 3, 4, 5):
+        y = torch.randint(3, (10, length))
+        F.cross_entropy(net(torch.randn(10, length, 4)).flatten(0, 1), y.flatten()).backward()
+    optimizer.step()
+    assert rows[4:] == [2, 2, 2, 2]
