@@ -19,7 +19,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.structure_spec import parse_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
-from pyrocurv.optim.checks import check_hyperparameters
+from pyrocurv.optim.checks import check_hyperparameters, check_number
 from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
@@ -57,8 +57,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(f"net: a torch.nn.Module is needed, got {type(net).__name__}")
-        if not fallback_lr > 0:
-            raise ValueError(f"fallback_lr={fallback_lr!r}: a positive number is needed")
+        check_number("fallback_lr", fallback_lr, "a positive number", lambda x: x > 0)
         self.curvature = as_curvature(curvature)
         self.likelihood, self.structure = likelihood, structure
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
@@ -95,14 +94,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         Raises ValueError for parameters that do not belong to the network.
         """
-        self._check(param_group)
+        check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_network" in vars(self):
             self._schedule_recording()
-
-    def _check(self, group: Group) -> None:
-        """Raise ValueError for a hyperparameter out of its range."""
-        check_hyperparameters({**self.defaults, **group})
 
     @property
     def _mutable(self) -> tuple[Any, ...]:
@@ -115,6 +110,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._recorder.pop_passes()
 
     def _store(self) -> ParameterStore:
+        """The parameters; ValueError for a setting that has been changed to an invalid one."""
+        for group in self.param_groups:
+            check_hyperparameters(group)
         return self._network.store(self.param_groups)
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:

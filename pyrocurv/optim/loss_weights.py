@@ -93,10 +93,12 @@ def tolerance(gradient: Tensor) -> float:
 def read(likelihood: str, output: Tensor, gradient: Tensor, size: LossSize) -> LossReading:
     """What the gradient in an output [B, ...] tells, with the classes of "categorical" last."""
     number = size.total * size.entries
-    if likelihood == "categorical":
-        return read_categorical(output, gradient, number)
-    if likelihood == "bernoulli":
-        return read_bernoulli(output, gradient, number)
+    if likelihood != "normal":
+        function = read_categorical if likelihood == "categorical" else read_bernoulli
+        reading = function(output, gradient, number)
+        if reading.doubt and not bool(torch.isfinite(gradient).all()):
+            return reading._replace(weight=None, doubt="")  # the step will be refused
+        return reading
     mask = gradient != 0
     counted = number * mask.sum() / mask.numel()
     return LossReading(output - gradient * counted, mask, None)

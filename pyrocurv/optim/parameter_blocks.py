@@ -34,11 +34,6 @@ class ParameterBlocks:
         return {name for layer in self.layers for name in layer.tensors}
 
     @property
-    def labels(self) -> set[str]:
-        """The names of all structures."""
-        return {spec.label for spec in set(self.layers.values()).difference(LEFT_OUT)}
-
-    @property
     def frozen(self) -> set[str]:
         """The names of all tensors that are never changed."""
         return {n for layer, kind in self.layers.items() if kind == "frozen" for n in layer.tensors}

@@ -80,6 +80,7 @@ class EvaluationSum:
 
     count: int
     batch_size: int  # of the first sample
+    stream: dict[str, Any]  # the state of the random stream before the first sample
     layout: ParameterBlocks
     posterior: Posterior  # with the curvature of the samples
     mirrors: list[Perturbation] | None  # for the next sample
@@ -178,21 +179,26 @@ def gradient_norm(
 
 
 def sum_gradients(
-    closure: Callable[[], Any], count: int, clear: Callable[[], None], store: ParameterStore
+    closure: Callable[[], Any], count: int, clear: Callable[[], None], store: ParameterStore,
+    has_samples: Callable[[], bool],
 ) -> Any:
     """The mean of the losses of `count` calls; leaves the sum of their gradients in `.grad`.
 
-    The closure may clear gradients itself.
+    The closure may clear gradients itself. Without samples `.grad` is as it was.
     """
     losses, sums = [], dict[str, Tensor]()
-    clear()
-    for _ in range(count):
-        losses.append(closure())
-        for name, (p, _) in store.named.items():
-            if p.grad is not None:
-                sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+    before = {name: p.grad for name, (p, _) in store.named.items()}
+    try:
         clear()
-    for name, (p, _) in store.named.items():
-        p.grad = sums.get(name)
+        for _ in range(count):
+            losses.append(closure())
+            for name, (p, _) in store.named.items():
+                if p.grad is not None:
+                    sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+            clear()
+    finally:
+        gradients = sums if has_samples() else before
+        for name, (p, _) in store.named.items():
+            p.grad = gradients.get(name)
     known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
     return torch.stack(known).mean() if known else None

@@ -111,12 +111,6 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             "kl_clip": kl_clip,
         })
 
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        decay = {**self.defaults, **group}["weight_decay"]
-        if not decay >= 0:
-            raise ValueError(f"weight_decay={decay!r}: a number from 0 is needed")
-
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the parameters' gradients; returns what the closure returns."""
         loss = None

@@ -12,7 +12,7 @@ from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.layers import Layer
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
@@ -100,10 +100,19 @@ class TracedNetwork:
         """The layout with blocks for new layers."""
         return add_layers(layout, layers, self.structure, self.modules, store.named)
 
-    def untraced_layout(self, store: ParameterStore) -> ParameterBlocks:
-        """The layout of all trainable parameters, before any forward pass."""
+    def diagonal_layout(self, store: ParameterStore) -> ParameterBlocks:
+        """The layout of all trainable parameters, before any forward pass.
+
+        Raises ValueError for another structure than "diag".
+        """
         names = [name for name, (p, _) in store.named.items() if p.requires_grad]
-        return self.extended(self.layout, untraced_layers(names, store.named), store)
+        layout = self.extended(self.layout, untraced_layers(names, store.named), store)
+        kinds = set(layout.layers.values()).difference(LEFT_OUT)
+        if unsupported := {spec.label for spec in kinds} - {"diag"}:
+            raise ValueError(
+                f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
+            )
+        return layout
 
     def warn_once(self, descriptions: Mapping[str, str], what: str) -> None:
         """Warn, once for each name, that it has no curvature."""
