@@ -166,9 +166,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{JOINT}a_gaussian_posterior_is_found"),
     ],
     "layers/layer": [
-        ("grouped.transpose(1, 2).reshape(shape)", "grouped.reshape(shape)",
-         f"{BLOCK}strided_views"),
-        ("matrix = grouped.transpose(-3, -2)", "matrix = grouped", f"{CAPTURE}an_in_out_weight"),
+        ("kernel).transpose(1, 2)", "kernel)", f"{BLOCK}strided_views"),
+        ("weight = weight.transpose(-3, -2)", "pass", f"{CAPTURE}an_in_out_weight"),
         ("matrix.select(-1, -1)", "matrix.select(-1, 0)", f"{CAPTURE}packing"),
     ],
     "layers/block": [
@@ -239,7 +238,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "layers/capture": [
         ("query.shape[1] if query.dim() == 3", "query.shape[0] if query.dim() == 3",
-         f"{LAYERS}block"),
+         f"{CAPTURE}the_linear_maps_of_attention"),
         ("if bias is None and op.outputs_last:", "if bias is None:",
          f"{CAPTURE}a_bias_on_another_axis_than_the_outputs_is_a_layer"),
         ("if id(product) in self._with_bias:", "if False:",
@@ -258,7 +257,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{CAPTURE}a_product_that_an_unrecorded_op_reads_is_separated_from_its_bias"),
     ],
     "layers/batch_axis": [
-        ("call.batch_size == count", "True", f"{CAPTURE}marking_returns_another_trace"),
+        ("call.batch_size == count", "True",
+         f"{CAPTURE}a_layer_with_more_or_fewer_rows_than_examples"),
         ("for rows in (half, ~half):", "for rows in (half,):",
          f"{LAYERS}examples_that_meet_far_apart"),
         ("if count % 4 == 0:", "if False:", f"{LAYERS}examples_that_meet_far_apart"),

@@ -24,10 +24,16 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
-from pyrocurv.layers.structure_selection import StructureChoice, select_structures
+from pyrocurv.layers.structure_selection import (
+    StructureChoice,
+    check_structure,
+    select_structures,
+)
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
+from pyrocurv.runtime.validation import check_inputs, check_module, check_tensor
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 
@@ -51,6 +57,7 @@ def _(structure: EKFAC, block: Block, statistics: BlockStatistics) -> Structure:
     return statistics.eigenvalues(statistics.kronecker(structure.sharing).eigen(ranks))
 
 
+@outside_inference_mode
 def estimate(
     net: nn.Module,
     x: Tensor,
@@ -114,6 +121,10 @@ def estimate(
         >>> matrix.dense().shape
         torch.Size([8, 8])
     """
+    check_module("net", net)
+    check_inputs("x", x)
+    check_tensor("y", y)
+    check_structure(structure)
     curvature, distribution = as_curvature(curvature), as_likelihood(likelihood)
     if curvature.uses_sample_gradients:
         raise ValueError(
@@ -122,6 +133,7 @@ def estimate(
     parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("no parameter of the network has requires_grad")
+    check_differentiable(net.modules())
     if y.shape[:1] == (0,):
         raise ValueError("the batch has no examples")
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.validation import check_choice, check_distribution
 
 Likelihood = str | Callable[[Tensor], Distribution]
 
@@ -108,13 +110,17 @@ LIKELIHOODS: dict[str, Callable[[Tensor], Distribution]] = {
 def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
     """The function output -> `Distribution` of a name in the table, or of such a function."""
     if callable(likelihood):
-        return lambda output: _independent(likelihood(output))
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood={likelihood!r}: choose one of {', '.join(LIKELIHOODS)}, "
-            "or give a callable output -> Distribution"
-        )
+        return partial(_distribution, likelihood)
+    other = ", or give a callable output -> Distribution"
+    check_choice("likelihood", likelihood, LIKELIHOODS, other)
     return LIKELIHOODS[likelihood]
+
+
+def _distribution(likelihood: Callable[[Any], Distribution], output: Any) -> Distribution:
+    """The distribution that a user's likelihood returns; TypeError if it is none."""
+    returned = likelihood(output)
+    check_distribution("the value of likelihood", returned)
+    return _independent(returned)
 
 
 def to_single_precision(output: Any) -> Any:

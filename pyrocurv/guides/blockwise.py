@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from pyrocurv.guides.families import family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
-from pyrocurv.guides.partition import check_layout
+from pyrocurv.guides.partition import check_layout, describe_empty
+from pyrocurv.guides.task_posterior import guide_parts
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
@@ -38,6 +40,7 @@ class BlockwiseGuide(ParamStoreGuide):
         self.sites: dict[str, tuple[int, ...]] = {}  # shapes of the unconstrained tensors
         self.fallback_sites: tuple[str, ...] = ()
         self._excluded: dict[str, str] = {}  # fallback sites that are "point" or "frozen"
+        self._unsupported: dict[str, str] = {}  # reasons why other fallback sites are there
         self.is_joint = False  # one block over all latents of a model, unconstrained
         self._latents: dict[str, UnconstrainedLatent] = {}  # empty until the transforms are known
         self.is_laplace = False  # the precision is the curvature at a mode
@@ -52,6 +55,19 @@ class BlockwiseGuide(ParamStoreGuide):
             make_family = family_of(type(block.structure))
             self.blocks.append(make_family(block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
+        self._name_families()
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        super()._pyro_set_supermodule(name, context)
+        self._name_families()
+
+    def _name_families(self) -> None:
+        """The parameters' names in the store: "FullGuide.loc", "KFACGuide.net.0.loc"."""
+        families = [*self._modules.get("blocks", ())]
+        names = [family.block.name for family in families]
+        for family, name in zip(families, names, strict=True):
+            own = name if names.count(name) == 1 else next(iter(family.block.tensors))
+            family._pyro_name = ".".join([self._pyro_name, own][: len(families)])
 
     # ---- the Gaussians --------------------------------------------------------------------------
 
@@ -75,6 +91,7 @@ class BlockwiseGuide(ParamStoreGuide):
         """The posterior over the sites, also over none; RuntimeError before initialization."""
         if reason := self._uninitialized_reason:
             raise RuntimeError(f"{reason}: call it once with the data, guide(x, y)")
+        self.sync_with_store()
         return BlockwisePosterior(tuple(self.blocks), self._latents)
 
     def _ready_blocks(self) -> BlockwisePosterior:
@@ -84,21 +101,18 @@ class BlockwiseGuide(ParamStoreGuide):
             raise RuntimeError(self.no_gaussian_reason)
         return posterior
 
+    def weight_gaussians(self) -> list[WeightGaussian]:
+        """The posterior in independent parts, for `prior=`; see `pyrocurv.nn.bayesianize`."""
+        return guide_parts(self)
+
     @property
     def no_gaussian_reason(self) -> str:
         """The reason why no latent has a Gaussian, if none has."""
-        others = [name for name in self.fallback_sites if name not in self._excluded]
-        reasons = {
-            'structure= leaves out, as "point" or "frozen"': [*self._excluded],
-            "the fallback guide has, as no supported op consumes them as weights": others,
+        others = {
+            name: self._unsupported.get(name, "no weight of a layer")
+            for name in self.fallback_sites if name not in self._excluded
         }
-        remedy = "" if self._excluded else (
-            "; for a model without a network, FullGuide or DiagonalGuide under "
-            "NGVI(curvature='hessian') has a Gaussian over all latents"
-        )
-        return "no latent has a Gaussian here: " + "; ".join(
-            f"{reason} {', '.join(names)}" for reason, names in reasons.items() if names
-        ) + remedy
+        return describe_empty(others, self._excluded, self.structure)
 
     def constrain(
         self, unconstrained: Mapping[str, Tensor]
@@ -124,6 +138,7 @@ class BlockwiseGuide(ParamStoreGuide):
     @property
     def has_initial_scale(self) -> bool:
         """Whether all standard deviations still have their initial value."""
+        self.sync_with_store()
         initial = self._init_scale**-2
         diagonals = [family.precision().diag() for family in self.blocks]
         return all(bool(torch.allclose(d, torch.full_like(d, initial))) for d in diagonals)

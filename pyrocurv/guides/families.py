@@ -1,7 +1,8 @@
 """Gaussians over one block of weights, with their parameters in Pyro.
 
-Locations and scales are `PyroParam`s, so that plain `SVI` can train them; natural gradients write
-them in place through `write`. The bases of a Kronecker family are buffers.
+Locations and scales are `PyroParam`s, so that plain `SVI` can train them; the bases of a Kronecker
+family are buffers. Natural gradients write them all in place through `write`, so that what Pyro's
+parameter store has of them stays one posterior.
 """
 
 from __future__ import annotations
@@ -53,19 +54,13 @@ class Family(PyroModule):
 
     @torch.no_grad()
     def write(self, encoded: Mapping[str, Tensor]) -> None:
-        """Set the parameters, in place, and the buffers to those of an encoded precision."""
+        """Set parameters and buffers, in place, to those of an encoded precision."""
         for name, value in encoded.items():
-            if name in self._buffers:  # a new tensor: posteriors that were handed out share the old
-                setattr(self, name, value.clone(memory_format=torch.contiguous_format))
-            else:
-                getattr(self, name).copy_(value)
+            getattr(self, name).copy_(value)
 
     def keep(self, undo: Undo, encoded: Mapping[str, Tensor]) -> None:
         """Have `undo` keep the location and everything that `write` changes."""
-        changed = [self._parameters[name] for name in encoded if name in self._parameters]
-        undo.keep_tensors([self.raw_loc, *changed])
-        if encoded:
-            undo.keep_attributes(self)
+        undo.keep_tensors([self.raw_loc, *(getattr(self, name) for name in encoded)])
 
 
 class DiagonalFamily(Family):

@@ -1,34 +1,49 @@
-"""Names of guides in Pyro's parameter store, also after moves, copies and pickles.
+"""Guides in Pyro's parameter store, also after moves, copies and pickles.
 
-The store maps names to parameters. A module whose parameter has a name that is in the store takes
-the parameter from there, so two guides of one name share their parameters, and a parameter that was
-replaced in the module returns at the next call.
+The store maps names to tensors. It has all that a posterior consists of, the buffers of a guide
+too, and it counts: before a guide is read it takes over what the store has under its names. The
+names are those of the class, as in Pyro's guides, with a number where another guide has them.
+Entries that no living guide has put there, as those of a file, belong to the first guide of the
+class whose shapes they fit.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections import defaultdict
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pyro
+import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocurv.guides.initialization import InitInside, checked_value
+from pyrocurv.guides.store_entries import (
+    Slot,
+    forget_dead_guides,
+    guide_names,
+    mismatch,
+    owned_names,
+    register,
+    slots,
+)
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.handlers.sites import TraceSite
+from pyrocurv.runtime.inference_mode import outside_inference_mode, without_inference_tensors
 from pyrocurv.runtime.undo import Undo
-
-_counters: dict[str, Iterator[int]] = defaultdict(itertools.count)
+from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_state_dict
+from pyrocurv.structures.serialization import reading_state
 
 
 class ParamStoreGuide(AutoGuide):
-    """A guide whose name is unique in this process.
+    """A guide whose entries in the store are no other guide's of this process.
 
     Pickles lack `unpickled_attributes`, which only the first call needs: above all the model.
     """
@@ -39,23 +54,129 @@ class ParamStoreGuide(AutoGuide):
         self, model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor],
         create_plates: Callable[..., Any] | None,
     ) -> None:
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        checked = functools.partial(checked_value, init_loc_fn)
+        super().__init__(InitInside(checked)(model), create_plates=create_plates)
+        self.times_restored = 0  # how often the store had other values
         self._set_unique_name()
         self.register_load_state_dict_post_hook(clear_param_store)
         self._base_model = (model,)  # in a tuple, so that it is not a submodule
         self._init_loc_fn = init_loc_fn
 
+    # ---- names ----------------------------------------------------------------------------------
+
     def _set_unique_name(self) -> None:
-        """Name the guide and its submodules."""
-        kind = type(self).__name__
-        number = next(_counters[kind])
-        self._unique_name = f"{kind}_{number}" if number else kind
+        """Name the guide and its submodules; a name that is taken changes at the first call."""
+        forget_dead_guides()
+        self._unique_name = self._free_name() if slots(self) else type(self).__name__
         context = type(self._pyro_context)()
         for module in self.modules():
             if isinstance(module, PyroModule):
                 module._pyro_context = context
         self._pyro_set_supermodule(self._unique_name, context)
 
+    def _free_name(self) -> str:
+        """The class's name, with the least number that the store does not have."""
+        kind = type(self).__name__
+        taken = guide_names(kind)
+        names = itertools.chain([kind], (f"{kind}_{number}" for number in itertools.count(1)))
+        return next(name for name in names if name not in taken)
+
+    def _rename(self, name: str) -> None:
+        """Change the name; unlike `_pyro_set_supermodule` also during a call."""
+        for module in self.modules():
+            if isinstance(module, PyroModule):
+                module._pyro_name = name + module._pyro_name.removeprefix(self._unique_name)
+        self._unique_name = name
+        register(self).clear()
+
+    # ---- the store ------------------------------------------------------------------------------
+
+    def adopt_from_store(self) -> None:
+        """Take the name under which the store has the parameters of such a guide, if it has any.
+
+        Called once the guide knows its parameters. Raises ValueError for entries of the same names
+        in other shapes.
+        """
+        if self._pyro_name != self._unique_name or pyro.settings.get("module_local_params"):
+            return
+        forget_dead_guides()
+        prefix = f"{self._pyro_name}."
+        expected = {n.removeprefix(prefix): s.tensor.shape for n, s in slots(self).items()}
+        orphans = {
+            name: shapes for name, shapes in guide_names(type(self).__name__).items() if shapes
+        }
+        for name, shapes in orphans.items():
+            is_fallback = all(parameter.startswith("fallback.") for parameter in shapes)
+            if expected.items() <= shapes.items() and (expected or is_fallback):
+                self._rename(name)
+                return
+        for name, shapes in orphans.items():
+            if expected and expected.keys() <= shapes.keys():
+                raise ValueError(mismatch(name, expected, shapes))
+        self._rename(self._free_name())
+        if orphans:
+            warn_user(
+                f"the param store has {', '.join(orphans)}, not put there by a guide of this "
+                f"process, for other latents than this {type(self).__name__} has, which starts anew"
+            )
+
+    def _leave_name_of_others(self) -> bool:
+        """Take a free name if another living guide has entries under the present one."""
+        is_nested = self._pyro_name != self._unique_name  # and is named by a guide around it
+        prefix = f"{self._pyro_name}."
+        if is_nested or not any(name.startswith(prefix) for name in owned_names(self)):
+            return False
+        self._rename(self._free_name())
+        return True
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def sync_with_store(self) -> None:
+        """Take over what the store has under the guide's names; add what it lacks.
+
+        Raises ValueError if that is of other shapes, or a part only.
+        """
+        if pyro.settings.get("module_local_params"):
+            return
+        own, stored = slots(self), pyro.get_param_store()._params
+        if all(stored.get(name) is slot.tensor for name, slot in own.items()):
+            return
+        foreign = {
+            name: stored[name] for name, slot in own.items()
+            if name in stored and stored[name] is not slot.tensor
+        }
+        if foreign and self._leave_name_of_others():
+            own, foreign = slots(self), {}
+        if foreign:
+            self._take(own, foreign)
+        store, entries = pyro.get_param_store(), register(self)
+        for name, slot in own.items():
+            if name not in store:
+                store._params[name], store._constraints[name] = slot.tensor, slot.constraint
+                store._param_to_name[slot.tensor] = name
+            entries[name] = weakref.ref(slot.tensor)
+
+    def _take(self, own: Mapping[str, Slot], foreign: Mapping[str, Tensor]) -> None:
+        """Put tensors of the store into the modules."""
+        store = pyro.get_param_store()
+        expected = {name: own[name].tensor.shape for name in foreign}
+        if expected != (shapes := {name: value.shape for name, value in foreign.items()}):
+            raise ValueError(mismatch(self._pyro_name, expected, shapes))
+        if missing := [name for name in own if name not in store]:
+            raise ValueError(
+                f"the param store has {', '.join([*foreign][:3])}, but not {', '.join(missing[:3])}"
+                ": a posterior needs all of them"
+            )
+        for name, value in foreign.items():
+            value = without_inference_tensors(value)
+            slot, new = own[name], value
+            if isinstance(slot.tensor, nn.Parameter) and not isinstance(value, nn.Parameter):
+                new = nn.Parameter(value.detach())
+                store._params[name], store._param_to_name[new] = new, name
+            old, slot.tensors[slot.key] = slot.tensor, new
+            self.times_restored += not (old.device == new.device and torch.equal(old, new))
+
+    @outside_inference_mode
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -68,6 +189,9 @@ class ParamStoreGuide(AutoGuide):
             return super().load_state_dict(state_dict, strict, assign)
 
     def __getstate__(self) -> dict[str, Any]:
+        self.sync_with_store()
+        for slot in slots(self).values():
+            slot.tensor.__dict__.pop("unconstrained", None)  # a weak reference, of the store
         dropped = dict.fromkeys(("master", "_model", *self.unpickled_attributes))
         return {**self.__dict__, **dropped, "_modules": _shallow_copies(self._modules)}
 
@@ -90,14 +214,19 @@ class ParamStoreGuide(AutoGuide):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Remove parameters that a move replaces from the store; the next call adds the new."""
-        before = _stored_parameters(self)
+        self.sync_with_store()
+        before = {name: slot.tensor for name, slot in slots(self).items()}
         result = super()._apply(*args, **kwargs)
         store = pyro.get_param_store()
-        for name, new in _stored_parameters(self).items():
+        for name, slot in slots(self).items():
             old = before.get(name)
-            if old is not new and name in store and store._params[name] is old:
+            if old is not slot.tensor and name in store and store._params[name] is old:
                 del store[name]
         return result
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.sync_with_store()
+        super()._save_to_state_dict(*args, **kwargs)
 
 
 @contextmanager
@@ -108,30 +237,23 @@ def all_or_nothing(
 
     Raises ValueError for the state of a module that is not a guide.
     """
+    check_state_dict(state_dict, type(guide).__name__)
     if strict and "_extra_state" not in state_dict:
         keys = ", ".join(map(str, [*state_dict][:5])) or "no keys"
         raise ValueError(f"the state is not of a {type(guide).__name__}: it has {keys}")
-    with Undo() as undo:
+    with Undo() as undo, reading_state(type(guide).__name__):
         undo.keep_module(guide)
         undo.keep_attributes(pyro.get_param_store())
         yield
 
 
-def clear_param_store(guide: nn.Module, incompatible: Any) -> None:
-    """After `load_state_dict`: remove other parameters under the guide's names from the store."""
+def clear_param_store(guide: ParamStoreGuide, incompatible: Any) -> None:
+    """After `load_state_dict`: remove other tensors under the guide's names from the store."""
+    guide._leave_name_of_others()
     store = pyro.get_param_store()
-    for name, parameter in _stored_parameters(guide).items():
-        if name in store and store._params[name] is not parameter:
+    for name, slot in slots(guide).items():
+        if name in store and store._params[name] is not slot.tensor:
             del store[name]
-
-
-def _stored_parameters(guide: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by their names in the store."""
-    return {
-        f"{module._pyro_name}.{name}": module._parameters[f"{name}_unconstrained"]
-        for module in guide.modules() if isinstance(module, PyroModule)
-        for name in module._pyro_params
-    }
 
 
 def _shallow_copies(modules: dict[str, Any]) -> dict[str, Any]:

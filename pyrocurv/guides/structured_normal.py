@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -19,6 +20,7 @@ class StructuredNormal(TorchDistribution):
     Args:
         loc: mean [P].
         precision: a positive definite `Structure` [P, P].
+        sites: {name: shape} of the tensors that are flattened in `loc`, as in a guide's posterior.
 
     Raises:
         ValueError: `loc` is not a vector with as many entries as the precision has rows.
@@ -36,11 +38,12 @@ class StructuredNormal(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, loc: Tensor, precision: Structure, validate_args: bool | None = None
+        self, loc: Tensor, precision: Structure, validate_args: bool | None = None,
+        sites: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         if loc.dim() != 1 or len(loc) != precision.size:
             raise ValueError(f"loc {tuple(loc.shape)} does not fit a precision of {precision.size}")
-        self.loc, self.precision = loc, precision
+        self.loc, self.precision, self.sites = loc, precision, sites
         super().__init__(torch.Size(), loc.shape, validate_args=validate_args)
 
     @property

@@ -72,15 +72,11 @@ def _roots(model: Any) -> Iterator[nn.Module]:
 
 def _attributes(value: Any) -> list[Any]:
     """The attributes of an object that may lead to a module."""
-    attributes = getattr(value, "__dict__", {}).values()
-    return [attribute for attribute in attributes if _may_hold_module(attribute)]
+    return [*filter(_may_hold_module, getattr(value, "__dict__", {}).values())]
 
 
 def _references(function: types.FunctionType) -> list[Any]:
-    """Closure variables, defaults and globals of a function that may lead to a module.
-
-    Other functions only where they are defined in the same file.
-    """
+    """What a function refers to that may lead to a module; other functions only of its own file."""
     closure = [cell.cell_contents for cell in function.__closure__ or () if _is_bound(cell)]
     globals_ = [function.__globals__.get(name) for name in function.__code__.co_names]
     values = (*closure, *globals_, *(function.__defaults__ or ()))

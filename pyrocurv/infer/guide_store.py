@@ -10,7 +10,8 @@ import pyro
 import torch
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides import MixtureGuide, StructuredGuide
+from pyrocurv.guides.mixture import PREDICTION_ONLY
 from pyrocurv.handlers.sites import prior_power
 from pyrocurv.infer.model_run import ModelRun
 from pyrocurv.layers.block import Block
@@ -21,6 +22,7 @@ from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Update, average_weight
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_is
 from pyrocurv.structures import Dense, Diagonal
 
 
@@ -30,11 +32,18 @@ class GuideStore:
     def __init__(self, guide: StructuredGuide) -> None:
         self.guide = guide
         self._cache = PriorCache()
+        self._times_restored = guide.times_restored
 
     @property
     def blocks(self) -> list[Block]:
         """The guide's blocks; none before its first call."""
         return [family.block for family in self.guide.blocks]
+
+    def sync(self) -> bool:
+        """Let the guide take over what Pyro's store has; whether that was another posterior."""
+        self.guide.sync_with_store()
+        before, self._times_restored = self._times_restored, self.guide.times_restored
+        return before != self._times_restored
 
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what a run of the model may change before a step is written."""
@@ -59,6 +68,7 @@ class GuideStore:
 
     # ---- the posterior --------------------------------------------------------------------------
 
+    @torch.no_grad()
     def init(self, spec: Curvature, group: Mapping[str, Any]) -> Posterior:
         """The posterior of the guide before the first step, whose run gives N and T."""
         sites = {} if self.guide.is_joint else self._prototype_sites()
@@ -70,6 +80,7 @@ class GuideStore:
             blocks.append(replace(state, precision=family.precision()))
         return Posterior(0, tuple(blocks))
 
+    @torch.no_grad()
     def init_joint(self, group: Mapping[str, Any]) -> Posterior:
         """The same for one Gaussian over all latents, of unit precision if it is untrained."""
         (family,) = self.guide.blocks
@@ -125,3 +136,10 @@ class GuideStore:
                 family.write(values)
 
         return write
+
+
+def check_guide(guide: Any) -> None:
+    """Raise TypeError unless it is a guide that can be trained."""
+    if isinstance(guide, MixtureGuide):
+        raise TypeError(PREDICTION_ONLY)
+    check_is("guide", guide, StructuredGuide, "one of pyrocurv.guides (KFACGuide, ...)")

@@ -21,7 +21,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import posterior_precision
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.structures import Structure
-from pyrocurv.structures.serialization import map_tensors
+from pyrocurv.structures.serialization import cast
 
 MAX_LOG_FACTOR = 30.0  # where the evidence does not depend on a prior
 
@@ -51,17 +51,17 @@ class LaplaceBlock:
         scaling, gaussian = self.prior.scaling, self.prior.gaussian
         sizes = torch.tensor([layer.size for layer in self.block.layers], device=factors.device)
         each = factors[0] if len(factors) == 1 else factors.repeat_interleave(sizes)
-        gaussian = replace(gaussian, precision=gaussian.precision * each)
+        gaussian = gaussian.scaled(each)
         if scaling is not None:
             scaling = replace(scaling, delta=scaling.delta * factors[0])
         return replace(self, prior=BlockPrior(gaussian, scaling))
 
     def to(self, dtype: torch.dtype) -> LaplaceBlock:
         """The same in another dtype."""
-        return replace(
-            self, curvature=map_tensors(self.curvature, lambda tensor: tensor.to(dtype)),
-            prior=map_tensors(self.prior, lambda tensor: tensor.to(dtype)), loc=self.loc.to(dtype),
+        curvature, prior, loc = cast(
+            (self.curvature, self.prior, self.loc), self.loc.new_empty(0, dtype=dtype)
         )
+        return replace(self, curvature=curvature, prior=prior, loc=loc)
 
 
 def log_evidence(fitted: Sequence[LaplaceBlock], log_factors: Tensor) -> Tensor:

@@ -13,16 +13,15 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.optim import PyroOptim
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.data_checks import DatasetSizeCheck
 from pyrocurv.curvature.spec import as_curvature
-from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.guides.mixture import PREDICTION_ONLY
+from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.support import only_data_validated
 from pyrocurv.infer.defaults import (
     AUTO,
     Loss,
@@ -30,28 +29,31 @@ from pyrocurv.infer.defaults import (
     auxiliary_optimizer,
     resolve_defaults,
 )
-from pyrocurv.infer.guide_store import GuideStore
+from pyrocurv.infer.guide_store import GuideStore, check_guide
 from pyrocurv.infer.joint_step import uses_joint_update
 from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel
-from pyrocurv.infer.resume_checks import (
-    DatasetSizeCheck,
-    RunSignature,
-    check_blocks,
-    check_signature,
-    check_state,
-)
+from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
-from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer, check_positive
-from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
+from pyrocurv.runtime.validation import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_positive,
+    check_values,
+)
+from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, reading_state, to_state
 
 
 class NGVI:
@@ -97,16 +99,20 @@ class NGVI:
     arguments of `Curvature`, such as `every` or `batch`, belong to running averages: with them a
     network is trained layer by layer, and without a network they are not used.
 
-    Random numbers come from a separate stream, seeded from torch's generator at construction.
-    `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so different from the
-    mean that training does not progress (learned log scales, priors much wider than 1/fan_in), use
-    several of them (`num_particles=4`) or a lower temperature.
+    From a posterior that Pyro's param store was given (`load`, `set_state`) the next step starts as
+    that of a new `NGVI`, without the momentum of the steps before. Random numbers come from a
+    separate stream, seeded from torch's generator at construction. `.optimizer` is a
+    `torch.optim.Optimizer` for schedulers. If samples are so different from the mean that training
+    does not progress (learned log scales, priors much wider than 1/fan_in), use several of them
+    (`num_particles=4`) or a lower temperature.
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
         ValueError: an unknown name or a number out of its range; at a step, before any state is
-            changed, what the guide raises at its first call, a plate smaller than the batch in it,
-            a latent that the guide does not have.
+            changed, what the guide raises at its first call, no observed site, data outside of the
+            support of their likelihood (`pyro.enable_validation(False)` turns that off), a plate
+            smaller than the batch in it, a latent that the guide does not have.
+        RuntimeError: a step while another thread trains or predicts.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390; Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562.
@@ -140,16 +146,11 @@ class NGVI:
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
-        if isinstance(guide, MixtureGuide):
-            raise TypeError(PREDICTION_ONLY)
-        if not isinstance(guide, StructuredGuide):
-            raise TypeError(
-                "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
-                f"{type(guide).__name__}"
-            )
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
+        check_guide(guide)
+        check_callable("model", model, "a Pyro model, a callable,")
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_positive("temperature", temperature, "auto")
+        check_flag("antithetic", antithetic)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self._prefers_joint = (
@@ -162,6 +163,7 @@ class NGVI:
         self.num_particles: Any = values.pop("num_particles")
         if self.num_particles != AUTO:
             check_integer("num_particles", self.num_particles, 0)
+        check_flag("average", values["average"])
         self.average: bool = values.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
@@ -176,12 +178,15 @@ class NGVI:
 
     # ---- a step ---------------------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step on a mini-batch; takes the model's arguments.
 
         Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the sampled
         weights (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a skipped step.
         """
+        self._follow_store()
         try:
             with Undo() as undo:
                 return self._step(undo, args, kwargs)
@@ -191,16 +196,21 @@ class NGVI:
         self.skipped += 1
         return math.nan
 
+    def _follow_store(self) -> None:
+        """Start from the posterior that Pyro's store was given, if it was, as a new `NGVI` does."""
+        if self._store.sync() and self._loaded is None:
+            self._posterior = None
+
     def _step(self, undo: Undo, args: Any, kwargs: Any) -> float:
         """A step; whatever is raised, `undo` restores all that has changed by then."""
+        check_values((*args, *kwargs.values()), "the model")
         undo.keep_attributes(self, self._stream, self._dataset_size)
         self._store.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
         self._setup_guide(undo, args, kwargs)
-        is_first = self._posterior is None
+        validation = only_data_validated() if self._posterior else nullcontext()
         rule, posterior = self._ready()
         like = self.guide.blocks[0].raw_loc
-        validation = nullcontext() if is_first else pyro.validation_enabled(False)
         with (self._stream(like.device), validation, torch.enable_grad(),
               disable_autocast(like.device) as network):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
@@ -226,10 +236,9 @@ class NGVI:
         if self.guide.prototype_trace is None:
             undo.keep_attributes(self.guide.blocks)
             with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
-                with poutine.block():
-                    self.guide.setup(args, kwargs, self._prefers_joint)
+                self.guide.setup(args, kwargs, self._prefers_joint)
         if not self.guide.blocks:
-            raise ValueError(f"{self.guide.no_gaussian_reason}: use pyro.infer.SVI")
+            raise ValueError(self.guide.no_gaussian_reason)
 
     def _ready(self) -> tuple[UpdateRule, Posterior]:
         """The rule and the posterior, both from the first step on; checks a loaded state."""
@@ -238,8 +247,8 @@ class NGVI:
         if self._posterior is None:
             return self._rule, self._rule.init(self.optimizer.param_groups[0])
         if self._loaded is not None:
-            self._check_blocks(self._posterior)
-            check_signature(self._loaded, self._signature())
+            check_blocks(self._posterior, self._store.blocks)
+            check_signature(self._loaded, RunSignature.of(self._rule, self.guide))
             self._loaded = None
         return self._rule, self._posterior
 
@@ -252,6 +261,8 @@ class NGVI:
 
     # ---- watching and saving --------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Loss:
         """-ELBO on these data, N nll + T (log q - log p) at `num_particles` samples of the guide.
@@ -260,12 +271,14 @@ class NGVI:
         posterior. The returned number has the T that it was computed with, also of "auto", as
         `.temperature`; at 1 it is -ELBO. Draws from torch's global generator; changes nothing.
         """
+        check_values((*args, *kwargs.values()), "the model")
+        self._follow_store()
         if self.guide.prototype_trace is None:
-            with poutine.block():
-                self.guide.setup(args, kwargs, self._prefers_joint)
+            self.guide.setup(args, kwargs, self._prefers_joint)
         rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
         posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
-        with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:
+        device = self.guide.blocks[0].raw_loc.device
+        with disable_autocast(device) as network, rewind_rng_on_error(device):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
@@ -282,9 +295,15 @@ class NGVI:
             return {}
         return update_counts(self.curvature, self._posterior)
 
+    def prior_errors(self) -> dict[str, float]:
+        """{block: |Λ - (N/T) C - Λ₀|, relative}, if the prior's Λ₀ is another task's posterior."""
+        return prior_errors(self.curvature, self._posterior) if self._posterior else {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states."""
-        posterior, signature = self._posterior, self._loaded or self._signature()
+        self._follow_store()
+        signature = self._loaded or RunSignature.of(self._rule, self.guide)
+        posterior = self._posterior
         return {
             "version": FORMAT_VERSION,
             "optimizer": self.optimizer.state_dict(),
@@ -307,10 +326,15 @@ class NGVI:
         version or another `average`, or of a guide with other blocks or structures; the latter at
         the first step for a guide that has no blocks yet.
         """
+        with reading_state("NGVI"):
+            self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         check_state(state, self.average)
+        self._store.sync()
         posterior = from_state(state["posterior"])
         if posterior is not None and self.guide.blocks:
-            self._check_blocks(posterior)
+            check_blocks(posterior, self._store.blocks)
         with Undo() as undo:
             undo.keep_attributes(self, self._stream)
             self._auxiliary.keep(undo, ())
@@ -323,10 +347,3 @@ class NGVI:
             self._loaded = None
             if posterior is not None:
                 self._loaded = RunSignature(state["is_joint"], state["means"])
-
-    def _signature(self) -> RunSignature:
-        is_joint = self._rule is not None and self._rule.is_joint
-        return RunSignature.of(is_joint, self.guide.blocks)
-
-    def _check_blocks(self, posterior: Posterior) -> None:
-        check_blocks([block_state.block for block_state in posterior.blocks], self._store.blocks)

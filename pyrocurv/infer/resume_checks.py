@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from pyrocurv.guides.families import Family
+from pyrocurv.guides import StructuredGuide
+from pyrocurv.infer.update_rule import UpdateRule
 from pyrocurv.layers.block import Block
+from pyrocurv.posterior.state import Posterior
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_state_dict
 from pyrocurv.structures.serialization import check_version
 
 STATE_KEYS = (
@@ -24,13 +27,15 @@ class RunSignature(NamedTuple):
     means: Sequence[float]
 
     @staticmethod
-    def of(is_joint: bool, families: Iterable[Family]) -> RunSignature:
-        """The signature of a run that trains these families."""
-        return RunSignature(is_joint, [float(f.raw_loc.detach().double().sum()) for f in families])
+    def of(rule: UpdateRule | None, guide: StructuredGuide) -> RunSignature:
+        """The signature of a run that trains a guide; no rule has been chosen before a step."""
+        means = [float(family.raw_loc.detach().double().sum()) for family in guide.blocks]
+        return RunSignature(rule is not None and rule.is_joint, means)
 
 
 def check_state(state: Mapping[str, Any], average: bool) -> None:
     """Raise ValueError unless it is the state of an `NGVI` with this `average`."""
+    check_state_dict(state, "NGVI")
     if missing := {*STATE_KEYS} - state.keys():
         raise ValueError(
             f"the state is not of an NGVI: it lacks {', '.join(sorted(missing))}, and has "
@@ -43,9 +48,9 @@ def check_state(state: Mapping[str, Any], average: bool) -> None:
         )
 
 
-def check_blocks(saved: Sequence[Block], current: Sequence[Block]) -> None:
+def check_blocks(saved: Posterior, current: Sequence[Block]) -> None:
     """Raise ValueError that names the first block which differs."""
-    for before, now in zip_longest(saved, current):
+    for before, now in zip_longest([state.block for state in saved.blocks], current):
         if before != now:
             raise ValueError(
                 f"the state is of another guide: it has {_description(before)} where this one has "
@@ -78,22 +83,3 @@ def _description(block: Block | None) -> str:
     if block is None:
         return "no block"
     return f"{block.name} ({block.structure!r} over {block.size} weights {list(block.tensors)})"
-
-
-class DatasetSizeCheck:
-    """Warns, once, if N changes from step to step, as without a plate of the full size."""
-
-    def __init__(self) -> None:
-        self._sizes: list[float] = []  # two at most
-
-    def note(self, num_data: float) -> None:
-        """N of one step."""
-        if num_data in self._sizes or len(self._sizes) > 1:
-            return
-        if self._sizes:
-            warn_user(
-                f"the model had {self._sizes[0]:g} data in total, and now has {num_data:g}, of "
-                "which the posterior is. A plate gives the total, of which each call has a batch: "
-                'pyro.plate("data", N, subsample=torch.arange(len(x)))'
-            )
-        self._sizes.append(num_data)

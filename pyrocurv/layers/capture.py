@@ -68,9 +68,7 @@ class Capture(TorchFunctionMode):
 
     # ---- during the forward pass ----------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             return self._inside_attention(args, kwargs)
@@ -92,7 +90,7 @@ class Capture(TorchFunctionMode):
             self._has_batch_coupling |= settings["batch_coupling"]
         return output
 
-    def _inside_attention(self, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def _inside_attention(self, args: Any, kwargs: Any) -> Any:
         """Run attention so that its linear maps are dispatched too."""
         query = args[0] if args else kwargs["query"]
         before = self._sequence_first_batch
@@ -104,8 +102,7 @@ class Capture(TorchFunctionMode):
             self._sequence_first_batch = before
 
     def _record_op(
-        self, func: Any, args: tuple[Any, ...], kwargs: Any, output: Any,
-        operands: Sequence[TrackedTensor],
+        self, func: Any, args: Any, kwargs: Any, output: Any, operands: Sequence[TrackedTensor]
     ) -> None:
         first, op = operands[0], OPS.get(func)
         if op is not None:
@@ -131,8 +128,7 @@ class Capture(TorchFunctionMode):
             self._refused.setdefault(tensor.name, reason)
 
     def _record_layer(
-        self, op: OpSpec, arguments: OpArguments, output: Tensor,
-        operands: Sequence[TrackedTensor],
+        self, op: OpSpec, arguments: OpArguments, output: Tensor, operands: Sequence[TrackedTensor]
     ) -> None:
         weight, bias = self._find(arguments.weight), self._find(arguments.bias)
         sources = [tensor for tensor in (weight, bias) if tensor is not None]
@@ -163,7 +159,7 @@ class Capture(TorchFunctionMode):
             self._products[id(output)] = record, output
 
     def _read_addition(
-        self, args: tuple[Any, ...], kwargs: Any, output: Any
+        self, args: Any, kwargs: Any, output: Any
     ) -> tuple[TrackedTensor, Tensor] | None:
         """The tracked bias and the tensor to whose last axis it is added, if a call does that."""
         pairs = zip(map(self._find, args), reversed(args), strict=True)
@@ -207,7 +203,7 @@ def _swaps_axes(input: Tensor, dim0: int = 0, dim1: int = 1) -> bool:
     return dim0 % 2 != dim1 % 2
 
 
-def _splits_rows(tensor: TrackedTensor, args: tuple[Any, ...], kwargs: Any) -> bool:
+def _splits_rows(tensor: TrackedTensor, args: Any, kwargs: Any) -> bool:
     """Whether a call splits a whole tracked tensor along its first axis, as attention does."""
     axis = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     return not tensor.transposed and tensor.row_slice is None and axis == 0

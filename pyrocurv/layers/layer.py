@@ -87,27 +87,13 @@ class Layer:
         shapes = {self.weight: self.shape}
         return shapes if self.bias is None else {**shapes, self.bias: self.bias_shape}
 
-    def _to_matrix(self, weight: Tensor) -> Tensor:
-        """[*shape] -> [*lead, O, I], the bias not included."""
-        shape = (*self.matrix_shape[:-1], self.in_features - (self.bias is not None))
-        if self.orientation != "in_out":
-            return weight.reshape(shape)
-        kernel = math.prod(self.shape[2:])
-        grouped = weight.reshape(self.groups, -1, self.out_features, kernel)
-        return grouped.transpose(1, 2).reshape(shape)  # [Γ, I, O, k] -> [Γ, O, I·k]
-
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        """[..., *lead, O, I] -> [..., *shape], the bias not included."""
-        batch = matrix.shape[: matrix.dim() - len(self.matrix_shape)]
-        if self.orientation == "in_out":
-            kernel = math.prod(self.shape[2:])
-            grouped = matrix.reshape(*batch, self.groups, self.out_features, -1, kernel)
-            matrix = grouped.transpose(-3, -2)
-        return matrix.reshape((*batch, *self.shape))  # a tuple, since the shape may be ()
-
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P], W row-major, one group after the other."""
-        matrix = self._to_matrix(values[self.weight])
+        matrix, has_bias = values[self.weight], self.bias is not None
+        if self.orientation == "in_out":  # [Γ·I, O, *kernel] -> [Γ, O, I, k]
+            kernel = math.prod(self.shape[2:])
+            matrix = matrix.reshape(self.groups, -1, self.out_features, kernel).transpose(1, 2)
+        matrix = matrix.reshape(*self.matrix_shape[:-1], self.in_features - has_bias)
         if self.bias is not None:
             bias = values[self.bias].reshape(*self.matrix_shape[:-1], 1)
             matrix = torch.cat([matrix, bias], -1)
@@ -117,8 +103,12 @@ class Layer:
         """[..., P] -> {name: [..., *shape]}, views of `packed` where the orientation allows it."""
         batch = packed.shape[:-1]
         matrix = packed.reshape(*batch, *self.matrix_shape)
-        if self.bias is None:
-            return {self.weight: self._from_matrix(matrix)}
-        bias = matrix.select(-1, -1).reshape(*batch, *self.bias_shape)
-        weight = self._from_matrix(matrix.narrow(-1, 0, self.in_features - 1))
-        return {self.weight: weight, self.bias: bias}
+        weight = matrix if self.bias is None else matrix.narrow(-1, 0, self.in_features - 1)
+        if self.orientation == "in_out":  # [..., *lead, O, I] -> [..., Γ, I, O, k]
+            kernel = math.prod(self.shape[2:])
+            weight = weight.reshape(*batch, self.groups, self.out_features, -1, kernel)
+            weight = weight.transpose(-3, -2)
+        values = {self.weight: weight.reshape((*batch, *self.shape))}  # a tuple: it may be empty
+        if self.bias is not None:
+            values[self.bias] = matrix.select(-1, -1).reshape(*batch, *self.bias_shape)
+        return values

@@ -14,8 +14,21 @@ from pyrocurv.runtime.user_warnings import warn_user
 
 LEFT_OUT = ("point", "frozen")  # no posterior: trained by `optim`, or kept unchanged
 Rule = Callable[[str, "nn.Module | None"], Any]
-Owners = Mapping[Layer, "nn.Module | None"]
 StructureChoice = str | StructureSpec | Mapping[Any, Any] | Rule | None
+
+
+def check_structure(choice: Any, left_out: Sequence[str] = ()) -> None:
+    """Raise what `select_structures` raises without layers: for an unknown name or a wrong type."""
+    is_rule = callable(choice) and not isinstance(choice, (type, nn.Module))
+    if choice is None or is_rule or isinstance(choice, str) and choice in left_out:
+        return
+    if not isinstance(choice, Mapping):
+        parse_structure(choice)
+        return
+    for key, value in choice.items():
+        if not isinstance(key, (str, type)):
+            raise TypeError(f"structure: the key {key!r} is neither a module type nor a name")
+        check_structure(value, left_out)
 
 
 def select_structures(
@@ -37,6 +50,7 @@ def select_structures(
         ValueError: an unknown structure, or a name that matches no layer.
         TypeError: a key that is neither a type nor a name.
     """
+    check_structure(choice, left_out)
     owners = {layer: modules.get(layer.weight.rpartition(".")[0]) for layer in layers}
     rule = _as_rule(choice, owners)
     structures = {}
@@ -47,16 +61,13 @@ def select_structures(
     return structures
 
 
-def _as_rule(choice: StructureChoice, owners: Owners) -> Rule:
+def _as_rule(choice: StructureChoice, owners: Mapping[Layer, nn.Module | None]) -> Rule:
     if callable(choice) and not isinstance(choice, type):
         return choice
     if not isinstance(choice, Mapping):
         return lambda name, module: choice
     patterns = [key for key in choice if isinstance(key, str)]
     types = [key for key in choice if isinstance(key, type)]
-    for key in choice:
-        if not isinstance(key, (str, type)):
-            raise TypeError(f"structure: the key {key!r} is neither a module type nor a name")
     names = [layer.name for layer in owners]
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):

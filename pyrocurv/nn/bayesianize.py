@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
@@ -11,9 +11,18 @@ from torch.distributions import Distribution
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyrocurv.layers.module_types import TRANSPOSED
+from pyrocurv.layers.weight_gaussian import read_posterior
 from pyrocurv.nn.forward_hooks import find_tied, keep_padding_output, tie
-from pyrocurv.nn.weight_priors import PriorSpec, parse_prior, set_prior
+from pyrocurv.nn.posterior_prior import posterior_priors
+from pyrocurv.nn.weight_priors import (
+    PriorSpec,
+    initial_value,
+    latent_names,
+    parse_prior,
+    set_prior,
+)
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_iterable, check_module, shown
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -34,6 +43,13 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
             becomes a constant. For a scale that is itself a latent, make the weights
             `pyro.nn.PyroSample`s yourself:
             `layer.weight = PyroSample(lambda layer: Normal(0, model.tau).expand(...))`.
+            Or the posterior of an earlier task: a trained guide of the same network, its
+            `.posterior`, or a `VIOptimizer`. Guides start at its mean then, and a network that
+            `bayesianize` has seen before gets the prior in the place of the old one. Guides of the
+            same structure add it to the curvature exactly, but for "kfac" and "ekfac", which keep
+            the eigenvectors of the nearest Kronecker product to the sum, see
+            `NGVI.prior_errors`. Latents outside of `net`, such as a noise scale, are integrated
+            out, and keep the prior of the model.
         layers: the modules to choose, one or several, by type or by name as in
             `net.named_modules()` (with all modules inside). The default is `pyrocurv.nn.LAYERS`:
             linear layers, (transposed) convolutions, attention and recurrent layers; norm layers
@@ -47,11 +63,12 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
         modules share is one site, named after the first module.
 
     Raises:
-        ValueError: a prior out of range or of another shape; a layer name that does not exist; no
-            layer that matches, or none that is not a latent yet; a weight that a chosen module
-            shares with one that is not chosen.
-        TypeError: a prior that is a distribution, or a callable that returns something else; a
-            layer that is neither a type nor a name.
+        ValueError: a prior out of range or of another shape, or of another network; a layer name
+            that does not exist; no layer that matches, or none that is not a latent yet; a weight
+            that a chosen module shares with one that is not chosen.
+        TypeError: a prior that is another distribution or guide, or a callable that returns
+            something else; a layer that is neither a type nor a name.
+        RuntimeError: a guide that has not been called yet.
 
     Example:
         >>> import torch
@@ -60,22 +77,29 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
         >>> list(net.parameters())
         []
     """
-    prior_fn = parse_prior(prior)
-    chosen = _choose(net, layers)
+    check_module("net", net)
+    parts = read_posterior(prior)
+    prior_fn = None if parts is not None else parse_prior(prior)
+    chosen = _choose(net, layers, is_posterior=parts is not None)
     tied = find_tied(net, chosen)
-    latents = [
-        (module, name, prior_fn(module, name), getattr(module, name))
+    weights = {
+        (module, name): initial_value(module, name)
         for module, names in chosen.items() for name in names if (module, name) not in tied
-    ]
-    for module, name, fn, parameter in latents:
-        _check_prior(f"{type(module).__name__}.{name}", fn, parameter)
+    }
+    latents: dict[tuple[nn.Module, str], Any] = (
+        {key: prior_fn(*key) for key in weights} if prior_fn is not None
+        else posterior_priors(net, parts or (), weights)
+    )
+    for (module, name), fn in latents.items():
+        _check_prior(f"{type(module).__name__}.{name}", fn, weights[module, name])
     to_pyro_module_(net)
     for (module, name), owner in tied.items():
         tie(module, name, owner)
-    for module, name, fn, parameter in latents:
-        set_prior(module, name, fn, parameter)
+    for (module, name), fn in latents.items():
+        initial = weights[module, name]
+        set_prior(module, name, fn, initial if parts is None else fn.loc)
         if isinstance(module, nn.Embedding) and (module, name) not in tied.values():
-            keep_padding_output(module, parameter)
+            keep_padding_output(module, initial)
     return net
 
 
@@ -88,14 +112,19 @@ def _check_prior(name: str, fn: object, parameter: Tensor) -> None:
         raise ValueError(f"the prior of {name} has shape {shape}, the parameter {expected}")
 
 
-def _choose(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
-    """{module: names of its parameters that become latents}."""
+def _choose(net: nn.Module, layers: Layers, is_posterior: bool) -> dict[nn.Module, list[str]]:
+    """{module: names of its parameters that become latents}.
+
+    For a posterior as the prior also of those that are latents already.
+    """
     modules = dict(net.named_modules())
     layers = (layers,) if isinstance(layers, (type, str)) else layers
+    if layers is not None:
+        check_iterable("layers", layers, "a list of module types and names")
     choices = LAYERS if layers is None else tuple(layers)
     for choice in choices:
         if not isinstance(choice, (type, str)):
-            raise TypeError(f"layers: module types and names are needed, got {choice!r}")
+            raise TypeError(f"layers: module types and names are needed, got {shown(choice)}")
     types = tuple(choice for choice in choices if isinstance(choice, type))
     prefixes = [choice for choice in choices if isinstance(choice, str)]
     for name in prefixes:
@@ -108,7 +137,8 @@ def _choose(net: nn.Module, layers: Layers) -> dict[nn.Module, list[str]]:
         if isinstance(module, types) or is_named:
             matches[path] = module
             parameters = module.named_parameters(recurse=False)
-            if names := [name for name, p in parameters if p.requires_grad or is_named]:
+            names = [name for name, p in parameters if p.requires_grad or is_named]
+            if names := names + (latent_names(module) if is_posterior else []):
                 chosen[module] = names
     _warn_of_parametrizations(matches, chosen)
     if not chosen:

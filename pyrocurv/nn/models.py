@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pyro
 import torch
 from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.runtime.validation import is_integer
+from pyrocurv.runtime.validation import (
+    as_number,
+    check_callable,
+    check_inputs,
+    check_tensor,
+    is_integer,
+    is_number,
+    shown,
+)
 
 
 class Classifier(PyroModule):
@@ -35,9 +46,13 @@ class Classifier(PyroModule):
 
     def __init__(self, net: nn.Module, num_data: int) -> None:
         super().__init__()
+        check_callable("net", net, "a torch.nn.Module")
         self.net, self.num_data = net, _check_num_data(num_data)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        check_inputs("x", x)
+        if y is not None:
+            check_tensor("y", y)
         logits = self.net(x)
         shape = tuple(logits.shape)
         if len(shape) != 2:
@@ -45,7 +60,7 @@ class Classifier(PyroModule):
         if y is not None and tuple(y.shape) != shape[:1]:
             raise ValueError(f"classes {tuple(y.shape)} do not fit logits {shape}: [B] is needed")
         with _data_plate(self, logits, y):
-            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+            pyro.sample("obs", _made(dist.Categorical, logits, logits=logits), obs=y)
         return logits
 
 
@@ -77,11 +92,18 @@ class Regressor(PyroModule):
 
     def __init__(self, net: nn.Module, num_data: int, noise: float | None = None) -> None:
         super().__init__()
-        if noise is not None and not noise > 0:
-            raise ValueError(f"noise={noise!r}: a positive standard deviation, or None, is needed")
+        check_callable("net", net, "a torch.nn.Module")
+        value = as_number(noise)
+        if noise is not None and not (is_number(value) and value > 0):
+            raise ValueError(
+                f"noise={shown(noise)}: a positive standard deviation, or None, is needed"
+            )
         self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        check_inputs("x", x)
+        if y is not None:
+            check_tensor("y", y)
         mean = self.net(x)
         if mean.dim() == 2 and mean.shape[-1] == 1:
             mean = mean.squeeze(-1)
@@ -93,7 +115,7 @@ class Regressor(PyroModule):
             zero = mean.new_zeros(())
             noise = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
         with _data_plate(self, mean, y):
-            normal = dist.Normal(mean, mean.new_ones(()) * noise)
+            normal = _made(dist.Normal, mean, mean, mean.new_ones(()) * noise)
             pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
         return mean
 
@@ -101,13 +123,25 @@ class Regressor(PyroModule):
 def _check_num_data(num_data: int) -> int:
     if not is_integer(num_data, 1):
         needed = "the number of training examples is needed, an integer of at least 1"
-        raise ValueError(f"num_data={num_data!r}: {needed}")
+        raise ValueError(f"num_data={shown(num_data)}: {needed}")
     return num_data
+
+
+def _made(kind: Callable[..., Any], output: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A distribution; FloatingPointError if torch refuses it for outputs that are not finite."""
+    try:
+        return kind(*args, **kwargs)
+    except ValueError as error:
+        if bool(output.isfinite().all()):
+            raise
+        raise FloatingPointError("site 'obs': the network's output is not finite") from error
 
 
 def _data_plate(model: Classifier | Regressor, output: Tensor, y: Tensor | None) -> pyro.plate:
     """The plate of the data; without targets, in prediction, it has the size of the batch."""
     batch, num_data = len(output), model.num_data
+    if not batch:
+        raise ValueError("x: the batch has no examples")
     if y is not None and batch > num_data and model.training:
         raise ValueError(f"a batch of {batch} targets, but num_data={num_data}")
     indices = torch.arange(batch, device=output.device)

@@ -14,9 +14,11 @@ from torch.distributions import Distribution
 
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.layers.module_types import NORMS, fan_in
+from pyrocurv.nn.posterior_prior import CorrelatedNormal, CorrelatedWeight
 from pyrocurv.runtime.distributions import as_normal, compact
+from pyrocurv.runtime.validation import as_number, check_is, check_tensor, is_number, shown
 
-PriorSpec = float | str | Callable[[nn.Module, str], Distribution]
+PriorSpec = float | str | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
 
 
 def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
@@ -29,14 +31,15 @@ def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
         )
     if callable(prior):
         return prior
-    if prior == "fan_in":
+    if isinstance(prior, str) and prior == "fan_in":
         return lambda module, name: _normal(module, name, 1 / math.sqrt(fan_in(module) + 1))
-    if isinstance(prior, str) or not prior > 0:
+    scale = as_number(prior)
+    if not (is_number(scale) and scale > 0):
         raise ValueError(
-            f"prior={prior!r}: 'fan_in', a positive standard deviation or a callable "
+            f"prior={shown(prior)}: 'fan_in', a positive standard deviation or a callable "
             "(module, name) -> Distribution is needed"
         )
-    return lambda module, name: _normal(module, name, float(prior))
+    return lambda module, name: _normal(module, name, float(scale))
 
 
 def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
@@ -45,9 +48,33 @@ def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
     return dist.Normal(loc, like.new_full((), scale)).expand(like.shape)
 
 
-def set_prior(module: nn.Module, name: str, fn: Any, parameter: Tensor) -> None:
-    """Replace a parameter by a latent, with the parameter's value as its initial value."""
-    initial = parameter.detach().clone()
+def latent_names(module: nn.Module) -> list[str]:
+    """The parameters of a module that `bayesianize` has made latents of."""
+    priors = module.__dict__.get("_pyro_samples", {})
+    return [name for name in priors if _initial(module, name) is not None]
+
+
+def initial_value(module: nn.Module, name: str) -> Tensor:
+    """A parameter, or the value that it had before it became a latent."""
+    initial = _initial(module, name)
+    return getattr(module, name) if initial is None else initial
+
+
+def _initial(module: nn.Module, name: str) -> Tensor | None:
+    prior = module.__dict__.get("_pyro_samples", {}).get(name)
+    return module._buffers.get(_buffer_names(name)[2], getattr(prior, "initial", None))
+
+
+def set_prior(module: nn.Module, name: str, fn: Any, initial: Tensor) -> None:
+    """Replace a parameter by a latent, with its initial value in a guide."""
+    initial = initial.detach().clone()
+    if isinstance(fn, CorrelatedNormal):
+        *others, buffer = _buffer_names(name)
+        for other in others:  # of a normal prior that it replaces
+            module._buffers.pop(other, None)
+        module.register_buffer(buffer, initial, persistent=False)
+        setattr(module, name, PyroSample(CorrelatedWeight(*fn.share, buffer)))
+        return
     normal = as_normal(fn)
     if normal is None:
         if fn.event_dim < initial.dim():
@@ -111,6 +138,12 @@ def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
         >>> rescale_prior(net, "weight", torch.tensor(0.5)), rescale_prior(net, "w", torch.ones(()))
         (True, False)
     """
+    check_is("site", site, str, "the name of a site")
+    if not is_number(factor):
+        check_tensor("factor", factor)
+    value = as_number(factor)
+    if not (is_number(value) and value > 0):
+        raise ValueError(f"factor={shown(factor)}: a positive scalar is needed")
     path, _, name = site.rpartition(".")
     module = named_modules(model).get(path)
     buffers: dict[str, Any] = {} if module is None else module._buffers
@@ -118,5 +151,6 @@ def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
     scale = buffers.get(scale_name)
     if scale is None:
         return False
-    buffers[scale_name] = scale * factor.to(scale)
+    number = factor.to(scale) if isinstance(factor, Tensor) else float(factor)
+    buffers[scale_name] = scale * number
     return True

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from pyrocurv.runtime.validation import check_integer, is_number
+from pyrocurv.runtime.validation import (
+    as_number,
+    check_flag,
+    check_fraction,
+    check_integer,
+    check_is,
+    check_iterable,
+    check_nonnegative,
+    check_positive,
+)
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
     """Raise ValueError for one of a group that is not finite or out of its range."""
     for name in ("lr", "initial_lr", "damping", "weight_decay"):
         if name in values:
-            check_number(name, values[name], "a number from 0", lambda x: x >= 0)
-    check_number("momentum", values["momentum"], "a number in [0, 1)", lambda x: 0 <= x < 1)
-    if values["kl_clip"] is not None:
-        check_number("kl_clip", values["kl_clip"], "a positive number or None", lambda x: x > 0)
+            check_nonnegative(name, as_number(values[name]))
+    check_fraction("momentum", values["momentum"])
+    check_positive("kl_clip", values["kl_clip"], None)
     for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
-        if values.get(name, word) != word:
-            what = f"a positive number or {word!r}"
-            check_number(name, values[name], what, lambda x: x > 0)
+        if name in values:
+            check_positive(name, values[name], word)
 
 
-def check_number(name: str, value: Any, what: str, is_valid: Any) -> None:
-    """Raise ValueError unless `value` is a finite number, or a tensor of one, and valid."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    if not (is_number(number) and math.isfinite(number) and is_valid(number)):
-        raise ValueError(f"{name}={value!r}: {what} is needed")
+def check_params(params: Any) -> list[Any]:
+    """Parameters, or groups of them, as a list.
+
+    Raises TypeError for what is neither, ValueError if there is none.
+    """
+    if isinstance(params, Tensor):
+        return [params]
+    check_iterable("params", params, "a list of parameters or groups")
+    found = [*params]
+    for item in found:
+        check_is("params", item, (Tensor, dict, tuple), "a list of parameters or groups")
+    if not found:
+        raise ValueError("params: at least one parameter is needed, the list is empty")
+    return found
 
 
 def check_run_settings(
-    num_data: Any, num_samples: Any, kl_warmup: Any, augmentation: Any
+    num_data: Any, num_samples: Any, kl_warmup: Any, augmentation: Any, antithetic: Any
 ) -> None:
     """Raise ValueError for one that is out of its range."""
     check_integer("num_data", num_data, 1)
     check_integer("num_samples", num_samples, 1)
     check_integer("kl_warmup", kl_warmup, 0)
-    check_number("augmentation", augmentation, "a positive number", lambda x: x > 0)
+    check_positive("augmentation", augmentation)
+    check_flag("antithetic", antithetic)
 
 
 def check_batch_size(batch_size: int, num_data: int, augmentation: float) -> None:

@@ -16,10 +16,9 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
-from pyrocurv.layers.structure_spec import parse_structure
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
-from pyrocurv.optim.checks import check_hyperparameters, check_number
+from pyrocurv.optim.checks import check_hyperparameters, check_params
 from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
@@ -32,9 +31,11 @@ from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
-from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_is, check_module, check_positive
+from pyrocurv.structures.serialization import reading_state
 
 PICKLED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",
@@ -55,16 +56,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         class_dim: int | None, curvature: str | Curvature, structure: StructureChoice,
         fallback_lr: float, defaults: Group,
     ) -> None:
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net: a torch.nn.Module is needed, got {type(net).__name__}")
-        check_number("fallback_lr", fallback_lr, "a positive number", lambda x: x > 0)
+        check_module("net", net)
+        check_positive("fallback_lr", fallback_lr)
         self.curvature = as_curvature(curvature)
         self.likelihood, self.structure = likelihood, structure
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
-        if isinstance(structure, str) and structure not in LEFT_OUT:
-            parse_structure(structure)
+        check_structure(structure, LEFT_OUT)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
-        super().__init__(net.parameters() if params is None else params, defaults)
+        if params is None and not any(True for _ in net.parameters()):
+            raise ValueError(f"net: a {type(net).__name__} has no parameters to train")
+        super().__init__(check_params(net.parameters() if params is None else params), defaults)
         self._network = TracedNetwork(
             ForwardRecorder(net), structure, type(self).__name__, self.fallback_description,
             self.has_untraced_blocks,
@@ -94,6 +95,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         Raises ValueError for parameters that do not belong to the network.
         """
+        check_is("param_group", param_group, dict, 'a dict with "params"')
+        param_group["params"] = check_params(param_group.get("params"))
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if "_network" in vars(self):
@@ -237,6 +240,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         return update_counts(self.curvature, self._posterior)
 
+    def prior_errors(self) -> dict[str, float]:
+        """As `pyrocurv.infer.NGVI.prior_errors`, for `VIOptimizer(prior=...)`."""
+        return prior_errors(self.curvature, self._posterior)
+
     def summary(self) -> str:
         """A table of every parameter: name, shape, structure, size.
 
@@ -262,6 +269,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything is changed, for the state of another class, of a network
         with other parameters, of other structures, or of a newer version.
         """
+        with reading_state(type(self).__name__):
+            self._load(state_dict)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
         layout, posterior = read_posterior(state_dict, self._network, self._store())
         with Undo() as undo:
             undo.keep_attributes(*self._mutable)

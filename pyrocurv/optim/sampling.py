@@ -18,6 +18,7 @@ from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
+from pyrocurv.runtime.validation import check_is
 
 
 @dataclass(eq=False)
@@ -191,7 +192,7 @@ def sum_gradients(
     try:
         clear()
         for _ in range(count):
-            losses.append(closure())
+            losses.append(_loss(closure()))
             for name, (p, _) in store.named.items():
                 if p.grad is not None:
                     sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
@@ -200,5 +201,14 @@ def sum_gradients(
         gradients = sums if has_samples() else before
         for name, (p, _) in store.named.items():
             p.grad = gradients.get(name)
-    known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
+    known = [loss for loss in losses if loss is not None]
     return torch.stack(known).mean() if known else None
+
+
+def _loss(value: Any) -> Tensor | None:
+    """What a closure returned as a tensor; TypeError if it is no loss."""
+    if value is None:
+        return None
+    check_is("the value of closure", value, (Tensor, int, float), "a loss, or None,")
+    loss = torch.as_tensor(value).detach()
+    return loss if loss.is_floating_point() else loss.float()

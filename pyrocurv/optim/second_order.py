@@ -20,6 +20,7 @@ from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_callable
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
@@ -115,6 +116,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         """One step from the parameters' gradients; returns what the closure returns."""
         loss = None
         if closure is not None:
+            check_callable("closure", closure, "a callable that returns the loss")
             with torch.enable_grad():
                 loss = closure()
         with Undo() as undo:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.optim.default_prior import DefaultPriors
+from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
@@ -31,8 +32,9 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer
+from pyrocurv.runtime.validation import check_callable, check_integer
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -60,6 +62,8 @@ class VIOptimizer(CurvatureOptimizer):
         lr: learning rate of the mean.
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
+        prior: the posterior of an earlier task, as for `bayesianize`, of the weights that it has:
+            another `VIOptimizer`, a guide of the same network or its `.posterior`.
         temperature: T multiplies the KL term; 1 is the ELBO. "auto": min(0.1, N/P) for likelihoods
             of finite support, 0.3 for others, a rule of thumb. A group may have its own.
         kl_warmup: steps over which T rises linearly to its value.
@@ -94,7 +98,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     has_untraced_blocks = has_samples = True
     fallback_description = "independent Gaussians, from gradients"
-    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
+    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "_priors")
 
     def __init__(
         self,
@@ -108,6 +112,7 @@ class VIOptimizer(CurvatureOptimizer):
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         prior_precision: float | str = "fan_in",
+        prior: Any = None,
         temperature: float | str = 1.0,
         kl_warmup: int = 0,
         augmentation: float = 1.0,
@@ -118,14 +123,14 @@ class VIOptimizer(CurvatureOptimizer):
         antithetic: bool = True,
         fallback_lr: float = 2e-3,
     ) -> None:
-        check_run_settings(num_data, num_samples, kl_warmup, augmentation)
+        check_run_settings(num_data, num_samples, kl_warmup, augmentation, antithetic)
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
         super().__init__(net, params, likelihood, class_dim, curvature, structure, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })
-        self._priors = DefaultPriors()
+        self._priors = DefaultPriors(prior, self._recorder.inner)
         self._samples: EvaluationSum | None = None
         self._sample: Sample | None = None  # that the parameters are
         self._num_particles = 1  # samples of a step that give its curvature
@@ -207,6 +212,8 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._sample is not None:
             raise RuntimeError("step() inside sampled_params(): leave it first")
+        if closure is not None:
+            check_callable("closure", closure, "a callable that returns the loss")
         try:
             with Undo() as undo:
                 undo.keep_attributes(*self._mutable)
@@ -274,11 +281,9 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ---- using it -------------------------------------------------------------------------------
 
-    @contextmanager
-    def use_mean(self) -> Iterator[None]:
+    def use_mean(self) -> AbstractContextManager[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
-        with nullcontext() if self._sample is None else self._sample.use_mean():
-            yield
+        return nullcontext() if self._sample is None else self._sample.use_mean()
 
     @torch.no_grad()
     def kl(self) -> Tensor:
@@ -287,6 +292,10 @@ class VIOptimizer(CurvatureOptimizer):
         blocks = store.load(self._in_context(self._posterior, self.layout, store)).blocks
         terms = [kl(state.mean, state.precision, state.prior.gaussian) for state in blocks]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def weight_gaussians(self) -> list[WeightGaussian]:
+        """The posterior in independent parts, for `prior=`."""
+        return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()
     def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Tensor:
@@ -299,7 +308,8 @@ class VIOptimizer(CurvatureOptimizer):
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
         sampler = Sampler(self._posterior.blocks, self.antithetic)
-        with self.use_mean():
+        device = next(iter(self._store().named.values()))[0].device
+        with self.use_mean(), rewind_rng_on_error(device):
             outputs = at_samples(sampler, count, self._store(), lambda: self.net(*args, **kwargs))
         return torch.stack(outputs)
 
@@ -309,5 +319,4 @@ class VIOptimizer(CurvatureOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._priors, self._samples, self._sample = DefaultPriors(), None, None
-        self._num_particles, self._is_closure = 1, False
+        self._samples, self._sample, self._num_particles, self._is_closure = None, None, 1, False

@@ -23,8 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.posterior.prior import BlockPrior, Prior
 from pyrocurv.structures import Diagonal, Rescaled, Structure
+from pyrocurv.structures.sums import add
 
 
 def posterior_precision(
@@ -34,9 +36,14 @@ def posterior_precision(
     """Λ and the preconditioner C + e + δT/N + damping, with likelihood_weight = N/T.
 
     With a Kronecker scaling of the prior, `curvature` is that of the scaled weights, and
-    `initial_curvature` and `damping` are multiples of p_i r_j instead of 1.
+    `initial_curvature` and `damping` are multiples of p_i r_j instead of 1. With a correlated prior
+    the sum may be approximate, see `pyrocurv.structures.sums`.
     """
     scaling = prior.scaling
+    if isinstance(prior.gaussian, CorrelatedPrior):
+        total = add(curvature.scale(likelihood_weight), prior.gaussian.precision)
+        preconditioner = total.scale(1 / likelihood_weight).shift(initial_curvature + damping)
+        return total.shift(likelihood_weight * initial_curvature), preconditioner
     delta = prior.gaussian.precision if scaling is None else scaling.delta
     precision = curvature.scale(likelihood_weight).shift(
         delta + likelihood_weight * initial_curvature
@@ -49,7 +56,7 @@ def posterior_precision(
 
 
 def price_hessian_update(
-    curvature: Structure, estimate: Tensor, rate: float, prior: GaussianPrior,
+    curvature: Structure, estimate: Tensor, rate: float, prior: Prior,
     likelihood_weight: float,
 ) -> Diagonal:
     """The diagonal curvature S with one more estimate f [P] averaged in, at `rate` r.
@@ -62,19 +69,18 @@ def price_hessian_update(
     keeps S + δT/N positive. Where δ has become so small that it was not, S starts again from 0.
     Lin, Schmidt & Khan 2020, arXiv:2002.10060; IVON: arXiv:2402.17641.
     """
-    old, share = curvature.diag(), prior.precision / likelihood_weight
+    old, share = curvature.diag(), prior.diagonal / likelihood_weight
     old = torch.where(old + share > 0, old, torch.zeros_like(old))
     change = estimate - old
     return Diagonal(old + rate * change + (rate * change).square() / (2 * (old + share)))
 
 
 def regularized_gradient(
-    momentum: Tensor, mean: Tensor, prior: GaussianPrior, likelihood_weight: float,
+    momentum: Tensor, mean: Tensor, prior: Prior, likelihood_weight: float,
     bias_correction: float,
 ) -> Tensor:
     """bias_correction · h [P], with bias_correction = 1-βᵗ at the t-th step (from 1)."""
-    value = bias_correction / likelihood_weight
-    return torch.addcmul(momentum, prior.deviation(mean), prior.precision, value=value)
+    return prior.add_gradient(momentum, mean, bias_correction / likelihood_weight)
 
 
 def trust_region_scale(energy: float, kl_clip: float | None) -> float:
@@ -97,7 +103,7 @@ def clip_momentum(momentum: Tensor, energy: float, kl_clip: float | None) -> Non
 
 def sampled_kl(
     distances: Sequence[Tensor], squared_norms: Sequence[Tensor], precisions: Sequence[Structure],
-    priors: Sequence[GaussianPrior],
+    priors: Sequence[Prior],
 ) -> Tensor:
     """log q(w) - log p(w) over all blocks: distances Σ δ (w - M₀)², norms εᵀΛε of w = M + ε."""
     pairs = zip(priors, precisions, strict=True)

@@ -45,7 +45,7 @@ def init_block(
     """
     if spec.uses_sample_gradients and block.kind != "diag":
         raise ValueError(f"curvature='noise' wants structure='diag', {block.name} is {block.label}")
-    like = prior.gaussian.precision
+    like = prior.gaussian.loc
     curvature = zero_curvature(block, like, prior.scaling)
     if spec.uses_sample_gradients:  # whose average starts there, and does not decay
         curvature = RunningCurvature(0, Diagonal(like.new_full((block.size,), spec.initial)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 from pyrocurv.layers.block import Block
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior, join_shares, share_of
 from pyrocurv.runtime.distributions import as_normal, compact
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures import Structure
@@ -62,12 +63,26 @@ class GaussianPrior:
             return self
         return GaussianPrior(self.loc, self.precision * power, self.zero_mean, power)
 
+    def scaled(self, factors: Tensor) -> GaussianPrior:
+        """With the precision times factors, a scalar or [P]."""
+        return replace(self, precision=self.precision * factors)
+
     @property
     def base(self) -> GaussianPrior:
         """The normals themselves, of power 1."""
         if self.power is None:
             return self
         return GaussianPrior(self.loc, self.precision / self.power, self.zero_mean)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all weights have the same prior."""
+        return not (self.precision.dim() or self.loc.dim())
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal of the precision [P], or a scalar."""
+        return self.precision
 
     def distance(self, weights: Tensor) -> Tensor:
         """Σ δ (w - M₀)², for weights [P]."""
@@ -80,13 +95,24 @@ class GaussianPrior:
         """w - M₀, for weights [P]."""
         return weights if self.zero_mean else weights - self.loc
 
+    def expected_distance(self, mean: Tensor, precision: Structure) -> Tensor:
+        """The mean of `distance` over N(mean, precision⁻¹)."""
+        return (self.precision * (precision.inverse_diag() + self.deviation(mean).square())).sum()
+
+    def add_gradient(self, other: Tensor, weights: Tensor, value: float) -> Tensor:
+        """other + value · δ (w - M₀) [P]."""
+        return torch.addcmul(other, self.deviation(weights), self.precision, value=value)
+
+
+Prior = GaussianPrior | CorrelatedPrior
+
 
 @serializable
 @dataclass(frozen=True, eq=False)
 class BlockPrior:
     """A block's prior, and its precision taken apart if the block is a Kronecker product."""
 
-    gaussian: GaussianPrior
+    gaussian: Prior
     scaling: KroneckerScaling | None = None
 
 
@@ -106,8 +132,7 @@ class PriorCache:
         known, prior, is_static = self._entries.get(block.name, ({}, None, False))
         sites = {name: sites[name] for name in block.tensors}
         unchanged = known.keys() == sites.keys() and all(
-            old.fn is sites[name].fn and old.power == sites[name].power
-            for name, old in known.items()
+            _is_same(old, sites[name]) for name, old in known.items()
         )
         if prior is None or not (is_static and unchanged):
             prior = read_block_prior(block, sites)
@@ -116,11 +141,21 @@ class PriorCache:
         return prior
 
 
-def kl(loc: Tensor, precision: Structure, prior: GaussianPrior) -> Tensor:
-    """KL(N(M, Λ⁻¹) ‖ prior) in nats: ½ (Σ [δ (σ² + (M - M₀)²) - 1] - ln det δ + ln det Λ)."""
-    spread = precision.inverse_diag() + (loc - prior.loc).square()
-    terms = prior.precision * spread - 1
-    return (terms.sum() - prior.logdet(precision.size) + precision.logdet()) / 2
+def _is_same(old: PriorSite, new: PriorSite) -> bool:
+    """Whether a prior is the same object, or a share of the same Gaussian."""
+    if old.fn is new.fn or old.power != new.power:
+        return old.power == new.power
+    before, now = as_normal(old.fn), as_normal(new.fn)
+    if before is None or now is None or share_of(now) is None:
+        return False
+    is_moved = before.loc.device != now.loc.device or before.loc.dtype != now.loc.dtype
+    return not is_moved and share_of(before) == share_of(now)
+
+
+def kl(loc: Tensor, precision: Structure, prior: Prior) -> Tensor:
+    """KL(N(M, Λ⁻¹) ‖ prior) in nats: ½ (tr(δ Λ⁻¹) + Σ δ (M - M₀)² - P - ln det δ + ln det Λ)."""
+    terms = prior.expected_distance(loc, precision) - prior.logdet(precision.size)
+    return (terms - precision.size + precision.logdet()) / 2
 
 
 def read_block_prior(block: Block, sites: Mapping[str, PriorSite]) -> BlockPrior:
@@ -129,15 +164,21 @@ def read_block_prior(block: Block, sites: Mapping[str, PriorSite]) -> BlockPrior
     Raises ValueError for a prior that is not normal.
     """
     gaussian = read_prior(block, {name: site.fn for name, site in sites.items()})
-    powers = {n: gaussian.precision.new_tensor(site.power) for n, site in sites.items()}
+    powers = {n: gaussian.loc.new_tensor(site.power) for n, site in sites.items()}
     gaussian = gaussian.to_power(_pack(block, powers))
-    is_kronecker = block.structure.is_kronecker
-    return BlockPrior(gaussian, kronecker_scaling(block, gaussian) if is_kronecker else None)
+    if isinstance(gaussian, CorrelatedPrior) or not block.structure.is_kronecker:
+        return BlockPrior(gaussian)
+    return BlockPrior(gaussian, kronecker_scaling(block, gaussian))
 
 
-def read_prior(block: Block, priors: Mapping[str, Distribution]) -> GaussianPrior:
-    """The normals of a block's sites, packed; scalars where all weights share one."""
+def read_prior(block: Block, priors: Mapping[str, Distribution]) -> Prior:
+    """The normals of a block's sites, packed; scalars where all weights share one.
+
+    Raises ValueError for a prior that is not normal, or correlated with one of another block.
+    """
     normals = {name: _normal(name, priors[name]) for name in block.tensors}
+    if any(map(share_of, normals.values())):
+        return join_shares(block, normals)
     loc = _pack(block, {name: normal.loc.detach() for name, normal in normals.items()})
     scale = _pack(block, {name: normal.scale.detach() for name, normal in normals.items()})
     zero_mean = loc.dim() == 0 and bool(loc == 0)

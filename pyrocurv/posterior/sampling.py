@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import sampled_kl
-from pyrocurv.posterior.prior import GaussianPrior, kl
+from pyrocurv.posterior.prior import Prior, kl
 from pyrocurv.posterior.state import BlockState, Perturbation
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
@@ -86,9 +86,9 @@ def estimate_kl(
     )
 
 
-def _distance(block: Block, weights: Weights, prior: GaussianPrior) -> Tensor:
+def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
     """Σ δ (w - M₀)²; weights are packed only where the prior is not the same for all."""
-    if prior.precision.dim() or prior.loc.dim():
+    if not prior.is_uniform:
         return prior.distance(block.pack(weights))
     return functools.reduce(
         torch.add, (prior.distance(weights[name].flatten()) for name in block.tensors)

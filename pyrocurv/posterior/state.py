@@ -14,7 +14,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.structures import Structure
-from pyrocurv.structures.serialization import map_tensors, serializable
+from pyrocurv.structures.serialization import cast, serializable
 
 
 @serializable
@@ -70,7 +70,7 @@ class Posterior:
         if all(b.momentum.device == like.device and b.momentum.dtype == like.dtype
                for b in self.blocks):
             return self
-        return map_tensors(self, lambda tensor: tensor.to(like))
+        return cast(self, like)
 
     def with_mirrors(self, mirrors: Sequence[Perturbation] | None) -> Posterior:
         """With the perturbations that the next sample mirrors; None: it is drawn anew."""

@@ -103,9 +103,12 @@ def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Up
         posterior.step,
     )
     pairs = [*zip(moving, directions, strict=True)]
+    base_rates = [
+        _bias_corrected(state.hyperparameters.base_lr, state, posterior.step) for state in moving
+    ]
     energy = sum(
-        dot * (_bias_corrected(state.hyperparameters.base_lr, state, posterior.step)) ** 2
-        for dot, state in zip(dots, moving, strict=True)
+        dot * lr * lr  # no power, which raises where a product overflows to inf
+        for dot, lr in zip(dots, base_rates, strict=True)
     )
     moves = []
     for state, direction in pairs:

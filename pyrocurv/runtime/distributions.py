@@ -28,6 +28,5 @@ def as_normal(prior: Distribution) -> Normal | None:
 def compact(value: Tensor) -> Tensor:
     """A tensor that was expanded from a single number, as that scalar; any other as it is."""
     axes = zip(value.stride(), value.shape, strict=True)
-    if all(stride == 0 or size == 1 for stride, size in axes):
-        return value[(0,) * value.dim()]
-    return value
+    is_single = all(stride == 0 or size == 1 for stride, size in axes)
+    return value[(0,) * value.dim()] if is_single else value

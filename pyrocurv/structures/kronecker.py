@@ -21,7 +21,9 @@ from torch import Tensor
 
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
-from pyrocurv.structures.linalg import eigh_blocks
+from pyrocurv.structures.linalg import eigh_blocks, leading_eigh, without_rounding
+
+MIN_KRYLOV = 1000  # rows from which on a few leading eigenvectors are computed alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +175,18 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
 
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
+    rows = factor.shape[-1]
+    if factor.dim() == 2 and num_blocks == 1 and rows > MIN_KRYLOV and rank <= rows // 32:
+        values, basis = leading_eigh(factor, rank)
+        rest = (factor.diagonal().sum() - values.sum())[None]
+        mean = without_rounding(rest, rows, values.abs().amax()) / (rows - rank)
+        return basis, torch.cat([values, mean])
     values, basis = eigh_blocks(factor, num_blocks)
-    rest = values.shape[-1] - rank
-    if rest == 0:
+    others = rows - rank
+    if others == 0:
         return basis, values
-    mean = values[..., :rest].mean(-1, keepdim=True)
-    return basis[..., rest:].contiguous(), torch.cat([values[..., rest:], mean], -1)
+    mean = values[..., :others].mean(-1, keepdim=True)
+    return basis[..., others:].contiguous(), torch.cat([values[..., others:], mean], -1)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:

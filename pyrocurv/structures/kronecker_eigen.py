@@ -8,6 +8,7 @@ EK-FAC: George et al. 2018, arXiv:1806.03884.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -166,20 +167,20 @@ class KroneckerEigen(Structure):
         return matrix.addmm_(left, right, beta=parts.rest_value).view(-1)
 
     @cached_property
-    def _multiplicity(self) -> Tensor:
+    def multiplicity(self) -> Tensor:
         """The number of eigenvalues that each entry of the spectrum stands for."""
         counts = outer(multiplicities(self.output_basis), multiplicities(self.input_basis))
         return counts.expand_as(self.spectrum)
 
     @cached_property
     def _logdet(self) -> Tensor:
-        return (self._multiplicity * self.spectrum.log()).sum()
+        return (self.multiplicity * self.spectrum.log()).sum()
 
     def logdet(self) -> Tensor:
         return self._logdet
 
     def trace(self) -> Tensor:
-        return (self._multiplicity * self.spectrum).sum()
+        return (self.multiplicity * self.spectrum).sum()
 
     def _diag(self, spectrum: Tensor) -> Tensor:
         output, input = (_squared_basis(basis) for basis in (self.output_basis, self.input_basis))
@@ -192,7 +193,7 @@ class KroneckerEigen(Structure):
         return self._diag(self.spectrum.reciprocal())
 
     def eigenvalues(self) -> Tensor:
-        counts = self._multiplicity.round().long().flatten()
+        counts = self.multiplicity.round().long().flatten()
         return self.spectrum.flatten().repeat_interleave(counts).sort().values
 
     def scale(self, factor: float | Tensor) -> KroneckerEigen:
@@ -207,12 +208,19 @@ class KroneckerEigen(Structure):
             )
         return KroneckerEigen(self.output_basis, self.input_basis, self.spectrum + delta)
 
-    def change_basis(self, output_basis: Tensor, input_basis: Tensor) -> KroneckerEigen:
-        """M averaged over the eigenspaces of other bases: exact if M is constant on them."""
-        if output_basis is self.output_basis and input_basis is self.input_basis:
+    def change_basis(
+        self, output_basis: Tensor, input_basis: Tensor,
+        roots: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> KroneckerEigen:
+        """M averaged over the eigenspaces of other bases: exact if M is constant on them.
+
+        With `roots` p [..., O] and r [..., I] it is M between two diagonal matrices p_i r_j.
+        """
+        bases = output_basis, input_basis, *roots
+        if all(map(operator.is_, bases, (self.output_basis, self.input_basis, None, None))):
             return self
-        output_overlap = _squared_overlap(self.output_basis, output_basis)
-        input_overlap = _squared_overlap(self.input_basis, input_basis)
+        output_overlap = _squared_overlap(self.output_basis, output_basis, roots[0])
+        input_overlap = _squared_overlap(self.input_basis, input_basis, roots[1])
         spectrum = output_overlap.mT @ self.spectrum @ input_overlap
         return KroneckerEigen(output_basis, input_basis, spectrum)
 
@@ -265,12 +273,28 @@ def multiplicities(basis: Tensor) -> Tensor:
     return counts
 
 
-def _squared_overlap(old: Tensor, new: Tensor) -> Tensor:
-    """The mean squared projection onto each old eigenspace (row) over each new one (column)."""
-    overlap = (old.mT @ new).square()  # of the columns
+def _eigenspace_norms(basis: Tensor, root: Tensor | None) -> Tensor:
+    """The squared norms of the eigenspaces times a diagonal matrix, or `multiplicities`."""
+    if root is None:
+        return multiplicities(basis)
+    norms = (root.unsqueeze(-1) * basis).square().sum(-2)
+    if basis.shape[-2] == basis.shape[-1]:
+        return norms
+    rest = root.square().sum(-1, keepdim=True) - norms.sum(-1, keepdim=True)
+    return torch.cat([norms, rest], -1)
+
+
+def _squared_overlap(old: Tensor, new: Tensor, root: Tensor | None) -> Tensor:
+    """The mean squared projection onto each old eigenspace (row) over each new one (column).
+
+    The new vectors are multiplied by `root` [..., n] first.
+    """
+    scaled = new if root is None else root.unsqueeze(-1) * new
+    overlap = (old.mT @ scaled).square()  # of the columns
     if old.shape[-2] > old.shape[-1]:
-        overlap = torch.cat([overlap, 1 - overlap.sum(-2, keepdim=True)], -2)
+        left = scaled.square().sum(-2, keepdim=True) - overlap.sum(-2, keepdim=True)
+        overlap = torch.cat([overlap, left], -2)
     if (rest := new.shape[-2] - new.shape[-1]) == 0:
         return overlap
-    rest_overlap = (multiplicities(old) - overlap.sum(-1)) / rest
+    rest_overlap = (_eigenspace_norms(old, root) - overlap.sum(-1)) / rest
     return torch.cat([overlap, rest_overlap.unsqueeze(-1)], -1)

@@ -662,11 +662,12 @@ def test_latents_in_a_vectorised_plate() -> None:
 
 
 def test_data_left_out_of_the_first_call() -> None:
-    """A Normal `obs` must not become a latent of the guide."""
+    """A Normal `obs` must not become a latent that NGVI trains with."""
     x, y = regression_data()
-    guide = KFACGuide(regressor())
+    model = regressor()
+    guide = KFACGuide(model)
     with pytest.raises(ValueError, match="no observed site.*were the data left out"):
-        guide(x)
+        NGVI(model, guide).step(x)
     assert guide.sites == {} and guide.prototype_trace is None and len(guide.blocks) == 0
     guide(x, y)
     assert guide.sites == SITES and not guide.fallback_sites
@@ -834,7 +835,7 @@ def test_a_first_call_that_fails_leaves_batch_norm_alone() -> None:
     model = Regressor(bayesianize(batch_norm_net().double()), NUM_DATA, noise=0.3)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with pytest.raises(ValueError, match="left out"):
-        KFACGuide(model)(inputs())
+        NGVI(model, KFACGuide(model)).step(inputs())
     with pytest.raises(ValueError, match="do not fit"):
         KFACGuide(model)(inputs(), torch.zeros(NUM_DATA, 5))
     assert_equal(dict(model.named_buffers()), before)

@@ -513,25 +513,28 @@ def test_a_scale_and_a_shift_for_each_unit() -> None:
         assert_gradient(call, output, weights)
 
 
-def test_the_linear_maps_of_attention() -> None:
-    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).double(), tensor(5, 3, 4)
-    named = dict(attention.named_parameters())
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_linear_maps_of_attention(batch_first: bool) -> None:
+    """Each example's gradients, with more examples than positions."""
+    attention = nn.MultiheadAttention(4, 2, batch_first=batch_first).double()
+    named, x = dict(attention.named_parameters()), tensor(5, 3, 4)
     with Capture(dict(named)) as capture:
-        output, _ = attention(x, x, x)
+        output, _ = attention(*[x if batch_first else x.transpose(0, 1)] * 3)
     trace = capture.trace()
     calls = trace.calls
     assert trace.layers == (
         Layer("in_proj_weight", "in_proj_bias", (12, 4)),
         Layer("out_proj.weight", "out_proj.bias", (4, 4)),
     )
-    total = output.sin().sum()
-    edges = torch.autograd.grad(total, [call.edge for call in calls], retain_graph=True)
+    totals = (output if batch_first else output.transpose(0, 1)).sin().sum((1, 2))  # [B]
+    edges = torch.autograd.grad(totals.sum(), [call.edge for call in calls], retain_graph=True)
     for call, edge in zip(calls, edges, strict=True):
         g, a = call.output_gradient_rows(edge, 5), call.input_rows(5)
-        found = call.layer.views(torch.einsum("bso,bsi->oi", g, a).flatten())
+        found = call.layer.views(torch.einsum("bso,bsi->boi", g, a).flatten(1))
         for name, value in found.items():
-            (expected,) = torch.autograd.grad(total, named[name], retain_graph=True)
-            torch.testing.assert_close(value, expected)
+            for total, actual in zip(totals, value, strict=True):
+                (expected,) = torch.autograd.grad(total, named[name], retain_graph=True)
+                torch.testing.assert_close(actual, expected)
 
 
 # ---- the mode -----------------------------------------------------------------------------------
@@ -597,6 +600,19 @@ def test_rows_that_the_graph_keeps_apart() -> None:
     }
     for name, output in joined.items():
         assert not is_row_independent(random_projection(output)), name
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_a_layer_with_more_or_fewer_rows_than_examples(rows: int) -> None:
+    """It alone is marked, with the layer of the examples still tested by gradients."""
+    weights = {"w": leaf(3, 3), "v": leaf(3, 3)}
+    with Capture(dict(weights)) as capture:
+        code = F.linear(tensor(rows, 3), weights["v"]).sum(0)
+        per_example = (F.linear(tensor(4, 3), weights["w"]) * code).sum(1)
+    trace = capture.trace()
+    marked = mark_wrong_batch_axis(trace, 4, per_example)
+    assert marked.layers == (Layer("w", None, (3, 3)),)
+    assert f"{rows} rows where there are 4 examples" in marked.unsupported["v"]
 
 
 def test_a_projection_depends_on_outputs_whose_sum_is_constant() -> None:

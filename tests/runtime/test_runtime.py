@@ -69,6 +69,12 @@ def test_state_of_modules() -> None:
     assert [module.training for module in net.modules()] == [True, False, True]
 
 
+def test_modules_of_a_function_around_two_networks() -> None:
+    first, second = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3))
+    found = modules(lambda x: first(x) + second(x))
+    assert found == [first, first[0], second, second[0]]
+
+
 def test_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 58)
@@ -86,7 +92,7 @@ def test_what_is_not_an_integer(value: Any) -> None:
         check_integer("n", value, 1, "auto", None)
 
 
-@pytest.mark.parametrize("value", [0, -1.5, True, "auto", math.nan, None])
+@pytest.mark.parametrize("value", [0, -1.5, True, "auto", math.nan, math.inf, None])
 def test_what_is_not_a_positive_number(value: Any) -> None:
     with pytest.raises(ValueError, match="x=.*: a positive number is needed"):
         check_positive("x", value)
@@ -95,7 +101,7 @@ def test_what_is_not_a_positive_number(value: Any) -> None:
 def test_numbers_that_are_allowed() -> None:
     for value in (1, 10**9, "auto", None):
         check_integer("n", value, 1, "auto", None)
-    for number in (1, 0.5, math.inf, None):
+    for number in (1, 0.5, None):
         check_positive("x", number, None)
 
 
