@@ -1,4 +1,4 @@
-"""Checks of hyperparameters."""
+"""Checks of hyperparameters, also of those that a scheduler or the user has changed since."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pyrocurv.runtime.validation import (
     as_number,
+    check_flag,
     check_fraction,
+    check_integer,
     check_is,
     check_iterable,
     check_nonnegative,
@@ -18,11 +20,15 @@ from pyrocurv.runtime.validation import (
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for one that is out of its range."""
-    check_nonnegative("lr", as_number(values["lr"]))
+    """Raise ValueError for one of a group that is not finite or out of its range."""
+    for name in ("lr", "initial_lr", "damping", "weight_decay"):
+        if name in values:
+            check_nonnegative(name, as_number(values[name]))
     check_fraction("momentum", values["momentum"])
-    check_nonnegative("damping", values["damping"])
     check_positive("kl_clip", values["kl_clip"], None)
+    for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
+        if name in values:
+            check_positive(name, values[name], word)
 
 
 def check_params(params: Any) -> list[Any]:
@@ -41,7 +47,18 @@ def check_params(params: Any) -> list[Any]:
     return found
 
 
-def check_posterior_settings(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a prior precision or temperature that is out of its range."""
-    for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
-        check_positive(name, values[name], word)
+def check_run_settings(
+    num_data: Any, num_samples: Any, kl_warmup: Any, augmentation: Any, antithetic: Any
+) -> None:
+    """Raise ValueError for one that is out of its range."""
+    check_integer("num_data", num_data, 1)
+    check_integer("num_samples", num_samples, 1)
+    check_integer("kl_warmup", kl_warmup, 0)
+    check_positive("augmentation", augmentation)
+    check_flag("antithetic", antithetic)
+
+
+def check_batch_size(batch_size: int, num_data: int, augmentation: float) -> None:
+    """Raise ValueError for a batch of more examples than there are."""
+    if batch_size > num_data * augmentation:
+        raise ValueError(f"num_data={num_data}, but there are {batch_size} in one batch")

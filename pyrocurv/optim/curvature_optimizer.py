@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters, check_params
-from pyrocurv.optim.forward_recorder import ForwardRecorder, RecordedPass
+from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
-from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.rng import RandomStream
@@ -40,8 +42,8 @@ from pyrocurv.runtime.validation import (
 )
 
 PICKLED = (
-    "defaults", "state", "param_groups", "curvature", "_likelihood", "_network", "_stream",
-    "_auxiliary", "_posterior", "_fallback_lr",
+    "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",
+    "_network", "_stream", "_auxiliary", "_posterior", "_fallback_lr",
 )
 
 
@@ -49,18 +51,20 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     """Records a network and keeps the curvature of its layers; subclasses define the step."""
 
     has_untraced_blocks = False  # whether parameters that no supported op consumes have a block
+    has_samples = False  # whether the gradients of a sample may be unscaled after its curvature
     fallback_description = ""  # what such a parameter gets instead
     settings: tuple[str, ...] = ()  # further attributes of a subclass, which copies have too
 
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
-        curvature: str | Curvature, structure: StructureChoice, fallback_lr: float,
-        defaults: Group,
+        class_dim: int | None, curvature: str | Curvature, structure: StructureChoice,
+        fallback_lr: float, defaults: Group,
     ) -> None:
         check_module("net", net)
         check_positive("fallback_lr", fallback_lr)
         self.curvature = as_curvature(curvature)
-        self._likelihood = LossLikelihood(likelihood, self.curvature.kind)
+        self.likelihood, self.structure = likelihood, structure
+        self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
         check_structure(structure, LEFT_OUT)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
         if params is None and not any(True for _ in net.parameters()):
@@ -84,16 +88,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._network.recorder
 
     @property
-    def likelihood(self) -> Likelihood:
-        """The likelihood whose negative logarithm is the loss."""
-        return self._likelihood.likelihood
-
-    @property
-    def structure(self) -> StructureChoice:
-        """The structure of each layer, as it was asked for."""
-        return self._network.structure
-
-    @property
     def layout(self) -> ParameterBlocks:
         """The layers that forward passes have shown so far, and their blocks."""
         return self._network.layout
@@ -107,12 +101,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         check_is("param_group", param_group, dict, 'a dict with "params"')
         param_group["params"] = check_params(param_group.get("params"))
-        self._check(param_group)
+        check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-
-    def _check(self, group: Group) -> None:
-        """Raise ValueError for a hyperparameter out of its range."""
-        check_hyperparameters({**self.defaults, **group})
+        if "_network" in vars(self):
+            self._schedule_recording()
 
     @property
     def _mutable(self) -> tuple[Any, ...]:
@@ -125,6 +117,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._recorder.pop_passes()
 
     def _store(self) -> ParameterStore:
+        """The parameters; ValueError for a setting that has been changed to an invalid one."""
+        for group in self.param_groups:
+            check_hyperparameters(group)
         return self._network.store(self.param_groups)
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
@@ -151,6 +146,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _schedule_recording(self) -> None:
         """Have the recorder keep the examples that the next step needs."""
         self._recorder.batch_size = self.curvature.batch if self._is_due() else 0
+        self._recorder.parameters = [p for group in self.param_groups for p in group["params"]]
 
     def _with_new_blocks(
         self, posterior: Posterior, layout: ParameterBlocks, store: ParameterStore,
@@ -168,28 +164,32 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return replace(posterior, blocks=(*posterior.blocks, *states))
 
     def _update_curvature(
-        self, posterior: Posterior, passes: Sequence[RecordedPass], store: ParameterStore,
-        batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
+        self, layout: ParameterBlocks, posterior: Posterior, passes: Sequence[RecordedPass],
+        store: ParameterStore, batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
     ) -> tuple[ParameterBlocks, Posterior]:
-        """The posterior with one more estimate of the blocks that are due and were used."""
-        device = next(iter(store.named.values()))[0].device
-        with (
-            self._stream(device),
-            self._network.forward_pass(passes, self._likelihood, store) as (layout, forward),
-        ):
-            called = {call.layer for call in forward.calls}
-            posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
-            posterior = self._in_context(posterior, layout, store)
-            used = [
-                state for state in posterior.blocks
-                if state.block.is_untraced or called >= set(state.block.layers)
-            ]
-            updated = update_curvature(
-                self.curvature, replace(posterior, blocks=tuple(used)), forward, batch_fraction,
-                particle,
-            )
-        new = {state.block.name: state for state in updated.blocks}
-        return layout, posterior.map_blocks(lambda state: new.get(state.block.name, state))
+        """The posterior with one more estimate of the blocks that are due and were used.
+
+        Passes that do not fit together, as of two lengths, are parts of it by their examples.
+        """
+        for group in group_compatible(passes):
+            part = replace(particle, before=group.before, share=group.share)
+            with self._stream(store.device), self._network.forward_pass(
+                layout, group, self._likelihood, store, self.has_samples
+            ) as (layout, forward):
+                called = {call.layer for call in forward.calls}
+                posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
+                posterior = self._in_context(posterior, layout, store)
+                used = [
+                    state for state in posterior.blocks
+                    if state.block.is_untraced or called >= set(state.block.layers)
+                ]
+                updated = update_curvature(
+                    self.curvature, replace(posterior, blocks=tuple(used)), forward,
+                    batch_fraction, part,
+                )
+            new = {state.block.name: state for state in updated.blocks}
+            posterior = posterior.map_blocks(partial(_replaced, new))
+        return layout, posterior
 
     def _decayed(self, store: ParameterStore, batch_fraction: float) -> Posterior:
         """On a step without an estimate: with the initial curvature as it is now."""
@@ -220,7 +220,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             name: gradient if num_samples == 1 else gradient / num_samples
             for name, gradient in gradients.items() if name in blocked
         }
-        loss = torch.zeros((), device=next(iter(store.named.values()))[0].device)
+        loss = torch.zeros((), device=store.device)
         evaluation = Evaluation(posterior, loss, means, [*rest.values()])
         update = step(self._posterior, evaluation)
         not_seen = {name: name for name in rest if name not in layout.names}
@@ -264,6 +264,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
             "has_finite_support": self._likelihood.has_finite_support,
+            "class_dim": self._likelihood.class_dim,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -285,8 +286,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
             self._likelihood.has_finite_support = state_dict["has_finite_support"]
+            self._likelihood.class_dim = state_dict.get("class_dim", self._likelihood.class_dim)
             self._recorder.pop_passes()
             self._schedule_recording()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in (*PICKLED, *self.settings)}
+
+
+def _replaced(new: Mapping[str, BlockState], state: BlockState) -> BlockState:
+    return new.get(state.block.name, state)

@@ -43,6 +43,11 @@ class ParameterStore:
 
     named: NamedParameters
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(iter(self.named.values()))[0].device
+
     def first(self, block: Block) -> tuple[nn.Parameter, Group]:
         """A block's first parameter, and the group of all its parameters."""
         return self.named[next(iter(block.tensors))]

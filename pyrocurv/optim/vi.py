@@ -14,20 +14,18 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
+from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.layers.weight_gaussian import WeightGaussian
-from pyrocurv.optim.checks import check_posterior_settings
+from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
-from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
-from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
+from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
 from pyrocurv.optim.sampling import (
     EvaluationSum,
     Sample,
     at_samples,
-    check_grad_scale,
-    gradient_norm,
     sum_gradients,
 )
 from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
@@ -36,7 +34,7 @@ from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_callable, check_flag, check_integer, check_positive
+from pyrocurv.runtime.validation import check_callable, check_integer
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -57,8 +55,8 @@ class VIOptimizer(CurvatureOptimizer):
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
-        net, params, likelihood, curvature, structure, momentum, damping, kl_clip, fallback_lr: as
-            for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
+        net, params, likelihood, class_dim, curvature, structure, momentum, damping, kl_clip,
+            fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean.
@@ -98,7 +96,7 @@ class VIOptimizer(CurvatureOptimizer):
         torch.Size([16, 3])
     """
 
-    has_untraced_blocks = True
+    has_untraced_blocks = has_samples = True
     fallback_description = "independent Gaussians, from gradients"
     settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "_priors")
 
@@ -110,6 +108,7 @@ class VIOptimizer(CurvatureOptimizer):
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
+        class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         prior_precision: float | str = "fan_in",
@@ -124,14 +123,10 @@ class VIOptimizer(CurvatureOptimizer):
         antithetic: bool = True,
         fallback_lr: float = 2e-3,
     ) -> None:
-        check_integer("num_data", num_data, 1)
-        check_integer("num_samples", num_samples, 1)
-        check_integer("kl_warmup", kl_warmup, 0)
-        check_positive("augmentation", augmentation)
-        check_flag("antithetic", antithetic)
+        check_run_settings(num_data, num_samples, kl_warmup, augmentation, antithetic)
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
-        super().__init__(net, params, likelihood, curvature, structure, fallback_lr, {
+        super().__init__(net, params, likelihood, class_dim, curvature, structure, fallback_lr, {
             "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
             "prior_precision": prior_precision, "temperature": temperature,
         })
@@ -147,20 +142,9 @@ class VIOptimizer(CurvatureOptimizer):
     def _init_untraced(self) -> None:
         """Lay out all parameters before any forward pass, which this curvature does not need."""
         store = self._store()
-        names = [name for name, (p, _) in store.named.items() if p.requires_grad]
-        layout = self._network.extended(untraced_layers(names, store.named), store)
-        kinds = set(layout.layers.values()).difference(LEFT_OUT)
-        if unsupported := {spec.label for spec in kinds} - {"diag"}:
-            raise ValueError(
-                f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
-            )
-        self._network.layout = layout
-        self._posterior = self._with_new_blocks(self._posterior, layout, store)
+        self._network.layout = self._network.diagonal_layout(store)
+        self._posterior = self._with_new_blocks(self._posterior, self.layout, store)
         self._schedule_recording()
-
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        check_posterior_settings({**self.defaults, **group})
 
     # ---- samples --------------------------------------------------------------------------------
 
@@ -170,7 +154,7 @@ class VIOptimizer(CurvatureOptimizer):
         if self._sample is not None:
             self._sample.gradients = {}
         if not self._is_closure:  # which may clear them for each of its samples
-            self._samples = None
+            self._drop_samples()
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
@@ -182,44 +166,42 @@ class VIOptimizer(CurvatureOptimizer):
             raise RuntimeError("sampled_params() inside another one")
         store, blocks, stream = self._store(), self._posterior.blocks, self._stream.state_dict()
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
-        try:
-            with self._stream(next(iter(store.named.values()))[0].device):
+        with Undo() as undo:
+            undo.keep_attributes(self._likelihood, self._network, self._stream)
+            undo.keep(self._recorder.pop_passes)
+            with self._stream(store.device):
                 sample = Sample.draw(self.curvature, blocks, store, self.antithetic, mirrored)
             self._recorder.pop_passes()
             self._sample = sample
-            with sample.in_parameters():
-                yield
-                samples = self._samples
-                if passes := self._recorder.pop_passes():
-                    samples = self._add_sample(passes, sample)
-            self._samples = samples
-        except BaseException:
-            self._stream.load_state_dict(stream)
-            self._recorder.pop_passes()
-            raise
-        finally:
-            self._sample = None
+            try:
+                with sample.in_parameters():
+                    yield
+                    samples = self._samples
+                    if passes := self._recorder.pop_passes():
+                        samples = self._add_sample(passes, sample, stream)
+                self._samples = samples
+            finally:
+                self._sample = None
 
     @torch.no_grad()
-    def _add_sample(self, passes: Sequence[RecordedPass], sample: Sample) -> EvaluationSum:
+    def _add_sample(
+        self, passes: Sequence[RecordedPass], sample: Sample, stream: dict[str, Any]
+    ) -> EvaluationSum:
         """The samples with one more, whose weights the parameters still have."""
         samples, store = self._samples, sample.store
         if samples is None:
             batch_size = num_examples(passes)
-            if batch_size > self._num_data:
-                raise ValueError(
-                    f"num_data={self.num_data}, but there are {batch_size} in one batch"
-                )
+            check_batch_size(batch_size, self.num_data, self.augmentation)
             decayed = self._decayed(store, batch_size / self._num_data)
-            samples = EvaluationSum(0, batch_size, self.layout, decayed, None, {})
+            samples = EvaluationSum(0, batch_size, stream, self.layout, decayed, None, {})
         is_wanted = samples.count < self._num_particles and self._is_due()
         if is_wanted and any(recorded.inputs for recorded in passes):
             layout, posterior = self._update_curvature(
-                samples.posterior, passes, store, samples.batch_size / self._num_data,
-                Particle(samples.count, self._num_particles),
+                samples.layout, samples.posterior, passes, store,
+                samples.batch_size / self._num_data, Particle(samples.count, self._num_particles),
             )
             samples = replace(samples, layout=layout, posterior=posterior)
-        return samples.add(sample)
+        return samples.add(sample, self._likelihood.total_weight)
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -232,35 +214,55 @@ class VIOptimizer(CurvatureOptimizer):
             raise RuntimeError("step() inside sampled_params(): leave it first")
         if closure is not None:
             check_callable("closure", closure, "a callable that returns the loss")
-        with Undo() as undo:
-            undo.keep_attributes(*self._mutable)
-            loss = None if closure is None else self._sample_closure(closure)
-            samples, self._samples = self._samples, None
-            if samples is None:
-                raise RuntimeError(
-                    "step() without a sample: run forward and backward inside `with "
-                    "optimizer.sampled_params():`, calling the network itself"
-                )
-            store, blocks = self._store(), samples.posterior.blocks
-            check_grad_scale(samples.gradient_norm, gradient_norm(self.curvature, blocks, store))
-            posterior = update_from_sample_gradients(
-                self.curvature, self._in_context(samples.posterior, samples.layout, store),
-                samples.mean_price, samples.batch_size / self._num_data,
-            )
-            posterior = posterior.with_mirrors(samples.mirrors)
-            self._move(samples.layout, posterior, store, undo, samples.count)
+        try:
+            with Undo() as undo:
+                undo.keep_attributes(*self._mutable)
+                loss = None if closure is None else self._sample_closure(closure)
+                samples, self._samples = self._samples, None
+                if samples is None:
+                    raise RuntimeError(
+                        "step() without a sample: run forward and backward inside `with "
+                        "optimizer.sampled_params():`, calling the network itself"
+                    )
+                self._step_from(samples, undo)
+        except FloatingPointError:
+            self._drop_samples()
+            raise
         return loss
 
+    def _step_from(self, samples: EvaluationSum, undo: Undo) -> None:
+        store, fraction = self._store(), samples.batch_size / self._num_data
+        samples.check_scale(self.curvature, store, self._likelihood)
+        posterior = self._in_context(samples.posterior, samples.layout, store)
+        posterior = update_from_sample_gradients(
+            self.curvature, posterior, samples.mean_price, fraction
+        )
+        posterior = posterior.with_mirrors(samples.mirrors)
+        self._move(samples.layout, posterior, store, undo, samples.count)
+
+    def _drop_samples(self) -> None:
+        """Forget the samples, as if their noise had not been drawn."""
+        if self._samples is not None:
+            self._stream.load_state_dict(self._samples.stream)
+        self._samples = None
+
     def _sample_closure(self, closure: Callable[[], Any]) -> Any:
+        """The mean of the closure's losses; without a pass in it, the pending samples stay."""
         def run() -> Any:
             with self.sampled_params(), torch.enable_grad():
                 return closure()
 
+        pending, stream = self._samples, self._stream.state_dict()
         self._samples, self._num_particles, self._is_closure = None, self.num_samples, True
         try:
-            return sum_gradients(run, self.num_samples, self.zero_grad, self._store())
+            return sum_gradients(
+                run, self.num_samples, self.zero_grad, self._store(), lambda: bool(self._samples)
+            )
         finally:
             self._num_particles, self._is_closure = 1, False
+            if self._samples is None:
+                self._samples = pending
+                self._stream.load_state_dict(stream)
 
     @property
     def _num_data(self) -> float:
@@ -287,10 +289,8 @@ class VIOptimizer(CurvatureOptimizer):
     def kl(self) -> Tensor:
         """KL(q ‖ prior) in nats, of all weights that have a posterior; 0 before the first step."""
         store = self._store()
-        terms = [
-            kl(store.read(state.block), state.precision, self._prior(state.block, store).gaussian)
-            for state in self._posterior.blocks
-        ]
+        blocks = store.load(self._in_context(self._posterior, self.layout, store)).blocks
+        terms = [kl(state.mean, state.precision, state.prior.gaussian) for state in blocks]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def weight_gaussians(self) -> list[WeightGaussian]:
@@ -312,8 +312,6 @@ class VIOptimizer(CurvatureOptimizer):
         with self.use_mean(), rewind_rng_on_error(device):
             outputs = at_samples(sampler, count, self._store(), lambda: self.net(*args, **kwargs))
         return torch.stack(outputs)
-
-    # ---- saving ---------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
