@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrocurv.runtime.validation import check_integer, is_integer
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
 from pyrocurv.structures.linalg import at_least_single, eigh_blocks, leading_eigh, without_rounding
-from pyrocurv.structures.operands import check_other
+from pyrocurv.structures.operands import check_count, check_other, is_count
 
 MIN_KRYLOV = 1000  # rows from which on a few leading eigenvectors are computed alone
 
@@ -180,9 +179,9 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
         >>> automatic_ranks(512, 785), automatic_ranks(10, 85), automatic_ranks(512, 785, rank=64)
         ((16, 16), (10, 85), (64, 64))
     """
-    check_integer("outputs", outputs, 1)
-    check_integer("inputs", inputs, 1)
-    check_integer("rank", rank, 1, "auto")
+    check_count("outputs", outputs)
+    check_count("inputs", inputs)
+    check_count("rank", rank, "auto")
     if isinstance(rank, int):
         return min(outputs, rank), min(inputs, rank)
     if max(outputs, inputs) <= 160:
@@ -202,7 +201,7 @@ def _check_counts(name: str, counts: Any, largest: tuple[int, int] | None) -> No
     """Raise ValueError unless they are two positive integers, at most the largest."""
     limits = largest or (math.inf, math.inf)
     if not isinstance(counts, Sequence) or len(counts) != 2 or not all(
-        is_integer(n, 1) and n <= limit for n, limit in zip(counts, limits, strict=True)
+        is_count(n) and n <= limit for n, limit in zip(counts, limits, strict=True)
     ):
         bound = "" if largest is None else f" of at most {largest}"
         raise ValueError(f"{name}={counts!r}: two positive integers{bound} are needed")

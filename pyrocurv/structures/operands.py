@@ -137,3 +137,15 @@ def check_square(name: str, matrix: Any) -> None:
         raise TypeError(f"{name}: a tensor is needed, got {type(matrix).__name__}")
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"{name}: a square matrix is needed, got shape {tuple(matrix.shape)}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value is a positive integer; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_count(name: str, value: Any, *allowed: str) -> None:
+    """Raise ValueError unless `value` is a positive integer or one of `allowed`."""
+    if not is_count(value) and not (isinstance(value, str) and value in allowed):
+        options = " or ".join(["a positive integer", *map(repr, allowed)])
+        raise ValueError(f"{name}={value!r}: {options} is needed")
