@@ -203,7 +203,7 @@ def test_a_bert_trains(kind: Any) -> None:
             loss = net(input_ids=tokens, labels=labels).loss
             loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert min(losses[-5:]) < losses[0]
     if kind is VIOptimizer:
         output = optimizer.predict(input_ids=tokens, num_samples=4)
