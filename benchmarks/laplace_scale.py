@@ -91,7 +91,7 @@ def segment(smoke: Smoke, structure: dict[str, str] | None) -> None:
     name = "last convolution" if structure else "all convolutions"
     loader = [*zip(x.split(16), y.split(16), strict=True)]
     measure(f"logits of {side} x {side} x 3, {name}: fit", lambda: laplace.fit(loader))
-    measure(f"predict {count}", lambda: laplace.predict(x))
+    measure(f"predict {count}", lambda: [laplace.predict(part) for part in x.split(8)])
 
 
 def last_conv(smoke: Smoke) -> None:

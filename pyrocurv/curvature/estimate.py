@@ -8,7 +8,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.hessian import twice_differentiable
@@ -110,6 +110,8 @@ def estimate(
             which are valid classes; a likelihood whose first axis is not the batch; an empty batch;
             a parameter without a gradient, or no parameter; a likelihood without a closed form for
             "ggn".
+        TypeError: an argument of another kind than above.
+        FloatingPointError: an output of the network is not finite.
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
@@ -132,13 +134,17 @@ def estimate(
         )
     parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not parameters:
-        raise ValueError("no parameter of the network has requires_grad")
+        raise ValueError("net: no parameter of the network has requires_grad")
     check_differentiable(net.modules())
-    if y.shape[:1] == (0,):
-        raise ValueError("the batch has no examples")
+    for name, value in (("x", x), ("y", y)):
+        if isinstance(value, Tensor) and value.shape[:1] == (0,):
+            raise ValueError(f"{name}: the batch has no examples")
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
     with twice(), torch.enable_grad(), Capture(dict(parameters)) as capture:
         output = net(x)
+    tensors = [part for part in tree_leaves(output) if isinstance(part, Tensor)]
+    if not all(bool(part.isfinite().all()) for part in tensors):
+        raise FloatingPointError("the network's output at x is not finite")
     device = next(iter(parameters.values())).device
     with torch.enable_grad(), disable_autocast(device):
         term = likelihood_term(distribution(tree_map(to_single_precision, output)), y, output)

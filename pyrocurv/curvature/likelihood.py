@@ -75,8 +75,13 @@ def _masked_positions(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | N
 
 
 def _unmasked_examples(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | None:
-    """The examples that at least one term does not mask; None if a term has no mask."""
+    """The examples that at least one term does not mask; None if a term has no mask.
+
+    None also for terms of different rows, which are not the same examples.
+    """
     masks = [torch.as_tensor(term.mask) for term in terms if term.mask is not None]
+    if len({term.likelihood.batch_shape[:1] for term in terms}) > 1:
+        return None
     if len(masks) < len(terms) or not all(mask.dim() for mask in masks):
         return None
     unmasked = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyrocurv.curvature.collect import check_batch
+from pyrocurv.curvature.collect import by_example
 from pyrocurv.curvature.layer_statistics import (
     GradientStatistics,
     LayerStatistics,
@@ -26,7 +26,7 @@ from pyrocurv.curvature.layer_statistics import (
 from pyrocurv.curvature.likelihood import ExampleSelection
 from pyrocurv.curvature.output_gradients import pull
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall, OpCall
+from pyrocurv.layers.calls import LayerCall, MixedRowsCall, OpCall
 from pyrocurv.structures import KroneckerEigen, Rescaled, Structure
 from pyrocurv.structures.kronecker_eigen import squared_projections
 from pyrocurv.structures.linalg import eigh_psd
@@ -59,9 +59,10 @@ class BlockCovariance:
 
     def correlate(self, z: Tensor) -> Tensor:
         """Deviations [N, C, K] with this covariance, from standard normal z [C, K]."""
-        root, failed = torch.linalg.cholesky_ex(self.matrix)
+        matrix = self.matrix.to(z.dtype)
+        root, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed.any()):  # singular, as with fewer weights than outputs
-            values, vectors = eigh_psd(self.matrix)
+            values, vectors = eigh_psd(matrix)
             root = vectors * values.sqrt().unsqueeze(-2)
         return root @ z
 
@@ -112,12 +113,13 @@ class SpectralCovariance:
 
     def correlate(self, z: Tensor) -> Tensor:
         """Deviations [N, C, K] with this covariance, from standard normal z [C, K]."""
-        roots = self.weights.sqrt().unsqueeze(-1)
+        roots = self.weights.to(z.dtype).sqrt().unsqueeze(-1)
         if self.basis is None:
             deviations = roots * z
         else:
-            rest = 0.0 if self.rest is None else self.rest.sqrt().unsqueeze(-1)
-            deviations = self.basis @ ((roots - rest) * (self.basis.mT @ z))
+            basis = self.basis.to(z.dtype)
+            rest = 0.0 if self.rest is None else self.rest.to(z.dtype).sqrt().unsqueeze(-1)
+            deviations = basis @ ((roots - rest) * (basis.mT @ z))
             if isinstance(rest, Tensor):
                 deviations = deviations.addcmul_(rest, z)
         return deviations if self.root is None else deviations * self.root[:, None]
@@ -133,11 +135,11 @@ def propagate(
     """S [B, R, C, C] of outputs [B, ...] in groups of C = `size` that follow each other.
 
     None: all outputs of an example, R = 1. Many backward passes show their progress on a terminal.
-
-    Raises ValueError for a layer that does not read the batch as its first axis.
+    A layer whose rows are not the examples takes a backward pass for each of them.
     """
     batch_size = len(output)
-    check_batch(calls, batch_size)
+    own = {layer for block in blocks for layer in block.layers}
+    calls = by_example([call for call in calls if call.layer in own], batch_size)
     with torch.enable_grad():
         columns = output.reshape(batch_size, -1)
         size = size or columns.shape[1]
@@ -163,6 +165,8 @@ def _gradient_size(call: LayerCall) -> int:
     """The number of entries of one output gradient."""
     if isinstance(call, OpCall):
         return call.record.output_shape.numel()
+    if isinstance(call, MixedRowsCall):
+        return call.batch_size * call.inner.record.output_shape.numel()
     return call.batch_size * call.layer.size
 
 

@@ -82,8 +82,7 @@ class DueBlock(NamedTuple):
 class Particle:
     """Sample number `index` of the `of` samples whose curvatures a step averages.
 
-    It may be a part of that sample's data only: the `share` that comes after `before`, also a
-    share.
+    It may be a part of that sample's data only: the `share` that comes after the share `before`.
     """
 
     index: int = 0

@@ -109,6 +109,16 @@ def _traced_value(site: TraceSite) -> Tensor:
     return site["value"]
 
 
+def fallback_model(
+    model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor], names: Container[str],
+    at_median: bool,
+) -> Callable[..., Any]:
+    """The model of a fallback guide, whose latents a user's function initializes, or the median."""
+    if init_loc_fn is not init_to_network:
+        return InitSelected(init_loc_fn, names)(model)
+    return InitSelected(init_to_prior_median, names)(model) if at_median else model
+
+
 class InitInside(InitMessenger):
     """`InitMessenger` that raises ValueError for a start outside of the support of a prior."""
 

@@ -28,6 +28,7 @@ from pyrocurv.guides.store_entries import (
     Slot,
     forget_dead_guides,
     guide_names,
+    has_entries,
     mismatch,
     owned_names,
     register,
@@ -38,8 +39,7 @@ from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.runtime.inference_mode import outside_inference_mode, without_inference_tensors
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.runtime.validation import check_state_dict
-from pyrocurv.structures.serialization import reading_state
+from pyrocurv.runtime.validation import check_state_dict, reading_state
 
 
 class ParamStoreGuide(AutoGuide):
@@ -129,18 +129,20 @@ class ParamStoreGuide(AutoGuide):
         self._rename(self._free_name())
         return True
 
-    @outside_inference_mode
-    @torch.no_grad()
     def sync_with_store(self) -> None:
         """Take over what the store has under the guide's names; add what it lacks.
 
         Raises ValueError if that is of other shapes, or a part only.
         """
+        if not has_entries(self):
+            self._sync()
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def _sync(self) -> None:
         if pyro.settings.get("module_local_params"):
             return
         own, stored = slots(self), pyro.get_param_store()._params
-        if all(stored.get(name) is slot.tensor for name, slot in own.items()):
-            return
         foreign = {
             name: stored[name] for name, slot in own.items()
             if name in stored and stored[name] is not slot.tensor

@@ -18,19 +18,14 @@ from torch import Tensor
 
 from pyrocurv.guides.auxiliary import make_auxiliary_guide
 from pyrocurv.guides.blockwise import BlockwiseGuide
-from pyrocurv.guides.initialization import (
-    InitSelected,
-    init_to_network,
-    init_to_prior_median,
-    initial_values,
-)
+from pyrocurv.guides.initialization import fallback_model, init_to_network, initial_values
 from pyrocurv.guides.partition import LatentPartition, check_layout
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.handlers.modules import modules, named_modules
 from pyrocurv.handlers.particles import check_particles
-from pyrocurv.handlers.prototype import Prototype, given, observed_sites, trace_prototype
-from pyrocurv.handlers.sites import TraceSite, check_latent
+from pyrocurv.handlers.prototype import Prototype, check_not_observed, given, trace_prototype
+from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.handlers.vectorized import VectorizedRunner
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.posterior.prior import Prior, read_prior
@@ -133,10 +128,7 @@ class StructuredGuide(BlockwiseGuide):
             undo.keep_attributes(self, self.blocks, pyro.get_param_store())
             self._setup(args, kwargs, prefers_joint, requires_data)
 
-    def _setup(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool,
-        requires_data: bool,
-    ) -> None:
+    def _setup(self, args: Any, kwargs: Any, prefers_joint: bool, requires_data: bool) -> None:
         check_differentiable(modules(self._base_model[0]))
         prototype = trace_prototype(
             self.model, self._prototype_hide_fn, self.master is not None, tuple(args), kwargs,
@@ -165,7 +157,7 @@ class StructuredGuide(BlockwiseGuide):
         if warning := partition.warning(prototype):
             warn_user(f"{type(self).__name__}: {warning}")
         self._setup_fallback(prototype, partition, args, kwargs)
-        self.sync_with_store()
+        self._sync()
         self.prototype_trace, self._given = prototype.trace, given(args, kwargs)
         if self.master is not None:
             self.master()._check_prototype(prototype.trace)
@@ -176,11 +168,9 @@ class StructuredGuide(BlockwiseGuide):
         partition = LatentPartition.by_layer(
             prototype, self._choice, self.structure, named_modules(model)
         )
-        if self.sites:
-            is_joint = self.is_joint
-        else:
-            may_be_joint = not has_network(model) and self.supports_joint_of(model)
-            is_joint = prefers_joint or may_be_joint and partition.suggests_joint(prototype)
+        may_be_joint = not has_network(model) and self.supports_joint_of(model)
+        chooses_joint = prefers_joint or may_be_joint and partition.suggests_joint(prototype)
+        is_joint = self.is_joint if self.sites else chooses_joint
         return LatentPartition.joint(prototype, self.structure) if is_joint else partition
 
     def _setup_fallback(
@@ -190,11 +180,10 @@ class StructuredGuide(BlockwiseGuide):
         self.fallback_sites = (*partition.excluded, *partition.fallback)
         if not self.fallback_sites:
             return
-        model = self._base_model[0]
-        if self._init_loc_fn is not init_to_network:
-            model = InitSelected(self._init_loc_fn, partition.fallback)(model)
-        elif self._make_fallback is AutoNormal:
-            model = InitSelected(init_to_prior_median, partition.fallback)(model)
+        at_median = self._make_fallback is AutoNormal
+        model = fallback_model(
+            self._base_model[0], self._init_loc_fn, partition.fallback, at_median
+        )
         values = {name: prototype.latents[name]["value"] for name in partition.excluded}
         self.fallback = make_auxiliary_guide(
             model, values, partition.excluded, partition.fallback, self._make_fallback
@@ -237,13 +226,10 @@ class StructuredGuide(BlockwiseGuide):
 
     def _check_observed(self, args: Any, kwargs: Any) -> None:
         """Raise ValueError if arguments that are given now make an observed site of a latent."""
-        if (now := given(args, kwargs)) <= self._given or not self._base_model:
-            return
-        names = {*self.sites, *self.fallback_sites}
-        for site in observed_sites(self._base_model[0], args, kwargs):
-            if site["name"] in names:
-                check_latent(site)
-        self._given |= now
+        if self._base_model and not (now := given(args, kwargs)) <= self._given:
+            latents = {*self.sites, *self.fallback_sites}
+            check_not_observed(self._base_model[0], latents, args, kwargs)
+            self._given |= now
 
     def supports_joint_of(self, model: Callable[..., Any]) -> bool:
         """Whether it can have one Gaussian over all latents of a model.
@@ -272,9 +258,8 @@ class StructuredGuide(BlockwiseGuide):
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n samples of every latent, {site: [n, *shape]}."""
         check_integer("n", as_number(n), 0)
-        posterior = self._ready()
+        samples = self._ready().sample(n)
         self._warn_of_laplace_samples()
-        samples = posterior.sample(n)
         if self.fallback_sites:
             fallback = poutine.mask(self.fallback, mask=False)  # skips the log densities
             values = self._run_fallback(fallback, {}, n, (), {}).values

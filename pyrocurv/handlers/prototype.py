@@ -16,7 +16,7 @@ from pyrocurv.handlers.replay import ObservedSite, ReplayMessenger
 from pyrocurv.handlers.sites import (
     ENUMERATION,
     TraceSite,
-    is_deterministic,
+    check_latent,
     is_real,
     is_single_event,
 )
@@ -116,12 +116,14 @@ def given(args: Any, kwargs: Mapping[str, Any]) -> frozenset[Any]:
     return frozenset(key for key, value in arguments if value is not None)
 
 
-def observed_sites(model: Callable[..., Any], args: Any, kwargs: Any) -> list[TraceSite]:
-    """The observed sites of one run, which leaves no trace."""
+def check_not_observed(
+    model: Callable[..., Any], latents: Collection[str], args: Any, kwargs: Any
+) -> None:
+    """Run the model, and raise ValueError for a latent of a guide that is observed."""
     with preserve_module_state(modules(model)), isolated_rng(device_of(args)), torch.no_grad():
         trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
-    return [site for site in trace.nodes.values() if site["type"] == "sample"
-            and site["is_observed"] and not is_deterministic(site)]
+    for name in trace.nodes.keys() & latents:
+        check_latent(trace.nodes[name])
 
 
 def _check_latents(latents: Mapping[str, TraceSite]) -> None:

@@ -13,7 +13,10 @@ from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
     check_callable,
+    check_choice,
+    check_flag,
     check_fraction,
+    check_integer,
     check_nonnegative,
     check_positive,
     is_number,
@@ -46,6 +49,12 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
         values = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}
         super().__init__([torch.zeros(())], values)
 
+    @property
+    def lr_factor(self) -> float:
+        """The learning rate relative to that without a schedule."""
+        (group,) = self.param_groups
+        return group["lr"] / group.get("initial_lr", group["lr"])
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Called by `NGVI.step` with its commit, so that schedulers count the steps."""
         if closure is None:
@@ -60,7 +69,19 @@ def resolve_defaults(values: dict[str, Any], is_joint: bool) -> dict[str, Any]:
         value = values[name]
         if not (isinstance(value, str) and value == AUTO or is_number(value) and value == 0):
             raise ValueError(f"{name}={shown(value)}: steps over all latents have none, use 0")
-    return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in values.items()}
+    given = {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in values.items()}
+    if given["num_particles"] != AUTO:
+        check_integer("num_particles", given["num_particles"], 0)
+    check_flag("average", given["average"])
+    return given
+
+
+def check_options(model: Any, temperature: Any, antithetic: Any, on_nonfinite: Any) -> None:
+    """Raise TypeError or ValueError for an argument of `NGVI` that is out of its range."""
+    check_callable("model", model, "a Pyro model, a callable,")
+    check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+    check_positive("temperature", temperature, "auto")
+    check_flag("antithetic", antithetic)
 
 
 class Loss(float):

@@ -98,7 +98,8 @@ def _add(
     rows = run.primary_likelihood.rows
     calls = layer_calls(guide, run.calls, run.weights, rows)
     with torch.enable_grad():
-        return accumulate(spec, totals, ForwardPass(run.likelihood_terms, calls, rows), run.batch)
+        forward = ForwardPass(run.likelihood_terms, calls, rows)
+        return accumulate(spec, totals, forward.with_mixed_rows(), run.batch)
 
 
 def _check_count(count: int, num_data: int) -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from pyrocurv.curvature.output_covariance import PROGRESS_DELAY, OutputCovariance
 from pyrocurv.layers.block import Block
 from pyrocurv.structures import Structure
+from pyrocurv.structures.linalg import at_least_single
 
 SEED = 0
 MAX_ELEMENTS = 2**19  # of the draws of one chunk, which a processor's cache holds
@@ -58,6 +59,7 @@ class CovarianceDraws:
 
         With `is_binary`, one logit stands for two classes, the other of which has logit 0.
         """
+        loc = at_least_single(loc)
         z = normal_points(self.pairs, loc)
         step = max(1, MAX_ELEMENTS // z.numel())
         found = []
@@ -91,7 +93,8 @@ class WeightDraws:
 
     def log_mean(self, loc: Tensor, is_binary: bool = False) -> Tensor:
         """As `CovarianceDraws.log_mean`."""
-        center, total = loc.unsqueeze(-1), loc.new_full((), -torch.inf)
+        center = at_least_single(loc).unsqueeze(-1)
+        total = center.new_full((), -torch.inf)
         for deviation in self.deviations():
             change = deviation.reshape(center.shape)
             total = torch.logaddexp(total, _log_sum(center + change, center - change, is_binary))

@@ -39,6 +39,7 @@ from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.last_layer import last_layer_covariance
 from pyrocurv.curvature.output_covariance import BlockCovariance, OutputCovariance, propagate
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides.families import DenseFamily
 from pyrocurv.handlers.modules import modules
 from pyrocurv.handlers.replay import ReplayMessenger
 from pyrocurv.infer.linearized_draws import CovarianceDraws, WeightDraws
@@ -47,6 +48,8 @@ from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.module_state import eval_mode, still_frozen
 from pyrocurv.runtime.rng import isolated_rng
+from pyrocurv.structures import InverseDense
+from pyrocurv.structures.linalg import at_least_single
 
 LINKS = ("auto", "mc", "probit")
 MAX_PAIRS = 2**24  # of classes whose differences are in memory at once
@@ -144,8 +147,8 @@ def _(likelihood: Normal, event: int) -> int:
 def _(likelihood: Normal, event: int, covariance: Tensor | OutputCovariance) -> Distribution:
     loc, noise = likelihood.loc.detach(), likelihood.scale.detach().square()
     if event == 1 and loc.dim() == 2:
-        matrices = _at_places(covariance, loc.shape[-1]).dense()
-        return dist.MultivariateNormal(loc, matrices + noise.diag_embed())
+        matrices = _at_places(covariance, loc.shape[-1]).dense() + noise.diag_embed()
+        return dist.MultivariateNormal(*map(at_least_single, (loc, matrices)))
     places = _at_places(covariance, 1)
     return dist.Normal(loc, (places.diag().reshape(loc.shape) + noise).sqrt()).to_event(event)
 
@@ -254,7 +257,10 @@ def predict(
     calls = layer_calls(guide, capture.trace().calls, weights, len(outputs))
     blocks = [family.block for family in guide.blocks]
     with torch.no_grad():
-        precisions = [family.precision() for family in guide.blocks]
+        precisions = [
+            InverseDense(family.scale_tril) if isinstance(family, DenseFamily)
+            else family.precision() for family in guide.blocks
+        ]
     size = place_size(likelihood, event)
     covariance: Tensor | OutputCovariance | None = None
     if size is not None:

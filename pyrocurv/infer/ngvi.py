@@ -2,8 +2,7 @@
 
 A step samples weights from the guide, runs the model once, takes one backward pass for the gradient
 and, at an interval, one more onto the layers' outputs for the curvature; then mean and precision
-move by the equations of `pyrocurv.posterior.natural_gradient`. Everything is computed before
-anything is changed.
+move by the equations of `pyrocurv.posterior.natural_gradient`, computed in full before any change.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from pyrocurv.infer.defaults import (
     Loss,
     ScheduledHyperparameters,
     auxiliary_optimizer,
+    check_options,
     resolve_defaults,
 )
 from pyrocurv.infer.guide_store import GuideStore, check_guide
@@ -45,15 +45,8 @@ from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
 from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import (
-    check_callable,
-    check_choice,
-    check_flag,
-    check_integer,
-    check_positive,
-    check_values,
-)
-from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, reading_state, to_state
+from pyrocurv.runtime.validation import check_values, reading_state
+from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 
 class NGVI:
@@ -147,10 +140,7 @@ class NGVI:
         on_nonfinite: str = "raise",
     ) -> None:
         check_guide(guide)
-        check_callable("model", model, "a Pyro model, a callable,")
-        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        check_positive("temperature", temperature, "auto")
-        check_flag("antithetic", antithetic)
+        check_options(model, temperature, antithetic, on_nonfinite)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self._prefers_joint = (
@@ -161,9 +151,6 @@ class NGVI:
             "num_particles": num_particles, "average": average,
         }, self._prefers_joint)
         self.num_particles: Any = values.pop("num_particles")
-        if self.num_particles != AUTO:
-            check_integer("num_particles", self.num_particles, 0)
-        check_flag("average", values["average"])
         self.average: bool = values.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
@@ -207,7 +194,7 @@ class NGVI:
         undo.keep_attributes(self, self._stream, self._dataset_size)
         self._store.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
-        self._setup_guide(undo, args, kwargs)
+        self._store.setup(undo, self._stream, args, kwargs, self._prefers_joint)
         validation = only_data_validated() if self._posterior else nullcontext()
         rule, posterior = self._ready()
         like = self.guide.blocks[0].raw_loc
@@ -218,10 +205,8 @@ class NGVI:
             update, auxiliary = rule.update(posterior, self._settings(), model)
             if not rule.is_joint:
                 self._dataset_size.note(update.posterior.blocks[0].hyperparameters.num_data)
-            group = self.optimizer.param_groups[0]
-            factor = group["lr"] / group.get("initial_lr", group["lr"])
+            factor = self.optimizer.lr_factor
             auxiliary = [parameter._replace(lr_factor=factor) for parameter in auxiliary]
-
             self._auxiliary.keep(undo, auxiliary)
             self.optimizer.step(lambda: self._auxiliary.step(auxiliary))
 
@@ -231,14 +216,6 @@ class NGVI:
 
         commit(update, self._store, undo, assign)
         return update.loss
-
-    def _setup_guide(self, undo: Undo, args: Any, kwargs: Any) -> None:
-        if self.guide.prototype_trace is None:
-            undo.keep_attributes(self.guide.blocks)
-            with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
-                self.guide.setup(args, kwargs, self._prefers_joint)
-        if not self.guide.blocks:
-            raise ValueError(self.guide.no_gaussian_reason)
 
     def _ready(self) -> tuple[UpdateRule, Posterior]:
         """The rule and the posterior, both from the first step on; checks a loaded state."""
@@ -312,11 +289,11 @@ class NGVI:
             "skipped": self.skipped,
             "average": self.average,
             "temperature": self.temperature,
-            "is_joint": signature.is_joint,
-            "means": signature.means,
+            **signature._asdict(),
             "posterior": None if posterior is None else to_state(posterior.without_means()),
         }
 
+    @reading_state("NGVI")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, given guide and model as they were then.
 
@@ -326,10 +303,6 @@ class NGVI:
         version or another `average`, or of a guide with other blocks or structures; the latter at
         the first step for a guide that has no blocks yet.
         """
-        with reading_state("NGVI"):
-            self._load(state)
-
-    def _load(self, state: Mapping[str, Any]) -> None:
         check_state(state, self.average)
         self._store.sync()
         posterior = from_state(state["posterior"])
@@ -342,8 +315,6 @@ class NGVI:
             self.optimizer.load_state_dict(state["optimizer"])
             self._auxiliary.load_state_dict(state["auxiliary"])
             self._stream.load_state_dict(state["stream"])
-            self.skipped, self._posterior = state["skipped"], posterior
-            self.temperature = state["temperature"]
-            self._loaded = None
-            if posterior is not None:
-                self._loaded = RunSignature(state["is_joint"], state["means"])
+            self.skipped, self.temperature = state["skipped"], state["temperature"]
+            signature = RunSignature(state["is_joint"], state["means"])
+            self._posterior, self._loaded = posterior, None if posterior is None else signature

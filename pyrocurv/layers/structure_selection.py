@@ -69,10 +69,10 @@ def _as_rule(choice: StructureChoice, owners: Mapping[Layer, nn.Module | None]) 
     patterns = [key for key in choice if isinstance(key, str)]
     types = [key for key in choice if isinstance(key, type)]
     names = [layer.name for layer in owners]
-    for pattern in patterns:
+    for pattern in patterns if names else ():  # without any layer the guide says why
         if not any(_matches(name, pattern) for name in names):
             raise ValueError(f"structure: no layer {pattern!r}; {', '.join(names)} exist")
-    for module_type in types:
+    for module_type in types if names else ():
         if not any(isinstance(owner, module_type) for owner in owners.values()):
             have = {_user_type(owner): None for owner in owners.values() if owner is not None}
             warn_user(

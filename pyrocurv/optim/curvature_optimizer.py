@@ -36,8 +36,12 @@ from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_is, check_module, check_positive
-from pyrocurv.structures.serialization import reading_state
+from pyrocurv.runtime.validation import (
+    check_is,
+    check_module,
+    check_positive,
+    reading_state,
+)
 
 PICKLED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrocurv.curvature import Curvature, running_average
 from pyrocurv.curvature.collect import ForwardPass
+from pyrocurv.curvature.data_checks import check_input_scale
 from pyrocurv.curvature.running_average import (
     SINGLE_PARTICLE,
     DueBlock,
@@ -89,6 +90,9 @@ def update_curvature(
         if not uses_sample_gradients(spec, state.block) and is_due(spec, posterior.step, state)
         and has_statistics(spec, state.block, forward.calls)
     }
+    new = {layer for block, state in due.items() if not state.average.count
+           for layer in block.layers}
+    check_input_scale(call for call in forward.calls if call.layer in new)
     averages = running_average.update_curvature(
         spec, posterior.step, [*due.values()], forward, particle
     )

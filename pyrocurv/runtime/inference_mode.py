@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,13 +32,17 @@ def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
 
 def without_inference_tensors(values: Any) -> Any:
     """Nested lists, tuples and dicts with copies of inference tensors, if there are any."""
-    leaves = tree_leaves(values)
-    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
-        return values
-    return tree_map(
+    return values if not _has_inference_tensor(values) else tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf,
         values,
     )
+
+
+def _has_inference_tensor(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        items = value.values() if isinstance(value, dict) else value
+        return any(map(_has_inference_tensor, items))
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 def check_differentiable(modules: Iterable[nn.Module]) -> None:

@@ -74,7 +74,7 @@ def rewind_rng_on_error(device: torch.device) -> Iterator[None]:
 
 def device_of(values: Iterable[Any]) -> torch.device:
     """The device of the first tensor among the values, the CPU if there is none."""
-    tensors = (value for value in values if isinstance(value, Tensor) and not value.is_meta)
+    tensors = (value for value in values if isinstance(value, Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 

@@ -7,7 +7,8 @@ ValueError, objects of a wrong kind TypeError.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from math import isfinite
 from reprlib import Repr
@@ -19,6 +20,8 @@ from torch.distributions import Distribution
 
 # of allocators that raise a plain RuntimeError: torch's on the CPU, the drivers of accelerators
 MEMORY_MESSAGES = ("DefaultCPUAllocator", "out of memory")
+MODULE_ERROR = "Error(s) in loading state_dict for "  # of `torch.nn.Module.load_state_dict`
+OPTIMIZER_ERROR = "loaded state dict "  # of `torch.optim.Optimizer.load_state_dict`
 MAX_INTEGER = 2**63 - 1  # of torch
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -204,3 +207,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_MESSAGES)
+
+
+@contextmanager
+def reading_state(owner: str) -> Iterator[None]:
+    """Raise ValueError in place of the errors that come of a state with wrong values in it."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(OPTIMIZER_ERROR):
+            raise
+        raise ValueError(f"the state of {owner} is damaged: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error) or str(error).startswith((MODULE_ERROR, "state_dict: ")):
+            raise
+        kind = type(error).__name__
+        raise ValueError(f"the state of {owner} is damaged ({kind}: {error!s:.200})") from error

@@ -6,18 +6,13 @@ numbers, strings and None stay. `torch.load(weights_only=True)` accepts the resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from pyrocurv.runtime.validation import is_out_of_memory
-
 FORMAT_VERSION = 1  # of all state dicts; a change that older code cannot read increments it
-MODULE_ERROR = "Error(s) in loading state_dict for "  # of `torch.nn.Module.load_state_dict`
-OPTIMIZER_ERROR = "loaded state dict "  # of `torch.optim.Optimizer.load_state_dict`
 T = TypeVar("T")
 _classes: dict[str, type] = {}
 _names: dict[type, str] = {}
@@ -82,22 +77,6 @@ def cast(value: T, like: Tensor) -> T:
     return map_tensors(
         value, lambda x: x.to(like) if x.is_floating_point() else x.to(like.device)
     )
-
-
-@contextmanager
-def reading_state(owner: str) -> Iterator[None]:
-    """Raise ValueError in place of the errors that come of a state with wrong values in it."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith(OPTIMIZER_ERROR):
-            raise
-        raise ValueError(f"the state of {owner} is damaged: {error}") from error
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        if is_out_of_memory(error) or str(error).startswith((MODULE_ERROR, "state_dict: ")):
-            raise
-        kind = type(error).__name__
-        raise ValueError(f"the state of {owner} is damaged ({kind}: {error!s:.200})") from error
 
 
 def check_version(state: Mapping[str, Any], owner: str) -> None:

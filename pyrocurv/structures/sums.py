@@ -28,6 +28,7 @@ from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.diagonal import Diagonal
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
 from pyrocurv.structures.linalg import eigh
+from pyrocurv.structures.operands import check_sizes
 from pyrocurv.structures.rescaled import Rescaled
 
 ITERATIONS = 3  # from A = I; the bases hardly change after two
@@ -47,17 +48,20 @@ def add(matrix: Structure, other: Structure) -> Structure:
 
 @add.register
 def _(matrix: Dense, other: Structure) -> Dense:
+    check_sizes(matrix, other)
     return Dense(matrix.matrix + other.dense())
 
 
 @add.register
 def _(matrix: Diagonal, other: Structure) -> Diagonal:
     """For independent Gaussians the diagonal is the best precision, whatever the correlations."""
+    check_sizes(matrix, other)
     return Diagonal(matrix.entries + other.diag())
 
 
 @add.register
 def _(matrix: KroneckerEigen, other: Structure) -> KroneckerEigen:
+    check_sizes(matrix, other)
     term = _term(other, matrix.shape)
     spans = [_span(a, b) for a, b in zip(_Eigen(matrix).bases, term.bases, strict=True)]
     output, input = _nearest_product(_Eigen(matrix).inside(spans), term.inside(spans))

@@ -397,7 +397,18 @@ def test_the_part_of_the_fallback_guide() -> None:
     assert type(fns["net.0.weight"]) is dist.Normal
     torch.testing.assert_close(fns["net.0.weight"].loc, loc.detach())
     torch.testing.assert_close(fns["net.0.weight"].scale, scale.detach())
-    NGVI(second, DiagonalGuide(second)).step(*data)
+    guide = DiagonalGuide(second)
+    NGVI(second, guide).step(*data)
+    fallback = ngvi.guide.fallback
+    exact = [torch.distributions.kl_divergence(
+        guide.get_posterior(name).base_dist, dist.Normal(*fallback._get_loc_and_scale(name))
+    ).sum() for name in ("net.0.weight", "net.0.bias")]
+    last = [guide.get_posterior(name).base_dist for name in ngvi.guide.sites]
+    means, variances = (torch.cat([getattr(normal, what).flatten() for normal in last])
+                        for what in ("mean", "variance"))
+    independent = dist.MultivariateNormal(means, torch.diag(variances))
+    exact.append(torch.distributions.kl_divergence(independent, normal_of(ngvi.guide)))
+    torch.testing.assert_close(guide.kl(), torch.stack(exact).sum())
 
 
 def test_posteriors_of_another_network_are_refused_by_name() -> None:

@@ -16,6 +16,7 @@ from pyrocurv.structures import (
     BlockDiagonal,
     Dense,
     Diagonal,
+    InverseDense,
     Kronecker,
     KroneckerEigen,
     Rescaled,
@@ -88,6 +89,7 @@ def nested(dtype: torch.dtype) -> BlockDiagonal:
 
 MAKERS: dict[str, Callable[[torch.dtype], Structure]] = {
     "Dense": lambda dtype: Dense(spd(5, dtype)),
+    "InverseDense": lambda dtype: InverseDense(scale_tril(spd(5, dtype))),
     "Diagonal": lambda dtype: Diagonal(positive(5, dtype=dtype)),
     "Rescaled(Dense)": lambda dtype: rescaled(Dense(spd(5, dtype)), dtype),
     "Rescaled(Diagonal)": lambda dtype: rescaled(Diagonal(positive(5, dtype=dtype)), dtype),
@@ -120,9 +122,10 @@ NO_SHIFT = {  # no scalar is one in their units
     "Rescaled(KroneckerEigen, groups)", "BlockDiagonal nested",
 }
 VECTOR_SHIFT = {
-    "Dense", "Diagonal", "Rescaled(Dense)", "Rescaled(Diagonal)", "BlockDiagonal shuffled",
+    "Dense", "Diagonal", "InverseDense", "Rescaled(Dense)", "Rescaled(Diagonal)",
+    "BlockDiagonal shuffled",
 }
-EXACT_LERP = {"Dense", "Diagonal", "BlockDiagonal shuffled"}
+EXACT_LERP = {"Dense", "Diagonal", "InverseDense", "BlockDiagonal shuffled"}
 SHIFTED = Dense, Diagonal, KroneckerEigen, Rescaled, BlockDiagonal
 
 each = pytest.mark.parametrize("name", MAKERS)
@@ -140,6 +143,8 @@ def written_out(structure: Structure) -> Tensor:
     match structure:
         case Dense(matrix):
             return matrix
+        case InverseDense(root):
+            return torch.linalg.inv(root @ root.mT)
         case Diagonal(entries):
             return torch.diag(entries)
         case Rescaled(inner, root):
@@ -652,9 +657,7 @@ def test_state_through_a_file(name: str, dtype: torch.dtype) -> None:
 @each
 def test_no_verb_changes_its_operands(name: str) -> None:
     structure, _ = make(name)
-    other = MAKERS[name](FLOAT64)
-    if isinstance(other, BlockDiagonal):
-        other = BlockDiagonal(other.blocks, structure.index)
+    other = structure.map(torch.clone)
     x, delta = torch.randn(structure.size, dtype=FLOAT64), torch.tensor(0.7, dtype=FLOAT64)
     operands = [*tensors(structure), *tensors(other), x, delta]
     before = [t.clone() for t in operands]
@@ -822,3 +825,14 @@ def test_a_wide_truncated_factor_needs_only_its_leading_eigenvectors(
             patch.setattr("pyrocurv.structures.kronecker.eigh_blocks", lambda m, _: eigh(m))
             found = matrix.eigen((2, 3)).dense()
         torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
+
+
+@both_types
+def test_the_covariance_factor_of_a_large_precision_is_inverted_by_halves(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision = spd(61, dtype)
+    monkeypatch.setattr("pyrocurv.structures.linalg.MAX_SOLVE", 8)
+    root = scale_tril(precision)
+    assert torch.equal(root, root.tril())
+    same(root @ root.mT @ precision, torch.eye(61, dtype=dtype))
