@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocurv.runtime.outputs import logits_of, named_outputs
 from pyrocurv.runtime.validation import (
     as_number,
     check_callable,
@@ -27,6 +28,10 @@ class Classifier(PyroModule):
 
     The sites are the weights of the network, with the prefix "net.", and "obs" in the plate "data"
     of size N. Without targets the plate has the size of the batch.
+
+    A batch may also be a dict, `model(batch)`, or keywords, `model(**batch)`: "labels" or "y" are
+    the targets, all else the arguments of the network. Of a network that returns a dict or an
+    object of several tensors, the logits are those called "logits", otherwise the first of them.
 
     Args:
         net: a bayesianized network with outputs [B, C].
@@ -49,11 +54,8 @@ class Classifier(PyroModule):
         check_callable("net", net, "a torch.nn.Module")
         self.net, self.num_data = net, _check_num_data(num_data)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        check_inputs("x", x)
-        if y is not None:
-            check_tensor("y", y)
-        logits = self.net(x)
+    def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
+        logits, y = _run(self.net, x, y, batch)
         shape = tuple(logits.shape)
         if len(shape) != 2:
             raise ValueError(f"logits [B, C] are needed, the network returned {shape}")
@@ -69,7 +71,7 @@ class Regressor(PyroModule):
 
     The sites are the weights of the network, with the prefix "net.", "obs" in the plate "data" of
     size N, and "sigma" where the noise is a latent. Without targets the plate has the size of the
-    batch.
+    batch. Batches and outputs may be of the forms that `Classifier` takes.
 
     Args:
         net: a bayesianized network with outputs [B, D]. A single output [B, 1] is squeezed to [B],
@@ -100,11 +102,8 @@ class Regressor(PyroModule):
             )
         self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        check_inputs("x", x)
-        if y is not None:
-            check_tensor("y", y)
-        mean = self.net(x)
+    def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
+        mean, y = _run(self.net, x, y, batch)
         if mean.dim() == 2 and mean.shape[-1] == 1:
             mean = mean.squeeze(-1)
             y = y.squeeze(-1) if y is not None and y.dim() == 2 and y.shape[-1] == 1 else y
@@ -118,6 +117,28 @@ class Regressor(PyroModule):
             normal = _made(dist.Normal, mean, mean, mean.new_ones(()) * noise)
             pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
         return mean
+
+
+def _run(
+    net: nn.Module, x: Any, y: Tensor | None, batch: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The output of a network on a batch, and the targets."""
+    arguments = {**x, **batch} if isinstance(x, Mapping) else {**batch}
+    for targets in ("labels", "y"):
+        given = arguments.pop(targets, None)
+        y = given if y is None else y
+    if y is not None:
+        check_tensor("y", y)
+    if isinstance(x, Mapping) or x is None and arguments:
+        output = net(**arguments)
+    else:
+        check_inputs("x", x)
+        output = net(x, **arguments)
+    outputs = named_outputs(output)
+    name = logits_of(outputs, 1)
+    if name is None:
+        raise ValueError(f"the network returned no tensor with a batch, but {shown(output)}")
+    return outputs[name], y
 
 
 def _check_num_data(num_data: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrocurv.runtime.validation import (
     as_number,
@@ -31,11 +31,15 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
             check_positive(name, values[name], word)
 
 
-def check_params(params: Any) -> list[Any]:
-    """Parameters, or groups of them, as a list.
+def check_params(params: Any, net: nn.Module | None = None) -> list[Any]:
+    """Parameters, or groups of them, as a list; for None all those of a network.
 
     Raises TypeError for what is neither, ValueError if there is none.
     """
+    if params is None and net is not None:
+        if not (found := [*net.parameters()]):
+            raise ValueError(f"net: a {type(net).__name__} has no parameters to train")
+        return found
     if isinstance(params, Tensor):
         return [params]
     check_iterable("params", params, "a list of parameters or groups")

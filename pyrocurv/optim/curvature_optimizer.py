@@ -16,6 +16,7 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters, check_params
@@ -32,6 +33,7 @@ from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
+from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
@@ -61,15 +63,14 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         fallback_lr: float, defaults: Group,
     ) -> None:
         check_module("net", net)
+        check_differentiable(net.modules())
         check_positive("fallback_lr", fallback_lr)
         self.curvature = as_curvature(curvature)
         self.likelihood, self.structure = likelihood, structure
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
         check_structure(structure, LEFT_OUT)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
-        if params is None and not any(True for _ in net.parameters()):
-            raise ValueError(f"net: a {type(net).__name__} has no parameters to train")
-        super().__init__(check_params(net.parameters() if params is None else params), defaults)
+        super().__init__(check_params(params, net), defaults)
         self._network = TracedNetwork(
             ForwardRecorder(net), structure, type(self).__name__, self.fallback_description,
             self.has_untraced_blocks,
@@ -176,17 +177,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             with self._stream(store.device), self._network.forward_pass(
                 layout, group, self._likelihood, store, self.has_samples
             ) as (layout, forward):
-                called = {call.layer for call in forward.calls}
                 posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
                 posterior = self._in_context(posterior, layout, store)
-                used = [
-                    state for state in posterior.blocks
-                    if state.block.is_untraced or called >= set(state.block.layers)
-                ]
-                updated = update_curvature(
-                    self.curvature, replace(posterior, blocks=tuple(used)), forward,
-                    batch_fraction, part,
-                )
+                used = _used_blocks(posterior, forward.calls)
+                updated = update_curvature(self.curvature, used, forward, batch_fraction, part)
             new = {state.block.name: state for state in updated.blocks}
             posterior = posterior.map_blocks(partial(_replaced, new))
         return layout, posterior
@@ -263,8 +257,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             **posterior_state(type(self).__name__, self.layout, self._posterior),
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
-            "has_finite_support": self._likelihood.has_finite_support,
-            "class_dim": self._likelihood.class_dim,
+            **self._likelihood.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -285,8 +278,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._auxiliary.load_state_dict(state_dict["auxiliary"])
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
-            self._likelihood.has_finite_support = state_dict["has_finite_support"]
-            self._likelihood.class_dim = state_dict.get("class_dim", self._likelihood.class_dim)
+            self._likelihood.load_state_dict(state_dict)
             self._recorder.pop_passes()
             self._schedule_recording()
 
@@ -296,3 +288,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
 def _replaced(new: Mapping[str, BlockState], state: BlockState) -> BlockState:
     return new.get(state.block.name, state)
+
+
+def _used_blocks(posterior: Posterior, calls: Sequence[LayerCall]) -> Posterior:
+    """The blocks all of whose layers were called, and those that no op consumes."""
+    called = {call.layer for call in calls}
+    return replace(posterior, blocks=tuple(
+        state for state in posterior.blocks
+        if state.block.is_untraced or called >= set(state.block.layers)
+    ))

@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from pyrocurv.layers.capture import Capture
-from pyrocurv.optim.outputs import named_outputs
 from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass
 from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.outputs import named_outputs
 from pyrocurv.runtime.undo import complete
 
 

@@ -9,6 +9,7 @@ over all entries that count (rows; tokens; pixels); then that of "normal" has th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +26,9 @@ from pyrocurv.optim.loss_weights import (
     read_distribution,
     tolerance,
 )
-from pyrocurv.optim.outputs import logits_of, named_outputs, replaced
 from pyrocurv.optim.recorded_pass import OutputGradients
 from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.outputs import logits_of, named_outputs, replaced
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import is_out_of_memory
 
@@ -68,6 +69,15 @@ class LossLikelihood:
             )
         if self.class_dim == 0 or not isinstance(self.class_dim, (int, type(None))):
             raise ValueError(f"class_dim={self.class_dim!r}: an axis other than 0 is needed")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What passes have shown, for a checkpoint."""
+        return {"has_finite_support": self.has_finite_support, "class_dim": self.class_dim}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.has_finite_support = state["has_finite_support"]
+        self.class_dim = state.get("class_dim", self.class_dim)
 
     def terms(
         self, output: Any, recorded: OutputGradients, size: LossSize

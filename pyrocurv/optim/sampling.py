@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
+from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
 
 
@@ -81,7 +82,7 @@ class EvaluationSum:
 
     count: int
     batch_size: int  # of the first sample
-    stream: dict[str, Any]  # the state of the random stream before the first sample
+    undo: Undo  # what the samples have changed since before the first
     layout: ParameterBlocks
     posterior: Posterior  # with the curvature of the samples
     mirrors: list[Perturbation] | None  # for the next sample
@@ -180,10 +181,11 @@ def gradient_norm(
 
 
 def sum_gradients(
-    closure: Callable[[], Any], count: int, clear: Callable[[], None], store: ParameterStore,
+    closure: Callable[[], Any], count: int, store: ParameterStore,
+    sample: Callable[[], AbstractContextManager[None]], clear: Callable[[], None],
     has_samples: Callable[[], bool],
 ) -> Any:
-    """The mean of the losses of `count` calls; leaves the sum of their gradients in `.grad`.
+    """The mean of the losses at `count` samples; leaves the sum of their gradients in `.grad`.
 
     The closure may clear gradients itself. Without samples `.grad` is as it was.
     """
@@ -192,7 +194,8 @@ def sum_gradients(
     try:
         clear()
         for _ in range(count):
-            losses.append(_loss(closure()))
+            with sample(), torch.enable_grad():
+                losses.append(_loss(closure()))
             for name, (p, _) in store.named.items():
                 if p.grad is not None:
                     sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()

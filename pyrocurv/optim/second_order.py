@@ -19,6 +19,7 @@ from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable
 from pyrocurv.structures.rescaled import KroneckerScaling
@@ -112,6 +113,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             "kl_clip": kl_clip,
         })
 
+    @outside_inference_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the parameters' gradients; returns what the closure returns."""
         loss = None

@@ -32,6 +32,8 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.outputs import stacked
 from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable, check_integer
@@ -99,6 +101,10 @@ class VIOptimizer(CurvatureOptimizer):
     has_untraced_blocks = has_samples = True
     fallback_description = "independent Gaussians, from gradients"
     settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "_priors")
+    _samples: EvaluationSum | None = None  # of the next step
+    _sample: Sample | None = None  # that the parameters are
+    _num_particles = 1  # samples of a step that give its curvature
+    _is_closure = False
 
     def __init__(
         self,
@@ -131,10 +137,6 @@ class VIOptimizer(CurvatureOptimizer):
             "prior_precision": prior_precision, "temperature": temperature,
         })
         self._priors = DefaultPriors(prior, self._recorder.inner)
-        self._samples: EvaluationSum | None = None
-        self._sample: Sample | None = None  # that the parameters are
-        self._num_particles = 1  # samples of a step that give its curvature
-        self._is_closure = False
         if self.curvature.uses_sample_gradients:
             self._init_untraced()
 
@@ -153,7 +155,8 @@ class VIOptimizer(CurvatureOptimizer):
         super().zero_grad(set_to_none)
         if self._sample is not None:
             self._sample.gradients = {}
-        if not self._is_closure:  # which may clear them for each of its samples
+            self._samples = self._samples if self._is_closure else None
+        elif not self._is_closure:  # which may clear them for each of its samples
             self._drop_samples()
 
     @contextmanager
@@ -164,7 +167,7 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._sample is not None:
             raise RuntimeError("sampled_params() inside another one")
-        store, blocks, stream = self._store(), self._posterior.blocks, self._stream.state_dict()
+        store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
         with Undo() as undo:
             undo.keep_attributes(self._likelihood, self._network, self._stream)
@@ -178,14 +181,15 @@ class VIOptimizer(CurvatureOptimizer):
                     yield
                     samples = self._samples
                     if passes := self._recorder.pop_passes():
-                        samples = self._add_sample(passes, sample, stream)
+                        samples = self._add_sample(passes, sample, undo)
                 self._samples = samples
             finally:
                 self._sample = None
 
+    @outside_inference_mode
     @torch.no_grad()
     def _add_sample(
-        self, passes: Sequence[RecordedPass], sample: Sample, stream: dict[str, Any]
+        self, passes: Sequence[RecordedPass], sample: Sample, undo: Undo
     ) -> EvaluationSum:
         """The samples with one more, whose weights the parameters still have."""
         samples, store = self._samples, sample.store
@@ -193,7 +197,7 @@ class VIOptimizer(CurvatureOptimizer):
             batch_size = num_examples(passes)
             check_batch_size(batch_size, self.num_data, self.augmentation)
             decayed = self._decayed(store, batch_size / self._num_data)
-            samples = EvaluationSum(0, batch_size, stream, self.layout, decayed, None, {})
+            samples = EvaluationSum(0, batch_size, undo, self.layout, decayed, None, {})
         is_wanted = samples.count < self._num_particles and self._is_due()
         if is_wanted and any(recorded.inputs for recorded in passes):
             layout, posterior = self._update_curvature(
@@ -205,6 +209,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ---- the step -------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the samples since the last; returns the mean of the closure's losses.
 
@@ -243,21 +248,16 @@ class VIOptimizer(CurvatureOptimizer):
     def _drop_samples(self) -> None:
         """Forget the samples, as if their noise had not been drawn."""
         if self._samples is not None:
-            self._stream.load_state_dict(self._samples.stream)
+            self._samples.undo.restore()
         self._samples = None
 
     def _sample_closure(self, closure: Callable[[], Any]) -> Any:
         """The mean of the closure's losses; without a pass in it, the pending samples stay."""
-        def run() -> Any:
-            with self.sampled_params(), torch.enable_grad():
-                return closure()
-
         pending, stream = self._samples, self._stream.state_dict()
         self._samples, self._num_particles, self._is_closure = None, self.num_samples, True
         try:
-            return sum_gradients(
-                run, self.num_samples, self.zero_grad, self._store(), lambda: bool(self._samples)
-            )
+            return sum_gradients(closure, self.num_samples, self._store(), self.sampled_params,
+                                 self.zero_grad, lambda: self._samples is not None)
         finally:
             self._num_particles, self._is_closure = 1, False
             if self._samples is None:
@@ -298,25 +298,21 @@ class VIOptimizer(CurvatureOptimizer):
         return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()
-    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Tensor:
+    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Any:
         """Outputs of the network at samples of the posterior, [num_samples, ...].
 
         Takes the network's arguments; draws from torch's global generator. Call `net.eval()` first
         if the network behaves differently in training. Before the first step it is the network
-        itself. Raises ValueError for less than one sample.
+        itself. In other outputs each tensor is stacked. Raises ValueError for less than one sample.
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
         sampler = Sampler(self._posterior.blocks, self.antithetic)
-        device = next(iter(self._store().named.values()))[0].device
-        with self.use_mean(), rewind_rng_on_error(device):
-            outputs = at_samples(sampler, count, self._store(), lambda: self.net(*args, **kwargs))
-        return torch.stack(outputs)
+        store = self._store()
+        with self.use_mean(), rewind_rng_on_error(store.device):
+            outputs = at_samples(sampler, count, store, lambda: self.net(*args, **kwargs))
+        return stacked(outputs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._samples = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._samples, self._sample, self._num_particles, self._is_closure = None, None, 1, False

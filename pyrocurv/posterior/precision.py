@@ -81,7 +81,8 @@ def update_curvature(
     """Average one more estimate into the blocks that are due and were used in the forward pass.
 
     The initial curvature decays in all blocks, due or not; `batch_fraction` is B/N. Of several
-    samples in a step each is a `particle`.
+    samples in a step each is a `particle`. Raises FloatingPointError for a precision that is not
+    finite.
     """
     due = {
         state.block: DueBlock(state.block, state.curvature, state.prior.scaling)
@@ -96,9 +97,13 @@ def update_curvature(
         spec, posterior.step, [*due.values()], forward, particle
     )
     updated = dict(zip(due, averages, strict=True))
-    return refresh(spec, posterior.map_blocks(
+    posterior = refresh(spec, posterior.map_blocks(
         lambda state: replace(state, curvature=updated.get(state.block, state.curvature))
     ), batch_fraction)
+    traces = [state.precision.trace() for state in posterior.blocks if state.block in updated]
+    if traces and not bool(torch.isfinite(torch.stack(traces)).all()):
+        raise FloatingPointError(f"step {posterior.step}: the precision overflows")
+    return posterior
 
 
 def update_from_sample_gradients(

@@ -92,7 +92,7 @@ def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Up
     """The step of all blocks that have a gradient; with `average` also the running averages.
 
     `before` is the posterior that the samples are from. Raises FloatingPointError if the loss or a
-    gradient is not finite.
+    gradient is not finite, or a mean would not be.
     """
     posterior = evaluation.posterior
     pushed = [_push(state, evaluation.gradients) for state in posterior.blocks]
@@ -111,10 +111,11 @@ def step(before: Posterior, evaluation: Evaluation, average: bool = False) -> Up
         for dot, lr in zip(dots, base_rates, strict=True)
     )
     moves = []
-    for state, direction in pairs:
+    for (state, direction), dot in zip(pairs, dots, strict=True):
         kl_clip = state.hyperparameters.kl_clip
         lr = _bias_corrected(state.hyperparameters.lr, state, posterior.step)
         move = Move(state, direction, lr * trust_region_scale(energy, kl_clip))
+        _check_overflow(move, dot, posterior.step)
         clip_momentum(state.momentum, energy, kl_clip)
         moves.append(_averaged(move, posterior.step) if average else move)
     moved = iter(moves)
@@ -174,3 +175,18 @@ def _finite(values: Sequence[Tensor], gradients: Sequence[Tensor | None], step: 
         what = "a gradient is not finite" if is_loss_finite else f"the loss is {floats[0]}"
         raise FloatingPointError(f"step {step}: {what}")
     return floats[: len(values)]
+
+
+def _check_overflow(move: Move, dot: float, step: int) -> None:
+    """Raise FloatingPointError if a mean would overflow.
+
+    With d the direction, M the preconditioner and λ its least eigenvalue, |d|² ≤ <d, M d> / λ, and
+    λ is at least the smallest positive number: without extreme numbers nothing has to be computed.
+    """
+    state, limits = move.state, torch.finfo(move.state.mean.dtype)
+    rate = abs(move.rate)
+    if rate * math.sqrt(abs(dot) / (limits.tiny * limits.eps)) < limits.max / 4:
+        return
+    if not (rate < limits.max and bool(torch.isfinite(move.moved(state.mean.clone())).all())):
+        lr = state.hyperparameters.lr
+        raise FloatingPointError(f"step {step}: the means overflow, with a learning rate of {lr:g}")

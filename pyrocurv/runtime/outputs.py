@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -69,3 +70,10 @@ def replaced(output: Any, tensors: Mapping[str, Tensor], path: str = "") -> Any:
             object.__setattr__(changed, item.name, value)
         return changed
     return output
+
+
+def stacked(outputs: Sequence[Any]) -> Any:
+    """What a network returned several times, with its tensors stacked, [len(outputs), ...]."""
+    columns = [named_outputs(output) for output in outputs]
+    tensors = {name: torch.stack([column[name] for column in columns]) for name in columns[0]}
+    return replaced(outputs[0], tensors)
