@@ -31,19 +31,13 @@ from pyrocurv.handlers.vectorized import VectorizedRunner
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.posterior.prior import Prior, read_prior
 from pyrocurv.posterior.summary import guide_summary
+from pyrocurv.runtime import validation
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.rng import device_of, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.runtime.validation import (
-    as_number,
-    check_callable,
-    check_integer,
-    check_positive,
-    check_values,
-)
 
 
 class StructuredGuide(BlockwiseGuide):
@@ -88,13 +82,13 @@ class StructuredGuide(BlockwiseGuide):
         fallback: Callable[[Any], AutoGuide] = AutoNormal,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        check_callable("model", model, "a Pyro model, a callable,")
-        check_callable("init_loc_fn", init_loc_fn, "a callable site -> initial value")
-        check_positive("init_scale", init_scale)
+        validation.check_callable("model", model, "a Pyro model, a callable,")
+        validation.check_callable("init_loc_fn", init_loc_fn, "a callable site -> initial value")
+        validation.check_positive("init_scale", init_scale)
         check_structure(structure, LEFT_OUT)
-        check_callable("fallback", fallback, "a callable model -> AutoGuide")
+        validation.check_callable("fallback", fallback, "a callable model -> AutoGuide")
         if create_plates is not None:
-            check_callable("create_plates", create_plates, "a callable that makes plates")
+            validation.check_callable("create_plates", create_plates, "a callable to plates")
             create_plates = functools.partial(checked_plates, create_plates)
         super().__init__(model, init_loc_fn, init_scale, create_plates)
         self._choice, self._make_fallback = structure, fallback
@@ -120,7 +114,7 @@ class StructuredGuide(BlockwiseGuide):
             prefers_joint: one Gaussian over all latents in place of layers, also for a network.
             requires_data: raise ValueError if no site is observed.
         """
-        check_values((*args, *kwargs.values()), "the model")
+        validation.check_values((*args, *kwargs.values()), "the model")
         if not self._base_model:
             raise RuntimeError(
                 "this guide was pickled before its first call, and pickles leave the model behind: "
@@ -261,7 +255,7 @@ class StructuredGuide(BlockwiseGuide):
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n samples of every latent, {site: [n, *shape]}."""
-        check_integer("n", as_number(n), 0)
+        validation.check_integer("n", validation.as_number(n), 0)
         samples = self._ready().sample(n)
         self._warn_of_laplace_samples()
         if self.fallback_sites:
