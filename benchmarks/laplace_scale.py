@@ -2,7 +2,7 @@
 
     python benchmarks/laplace_scale.py            # under ten minutes on one core
     python benchmarks/laplace_scale.py classes    # one of the cases below
-    python benchmarks/laplace_scale.py --smoke    # seconds, to check the set-up
+    python benchmarks/laplace_scale.py --smoke    # less of everything, to check the set-up
 
 Cases, each in a process of its own, on random data:
 
@@ -153,7 +153,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("case", nargs="?", choices=CASES, help="one case, in this process")
-    parser.add_argument("--smoke", action="store_true", help="seconds, to check the set-up")
+    parser.add_argument("--smoke", action="store_true", help="less, to check the set-up")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.case:
