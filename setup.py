@@ -9,7 +9,9 @@ PEERS = [  # what the benchmarks compare with
     "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
     "laplace-torch", "mlxtend",
 ]
-TEST = ["pytest", "pytest-xdist", "curvlinops-for-pytorch", *EXAMPLES]  # it runs the examples too
+TEST = [  # which runs the examples too
+    "pytest", "pytest-xdist", "hypothesis", "curvlinops-for-pytorch", *EXAMPLES,
+]
 
 setup(
     name="pyrocurv",

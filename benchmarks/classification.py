@@ -180,21 +180,35 @@ def save_checkpoint(path: Path, jobs: Sequence[Job], settings: dict[str, Any]) -
     """Write the jobs that have begun; an interruption leaves the old file or the new one."""
     begun = {job.name: job.state_dict() for job in jobs if job.epoch > 0}
     scratch = path.with_name(path.name + ".part")
-    torch.save({"settings": settings, "jobs": begun}, scratch)
-    os.replace(scratch, path)
+    try:
+        with scratch.open("wb") as file:
+            torch.save({"settings": settings, "jobs": begun}, file)
+            file.flush()
+            os.fsync(file.fileno())  # on disk before it takes the place of the old file
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, jobs: Sequence[Job], settings: dict[str, Any]) -> None:
     if not path.is_file():
         raise Refusal(f"--resume {path}: there is no such file")
-    saved = torch.load(path, weights_only=True)
+    try:
+        saved = torch.load(path, weights_only=True)
+        trained_with, states = {**saved["settings"]}, {**saved["jobs"]}
+    except Exception as error:  # of a zip file, a pickle or what it holds, whatever is wrong
+        reason = "empty, truncated or not a checkpoint of this program"
+        raise Refusal(f"--resume {path}: {reason} ({type(error).__name__})") from error
     for name, value in settings.items():
-        if saved["settings"][name] != value:
-            was = saved["settings"][name]
+        if (was := trained_with.get(name)) != value:
             raise Refusal(f"--resume {path}: it was trained with {name}={was}, not {value}")
     for job in jobs:
-        if job.name in saved["jobs"]:
-            job.load_state_dict(saved["jobs"][job.name])
+        if job.name in states:
+            try:
+                job.load_state_dict(states[job.name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+                raise Refusal(f"--resume {path}: {job.name} cannot continue: {reason}") from error
 
 
 def evaluate(job: Job, known: Labeled, unseen: Tensor, args: argparse.Namespace) -> Scores:

@@ -41,6 +41,7 @@ RETRACT = "tests/posterior/test_joint_update.py::test_"
 JOINT = "tests/infer/test_joint_step.py::test_"
 VI = "tests/optim/test_vi.py::test_"
 PARAMETERS = "tests/infer/test_ngvi_parameters.py::test_"
+TASKS = "tests/infer/test_sequential_tasks.py::test_"
 NN = "tests/nn/test_nn.py::test_"
 
 # {file of the package: (text that occurs once, its replacement, a test that fails)}
@@ -57,11 +58,11 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{NGVI}damping_never_shrinks_the_posterior"),
         ("delta / likelihood_weight + (initial", "delta + (initial",
          f"{NGVI}one_step_finds_the_exact_posterior"),
-        ("(initial_curvature + damping)", "initial_curvature",
+        ("weight + (initial_curvature + damping)", "weight + initial_curvature",
          f"{STEP}momentum_is_of_the_likelihood_gradient"),
         ("root = None if scaling is None else scaling.root", "root = None",
          f"{NGVI}per_input_priors_are_exact_in_kronecker_blocks"),
-        ("prior.precision / likelihood_weight\n", "prior.precision * likelihood_weight\n",
+        ("prior.diagonal / likelihood_weight\n", "prior.diagonal * likelihood_weight\n",
          f"{VI}ivon_is_its_equations"),
         ("estimate - old", "old - estimate", f"{VI}ivon_is_its_equations"),
         ("/ (2 * (old + share))", "/ (old + share)", f"{VI}ivon_is_its_equations"),
@@ -69,9 +70,10 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{NATURAL}a_diagonal_that_the_prior_no_longer_outweighs_starts_again"),
         ("bias_correction / likelihood_weight", "bias_correction * likelihood_weight",
          f"{NGVI}one_step_finds_the_exact_posterior"),
-        ("value = bias_correction / likelihood_weight", "value = 1 / likelihood_weight",
+        ("mean, bias_correction / likelihood_weight", "mean, 1 / likelihood_weight",
          f"{STEP}momentum_is_of_the_likelihood_gradient"),
-        ("prior.deviation(mean)", "mean", f"{NGVI}a_prior_with_a_mean"),
+        ("total.scale(1 / likelihood_weight)", "total",
+         f"{TASKS}two_halves_in_sequence_are_all_data_at_once"),
         ("math.sqrt(kl_clip / energy)", "kl_clip / energy", f"{STEP}the_clip_bounds_a_step"),
         ("energy / 100", "energy / 10",
          f"{NATURAL}momentum_is_at_most_ten_radii_of_the_trust_region"),
@@ -85,7 +87,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{STEP}momentum_is_of_the_likelihood_gradient"),
         ("state.hyperparameters.base_lr, state", "state.hyperparameters.lr, state",
          f"{PARAMETERS}the_trust_region_is_that_of_the_base_learning_rate"),
-        ("state, posterior.step)) ** 2", "state, posterior.step))",
+        ("dot * lr * lr", "dot * lr",
          f"{STEP}the_clip_bounds_a_step"),
         ("add_to(mean, -self.rate)", "add_to(mean, self.rate)",
          f"{NGVI}one_step_finds_the_exact_posterior"),
@@ -135,10 +137,25 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{PRIOR}kronecker_scalings_are_exact_for_products"),
         ("(output / 2).exp(), (input / 2).exp()", "(-output / 2).exp(), (input / 2).exp()",
          f"{PRIOR}kronecker_scalings_are_exact_for_products"),
-        ("precision.inverse_diag() + (loc - prior.loc).square()", "precision.inverse_diag()",
+        ("precision.inverse_diag() + self.deviation(mean).square()", "precision.inverse_diag()",
          f"{PRIOR}a_prior_to_a_power"),
+        ("self.deviation(weights), self.precision, value", "weights, self.precision, value",
+         f"{NGVI}a_prior_with_a_mean"),
         ("if prior is None or not (is_static and unchanged):", "if prior is None:",
          f"{PRIOR}a_cached_prior_holds_while_its_distributions_do"),
+    ],
+    "posterior/correlated_prior": [
+        ("trace_ratio(precision, self.precision) + ", "",
+         f"{TASKS}the_model_has_the_density_and_the_kl_of_the_prior"),
+        ("alpha=value", "alpha=1.0", f"{TASKS}independent_weights_under_a_correlated_prior"),
+        ("self.precision.scale(power)", "self.precision",
+         f"{TASKS}a_scaled_prior_is_a_power_of_the_density"),
+        ("value - len(self.loc) * self.power.log()", "value",
+         f"{TASKS}a_scaled_prior_is_a_power_of_the_density"),
+        ("torch.equal(index[0], index[0].sort().values)", "True",
+         f"{TASKS}the_posterior_of_a_joint_gaussian"),
+        ("scale.square().reciprocal()", "scale.reciprocal()",
+         f"{TASKS}the_part_of_the_fallback_guide"),
     ],
     "posterior/precision": [
         ("min(0.05, max(0.01, batch_fraction))) ** step", "min(0.05, max(0.01, batch_fraction)))",
@@ -169,6 +186,14 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("kernel).transpose(1, 2)", "kernel)", f"{BLOCK}strided_views"),
         ("weight = weight.transpose(-3, -2)", "pass", f"{CAPTURE}an_in_out_weight"),
         ("matrix.select(-1, -1)", "matrix.select(-1, 0)", f"{CAPTURE}packing"),
+    ],
+    "layers/weight_gaussian": [
+        ("packed[..., self.index.argsort()]", "packed[..., self.index]",
+         f"{TASKS}the_model_has_the_density_and_the_kl_of_the_prior"),
+        ("matrix[a][:, a] - matrix[a][:, b] @ schur", "matrix[a][:, a]",
+         f"{TASKS}the_posterior_of_a_joint_gaussian"),
+        ("index[rows.argsort()] =", "index[:] =",
+         f"{TASKS}two_halves_in_sequence_are_all_data_at_once"),
     ],
     "layers/block": [
         ("torch.cat(packed)", "torch.cat(packed[::-1])", f"{CAPTURE}partitions"),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrocurv.runtime.validation import check_integer, check_method, check_tensor
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
@@ -47,8 +49,9 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
         >>> ax.get_title()
         'ECE 0.3167'
     """
-    if bins < 1:
-        raise ValueError(f"bins={bins}: at least one bin is needed")
+    check_integer("bins", bins, 1)
+    if ax is not None:
+        check_method("ax", ax, "bar", "an Axes of matplotlib, or None,")
     probs = _check_probs(probs)
     labels = _check_labels(labels, probs)
     share, accuracy, gap = _calibration(probs, labels, bins)  # [bins] each
@@ -103,8 +106,9 @@ def uncertain_images(
         >>> [ax.get_xlabel() for ax in uncertain_images(images, probs, n=2)]
         ['0 (50 %)', '1 (70 %)']
     """
-    if n < 1:
-        raise ValueError(f"n={n}: at least one image is needed")
+    check_integer("n", n, 1)
+    if figure is not None:
+        check_method("figure", figure, "add_subplot", "a Figure of matplotlib, or None,")
     probs = _check_probs(probs)
     labels = None if labels is None else _check_labels(labels, probs)
     pictures = _check_images(images, probs)  # [N, H, W, 1 or 3]
@@ -144,6 +148,7 @@ def _calibration(probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tens
 
 
 def _check_probs(probs: Tensor) -> Tensor:
+    check_tensor("probs", probs)
     if probs.ndim != 2 or 0 in probs.shape:
         raise ValueError(f"probs has shape {list(probs.shape)}: [N, C] with N, C > 0 is needed")
     probs = probs.detach().cpu().double()
@@ -153,12 +158,14 @@ def _check_probs(probs: Tensor) -> Tensor:
 
 
 def _check_labels(labels: Tensor, probs: Tensor) -> Tensor:
+    check_tensor("labels", labels)
     if labels.shape != probs.shape[:1]:
         raise ValueError(f"labels has shape {list(labels.shape)} for {len(probs)} rows of probs")
     return labels.detach().cpu()
 
 
 def _check_images(images: Tensor, probs: Tensor) -> Tensor:
+    check_tensor("images", images)
     pictures = images.detach().cpu().float()
     if pictures.ndim == 3:
         pictures = pictures.unsqueeze(1)

@@ -11,8 +11,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; also of process
 import pyro  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 torch.set_num_threads(1)
+COMMON = settings(
+    deadline=None, database=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck]
+)
+settings.register_profile("short", COMMON, max_examples=900, derandomize=True)
+settings.register_profile("long", COMMON, max_examples=5000)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

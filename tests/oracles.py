@@ -120,16 +120,12 @@ def empirical(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> T
 
 
 def hessian(net: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
-    """sum_n d^2 -log p(y_n | f_n) / d theta d theta^T, [P, P]."""
-
-    @sdpa_kernel(SDPBackend.MATH)  # the others have no second derivative
-    def one(x: Tensor, y: Tensor) -> Tensor:
+    """d^2 sum_n -log p(y_n | f_n) / d theta d theta^T, [P, P]."""
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         gradient = flat_gradient(nll(likelihood, net(x), y).sum(), net, create_graph=True)
         if not gradient.requires_grad:  # linear in all weights
             return gradient.new_zeros(len(gradient), len(gradient))
         return torch.stack([flat_gradient(g, net) for g in gradient])
-
-    return sum_of(one(x, y) for x, y in zip(x.split(1), y.split(1), strict=True))
 
 
 def fisher_moments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import runpy
@@ -151,6 +152,63 @@ def test_resume_gives_the_scores_of_an_uninterrupted_run(
     assert "seed=0, not 1" in capsys.readouterr().err
 
 
+def pickled(value: object) -> bytes:
+    torch.save(value, file := io.BytesIO())
+    return file.getvalue()
+
+
+SETTINGS = {"lr": 0.1, "seed": 0}
+DAMAGED: dict[str, bytes] = {
+    "empty": b"",
+    "truncated": pickled({"settings": SETTINGS, "jobs": {"tiny": torch.zeros(500)}})[:900],
+    "text": b"epoch,loss\n1,0.5\n",
+    "pickle": pickle.dumps([1, 2]),
+    "state of a network": pickled(torch.nn.Linear(2, 2).state_dict()),
+    "list": pickled([1, 2]),
+    "other program": pickled({"settings": None, "jobs": 3}),
+    "job without parts": pickled({"settings": SETTINGS, "jobs": {"tiny": {"epoch": 3}}}),
+    "job that is no mapping": pickled({"settings": SETTINGS, "jobs": {"tiny": 1.0}}),
+    "other network": pickled({"settings": SETTINGS, "jobs": {"tiny": {
+        "parts": {"net": torch.nn.Linear(3, 2).state_dict()}, "epoch": 1,
+    }}}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(DAMAGED[name])
+    job = classification.Job(
+        "tiny", max, abs, {"net": torch.nn.Linear(2, 2)}, torch.Generator()  # type: ignore
+    )
+    with pytest.raises(data.Refusal) as caught:
+        classification.load_checkpoint(path, [job], SETTINGS)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert job.epoch == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is on disk before it takes the old one's place."""
+    path, synced = tmp_path / "checkpoint.pt", []
+    fsync = os.fsync
+
+    def full_disk(descriptor: int) -> None:
+        synced.append(path.exists())
+        if path.exists():
+            raise OSError("no space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    classification.save_checkpoint(path, [], SETTINGS)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="no space"):
+        classification.save_checkpoint(path, [], {"seed": 1})
+    assert synced == [False, True] and path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 @pytest.mark.parametrize(
     "arguments, hint",
     [
@@ -158,6 +216,7 @@ def test_resume_gives_the_scores_of_an_uninterrupted_run(
         (["--dataset", "cifar10"], "--download"),
         (["--dataset", "mnist", "--guide", "full"], "use kfac"),
         (["--resume", "nowhere.pt"], "nowhere.pt"),
+        (["--resume", "empty.pt"], "empty, truncated or not a checkpoint of this program"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused_in_one_line(
@@ -168,10 +227,11 @@ def test_requests_that_cannot_be_met_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("empty.pt").touch()
     assert classification.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and hint in err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.pt"]
 
 
 def test_fashion_mnist_from_its_own_files(tmp_path: Path) -> None:

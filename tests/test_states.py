@@ -319,3 +319,35 @@ def test_a_guide_that_has_no_blocks_yet_refuses_at_its_first_call() -> None:
     with pytest.raises(ValueError, match="the loaded guide has weights .* the model"):
         ngvi.guide(X, Y)
     assert not differences(before, case.state())
+
+
+TARGETS: dict[str, Callable[[], Case]] = {
+    "guide": guide_case, "guide before its first call": lambda: guide_case(0),
+    "mixture": mixture_case, "NGVI": trainer_case, "second order": optimizer_case,
+    "variational": lambda: optimizer_case(VIOptimizer),
+}
+SOMETHING: tuple[Any, ...] = (None, [], "checkpoint.pt", 3, torch.zeros(2), small(), {1: 2})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_no_state_changes_nothing(target: str) -> None:
+    case = TARGETS[target]()
+    before = case.state()
+    for value in SOMETHING:
+        with pytest.raises((TypeError, ValueError), match="state"):
+            case.target.load_state_dict(value)
+    assert not differences(before, case.state())
+
+
+@pytest.mark.parametrize(("target", "key"), [
+    ("NGVI", "stream"), ("NGVI", "posterior"), ("NGVI", "optimizer"), ("NGVI", "auxiliary"),
+    ("second order", "param_groups"), ("second order", "posterior"), ("variational", "stream"),
+    ("variational", "left_out"), ("guide", "_extra_state"), ("mixture", "_extra_state"),
+])
+def test_a_state_with_a_wrong_value_in_it_changes_nothing(target: str, key: str) -> None:
+    case = TARGETS[target]()
+    before = case.state()
+    for value in ("x", 3, {"kind": "Posterior"}, [1], {"version": "new"}):
+        with pytest.raises(ValueError, match="the state "):
+            case.target.load_state_dict({**case.target.state_dict(), key: value})
+    assert not differences(before, case.state())

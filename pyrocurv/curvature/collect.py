@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import singledispatch
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from pyrocurv.curvature.hessian import hessians
@@ -14,9 +15,11 @@ from pyrocurv.curvature.likelihood import ExampleSelection, LikelihoodTerm
 from pyrocurv.curvature.output_gradients import pullback
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers import structure_spec
+from pyrocurv.layers.batch_axis import mixing_calls
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.calls import LayerCall, MixedRowsCall, OpCall
 from pyrocurv.layers.structure_spec import KroneckerSpec, StructureSpec
+from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 
@@ -27,6 +30,20 @@ class ForwardPass(NamedTuple):
     terms: Sequence[LikelihoodTerm]
     calls: Sequence[LayerCall]
     rows: int
+
+    def with_mixed_rows(self) -> ForwardPass:
+        """With a backward pass for each example where as many rows affect other examples.
+
+        Two backward passes find out, unless the graph keeps rows apart in an obvious way.
+        """
+        log_probs = [term.log_prob(term.value) for term in self.terms]
+        of_each = [p for p in log_probs if p.shape[:1] == (self.rows,)]
+        densities = [p.reshape(self.rows, -1).sum(1) for p in of_each]
+        calls = [c for c in self.calls if isinstance(c, OpCall) and c.batch_size == self.rows]
+        if not densities or self.rows == 1:
+            return self
+        mixing = {id(call) for call in mixing_calls(calls, torch.stack(densities).sum(0))}
+        return self._replace(calls=by_example(self.calls, self.rows, mixing)) if mixing else self
 
 
 class BlockStatistics(Protocol):
@@ -85,28 +102,56 @@ def collect(
     are iterated over, so that the rows of one layer are in memory at a time. No gradient is taken
     onto the ops of other layers.
 
-    Raises ValueError for a layer that does not read the batch as its first axis.
+    A layer whose rows are not the examples takes a backward pass for each example, with a warning.
+
+    Raises ValueError for Kronecker factors of a Hessian of such a layer.
     """
     layers = {layer for block in blocks for layer in block.layers}
     calls = [call for call in forward.calls if call.layer in layers]
-    check_batch(calls, forward.rows)
+    calls = by_example(calls, forward.rows)
+    if spec.kind == "hessian":
+        _check_hessian(blocks, calls)
     examples = ExampleSelection.of(forward.terms, count)
     if examples.size == 0:
         return 0, ()
     if spec.kind == "hessian":
         return examples.size, hessians(blocks, forward.terms, calls, examples, spec.num_samples)
-    gradients = pullback(spec.kind, forward.terms, calls, count, spec.num_samples)
+    gradients = pullback(
+        spec.kind, forward.terms, calls, count, spec.num_samples, forward.rows
+    )
     return examples.size, (
         gradient_statistics(block, calls, gradients, examples) for block in blocks
     )
 
 
-def check_batch(calls: Sequence[LayerCall], batch_size: int) -> None:
-    """Raise ValueError for a layer whose input does not have the examples as its first axis."""
+def by_example(
+    calls: Sequence[LayerCall], batch_size: int, mixing: Container[int] = ()
+) -> list[LayerCall]:
+    """The calls, with those whose rows are not the examples by a backward pass for each example.
+
+    These have another number of rows, or are `mixing` (ids).
+    """
+    mixed = {id(c) for c in calls if c.batch_size != batch_size or id(c) in mixing}
+    if mixed:
+        names = ", ".join(dict.fromkeys(c.layer.weight for c in calls if id(c) in mixed))
+        warn_user(
+            f"{names}: the rows of the layer's input are not the examples, so that its curvature "
+            "takes a backward pass for each example"
+        )
+    return [
+        MixedRowsCall(call, batch_size) if id(call) in mixed and isinstance(call, OpCall) else call
+        for call in calls
+    ]
+
+
+def _check_hessian(blocks: Sequence[Block], calls: Sequence[LayerCall]) -> None:
+    """Raise ValueError for Kronecker factors of a Hessian in rows that are not the examples."""
+    kronecker = {b.layers[0] for b in blocks if b.structure.is_kronecker}
     for call in calls:
-        if call.batch_size != batch_size:
+        if isinstance(call, MixedRowsCall) and call.layer in kronecker:
             raise ValueError(
-                f"{call.layer.weight!r} reads {call.batch_size} rows where there are {batch_size} "
-                "examples: keep the batch as the first axis of the layer's input, other axes "
-                "behind it"
+                f"{call.layer.weight!r} reads {call.inner.batch_size} rows where there are "
+                f"{call.batch_size} examples, and curvature='hessian' has no Kronecker factors "
+                "there: use 'ggn' or 'fisher', a dense or diagonal structure for this layer, or "
+                "keep the batch as the first axis of its input"
             )

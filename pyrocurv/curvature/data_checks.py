@@ -2,7 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pyrocurv.layers.calls import LayerCall, OpCall
 from pyrocurv.runtime.user_warnings import warn_user
+
+LARGEST = 50.0  # root mean square of a feature
+SMALLEST = 0.1  # root of the mean squared length of an input
+MAX_ROWS = 32  # examples that are looked at
+
+
+@torch.no_grad()
+def check_input_scale(calls: Iterable[LayerCall]) -> None:
+    """Warn if the data that a network reads are far from unit scale.
+
+    With features of size 1e6, a single one even or an offset, training goes nowhere without an
+    error: the damping, the initial curvature and priors of variance 1/fan_in are made for inputs of
+    size 1. Only layers that read data are looked at: other inputs have a gradient.
+    """
+    sizes: dict[str, float] = {}
+    for call in calls:
+        if isinstance(call, OpCall) and _reads_data(call):
+            rows = call.input_rows(min(MAX_ROWS, call.batch_size)).float()
+            features = rows.shape[-1] - (call.layer.bias is not None)
+            squares = rows[..., :features].square().mean((-3, -2))  # [*lead, I]
+            size = float(squares.amax().sqrt())
+            if size > LARGEST or 0 < float(squares.sum(-1).amax().sqrt()) < SMALLEST:
+                sizes[call.layer.name] = size
+    if sizes:
+        layers = ", ".join(f"{name} ({size:.0e})" for name, size in sizes.items())
+        warn_user(
+            f"inputs far from unit scale may not train: the root mean square of the largest "
+            f"feature is given for {layers}; standardize the features, (x - mean) / std"
+        )
+
+
+def _reads_data(call: OpCall) -> bool:
+    """Whether a layer multiplies floating-point data by its weight."""
+    input: Tensor = call.record.input
+    is_product = call.layer.orientation in ("out_in", "in_out")
+    return is_product and input.is_floating_point() and not input.requires_grad
 
 
 class DatasetSizeCheck:

@@ -8,7 +8,7 @@ from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.hessian import twice_differentiable
@@ -24,10 +24,16 @@ from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar
 from pyrocurv.layers.block import Block, BlockIndices, make_blocks
 from pyrocurv.layers.calls import LayerCall, UntracedWeight
 from pyrocurv.layers.capture import Capture
-from pyrocurv.layers.structure_selection import StructureChoice, select_structures
+from pyrocurv.layers.structure_selection import (
+    StructureChoice,
+    check_structure,
+    select_structures,
+)
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
+from pyrocurv.runtime.validation import check_inputs, check_module, check_tensor
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
 
@@ -51,6 +57,7 @@ def _(structure: EKFAC, block: Block, statistics: BlockStatistics) -> Structure:
     return statistics.eigenvalues(statistics.kronecker(structure.sharing).eigen(ranks))
 
 
+@outside_inference_mode
 def estimate(
     net: nn.Module,
     x: Tensor,
@@ -103,6 +110,8 @@ def estimate(
             which are valid classes; a likelihood whose first axis is not the batch; an empty batch;
             a parameter without a gradient, or no parameter; a likelihood without a closed form for
             "ggn".
+        TypeError: an argument of another kind than above.
+        FloatingPointError: an output of the network is not finite.
 
     Reference: Martens 2020, arXiv:1412.1193, for the kinds; `KFAC` and `EKFAC` for the factors.
 
@@ -114,6 +123,10 @@ def estimate(
         >>> matrix.dense().shape
         torch.Size([8, 8])
     """
+    check_module("net", net)
+    check_inputs("x", x)
+    check_tensor("y", y)
+    check_structure(structure)
     curvature, distribution = as_curvature(curvature), as_likelihood(likelihood)
     if curvature.uses_sample_gradients:
         raise ValueError(
@@ -121,12 +134,17 @@ def estimate(
         )
     parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not parameters:
-        raise ValueError("no parameter of the network has requires_grad")
-    if y.shape[:1] == (0,):
-        raise ValueError("the batch has no examples")
+        raise ValueError("net: no parameter of the network has requires_grad")
+    check_differentiable(net.modules())
+    for name, value in (("x", x), ("y", y)):
+        if isinstance(value, Tensor) and value.shape[:1] == (0,):
+            raise ValueError(f"{name}: the batch has no examples")
     twice = twice_differentiable if curvature.kind == "hessian" else nullcontext
     with twice(), torch.enable_grad(), Capture(dict(parameters)) as capture:
         output = net(x)
+    tensors = [part for part in tree_leaves(output) if isinstance(part, Tensor)]
+    if not all(bool(part.isfinite().all()) for part in tensors):
+        raise FloatingPointError("the network's output at x is not finite")
     device = next(iter(parameters.values())).device
     with torch.enable_grad(), disable_autocast(device):
         term = likelihood_term(distribution(tree_map(to_single_precision, output)), y, output)

@@ -16,7 +16,7 @@ from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, c
 from pyrocurv.curvature.running_average import average, eigenbasis
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures import Dense, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 NO_EXAMPLE = "the mask leaves no example to compute the curvature from"
@@ -59,17 +59,19 @@ class CurvatureSum:
         basis = eigenbasis(self.block, self.mean, self.scaling)
         return CurvatureSum(self.block, self.scaling, basis=basis)
 
-    def total(self) -> Structure:
+    def total(self, kind: str) -> Structure:
         """The sum over the data, positive semi-definite; Kronecker factors are scaled by the prior.
 
-        The negative part of a Hessian is left out.
+        The negative part of a Hessian is left out. Other kinds are sums of squares: a dense matrix
+        has no negative part.
         """
         if self.mean is None:
             raise ValueError(NO_EXAMPLE)
         mean = self.mean
         if isinstance(mean, Kronecker):
             mean = eigenbasis(self.block, mean, self.scaling)
-        return mean.scale(self.count).psd()
+        total = mean.scale(self.count)
+        return total if kind != "hessian" and isinstance(total, Dense) else total.psd()
 
 
 def accumulate(
@@ -77,8 +79,8 @@ def accumulate(
 ) -> list[CurvatureSum]:
     """The sums with all examples of one more batch, which stands for `num_data` data points.
 
-    Of `spec`, only `kind` and `num_samples` are used. Raises ValueError for a layer that does not
-    read the batch as its first axis.
+    Of `spec`, only `kind` and `num_samples` are used. Raises ValueError for Kronecker factors of
+    the Hessian of a layer whose rows are not the examples.
     """
     count, statistics = collect(spec, [total.block for total in sums], forward, forward.rows)
     if count == 0:

@@ -24,6 +24,8 @@ from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
 from pyrocurv.structures.kronecker_eigen import multiplicities, squared_projections
 from pyrocurv.structures.rescaled import KroneckerScaling
 
+MAX_ELEMENTS = 2**22  # of the Jacobians that one product sums over
+
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
@@ -128,8 +130,12 @@ class GradientStatistics:
 
     def dense(self) -> Dense:
         """C itself."""
-        products = (jacobian.mT @ jacobian for jacobian in self.jacobians())
-        return Dense(functools.reduce(torch.add, products))
+        total: Tensor | None = None
+        for rows in _batched(self.jacobians()):
+            total = rows.mT @ rows if total is None else total.addmm_(rows.mT, rows)
+        if total is None:
+            raise ValueError("a block without weights has no matrix")
+        return Dense(total)
 
     def diagonal(self) -> Diagonal:
         """diag C, exactly."""
@@ -207,6 +213,18 @@ def _per_unit(statistics: LayerStatistics) -> LayerStatistics:
     """
     a = statistics.g.mT @ statistics.a
     return LayerStatistics(a, a.new_ones(1, *a.shape[1:-1], 1))
+
+
+def _batched(jacobians: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The Jacobians [B, P] of some vectors at a time, as rows of one matrix."""
+    kept: list[Tensor] = []
+    for jacobian in jacobians:
+        kept.append(jacobian)
+        if jacobian.numel() * len(kept) >= MAX_ELEMENTS:
+            yield torch.cat(kept)
+            kept = []
+    if kept:
+        yield torch.cat(kept)
 
 
 def _num_vectors(layers: Sequence[Sequence[LayerStatistics]]) -> int:

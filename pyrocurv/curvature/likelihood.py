@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.validation import check_choice, check_distribution
 
 Likelihood = str | Callable[[Tensor], Distribution]
 
@@ -73,8 +75,13 @@ def _masked_positions(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | N
 
 
 def _unmasked_examples(terms: Sequence[LikelihoodTerm], count: int) -> Tensor | None:
-    """The examples that at least one term does not mask; None if a term has no mask."""
+    """The examples that at least one term does not mask; None if a term has no mask.
+
+    None also for terms of different rows, which are not the same examples.
+    """
     masks = [torch.as_tensor(term.mask) for term in terms if term.mask is not None]
+    if len({term.likelihood.batch_shape[:1] for term in terms}) > 1:
+        return None
     if len(masks) < len(terms) or not all(mask.dim() for mask in masks):
         return None
     unmasked = [
@@ -108,13 +115,17 @@ LIKELIHOODS: dict[str, Callable[[Tensor], Distribution]] = {
 def as_likelihood(likelihood: Likelihood) -> Callable[[Tensor], Distribution]:
     """The function output -> `Distribution` of a name in the table, or of such a function."""
     if callable(likelihood):
-        return lambda output: _independent(likelihood(output))
-    if likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"likelihood={likelihood!r}: choose one of {', '.join(LIKELIHOODS)}, "
-            "or give a callable output -> Distribution"
-        )
+        return partial(_distribution, likelihood)
+    other = ", or give a callable output -> Distribution"
+    check_choice("likelihood", likelihood, LIKELIHOODS, other)
     return LIKELIHOODS[likelihood]
+
+
+def _distribution(likelihood: Callable[[Any], Distribution], output: Any) -> Distribution:
+    """The distribution that a user's likelihood returns; TypeError if it is none."""
+    returned = likelihood(output)
+    check_distribution("the value of likelihood", returned)
+    return _independent(returned)
 
 
 def to_single_precision(output: Any) -> Any:

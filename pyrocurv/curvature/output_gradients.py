@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from pyrocurv.curvature.fisher_information import root
 from pyrocurv.curvature.likelihood import LikelihoodTerm
-from pyrocurv.layers.calls import LayerCall, OpCall, UntracedWeight
+from pyrocurv.layers.calls import LayerCall, MixedRowsCall, OpCall, UntracedWeight
 
 
 def _ggn(term: LikelihoodTerm, num_samples: int) -> Iterator[Tensor]:
@@ -73,9 +74,9 @@ VECTORS: dict[str, Callable[[LikelihoodTerm, int], Iterator[Tensor]]] = {
 
 def pullback(
     kind: str, terms: Sequence[LikelihoodTerm], calls: Sequence[LayerCall], count: int,
-    num_samples: int,
+    num_samples: int, rows: int,
 ) -> list[Tensor]:
-    """Output gradients of the first `count` examples, one [K, *lead, count, S, O] for each call.
+    """Output gradients of the first `count` of `rows` examples, one [K, *lead, count, S, O] a call.
 
     The graph is kept, and no `.grad` is changed. Raises ValueError for a `pyro.factor`, which has
     no distribution, if the kind needs one.
@@ -85,21 +86,36 @@ def pullback(
             f"curvature={kind!r} is of a likelihood, and a factor is none: use 'hessian' or "
             "'empirical'"
         )
-    scalars = (scalar for term in terms for scalar in VECTORS[kind](term, num_samples))
+    scalars = (
+        part for term in terms for scalar in VECTORS[kind](term, num_samples)
+        for part in _of_other_rows(scalar, count, rows)
+    )
     return pull(scalars, calls, count)
+
+
+def _of_other_rows(scalar: Tensor, count: int, rows: int) -> Sequence[Tensor]:
+    """The scalar; in parts of `count` where a likelihood has other rows than the `rows` examples.
+
+    Of those, as of the examples, the first count/rows are taken.
+    """
+    if not scalar.dim() or len(scalar) == rows:
+        return (scalar,)
+    share = len(scalar) * count / rows
+    taken = math.ceil(share)
+    return (scalar[:taken] * math.sqrt(share / taken)).split(count)
 
 
 def pull(scalars: Iterable[Tensor], calls: Sequence[LayerCall], count: int) -> list[Tensor]:
     """The same for K vectors that are given as scalars of each example, [B] or one for all."""
     traced = [call for call in calls if isinstance(call, OpCall)]
-    untraced = [call for call in calls if isinstance(call, UntracedWeight)]
-    ordered: list[LayerCall] = [*traced, *untraced]
+    others = [call for call in calls if not isinstance(call, OpCall)]
+    ordered: list[LayerCall] = [*traced, *others]
     rows: dict[int, list[Tensor]] = {id(call): [] for call in calls}
     for scalar in scalars:
         if not scalar.requires_grad:
             continue
         gradients = [
-            *_output_gradients(scalar, traced, count), *_example_gradients(scalar, untraced, count)
+            *_output_gradients(scalar, traced, count), *_example_gradients(scalar, others, count)
         ]
         for call, gradient in zip(ordered, gradients, strict=True):
             rows[id(call)].append(call.output_gradient_rows(gradient, count))
@@ -121,16 +137,26 @@ def _output_gradients(
 
 
 def _example_gradients(
-    scalar: Tensor, calls: Sequence[UntracedWeight], count: int
+    scalar: Tensor, calls: Sequence[UntracedWeight | MixedRowsCall], count: int
 ) -> Sequence[Tensor]:
-    """The gradients [count, P] of each example, in one backward pass for each."""
+    """The gradients of each example, [count, *shape], in one backward pass for each."""
     if not calls:
         return []
     if not scalar.dim():
-        raise ValueError("weights that no supported op consumes need a density for each example")
-    tensors = [call.tensor for call in calls]
+        raise ValueError(
+            "weights that no supported op consumes, or not by examples, need a density for each "
+            "example"
+        )
+    edges = [
+        call.edge if isinstance(call, MixedRowsCall) else get_gradient_edge(call.tensor)
+        for call in calls
+    ]
     rows = [
-        torch.autograd.grad(example.sum(), tensors, retain_graph=True, materialize_grads=True)
+        torch.autograd.grad(example.sum(), edges, retain_graph=True, allow_unused=True)
         for example in scalar[:count]
     ]
-    return [torch.stack([g.flatten() for g in column]) for column in zip(*rows, strict=True)]
+    columns = zip(*rows, *[[None] * len(calls)] * (count - len(rows)), strict=True)
+    return [
+        torch.stack([call.zeros() if g is None else g for g in column])
+        for call, column in zip(calls, columns, strict=True)
+    ]

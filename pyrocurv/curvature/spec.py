@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyrocurv.curvature.update_interval import START, UpdateInterval
-from pyrocurv.runtime.validation import check_integer, is_number
+from pyrocurv.runtime.validation import (
+    check_choice,
+    check_fraction,
+    check_integer,
+    check_is,
+    check_nonnegative,
+)
 
 KINDS = ("hessian", "ggn", "fisher", "empirical")
 PRICE = "noise"  # the diagonal of the Hessian by Price's theorem
@@ -63,19 +69,13 @@ class Curvature:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, PRICE):
-            raise ValueError(
-                f"curvature={self.kind!r}: choose one of {', '.join(KINDS)} or, for diagonal "
-                f"posteriors, {PRICE}"
-            )
+        check_choice("curvature", self.kind, (*KINDS, PRICE), " (the last for diagonal posteriors)")
         check_integer("every", self.every, 1, "auto", "schedule")
         check_integer("eigen_every", self.eigen_every, 1)
         check_integer("batch", self.batch, 1, None)
         check_integer("num_samples", self.num_samples, 1)
-        if not (is_number(self.decay) and 0 <= self.decay < 1):
-            raise ValueError(f"decay={self.decay!r}: a number in [0, 1) is needed")
-        if not (is_number(self.initial) and self.initial >= 0):
-            raise ValueError(f"initial={self.initial!r}: a number of at least 0 is needed")
+        check_fraction("decay", self.decay)
+        check_nonnegative("initial", self.initial)
 
     @property
     def uses_sample_gradients(self) -> bool:
@@ -111,6 +111,5 @@ def as_curvature(curvature: str | Curvature) -> Curvature:
     """The curvature; a string is short for `Curvature(kind)`."""
     if isinstance(curvature, str):
         return Curvature(curvature)
-    if not isinstance(curvature, Curvature):
-        raise TypeError(f"curvature: a name or a Curvature is needed, got {curvature!r}")
+    check_is("curvature", curvature, Curvature, "a name or a Curvature")
     return curvature

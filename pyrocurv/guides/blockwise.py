@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyrocurv.guides.families import family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
-from pyrocurv.guides.partition import check_layout
+from pyrocurv.guides.partition import check_layout, describe_empty
 from pyrocurv.guides.task_posterior import guide_parts
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
@@ -40,6 +40,7 @@ class BlockwiseGuide(ParamStoreGuide):
         self.sites: dict[str, tuple[int, ...]] = {}  # shapes of the unconstrained tensors
         self.fallback_sites: tuple[str, ...] = ()
         self._excluded: dict[str, str] = {}  # fallback sites that are "point" or "frozen"
+        self._unsupported: dict[str, str] = {}  # reasons why other fallback sites are there
         self.is_joint = False  # one block over all latents of a model, unconstrained
         self._latents: dict[str, UnconstrainedLatent] = {}  # empty until the transforms are known
         self.is_laplace = False  # the precision is the curvature at a mode
@@ -107,18 +108,11 @@ class BlockwiseGuide(ParamStoreGuide):
     @property
     def no_gaussian_reason(self) -> str:
         """The reason why no latent has a Gaussian, if none has."""
-        others = [name for name in self.fallback_sites if name not in self._excluded]
-        reasons = {
-            'structure= leaves out, as "point" or "frozen"': [*self._excluded],
-            "the fallback guide has, as no supported op consumes them as weights": others,
+        others = {
+            name: self._unsupported.get(name, "no weight of a layer")
+            for name in self.fallback_sites if name not in self._excluded
         }
-        remedy = "" if self._excluded else (
-            "; for a model without a network, FullGuide or DiagonalGuide under "
-            "NGVI(curvature='hessian') has a Gaussian over all latents"
-        )
-        return "no latent has a Gaussian here: " + "; ".join(
-            f"{reason} {', '.join(names)}" for reason, names in reasons.items() if names
-        ) + remedy
+        return describe_empty(others, self._excluded, self.structure)
 
     def constrain(
         self, unconstrained: Mapping[str, Tensor]

@@ -21,7 +21,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Structure
 from pyrocurv.structures.kronecker_eigen import outer
-from pyrocurv.structures.linalg import scale_tril
+from pyrocurv.structures.linalg import at_least_single, scale_tril
 
 
 class Family(PyroModule):
@@ -90,10 +90,13 @@ class DenseFamily(Family):
         )
 
     def distribution(self) -> Distribution:
+        if at_least_single(self.loc) is not self.loc:  # torch's has no densities of half precision
+            return StructuredNormal(self.loc, self.precision())
         return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
 
     def precision(self) -> Dense:
-        return Dense(torch.cholesky_inverse(self.scale_tril))
+        root = self.scale_tril
+        return Dense(torch.cholesky_inverse(at_least_single(root)).to(root.dtype))
 
     def encode(self, precision: Structure) -> dict[str, Tensor]:
         transform = torch.distributions.transform_to(constraints.lower_cholesky)

@@ -13,12 +13,15 @@ from pyro.infer.autoguide.initialization import (
     init_to_sample,
     init_to_uniform,
 )
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrocurv.guides.partition import LatentPartition
 from pyrocurv.handlers.sites import TraceSite, is_real
+from pyrocurv.handlers.support import outside_support
 from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.validation import check_distribution, check_is, check_tensor
 
 MAX_UNCONSTRAINED = 30.0  # size of an unconstrained value beyond which a median is not used
 
@@ -26,12 +29,15 @@ MAX_UNCONSTRAINED = 30.0  # size of an unconstrained value beyond which a median
 def init_to_network(site: TraceSite) -> Tensor:
     """Initialize to the weight that `bayesianize` replaced (its prior's `initial`).
 
-    Other weights are sampled. Scales and single numbers are initialized to their medians: priors of
+    Where the prior rules that out, a negative number for instance, it is the prior's median. Other
+    weights are sampled. Scales and single numbers are initialized to their medians: priors of
     weights may depend on them, and a sample from a heavy tail would fix those for good.
     """
+    check_is("site", site, Mapping, "a site of a trace, a mapping,")
+    check_distribution('site["fn"]', site.get("fn"))
     initial = getattr(site["fn"], "initial", None)
     if initial is not None:
-        return initial.detach()
+        return _inside_support(site, initial.detach())
     fn = site["fn"]
     is_weight = is_real(site) and (fn.batch_shape + fn.event_shape).numel() > 1
     if is_weight or fn.support.is_discrete:
@@ -53,6 +59,25 @@ def init_to_prior_median(site: TraceSite) -> Tensor:
     u = biject_to(site["fn"].support).inv(median)
     limit = torch.inf if is_real(site) else MAX_UNCONSTRAINED
     return median if bool((u.abs() < limit).all()) else init_to_feasible(site)
+
+
+def _inside_support(site: TraceSite, value: Tensor) -> Tensor:
+    """The value, or the prior's median where the value is not in the prior's support."""
+    outside = outside_support(site, value)
+    return value if outside is None else torch.where(outside, init_to_prior_median(site), value)
+
+
+def checked_value(init_fn: Callable[[TraceSite], Tensor], site: TraceSite) -> Tensor:
+    """The initial value that `init_loc_fn` gives a site.
+
+    Raises TypeError if it is no tensor, ValueError for a shape that the site has not.
+    """
+    value = init_fn(site)
+    name = f"the value of init_loc_fn for site {site['name']!r}"
+    check_tensor(name, value)
+    if value.shape != (shape := site["fn"].shape()):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, the site {tuple(shape)}")
+    return value
 
 
 def init_near_median(site: TraceSite) -> Tensor:
@@ -84,7 +109,34 @@ def _traced_value(site: TraceSite) -> Tensor:
     return site["value"]
 
 
-class InitSelected(InitMessenger):
+def fallback_model(
+    model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor], names: Container[str],
+    at_median: bool,
+) -> Callable[..., Any]:
+    """The model of a fallback guide, whose latents a user's function initializes, or the median."""
+    if init_loc_fn is not init_to_network:
+        return InitSelected(init_loc_fn, names)(model)
+    return InitSelected(init_to_prior_median, names)(model) if at_median else model
+
+
+class InitInside(InitMessenger):
+    """`InitMessenger` that raises ValueError for a start outside of the support of a prior."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        value = msg["value"]
+        if value is None or msg["is_observed"] or site_is_subsample(msg):
+            return
+        outside = outside_support(msg, value)
+        if outside is not None:
+            found = (value[outside] if outside.dim() else value).flatten()[:3].tolist()
+            raise ValueError(
+                f"init_loc_fn: latent {msg['name']!r} has its values in {msg['fn'].support}, and "
+                f"would start at {found}"
+            )
+
+
+class InitSelected(InitInside):
     """Initializes the latents in `names` by a function of the site.
 
     Latents that an `init_to_value` with a default fallback does not name are left alone, as are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro import distributions as dist
@@ -14,6 +15,7 @@ from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.layers.block import BlockIndices
 from pyrocurv.posterior.prior import Prior, kl
+from pyrocurv.runtime.validation import check_is, shown
 from pyrocurv.structures import BlockDiagonal
 from pyrocurv.structures.serialization import map_tensors
 
@@ -45,12 +47,11 @@ class BlockwisePosterior:
 
     def quantiles(self, levels: float | Sequence[float]) -> dict[str, Tensor]:
         """{site: [len(levels), *shape]}; ValueError for a level outside of [0, 1]."""
-        if not bool(((0 <= torch.as_tensor(levels)) & (torch.as_tensor(levels) <= 1)).all()):
-            raise ValueError(f"quantiles: numbers in [0, 1] are needed, got {levels}")
+        column = _column(levels)  # [L]
         quantiles = {}
         for name, latent in self.latents.items():
             marginal = self._unconstrained_marginal(name)
-            column = torch.as_tensor(levels).to(marginal.loc)
+            column = column.to(marginal.loc)
             u = marginal.icdf(column.reshape(-1, *[1] * marginal.loc.dim()))
             quantiles[name] = latent.transform(u)
         return quantiles
@@ -70,6 +71,7 @@ class BlockwisePosterior:
         ]).sum()
 
     def _unconstrained_marginal(self, site: str) -> dist.Normal:
+        check_is("site", site, str, "the name of a site")
         for family in self.families:
             if site in family.block.tensors:
                 scale = family.block.unpack(family.precision().inverse_diag().sqrt())[site]
@@ -82,3 +84,15 @@ class BlockwisePosterior:
         for family, vector in zip(self.families, packed, strict=True):
             unconstrained.update(family.block.unpack(vector))
         return {n: latent.transform(unconstrained[n]) for n, latent in self.latents.items()}
+
+
+def _column(levels: Any) -> Tensor:
+    """Quantile levels as a tensor [L]; ValueError for what is no number in [0, 1]."""
+    try:
+        column = torch.as_tensor(levels).detach().cpu().double().reshape(-1)
+        is_level = bool(((column >= 0) & (column <= 1)).all())
+    except (TypeError, ValueError, RuntimeError):  # NotImplementedError of meta tensors too
+        is_level = False
+    if not is_level:
+        raise ValueError(f"quantiles: numbers in [0, 1] are needed, got {shown(levels)}")
+    return column

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrocurv.guides.param_store import all_or_nothing
 from pyrocurv.handlers.modules import named_modules
+from pyrocurv.runtime.validation import as_number, check_integer, check_iterable
 
 PREDICTION_ONLY = (
     "a MixtureGuide is for prediction: train its guides separately, and then mix them"
@@ -58,6 +59,7 @@ class MixtureGuide(nn.Module):
 
     def __init__(self, guides: Iterable[Any]) -> None:
         super().__init__()
+        check_iterable("guides", guides, "a list of guides")
         guides = list(guides)
         for guide in guides:
             if not (isinstance(guide, nn.Module) and hasattr(guide, "sample_posterior")):
@@ -111,6 +113,7 @@ class MixtureGuide(nn.Module):
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n independent draws of every latent, {site: [n, *shape]}."""
+        check_integer("n", as_number(n), 0)
         self._check_sites()
         index = torch.randint(len(self.components), (n,))  # of the component of each draw
         counts = index.bincount(minlength=len(self.components)).tolist()

@@ -10,6 +10,7 @@ class whose shapes they fit.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +20,15 @@ from typing import Any, ClassVar
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocurv.guides.initialization import InitInside, checked_value
 from pyrocurv.guides.store_entries import (
     Slot,
     forget_dead_guides,
     guide_names,
+    has_entries,
     mismatch,
     owned_names,
     register,
@@ -34,8 +36,10 @@ from pyrocurv.guides.store_entries import (
 )
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.handlers.sites import TraceSite
+from pyrocurv.runtime.inference_mode import outside_inference_mode, without_inference_tensors
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_state_dict, reading_state
 
 
 class ParamStoreGuide(AutoGuide):
@@ -50,7 +54,8 @@ class ParamStoreGuide(AutoGuide):
         self, model: Callable[..., Any], init_loc_fn: Callable[[TraceSite], Tensor],
         create_plates: Callable[..., Any] | None,
     ) -> None:
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        checked = functools.partial(checked_value, init_loc_fn)
+        super().__init__(InitInside(checked)(model), create_plates=create_plates)
         self.times_restored = 0  # how often the store had other values
         self._set_unique_name()
         self.register_load_state_dict_post_hook(clear_param_store)
@@ -101,11 +106,12 @@ class ParamStoreGuide(AutoGuide):
             name: shapes for name, shapes in guide_names(type(self).__name__).items() if shapes
         }
         for name, shapes in orphans.items():
-            if expected.items() <= shapes.items():
+            is_fallback = all(parameter.startswith("fallback.") for parameter in shapes)
+            if expected.items() <= shapes.items() and (expected or is_fallback):
                 self._rename(name)
                 return
         for name, shapes in orphans.items():
-            if expected.keys() <= shapes.keys():
+            if expected and expected.keys() <= shapes.keys():
                 raise ValueError(mismatch(name, expected, shapes))
         self._rename(self._free_name())
         if orphans:
@@ -117,22 +123,26 @@ class ParamStoreGuide(AutoGuide):
     def _leave_name_of_others(self) -> bool:
         """Take a free name if another living guide has entries under the present one."""
         is_nested = self._pyro_name != self._unique_name  # and is named by a guide around it
-        if is_nested or owned_names(self).isdisjoint(slots(self)):
+        prefix = f"{self._pyro_name}."
+        if is_nested or not any(name.startswith(prefix) for name in owned_names(self)):
             return False
         self._rename(self._free_name())
         return True
 
-    @torch.no_grad()
     def sync_with_store(self) -> None:
         """Take over what the store has under the guide's names; add what it lacks.
 
         Raises ValueError if that is of other shapes, or a part only.
         """
+        if not has_entries(self):
+            self._sync()
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def _sync(self) -> None:
         if pyro.settings.get("module_local_params"):
             return
         own, stored = slots(self), pyro.get_param_store()._params
-        if all(stored.get(name) is slot.tensor for name, slot in own.items()):
-            return
         foreign = {
             name: stored[name] for name, slot in own.items()
             if name in stored and stored[name] is not slot.tensor
@@ -160,6 +170,7 @@ class ParamStoreGuide(AutoGuide):
                 ": a posterior needs all of them"
             )
         for name, value in foreign.items():
+            value = without_inference_tensors(value)
             slot, new = own[name], value
             if isinstance(slot.tensor, nn.Parameter) and not isinstance(value, nn.Parameter):
                 new = nn.Parameter(value.detach())
@@ -167,6 +178,7 @@ class ParamStoreGuide(AutoGuide):
             old, slot.tensors[slot.key] = slot.tensor, new
             self.times_restored += not (old.device == new.device and torch.equal(old, new))
 
+    @outside_inference_mode
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
@@ -227,10 +239,11 @@ def all_or_nothing(
 
     Raises ValueError for the state of a module that is not a guide.
     """
+    check_state_dict(state_dict, type(guide).__name__)
     if strict and "_extra_state" not in state_dict:
         keys = ", ".join(map(str, [*state_dict][:5])) or "no keys"
         raise ValueError(f"the state is not of a {type(guide).__name__}: it has {keys}")
-    with Undo() as undo:
+    with Undo() as undo, reading_state(type(guide).__name__):
         undo.keep_module(guide)
         undo.keep_attributes(pyro.get_param_store())
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,34 @@ class LatentPartition:
             for reason, names in reasons.items() if names
         ]
         return "; ".join(notes)
+
+
+def describe_empty(
+    others: Mapping[str, str], excluded: Collection[str], structure: str
+) -> str:
+    """Why a guide of this structure has no Gaussian, and what has one.
+
+    Args:
+        others: {site: reason} of the latents of the fallback guide.
+        excluded: the sites that `structure=` leaves out.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name, reason in others.items():
+        reasons.setdefault(reason, []).append(name)
+    notes = [f"the fallback guide has {', '.join(names)} ({reason})"
+             for reason, names in reasons.items()]
+    if excluded:
+        notes.append(f'structure= leaves out {", ".join(excluded)}, as "point" or "frozen"')
+    remedies = ["pyro.infer.SVI trains the guide as it is"]
+    if any(reason.endswith(" prior") for reason in reasons):
+        remedies.append("independent normal priors give weights a Gaussian")
+    if not excluded:
+        guide = "this guide, without structure=," if structure == "full" else "FullGuide(model)"
+        remedies.append(
+            f"{guide} has one Gaussian over all latents, of any prior, in NGVI with "
+            "curvature='hessian' and no other setting of Curvature"
+        )
+    return f"no latent has a Gaussian here: {'; '.join(notes)}. {'; '.join(remedies)}"
 
 
 def check_layout(

@@ -74,6 +74,12 @@ def owned_names(but_for: nn.Module | None = None) -> set[str]:
     }
 
 
+def has_entries(guide: nn.Module) -> bool:
+    """Whether the store has just what a guide has put there last."""
+    stored, entries = pyro.get_param_store()._params, _entries.get(guide) or {}
+    return bool(entries) and all(stored.get(name) is ref() for name, ref in entries.items())
+
+
 def register(guide: nn.Module) -> Entries:
     """The entries of a guide, to be added to; they can be removed once it does not live."""
     if guide not in _entries:

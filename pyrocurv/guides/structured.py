@@ -6,7 +6,8 @@ weights, and creates a Gaussian for each block of them. The other latents go to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -14,40 +15,37 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal
-from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.runtime import _PYRO_STACK
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrocurv.guides.auxiliary import make_auxiliary_guide
+from pyrocurv.guides.auxiliary import checked_plates, make_auxiliary_guide
 from pyrocurv.guides.blockwise import BlockwiseGuide
-from pyrocurv.guides.initialization import (
-    InitSelected,
-    init_to_network,
-    init_to_prior_median,
-    initial_values,
-)
+from pyrocurv.guides.initialization import fallback_model, init_to_network, initial_values
 from pyrocurv.guides.partition import LatentPartition, check_layout
 from pyrocurv.guides.structured_normal import StructuredNormal
 from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.handlers.modules import modules, named_modules
-from pyrocurv.handlers.prototype import Prototype, trace_prototype
+from pyrocurv.handlers.particles import check_particles
+from pyrocurv.handlers.prototype import Prototype, check_not_observed, given, trace_prototype
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.handlers.vectorized import VectorizedRunner
-from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.posterior.prior import Prior, read_prior
 from pyrocurv.posterior.summary import guide_summary
+from pyrocurv.runtime import validation
+from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state
+from pyrocurv.runtime.rng import device_of, rewind_rng_on_error
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
-
-PARTICLE_PLATE = "num_particles_vectorized"  # of Pyro's ELBOs, around model and guide
 
 
 class StructuredGuide(BlockwiseGuide):
     """A Gaussian posterior over network weights, block by block in one structure.
 
     Args:
-        model: a Pyro model with an observed site; the weights are latents with normal priors.
+        model: a Pyro model; the weights are latents with normal priors. A site is a latent if it
+            is not observed at the first call: call a guide with the data.
         init_loc_fn: initial mean, site -> value. By default weights start at the network's own
             values (see `pyrocurv.nn.bayesianize`) or at a sample from the prior, and other latents
             at the prior's median; without a network all latents start near their medians.
@@ -63,8 +61,8 @@ class StructuredGuide(BlockwiseGuide):
         create_plates: as in Pyro's guides.
 
     Raises at the first call, before anything is set up:
-        ValueError: the model has no observed site (were the data left out of the call?), a discrete
-            latent, or no latent at all.
+        ValueError: the model has a discrete latent, or no latent at all; at a later call, a latent
+            of the first call is observed.
 
     Weights that no supported op consumes, as in recurrent layers, have independent Gaussians, which
     `NGVI` trains from gradients alone; weights with a prior that is not normal go to the fallback
@@ -84,45 +82,59 @@ class StructuredGuide(BlockwiseGuide):
         fallback: Callable[[Any], AutoGuide] = AutoNormal,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"init_scale={init_scale!r}: a positive number is needed")
+        validation.check_callable("model", model, "a Pyro model, a callable,")
+        validation.check_callable("init_loc_fn", init_loc_fn, "a callable site -> initial value")
+        validation.check_positive("init_scale", init_scale)
+        check_structure(structure, LEFT_OUT)
+        validation.check_callable("fallback", fallback, "a callable model -> AutoGuide")
+        if create_plates is not None:
+            validation.check_callable("create_plates", create_plates, "a callable to plates")
+            create_plates = functools.partial(checked_plates, create_plates)
         super().__init__(model, init_loc_fn, init_scale, create_plates)
         self._choice, self._make_fallback = structure, fallback
         self._run_fallback = VectorizedRunner()
         self._priors: list[Prior] = []
+        self._given: frozenset[Any] = frozenset()  # arguments of the first call
 
     # ---- the first call -------------------------------------------------------------------------
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        self.setup(args, kwargs)
+        self.setup(args, kwargs, requires_data=False)
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def setup(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool = False
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool = False,
+        requires_data: bool = True,
     ) -> None:
         """Run the model once and create the Gaussians; an exception leaves the guide as it was.
 
         Args:
             args, kwargs: the model's arguments.
             prefers_joint: one Gaussian over all latents in place of layers, also for a network.
+            requires_data: raise ValueError if no site is observed.
         """
+        validation.check_values((*args, *kwargs.values()), "the model")
         if not self._base_model:
             raise RuntimeError(
                 "this guide was pickled before its first call, and pickles leave the model behind: "
                 f"make a new one, {type(self).__name__}(model)"
             )
-        with Undo() as undo:
+        with Undo() as undo, rewind_rng_on_error(device_of(args)), poutine.block():
             undo.keep_attributes(self, self.blocks, pyro.get_param_store())
-            self._setup(args, kwargs, prefers_joint)
+            self._setup(args, kwargs, prefers_joint, requires_data)
 
-    def _setup(self, args: Sequence[Any], kwargs: Mapping[str, Any], prefers_joint: bool) -> None:
+    def _setup(self, args: Any, kwargs: Any, prefers_joint: bool, requires_data: bool) -> None:
+        check_differentiable(modules(self._base_model[0]))
         prototype = trace_prototype(
             self.model, self._prototype_hide_fn, self.master is not None, tuple(args), kwargs,
-            known={*self.sites, *self._loaded_fallback},
+            known={*self.sites, *self._loaded_fallback}, requires_data=requires_data,
         )
         partition = self._partition(prototype, prefers_joint)
         if self.sites:
             blocks = [family.block for family in self.blocks]
             check_layout(blocks, partition.blocks, ("the loaded guide", "the model"))
+            self._leave_name_of_others()
         else:
             has_default = self._init_loc_fn is init_to_network
             near_medians = has_default and not has_network(self._base_model[0])
@@ -141,8 +153,8 @@ class StructuredGuide(BlockwiseGuide):
         if warning := partition.warning(prototype):
             warn_user(f"{type(self).__name__}: {warning}")
         self._setup_fallback(prototype, partition, args, kwargs)
-        self.sync_with_store()
-        self.prototype_trace = prototype.trace
+        self._sync()
+        self.prototype_trace, self._given = prototype.trace, given(args, kwargs)
         if self.master is not None:
             self.master()._check_prototype(prototype.trace)
 
@@ -152,25 +164,24 @@ class StructuredGuide(BlockwiseGuide):
         partition = LatentPartition.by_layer(
             prototype, self._choice, self.structure, named_modules(model)
         )
-        if self.sites:
-            is_joint = self.is_joint
-        else:
-            may_be_joint = not has_network(model) and self.supports_joint_of(model)
-            is_joint = prefers_joint or may_be_joint and partition.suggests_joint(prototype)
+        may_be_joint = not has_network(model) and self.supports_joint_of(model)
+        chooses_joint = prefers_joint or may_be_joint and partition.suggests_joint(prototype)
+        is_joint = self.is_joint if self.sites else chooses_joint
         return LatentPartition.joint(prototype, self.structure) if is_joint else partition
 
     def _setup_fallback(
         self, prototype: Prototype, partition: LatentPartition, args: Any, kwargs: Any
     ) -> None:
-        self._excluded = dict(partition.excluded)
+        self._excluded, self._unsupported = dict(partition.excluded), dict(prototype.unsupported)
         self.fallback_sites = (*partition.excluded, *partition.fallback)
         if not self.fallback_sites:
+            if self.create_plates is not None:  # an error belongs to the setup
+                self._create_plates(*args, **kwargs)
             return
-        model = self._base_model[0]
-        if self._init_loc_fn is not init_to_network:
-            model = InitSelected(self._init_loc_fn, partition.fallback)(model)
-        elif self._make_fallback is AutoNormal:
-            model = InitSelected(init_to_prior_median, partition.fallback)(model)
+        at_median = self._make_fallback is AutoNormal
+        model = fallback_model(
+            self._base_model[0], self._init_loc_fn, partition.fallback, at_median
+        )
         values = {name: prototype.latents[name]["value"] for name in partition.excluded}
         self.fallback = make_auxiliary_guide(
             model, values, partition.excluded, partition.fallback, self._make_fallback
@@ -191,6 +202,7 @@ class StructuredGuide(BlockwiseGuide):
         """Sample all latents at the sites of the model; takes the model's arguments."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        self._check_observed(args, kwargs)
         self.sync_with_store()
         self._warn_of_laplace_samples()
         self._create_plates(*args, **kwargs)
@@ -209,6 +221,13 @@ class StructuredGuide(BlockwiseGuide):
         if self.fallback_sites:
             values.update(self.fallback(*args, **kwargs))
         return values
+
+    def _check_observed(self, args: Any, kwargs: Any) -> None:
+        """Raise ValueError if arguments that are given now make an observed site of a latent."""
+        if self._base_model and not (now := given(args, kwargs)) <= self._given:
+            latents = {*self.sites, *self.fallback_sites}
+            check_not_observed(self._base_model[0], latents, args, kwargs)
+            self._given |= now
 
     def supports_joint_of(self, model: Callable[..., Any]) -> bool:
         """Whether it can have one Gaussian over all latents of a model.
@@ -236,9 +255,9 @@ class StructuredGuide(BlockwiseGuide):
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n samples of every latent, {site: [n, *shape]}."""
-        posterior = self._ready()
+        validation.check_integer("n", validation.as_number(n), 0)
+        samples = self._ready().sample(n)
         self._warn_of_laplace_samples()
-        samples = posterior.sample(n)
         if self.fallback_sites:
             fallback = poutine.mask(self.fallback, mask=False)  # skips the log densities
             values = self._run_fallback(fallback, {}, n, (), {}).values
@@ -297,23 +316,3 @@ class StructuredGuide(BlockwiseGuide):
             self.median(), [family.block for family in self.blocks], self._excluded,
             self._make_fallback.__name__, named_modules(model),
         )
-
-
-def check_particles(sites: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if an ELBO vectorizes particles over weights of torch's own modules."""
-    frames = (frame for frame in _PYRO_STACK if isinstance(frame, IndepMessenger))
-    if not any(frame.name == PARTICLE_PLATE for frame in frames):
-        return
-    for site in sites:
-        owner = modules.get(site.rpartition(".")[0])
-        if owner is not None and _uses_torch_forward(owner):
-            raise ValueError(
-                f"vectorize_particles=True: {site!r} is a weight of a torch.nn module, which takes "
-                "one weight at a time: without the option, particles are run in a loop"
-            )
-
-
-def _uses_torch_forward(module: nn.Module) -> bool:
-    """Whether the forward pass of a module is that of a layer in `torch.nn`."""
-    source = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
-    return source is not nn.Module and source.__module__.startswith("torch.nn.modules")

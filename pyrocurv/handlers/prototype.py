@@ -13,7 +13,13 @@ from torch.utils.checkpoint import CheckpointError
 
 from pyrocurv.handlers.modules import modules, unwrap_model
 from pyrocurv.handlers.replay import ObservedSite, ReplayMessenger
-from pyrocurv.handlers.sites import TraceSite, is_real, is_single_event
+from pyrocurv.handlers.sites import (
+    ENUMERATION,
+    TraceSite,
+    check_latent,
+    is_real,
+    is_single_event,
+)
 from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import ancestors
 from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
@@ -30,6 +36,10 @@ CHECKPOINT = (
 )
 
 
+class EmptyModelError(ValueError, RuntimeError):
+    """A model without latents, for which Pyro's guides raise a RuntimeError."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prototype:
     """A trace of the model, its latent sites in order, and the layers that can have a Gaussian."""
@@ -42,7 +52,7 @@ class Prototype:
 
 def trace_prototype(
     model: Callable[..., Any], hide: Callable[[Any], bool], partial: bool, args: Any, kwargs: Any,
-    known: Collection[str] = (),
+    known: Collection[str] = (), requires_data: bool = True,
 ) -> Prototype:
     """Run the model once to find its latents, and once more to find the layers they belong to.
 
@@ -52,13 +62,16 @@ def trace_prototype(
         partial: whether the guide covers only some of the sites, next to other guides.
         known: the latents of a guide that was loaded from a state. Where nothing is observed, all
             other latents are taken for data.
+        requires_data: whether a model without an observed site is an error, unless handlers may
+            hide one.
     """
     trace, observed = _trace(model, hide, args, kwargs)
     if known and not observed:
         for name in trace.nodes.keys() - known - {"_INPUT", "_RETURN"}:
             trace.remove_node(name)
     latents = dict(trace.iter_stochastic_nodes())
-    if not observed and not known and not partial and not unwrap_model(model)[1]:
+    needs_data = requires_data and not known and not partial and not unwrap_model(model)[1]
+    if needs_data and not observed:
         raise ValueError(
             "the model has no observed site in this call, its latents are "
             f"{', '.join(latents) or 'none'}: were the data left out?"
@@ -97,14 +110,31 @@ def _trace(
             return run()
 
 
+def given(args: Any, kwargs: Mapping[str, Any]) -> frozenset[Any]:
+    """Which arguments of a call are not None: positions and keywords."""
+    arguments = [*enumerate(args), *kwargs.items()]
+    return frozenset(key for key, value in arguments if value is not None)
+
+
+def check_not_observed(
+    model: Callable[..., Any], latents: Collection[str], args: Any, kwargs: Any
+) -> None:
+    """Run the model, and raise ValueError for a latent of a guide that is observed."""
+    with preserve_module_state(modules(model)), isolated_rng(device_of(args)), torch.no_grad():
+        trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+    for name in trace.nodes.keys() & latents:
+        check_latent(trace.nodes[name])
+
+
 def _check_latents(latents: Mapping[str, TraceSite]) -> None:
     if not latents:
-        raise ValueError("the model has no latent: has the network been bayesianized?")
+        raise EmptyModelError("the model has no latent: has the network been bayesianized?")
     for name, site in latents.items():
         if site["fn"].support.is_discrete:
             raise ValueError(
-                f"latent {name!r} is discrete ({type(site['fn']).__name__}): these guides need "
-                "continuous latents; enumerate it, or hide it with poutine.block"
+                f"latent {name!r} is discrete ({type(unwrap(site['fn'])).__name__}). If its data "
+                "were left out of this call, give them; otherwise hide it from the guide, "
+                f"poutine.block(model, hide=[{name!r}]). {ENUMERATION}"
             )
         if not all(frame.vectorized for frame in site["cond_indep_stack"]):
             raise ValueError(f"latent {name!r} is in a sequential plate: use a vectorized plate")

@@ -19,7 +19,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrocurv.handlers.sites import check_data, is_deterministic, prior_power
+from pyrocurv.handlers.sites import (
+    ENUMERATION,
+    check_data,
+    check_latent,
+    is_deterministic,
+    prior_power,
+)
+from pyrocurv.handlers.support import check_support
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +105,13 @@ class ReplayMessenger(Messenger):
                     "the same plate from the arguments"
                 )
         elif value is not None:
+            check_latent(msg)
             msg["value"], msg["done"] = value, True
         elif not (self.partial or msg["is_observed"] or site_is_subsample(msg)):
             raise ValueError(
                 f"site {msg['name']!r} is neither observed in this call nor a latent of the guide, "
                 f"whose latents are {', '.join(self.values) or 'none'}: was an argument left out?"
+                + (f" If it is a latent: {ENUMERATION}" if msg["fn"].support.is_discrete else "")
             )
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -110,6 +119,7 @@ class ReplayMessenger(Messenger):
             return
         if msg["is_observed"]:
             check_data(msg)
+            check_support(msg)
             self.observed.append(_observed_site(msg))
         else:
             self.latents[msg["name"]] = _observed_site(msg)

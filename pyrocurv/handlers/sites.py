@@ -7,9 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Transform, biject_to, constraints
 
+ENUMERATION = (
+    "NGVI does not enumerate discrete latents; SVI with TraceEnum_ELBO on the same guide does, see "
+    "https://pyro.ai/examples/enumeration.html"
+)
 TraceSite = Mapping[str, Any]
+MixtureConstraint = constraints.MixtureSameFamilyConstraint
+
+
+@biject_to.register(MixtureConstraint)
+def _transform_of_mixture(constraint: Any) -> Transform:
+    """A mixture has the support of its components; torch has no transform for it."""
+    return biject_to(constraint.base_constraint)
 
 
 def is_deterministic(site: TraceSite) -> bool:
@@ -20,7 +31,7 @@ def is_deterministic(site: TraceSite) -> bool:
 def is_real(site: TraceSite) -> bool:
     """Whether a latent is unconstrained, as weights are and scales are not."""
     support = site["fn"].support
-    while isinstance(support, constraints.independent):
+    while isinstance(support, (constraints.independent, MixtureConstraint)):
         support = support.base_constraint
     return support is constraints.real
 
@@ -38,6 +49,15 @@ def prior_power(name: str, scale: float | Tensor) -> float:
             "be scaled by a single number only"
         )
     return float(scale)
+
+
+def check_latent(site: TraceSite) -> None:
+    """Raise ValueError for a latent of a guide that is observed in this call."""
+    if site["is_observed"]:
+        raise ValueError(
+            f"site {site['name']!r} is observed in this call, and was a latent at the first call "
+            "of the guide, without its data: make a new guide, and call it with the data first"
+        )
 
 
 def check_data(site: TraceSite) -> None:

@@ -30,6 +30,7 @@ Run = Callable[[Values], "RunResults"]  # one run at values {site: [*shape]}; no
 # bytes of the largest tensor in a chunk; for larger tensors malloc returns each page to the system
 MAX_TENSOR_BYTES = 16 << 20
 MIN_CHUNK = 4  # runs in a chunk, below which vmap gains nothing over a loop
+MAX_SIGNATURES = 256  # calls of different shapes that are remembered
 RETURN = "_RETURN"  # the site name of the program's return value, in the values if it is a tensor
 
 
@@ -84,7 +85,7 @@ class VectorizedRunner:
         signature = call_signature(program, args, kwargs)
         if signature not in self.chunks:
             with isolated_rng(device_of((*values.values(), *args))):
-                self.chunks[signature] = _chunk_size(run, values)
+                remember(self.chunks, signature, _chunk_size(run, values))
         chunk = self.chunks[signature]
         if chunk > 1:
             try:
@@ -93,6 +94,13 @@ class VectorizedRunner:
                 if is_out_of_memory(error):
                     raise
         return _looped(run, values, n)
+
+
+def remember(table: dict[Any, int], signature: Any, value: int) -> None:
+    """Add to a table of calls; it forgets the oldest ones."""
+    while len(table) >= MAX_SIGNATURES:
+        del table[next(iter(table))]
+    table[signature] = value
 
 
 def call_signature(program: Program, args: Any, kwargs: Any) -> Any:

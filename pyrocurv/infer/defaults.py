@@ -11,7 +11,17 @@ from pyro.optim import PyroOptim
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter, gradients
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_positive, is_number
+from pyrocurv.runtime.validation import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_fraction,
+    check_integer,
+    check_nonnegative,
+    check_positive,
+    is_number,
+    shown,
+)
 
 LAYERWISE: dict[str, Any] = {
     "lr": 0.02, "momentum": 0.9, "damping": 3e-3, "kl_clip": 1e-3, "num_particles": 1,
@@ -33,13 +43,17 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
         self, *, lr: float, momentum: float, damping: float, kl_clip: float | None
     ) -> None:
         check_positive("lr", lr)
-        if not (is_number(momentum) and 0 <= momentum < 1):
-            raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-        if not (is_number(damping) and damping >= 0):
-            raise ValueError(f"damping={damping!r}: a number from 0 is needed")
+        check_fraction("momentum", momentum)
+        check_nonnegative("damping", damping)
         check_positive("kl_clip", kl_clip, None)
         values = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}
         super().__init__([torch.zeros(())], values)
+
+    @property
+    def lr_factor(self) -> float:
+        """The learning rate relative to that without a schedule."""
+        (group,) = self.param_groups
+        return group["lr"] / group.get("initial_lr", group["lr"])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Called by `NGVI.step` with its commit, so that schedulers count the steps."""
@@ -52,9 +66,22 @@ def resolve_defaults(values: dict[str, Any], is_joint: bool) -> dict[str, Any]:
     """The values that were given, and the defaults for those that are "auto"."""
     defaults = JOINT if is_joint else LAYERWISE
     for name in ("momentum", "damping") if is_joint else ():
-        if values[name] not in (AUTO, 0):
-            raise ValueError(f"{name}={values[name]!r}: steps over all latents have none, use 0")
-    return {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in values.items()}
+        value = values[name]
+        if not (isinstance(value, str) and value == AUTO or is_number(value) and value == 0):
+            raise ValueError(f"{name}={shown(value)}: steps over all latents have none, use 0")
+    given = {n: defaults[n] if isinstance(v, str) and v == AUTO else v for n, v in values.items()}
+    if given["num_particles"] != AUTO:
+        check_integer("num_particles", given["num_particles"], 0)
+    check_flag("average", given["average"])
+    return given
+
+
+def check_options(model: Any, temperature: Any, antithetic: Any, on_nonfinite: Any) -> None:
+    """Raise TypeError or ValueError for an argument of `NGVI` that is out of its range."""
+    check_callable("model", model, "a Pyro model, a callable,")
+    check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+    check_positive("temperature", temperature, "auto")
+    check_flag("antithetic", antithetic)
 
 
 class Loss(float):
@@ -111,10 +138,10 @@ def auxiliary_optimizer(
     optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None
 ) -> AuxiliaryOptimizer | PyroAuxiliaryOptimizer:
     """The optimizer for `NGVI(optim=...)`. Raises TypeError for anything else."""
-    if optim is not None and not callable(optim):
-        raise TypeError(
-            "optim: a callable from parameters to a torch.optim.Optimizer (such as a class of "
-            f"torch.optim) or a PyroOptim is needed, got {optim!r}"
+    if optim is not None:
+        check_callable(
+            "optim", optim, "a callable from parameters to a torch.optim.Optimizer (such as a "
+            "class of torch.optim) or a PyroOptim"
         )
     return PyroAuxiliaryOptimizer(optim) if isinstance(optim, PyroOptim) else (
         AuxiliaryOptimizer(optim)

@@ -21,7 +21,9 @@ from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import Update, average_weight
+from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_is
 from pyrocurv.structures import Dense, Diagonal
 
 
@@ -43,6 +45,17 @@ class GuideStore:
         self.guide.sync_with_store()
         before, self._times_restored = self._times_restored, self.guide.times_restored
         return before != self._times_restored
+
+    def setup(
+        self, undo: Undo, stream: RandomStream, args: Any, kwargs: Any, prefers_joint: bool
+    ) -> None:
+        """Initialize the guide, if it is not; ValueError if it has no Gaussian then."""
+        if self.guide.prototype_trace is None:
+            undo.keep_attributes(self.guide.blocks)
+            with RandomStream(stream.seed)(torch.device("cpu")):  # not a part of the run
+                self.guide.setup(args, kwargs, prefers_joint)
+        if not self.guide.blocks:
+            raise ValueError(self.guide.no_gaussian_reason)
 
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what a run of the model may change before a step is written."""
@@ -141,8 +154,4 @@ def check_guide(guide: Any) -> None:
     """Raise TypeError unless it is a guide that can be trained."""
     if isinstance(guide, MixtureGuide):
         raise TypeError(PREDICTION_ONLY)
-    if not isinstance(guide, StructuredGuide):
-        raise TypeError(
-            "guide: one of pyrocurv.guides is needed (KFACGuide, ...), got "
-            f"{type(guide).__name__}"
-        )
+    check_is("guide", guide, StructuredGuide, "one of pyrocurv.guides (KFACGuide, ...)")

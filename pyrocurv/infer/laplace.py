@@ -21,7 +21,7 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
-from pyrocurv.infer.linearized_predictive import predict
+from pyrocurv.infer.linearized_predictive import LINKS, predict
 from pyrocurv.infer.marginal_likelihood import (
     LaplaceBlock,
     log_evidence,
@@ -31,7 +31,16 @@ from pyrocurv.infer.marginal_likelihood import (
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import (
+    check_callable,
+    check_choice,
+    check_integer,
+    check_loader,
+    check_values,
+)
 
 
 class Laplace:
@@ -73,6 +82,7 @@ class Laplace:
         self, model: Callable[..., Any], guide: StructuredGuide, curvature: str | Curvature = "ggn"
     ) -> None:
         check_guide(guide)
+        check_callable("model", model, "a Pyro model, a callable,")
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
@@ -84,6 +94,8 @@ class Laplace:
 
     # ---- the posterior --------------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def fit(self, loader: Iterable[Any]) -> Laplace:
         """Set the guide's precision from the curvature of all data at its mean.
 
@@ -96,8 +108,7 @@ class Laplace:
                 its first call.
             FloatingPointError: a likelihood or a curvature is not finite.
         """
-        if isinstance(loader, tuple) and any(isinstance(part, Tensor) for part in loader):
-            raise ValueError("loader: batches in a list or a DataLoader are needed, [(x, y)]")
+        check_loader("loader", loader)
         fitted, log_likelihood = sum_curvature(self.model, self.guide, self.curvature, loader)
         self._write(fitted)
         self._log_likelihood = log_likelihood
@@ -136,6 +147,7 @@ class Laplace:
         unscaled = fitted[0].loc.new_zeros(1)
         return self._log_likelihood + float(log_evidence(fitted, unscaled))
 
+    @outside_inference_mode
     @torch.no_grad()
     def tune_prior(self, per: str = "layer") -> dict[str, Tensor]:
         """Scale the prior precisions to maximize the evidence, with the curvature fixed.
@@ -159,8 +171,7 @@ class Laplace:
         Raises ValueError for another `per`, or a prior that is the posterior of another task, whose
         width is known; RuntimeError before `fit`.
         """
-        if per not in ("layer", "model"):
-            raise ValueError(f"per={per!r}: choose 'layer' or 'model'")
+        check_choice("per", per, ("layer", "model"))
         self._ready()
         bases = [(fitted.block, fitted.prior.gaussian.base) for fitted in self._fitted]
         names = [block.name for block, base in bases if isinstance(base, CorrelatedPrior)]
@@ -183,26 +194,45 @@ class Laplace:
 
     # ---- prediction -----------------------------------------------------------------------------
 
-    def predict(self, *args: Any, **kwargs: Any) -> Distribution:
+    @one_thread_at_a_time
+    @outside_inference_mode
+    def predict(
+        self, *args: Any, link: str = "auto", num_samples: int = 256, **kwargs: Any
+    ) -> Distribution:
         """The predictive distribution of the network linearized at the guide's mean.
 
-        Takes the model's arguments without the data. A normal likelihood gives a normal (for
-        several outputs in one event, a multivariate normal) that includes the noise of the model,
-        at the median of its scale; Bernoulli and categorical likelihoods give their own kind, with
-        probabilities by the probit approximation. The guide may be fitted, trained or loaded. The
-        cost is a backward pass for each output; split a large x into batches.
+        A normal likelihood gives a normal (for several outputs in one event, a multivariate normal)
+        that includes the noise of the model, at the median of its scale. It is exact. Bernoulli and
+        categorical likelihoods give their own kind, with mean probabilities. The guide may be
+        fitted, trained or loaded.
+
+        Args:
+            args, kwargs: the model's arguments without the data.
+            link: how probabilities are averaged. "mc": over draws of the outputs, whose random
+                numbers are always the same and not those of torch's global generators. "probit": by
+                MacKay's approximation, which is good for two classes, and for every pair of more,
+                which doubts too much. "auto": "mc" from three classes on, otherwise "probit".
+            num_samples: the number of draws, in antithetic pairs (an odd number is rounded up).
+
+        The covariance of the outputs takes a backward pass for each output of an example. Draws
+        take no more than `num_samples` passes for any number of outputs. Neither does a posterior
+        over the last layer alone, which has a closed form. Split a large x into batches.
 
         Raises:
-            ValueError: another likelihood (see `linear_predictor` in
+            ValueError: an unknown `link`, or a `num_samples` that is not a positive integer;
+                another likelihood (see `linear_predictor` in
                 `pyrocurv.infer.linearized_predictive`), several observed sites, or none.
             RuntimeError: the guide is not initialized, or neither fitted nor trained.
         """
+        check_choice("link", link, LINKS)
+        check_integer("num_samples", num_samples, 1)
+        check_values((*args, *kwargs.values()), "the model")
         if self.guide.sites:  # also those of a loaded guide
             setup_guide(self.guide, args, kwargs)
         self.guide._ready_blocks()
         if not self.guide.is_laplace and self.guide.has_initial_scale:
             raise RuntimeError("fit(loader) comes first: the guide still has its initial scale")
-        return predict(self.model, self.guide, args, kwargs)
+        return predict(self.model, self.guide, args, kwargs, link, num_samples)
 
 
 def _scalar_if_equal(value: Tensor) -> Tensor:

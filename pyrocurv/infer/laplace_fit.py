@@ -28,6 +28,7 @@ from pyrocurv.infer.model_run import (
     split_batch,
 )
 from pyrocurv.posterior.prior import BlockPrior, read_block_prior
+from pyrocurv.runtime.inference_mode import without_inference_tensors
 from pyrocurv.runtime.module_state import eval_mode
 
 
@@ -63,7 +64,7 @@ def sum_curvature(
         raise FloatingPointError(f"the log likelihood is {log_likelihood}")
     parts = zip(totals, priors, guide.blocks, strict=True)
     return [
-        LaplaceBlock(total.block, total.total(), prior, family.raw_loc.detach().clone())
+        LaplaceBlock(total.block, total.total(spec.kind), prior, family.raw_loc.detach().clone())
         for total, prior, family in parts
     ], log_likelihood
 
@@ -73,7 +74,7 @@ def _runs(
 ) -> Iterator[ModelRun]:
     """The model at the mean on each batch, with its layers captured."""
     for batch in loader:
-        args, kwargs = split_batch(batch)
+        args, kwargs = split_batch(without_inference_tensors(batch))
         setup_guide(guide, args, kwargs)
         if not guide.blocks:
             raise ValueError(guide.no_gaussian_reason)
@@ -97,7 +98,8 @@ def _add(
     rows = run.primary_likelihood.rows
     calls = layer_calls(guide, run.calls, run.weights, rows)
     with torch.enable_grad():
-        return accumulate(spec, totals, ForwardPass(run.likelihood_terms, calls, rows), run.batch)
+        forward = ForwardPass(run.likelihood_terms, calls, rows)
+        return accumulate(spec, totals, forward.with_mixed_rows(), run.batch)
 
 
 def _check_count(count: int, num_data: int) -> None:

@@ -13,7 +13,17 @@ from pyrocurv.guides import MixtureGuide
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.infer.model_run import split_batch
 from pyrocurv.infer.ngvi import NGVI
-from pyrocurv.runtime.validation import check_integer
+from pyrocurv.runtime.validation import (
+    MAX_INTEGER,
+    check_callable,
+    check_flag,
+    check_integer,
+    check_is,
+    check_iterable,
+    check_loader,
+    is_integer,
+    shown,
+)
 
 Training = NGVI | tuple[NGVI, Any]  # with its learning rate schedule, or None
 
@@ -63,10 +73,13 @@ def train_mixture(
         >>> len(train_mixture(make, data, epochs=2, seeds=3, progress=False))
         3
     """
-    all_seeds = [*range(seeds)] if isinstance(seeds, int) else [*seeds]
-    if not all_seeds or len({*all_seeds}) < len(all_seeds):
-        raise ValueError(f"seeds={seeds!r}: one or more different seeds are needed")
+    check_callable("make", make, "a callable seed -> NGVI or (NGVI, schedule)")
+    check_loader("loader", loader)
     check_integer("epochs", epochs, 1)
+    all_seeds = _seeds(seeds)
+    if finished is not None:
+        check_is("finished", finished, dict, "a dict {seed: NGVI}")
+    check_flag("progress", progress)
     finished = {} if finished is None else finished
     remaining = [seed for seed in all_seeds if seed not in finished]
     total = None
@@ -79,6 +92,19 @@ def train_mixture(
                 training = make(seed)
                 finished[seed] = _train(training, loader, epochs, bar, seed, len(all_seeds) > 1)
     return MixtureGuide([finished[seed].guide for seed in all_seeds])
+
+
+def _seeds(seeds: Any) -> list[int]:
+    """The seeds themselves; ValueError if there is none, or one twice."""
+    if is_integer(seeds, 1):
+        return [*range(seeds)]
+    if not isinstance(seeds, int):
+        check_iterable("seeds", seeds, "a positive integer, or a list of integers,")
+    every = [] if isinstance(seeds, int) else [*seeds]
+    is_valid = all(is_integer(seed, -MAX_INTEGER) for seed in every)
+    if not (every and is_valid and len({*every}) == len(every)):
+        raise ValueError(f"seeds={shown(seeds)}: one or more different seeds are needed")
+    return every
 
 
 def _train(

@@ -236,8 +236,8 @@ def require_grad(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:
     """Set up a guide that has not been called, without using random numbers."""
     if guide.prototype_trace is None:
-        with isolated_rng(torch.device("cpu")), poutine.block():
-            guide._setup_prototype(*args, **kwargs)
+        with isolated_rng(torch.device("cpu")):
+            guide.setup(args, kwargs)
 
 
 def mean_weights(guide: StructuredGuide) -> dict[str, Tensor]:

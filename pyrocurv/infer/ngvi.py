@@ -2,8 +2,7 @@
 
 A step samples weights from the guide, runs the model once, takes one backward pass for the gradient
 and, at an interval, one more onto the layers' outputs for the curvature; then mean and precision
-move by the equations of `pyrocurv.posterior.natural_gradient`. Everything is computed before
-anything is changed.
+move by the equations of `pyrocurv.posterior.natural_gradient`, computed in full before any change.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.optim import PyroOptim
 
 from pyrocurv.curvature import Curvature
@@ -23,11 +20,13 @@ from pyrocurv.curvature.data_checks import DatasetSizeCheck
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.support import only_data_validated
 from pyrocurv.infer.defaults import (
     AUTO,
     Loss,
     ScheduledHyperparameters,
     auxiliary_optimizer,
+    check_options,
     resolve_defaults,
 )
 from pyrocurv.infer.guide_store import GuideStore, check_guide
@@ -40,12 +39,14 @@ from pyrocurv.optim.mean_updates import Update, as_mean_update
 from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
-from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer, check_positive
+from pyrocurv.runtime.validation import check_values, reading_state
 from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 
@@ -101,18 +102,19 @@ class NGVI:
     network is trained layer by layer, and without a network they are not used.
 
     From a posterior that Pyro's param store was given (`load`, `set_state`) the next step starts as
-    that of a new `NGVI`, without the momentum of the steps before.
-
-    Random numbers come from a separate stream, seeded from torch's generator at construction.
-    `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so different from the
-    mean that training does not progress (learned log scales, priors much wider than 1/fan_in), use
-    several of them (`num_particles=4`) or a lower temperature.
+    that of a new `NGVI`, without the momentum of the steps before. Random numbers come from a
+    separate stream, seeded from torch's generator at construction. `.optimizer` is a
+    `torch.optim.Optimizer` for schedulers. If samples are so different from the mean that training
+    does not progress (learned log scales, priors much wider than 1/fan_in), use several of them
+    (`num_particles=4`) or a lower temperature.
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
         ValueError: an unknown name or a number out of its range; at a step, before any state is
-            changed, what the guide raises at its first call, a plate smaller than the batch in it,
-            a latent that the guide does not have.
+            changed, what the guide raises at its first call, no observed site, data outside of the
+            support of their likelihood (`pyro.enable_validation(False)` turns that off), a plate
+            smaller than the batch in it, a latent that the guide does not have.
+        RuntimeError: a step while another thread trains or predicts.
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390; Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562.
@@ -148,9 +150,7 @@ class NGVI:
         on_nonfinite: str = "raise",
     ) -> None:
         check_guide(guide)
-        if on_nonfinite not in ("raise", "skip"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r}: choose 'raise' or 'skip'")
-        check_positive("temperature", temperature, "auto")
+        check_options(model, temperature, antithetic, on_nonfinite)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self._prefers_joint = (
@@ -161,8 +161,6 @@ class NGVI:
             "num_particles": num_particles, "average": average,
         }, self._prefers_joint)
         self.num_particles: Any = values.pop("num_particles")
-        if self.num_particles != AUTO:
-            check_integer("num_particles", self.num_particles, 0)
         self.average: bool = values.pop("average")
         self.temperature, self.antithetic = temperature, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
@@ -178,6 +176,8 @@ class NGVI:
 
     # ---- a step ---------------------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One step on a mini-batch; takes the model's arguments.
 
@@ -201,15 +201,15 @@ class NGVI:
 
     def _step(self, undo: Undo, args: Any, kwargs: Any) -> float:
         """A step; whatever is raised, `undo` restores all that has changed by then."""
+        check_values((*args, *kwargs.values()), "the model")
         undo.keep_attributes(self, self._stream, self._dataset_size)
         self._store.keep(undo)
         self._mean_update.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
-        self._setup_guide(undo, args, kwargs)
-        is_first = self._posterior is None
+        self._store.setup(undo, self._stream, args, kwargs, self._prefers_joint)
+        validation = only_data_validated() if self._posterior else nullcontext()
         rule, posterior = self._ready()
         like = self.guide.blocks[0].raw_loc
-        validation = nullcontext() if is_first else pyro.validation_enabled(False)
         with (self._stream(like.device), validation, torch.enable_grad(),
               disable_autocast(like.device) as network):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
@@ -217,10 +217,8 @@ class NGVI:
             update, auxiliary = rule.update(posterior, self._settings(), model)
             if not rule.is_joint:
                 self._dataset_size.note(update.posterior.blocks[0].hyperparameters.num_data)
-            group = self.optimizer.param_groups[0]
-            factor = group["lr"] / group.get("initial_lr", group["lr"])
+            factor = self.optimizer.lr_factor
             auxiliary = [parameter._replace(lr_factor=factor) for parameter in auxiliary]
-
             self._auxiliary.keep(undo, auxiliary)
             self.optimizer.step(lambda: self._auxiliary.step(auxiliary))
 
@@ -230,15 +228,6 @@ class NGVI:
 
         commit(update, self._store, undo, assign)
         return update.loss
-
-    def _setup_guide(self, undo: Undo, args: Any, kwargs: Any) -> None:
-        if self.guide.prototype_trace is None:
-            undo.keep_attributes(self.guide.blocks)
-            with RandomStream(self._stream.seed)(torch.device("cpu")):  # not a part of the run
-                with poutine.block():
-                    self.guide.setup(args, kwargs, self._prefers_joint)
-        if not self.guide.blocks:
-            raise ValueError(f"{self.guide.no_gaussian_reason}: use pyro.infer.SVI")
 
     def _ready(self) -> tuple[UpdateRule, Posterior]:
         """The rule and the posterior, both from the first step on; checks a loaded state."""
@@ -261,6 +250,8 @@ class NGVI:
 
     # ---- watching and saving --------------------------------------------------------------------
 
+    @one_thread_at_a_time
+    @outside_inference_mode
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Loss:
         """-ELBO on these data, N nll + T (log q - log p) at `num_particles` samples of the guide.
@@ -269,13 +260,14 @@ class NGVI:
         posterior. The returned number has the T that it was computed with, also of "auto", as
         `.temperature`; at 1 it is -ELBO. Draws from torch's global generator; changes nothing.
         """
+        check_values((*args, *kwargs.values()), "the model")
         self._follow_store()
         if self.guide.prototype_trace is None:
-            with poutine.block():
-                self.guide.setup(args, kwargs, self._prefers_joint)
+            self.guide.setup(args, kwargs, self._prefers_joint)
         rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
         posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
-        with disable_autocast(self.guide.blocks[0].raw_loc.device) as network:
+        device = self.guide.blocks[0].raw_loc.device
+        with disable_autocast(device) as network, rewind_rng_on_error(device):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
@@ -292,6 +284,10 @@ class NGVI:
             return {}
         return update_counts(self.curvature, self._posterior)
 
+    def prior_errors(self) -> dict[str, float]:
+        """{block: |Λ - (N/T) C - Λ₀|, relative}, if the prior's Λ₀ is another task's posterior."""
+        return prior_errors(self.curvature, self._posterior) if self._posterior else {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states."""
         self._follow_store()
@@ -307,11 +303,11 @@ class NGVI:
             "update": self._mean_update.name,
             "update_state": self._mean_update.state_dict(),
             "temperature": self.temperature,
-            "is_joint": signature.is_joint,
-            "means": signature.means,
+            **signature._asdict(),
             "posterior": None if posterior is None else to_state(posterior.without_means()),
         }
 
+    @reading_state("NGVI")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, given guide and model as they were then.
 
@@ -335,8 +331,6 @@ class NGVI:
             self._auxiliary.load_state_dict(state["auxiliary"])
             self._mean_update.load_state_dict(state["update_state"])
             self._stream.load_state_dict(state["stream"])
-            self.skipped, self._posterior = state["skipped"], posterior
-            self.temperature = state["temperature"]
-            self._loaded = None
-            if posterior is not None:
-                self._loaded = RunSignature(state["is_joint"], state["means"])
+            self.skipped, self.temperature = state["skipped"], state["temperature"]
+            signature = RunSignature(state["is_joint"], state["means"])
+            self._posterior, self._loaded = posterior, None if posterior is None else signature

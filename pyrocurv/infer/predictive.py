@@ -27,10 +27,22 @@ from pyrocurv.handlers.vectorized import (
     VectorizedRunner,
     call_signature,
     concatenate,
+    remember,
 )
 from pyrocurv.runtime.module_state import preserve_module_state, still_frozen
-from pyrocurv.runtime.rng import device_of, isolated_rng
+from pyrocurv.runtime.rng import device_of, isolated_rng, rewind_rng_on_error
+from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import (
+    as_number,
+    check_callable,
+    check_flag,
+    check_integer,
+    check_is,
+    check_iterable,
+    check_tensor,
+    check_values,
+)
 
 # entries of all latents drawn together: the model may return little, the draws are large
 MAX_ELEMENTS = 1 << 22
@@ -87,22 +99,38 @@ class Predictive(pyro.infer.Predictive):
         return_sites: Collection[str] | None = (),
         parallel: bool = False,
     ) -> None:
+        check_callable("model", model, "a Pyro model, a callable,")
+        if guide is not None:
+            check_callable("guide", guide, "a Pyro guide, a callable,")
+        if posterior_samples is not None:
+            check_is("posterior_samples", posterior_samples, Mapping, "{site: samples [S, ...]}")
+            for name, value in posterior_samples.items():
+                check_tensor(f"posterior_samples[{name!r}]", value)
+        if num_samples is not None:
+            check_integer("num_samples", as_number(num_samples), 1)
         if isinstance(return_sites, str):
             raise TypeError(
                 f"return_sites={return_sites!r}: a list of names is needed, [{return_sites!r}]"
             )
+        if return_sites is not None:
+            check_iterable("return_sites", return_sites, "a list of names")
+            return_sites = [*return_sites]
+        check_flag("parallel", parallel)
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
         self._run_model, self._run_guide = VectorizedRunner(), VectorizedRunner()
         self._num_elements: dict[Any, int] = {}  # of one draw from the guide
         self._warned = False
 
+    @one_thread_at_a_time
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """{site: [S, ...]} for the model's arguments."""
+        check_values((*args, *kwargs.values()), "the model")
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
         results = []
-        with self._preserve_module_state(), pyro.validation_enabled(False):
+        with (self._preserve_module_state(), pyro.validation_enabled(False),
+              rewind_rng_on_error(device_of(args)), _finite_probabilities()):
             for values, n in self._draws(args, kwargs):
                 runs = self._run_model(self.model, values, n, args, kwargs, self._is_returned)
                 self._check_shapes(values, runs)
@@ -158,7 +186,8 @@ class Predictive(pyro.infer.Predictive):
             self._initialize_guides(args, kwargs)
             with isolated_rng(device_of(args)):
                 draw = self._draw(1, args, kwargs)
-            self._num_elements[signature] = sum(value.numel() for value in draw.values())
+            elements = sum(value.numel() for value in draw.values())
+            remember(self._num_elements, signature, elements)
         size = max(1, MAX_ELEMENTS // max(1, self._num_elements[signature]))
         for start in range(0, self.num_samples, size):
             n = min(size, self.num_samples - start)
@@ -167,7 +196,7 @@ class Predictive(pyro.infer.Predictive):
     def _initialize_guides(self, args: Any, kwargs: Any) -> None:
         for guide in _uninitialized_guides(self.guide):
             try:
-                guide(*args, **kwargs)
+                guide.setup(args, kwargs)
             except ValueError as error:
                 raise ValueError(
                     "the guide is not initialized, and cannot be from these arguments: train it "
@@ -207,6 +236,19 @@ def _uninitialized_guides(guide: Any) -> Iterator[Any]:
             yield from _uninitialized_guides(component)
     elif isinstance(guide, StructuredGuide) and not guide.is_initialized:
         yield guide
+
+
+@contextmanager
+def _finite_probabilities() -> Iterator[None]:
+    """FloatingPointError in place of torch's error about a draw without probabilities."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("probability tensor contains"):
+            raise
+        raise FloatingPointError(
+            f"the model draws from a distribution that is not finite, from these inputs ({error})"
+        ) from error
 
 
 def _updates_statistics(module: nn.Module) -> bool:

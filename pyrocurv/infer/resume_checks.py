@@ -13,6 +13,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.optim.mean_updates import check_update
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_state_dict
 from pyrocurv.structures.serialization import check_version
 
 STATE_KEYS = (
@@ -36,6 +37,7 @@ class RunSignature(NamedTuple):
 
 def check_state(state: Mapping[str, Any], average: bool, update: str) -> None:
     """Raise ValueError unless it is the state of an `NGVI` with this `average` and `update`."""
+    check_state_dict(state, "NGVI")
     if missing := {*STATE_KEYS} - state.keys():
         raise ValueError(
             f"the state is not of an NGVI: it lacks {', '.join(sorted(missing))}, and has "

@@ -20,9 +20,16 @@ from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.model_run import ModelRun, require_grad, run_model, split_batch
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.runtime.module_state import eval_mode, preserve_module_state
-from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.rng import RandomStream, device_of, rewind_rng_on_error
 from pyrocurv.runtime.user_warnings import warn_user
-from pyrocurv.runtime.validation import check_integer, check_positive
+from pyrocurv.runtime.validation import (
+    check_callable,
+    check_integer,
+    check_is,
+    check_iterable,
+    check_loader,
+    check_positive,
+)
 
 Guide = StructuredGuide | MixtureGuide
 Trained = NGVI | tuple[Callable[..., Any], Guide]  # or a model and its guide
@@ -76,15 +83,20 @@ def choose_temperature(
         >>> choice in choice.densities
         True
     """
+    check_callable("fit", fit, "a callable temperature -> NGVI or (model, guide)")
+    check_iterable("temperatures", temperatures, "a list of numbers")
+    temperatures = [*temperatures]
     if not temperatures:
         raise ValueError("temperatures: at least one is needed")
     for temperature in temperatures:
-        check_positive("temperature", temperature)
+        check_positive("temperatures", temperature)
+    check_loader("held_out", held_out)
     if isinstance(held_out, Iterator):
         raise ValueError("held_out: an iterator is exhausted after one temperature; use a list")
     check_integer("num_samples", num_samples, 1)
-    seed = RandomStream().seed  # the same draws from each posterior
-    densities = {t: _density(fit(t), held_out, num_samples, seed) for t in temperatures}
+    with rewind_rng_on_error(torch.device("cpu")):
+        seed = RandomStream().seed  # the same draws from each posterior
+        densities = {t: _density(fit(t), held_out, num_samples, seed) for t in temperatures}
     known = {t: density for t, density in densities.items() if math.isfinite(density)}
     if not known:
         raise FloatingPointError(f"no temperature has a finite density: {densities}")
@@ -122,6 +134,9 @@ def log_predictive_density(
     Raises ValueError for a Laplace approximation, whose samples are not meant for the network
     itself, for a loader without data and for less than one sample.
     """
+    check_callable("model", model, "a Pyro model, a callable,")
+    check_is("guide", guide, (StructuredGuide, MixtureGuide), "one of pyrocurv.guides")
+    check_loader("loader", loader)
     check_integer("num_samples", num_samples, 1)
     turns = [*islice(_turns(guide), num_samples)]
     if any(component.is_laplace for component in turns):
@@ -132,7 +147,8 @@ def log_predictive_density(
     total, count = 0.0, 0.0
     for batch in loader:
         args, kwargs = split_batch(batch)
-        with eval_mode(modules(model)), preserve_module_state(modules(model)):
+        with (eval_mode(modules(model)), preserve_module_state(modules(model)),
+              rewind_rng_on_error(device_of(args))):
             runs = [_run(model, component, args, kwargs) for component in turns]
         densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
         counted = _counted(runs[0])

@@ -34,14 +34,14 @@ def mark_wrong_batch_axis(trace: Trace, count: int, per_example: Tensor | None) 
     if per_example is not None and per_example.dim() and count > 1:
         calls = [call for call in trace.calls if call.batch_size == count]
         wrong += [(call, "rows that affect more than their own example")
-                  for call in _mixing_calls(calls, per_example)]
+                  for call in mixing_calls(calls, per_example)]
     return trace.mark_unsupported({
         name: f"{reason}: the batch is not its input's first axis"
         for call, reason in wrong for name in call.layer.tensors
     })
 
 
-def _mixing_calls(calls: Sequence[OpCall], per_example: Tensor) -> list[OpCall]:
+def mixing_calls(calls: Sequence[OpCall], per_example: Tensor) -> list[OpCall]:
     """The calls with rows that affect an example of the other half."""
     if not calls or is_row_independent(per_example):
         return []

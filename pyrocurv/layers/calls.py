@@ -105,7 +105,7 @@ class OpCall:
         return {tensor.name: tensor.base for tensor in self._tensors}
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         return self._tensors[0].tensor.dtype
 
     def input_rows(self, count: int) -> Tensor:
@@ -114,30 +114,30 @@ class OpCall:
         if layer.orientation == "bias":
             start, stop = self._tensors[0].row_slice or (0, layer.size)
             positions = math.prod(record.output_shape) // (self.batch_size * (stop - start))
-            return record.input.new_ones(count, positions, 1, dtype=self._dtype)
+            return record.input.new_ones(count, positions, 1, dtype=self.dtype)
         if record.input._version != record.input_version:
             raise RuntimeError(
                 f"the input of {layer.weight!r} was changed in place after the layer read it"
             )
         input = record.batch_first(record.input.detach())
         if input.is_floating_point():  # otherwise indices, or numbers that a scale multiplies
-            input = input.to(self._dtype)
+            input = input.to(self.dtype)
         rows = record.op.input_rows(input, record.settings, layer.bias is not None, count)
-        return rows.to(self._dtype)
+        return rows.to(self.dtype)
 
     def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
         """A gradient g as rows of `count` examples [*lead, count, S, O]; None (no path) is zero."""
         record, tensor = self.record, self._tensors[0]
         if gradient is None:
-            gradient = record.input.new_zeros(record.output_shape, dtype=self._dtype)
-        gradient = record.batch_first(gradient)[:count].to(self._dtype)
+            gradient = record.input.new_zeros(record.output_shape, dtype=self.dtype)
+        gradient = record.batch_first(gradient)[:count].to(self.dtype)
         rows = record.op.output_gradient_rows(gradient, record.settings)
         if tensor.row_slice is not None:
             start, stop = tensor.row_slice
             rows = F.pad(rows, (start, tensor.shape[0] - stop))
         if self.layer.orientation == "bias" and rows.dim() == 4:  # [Γ, B, S, O] -> [B, S, Γ·O]
             rows = rows.movedim(0, -2).flatten(-2)
-        return rows.to(self._dtype)
+        return rows.to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +156,10 @@ class UntracedWeight:
     def leaves(self) -> dict[str, Tensor]:
         return {self.layer.weight: self.tensor}
 
+    def zeros(self) -> Tensor:
+        """The gradient of an example that does not depend on the tensor."""
+        return torch.zeros_like(self.tensor)
+
     def input_rows(self, count: int) -> Tensor:
         return self.tensor.new_ones(count, 1, 1)
 
@@ -165,7 +169,56 @@ class UntracedWeight:
         return gradient.reshape(count, 1, -1)  # [count, 1, P]
 
 
-LayerCall = OpCall | UntracedWeight
+@dataclass(frozen=True, eq=False)
+class MixedRowsCall:
+    """A call whose R rows are not the examples, such as the nodes of several graphs.
+
+    Every example has all rows, as S = R positions, and its own gradient in each of them, from one
+    backward pass for each example. J is exact. The rows are scaled so that Kronecker factors sum
+    over the positions of the B examples as where these are rows: A = Σ a aᵀ / B, S = R / B.
+    """
+
+    inner: OpCall
+    batch_size: int  # B
+
+    @property
+    def layer(self) -> Layer:
+        return self.inner.layer
+
+    @property
+    def transposed(self) -> bool:
+        return self.inner.transposed
+
+    @property
+    def edge(self) -> GradientEdge:
+        return self.inner.edge
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return self.inner.leaves
+
+    def zeros(self) -> Tensor:
+        """The gradient of an example that does not depend on the layer."""
+        record = self.inner.record
+        return record.input.new_zeros(record.output_shape, dtype=self.inner.dtype)
+
+    def input_rows(self, count: int) -> Tensor:
+        """The inputs [*lead, count, R, I], the same for each example."""
+        rows = self.inner.input_rows(self.inner.batch_size).flatten(-3, -2)
+        rows = (rows / self.batch_size**0.5).unsqueeze(-3)
+        return rows.expand(*rows.shape[:-3], count, -1, -1)
+
+    def output_gradient_rows(self, gradient: Tensor | None, count: int) -> Tensor:
+        """The gradients of each example [count, *output shape] as rows [*lead, count, R, O]."""
+        rows = self.inner.batch_size
+        if gradient is None:
+            one = self.inner.output_gradient_rows(None, rows).flatten(-3, -2)
+            return one.unsqueeze(-3).expand(*one.shape[:-2], count, -1, -1)
+        each = [self.inner.output_gradient_rows(g, rows).flatten(-3, -2) for g in gradient]
+        return torch.stack(each, -3) * self.batch_size**0.5
+
+
+LayerCall = OpCall | UntracedWeight | MixedRowsCall
 
 
 def split_weight_and_bias(call: OpCall) -> list[OpCall]:

@@ -17,6 +17,20 @@ Rule = Callable[[str, "nn.Module | None"], Any]
 StructureChoice = str | StructureSpec | Mapping[Any, Any] | Rule | None
 
 
+def check_structure(choice: Any, left_out: Sequence[str] = ()) -> None:
+    """Raise what `select_structures` raises without layers: for an unknown name or a wrong type."""
+    is_rule = callable(choice) and not isinstance(choice, (type, nn.Module))
+    if choice is None or is_rule or isinstance(choice, str) and choice in left_out:
+        return
+    if not isinstance(choice, Mapping):
+        parse_structure(choice)
+        return
+    for key, value in choice.items():
+        if not isinstance(key, (str, type)):
+            raise TypeError(f"structure: the key {key!r} is neither a module type nor a name")
+        check_structure(value, left_out)
+
+
 def select_structures(
     choice: StructureChoice, default: Any, layers: Sequence[Layer],
     modules: Mapping[str, nn.Module], left_out: Sequence[str] = (),
@@ -36,6 +50,7 @@ def select_structures(
         ValueError: an unknown structure, or a name that matches no layer.
         TypeError: a key that is neither a type nor a name.
     """
+    check_structure(choice, left_out)
     owners = {layer: modules.get(layer.weight.rpartition(".")[0]) for layer in layers}
     rule = _as_rule(choice, owners)
     structures = {}
@@ -53,14 +68,11 @@ def _as_rule(choice: StructureChoice, owners: Mapping[Layer, nn.Module | None]) 
         return lambda name, module: choice
     patterns = [key for key in choice if isinstance(key, str)]
     types = [key for key in choice if isinstance(key, type)]
-    for key in choice:
-        if not isinstance(key, (str, type)):
-            raise TypeError(f"structure: the key {key!r} is neither a module type nor a name")
     names = [layer.name for layer in owners]
-    for pattern in patterns:
+    for pattern in patterns if names else ():  # without any layer the guide says why
         if not any(_matches(name, pattern) for name in names):
             raise ValueError(f"structure: no layer {pattern!r}; {', '.join(names)} exist")
-    for module_type in types:
+    for module_type in types if names else ():
         if not any(isinstance(owner, module_type) for owner in owners.values()):
             have = {_user_type(owner): None for owner in owners.values() if owner is not None}
             warn_user(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyrocurv.layers.layer import Layer
-from pyrocurv.runtime.validation import check_integer, is_integer
+from pyrocurv.runtime.validation import check_choice, check_integer, is_integer, shown
 from pyrocurv.structures.serialization import serializable
 
 SHARING = ("expand", "reduce")
@@ -78,8 +78,7 @@ class KroneckerSpec(StructureSpec):
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, 1, "auto", None)
-        if self.sharing not in SHARING:
-            raise ValueError(f"sharing={self.sharing!r}: choose one of {', '.join(SHARING)}")
+        check_choice("sharing", self.sharing, SHARING)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class KFAC(KroneckerSpec):
         pair = self._pair
         if not (len(pair) == 2 and all(is_integer(number, 1) for number in pair)):
             allowed = "an integer of at least 1, or a pair (A, G)"
-            raise ValueError(f"num_blocks={self.num_blocks!r}: {allowed}, is needed")
+            raise ValueError(f"num_blocks={shown(self.num_blocks)}: {allowed}, is needed")
 
     @property
     def _pair(self) -> tuple[int, int]:
@@ -179,5 +178,7 @@ def parse_structure(structure: Any) -> StructureSpec:
         raise TypeError(f"structure={name} is a class: give {name}()")
     if not isinstance(structure, str) or structure not in STRUCTURES:
         names = ", ".join(STRUCTURES)
-        raise ValueError(f"structure={structure!r}: choose one of {names}, KFAC(...) or EKFAC(...)")
+        raise ValueError(
+            f"structure={shown(structure)}: choose one of {names}, KFAC(...) or EKFAC(...)"
+        )
     return STRUCTURES[structure]

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
+from pyrocurv.layers.block import Block
 from pyrocurv.structures import BlockDiagonal, Dense, Diagonal, Structure
 from pyrocurv.structures.serialization import cast
 
@@ -35,6 +37,15 @@ class WeightGaussian:
     loc: Tensor  # [P], packed
     precision: Structure  # of packed vectors
 
+    @staticmethod
+    def of_block(block: Block, loc: Tensor, precision: Structure) -> WeightGaussian:
+        """The Gaussian of a block's packed weights."""
+        flat = torch.arange(block.size, device=loc.device)
+        pieces = flat.split([math.prod(shape) for shape in block.tensors.values()])
+        named = zip(block.tensors.items(), pieces, strict=True)
+        index = block.pack({name: piece.reshape(tuple(shape)) for (name, shape), piece in named})
+        return WeightGaussian(block.tensors, index, *_copied(loc, precision))
+
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """{name: [*shape]} -> [P]; tensors that are left out are zeros."""
         zeros = self.loc.new_zeros(())
@@ -47,7 +58,7 @@ class WeightGaussian:
         flat = packed[..., self.index.argsort()]
         pieces = flat.split([math.prod(shape) for shape in self.shapes.values()], -1)
         named = zip(self.shapes.items(), pieces, strict=True)
-        return {name: piece.reshape(*packed.shape[:-1], *shape) for (name, shape), piece in named}
+        return {name: piece.reshape((*packed.shape[:-1], *shape)) for (name, shape), piece in named}
 
     @cached_property
     def means(self) -> dict[str, Tensor]:
@@ -69,6 +80,13 @@ class WeightGaussian:
         if self.loc.dtype == like.dtype and self.loc.device == like.device:
             return self
         return cast(self, like)
+
+    def normal(self, name: str, like: Tensor) -> Normal:
+        """The prior of one weight: its marginal, with a `Share` if it is correlated with others."""
+        normal: Any = Normal(self.means[name].to(like), self.scales[name].to(like))
+        if not self.is_independent:
+            normal.share = Share(self, name)
+        return normal
 
     def renamed(self, names: Mapping[str, str]) -> WeightGaussian:
         """With other names {old: new}; tensors that are not in it are integrated out."""
@@ -106,7 +124,7 @@ def split_gaussian(shapes: Shapes, loc: Tensor, precision: Structure) -> list[We
 
     A part is a block of a block-diagonal precision, which consists of whole tensors in guides.
     """
-    loc, precision = loc.detach().clone(), precision.map(lambda tensor: tensor.detach().clone())
+    loc, precision = _copied(loc, precision)
     ends = torch.tensor([math.prod(shape) for shape in shapes.values()]).cumsum(0).to(loc.device)
     parts = []
     for rows, structure in _blocks(precision, loc.device):
@@ -119,6 +137,11 @@ def split_gaussian(shapes: Shapes, loc: Tensor, precision: Structure) -> list[We
         index[rows.argsort()] = torch.arange(len(rows)).to(rows)
         parts.append(WeightGaussian(own, index, loc[rows], structure))
     return parts
+
+
+def _copied(loc: Tensor, precision: Structure) -> tuple[Tensor, Structure]:
+    """Copies that nothing trains."""
+    return loc.detach().clone(), precision.map(lambda tensor: tensor.detach().clone())
 
 
 def _blocks(precision: Structure, device: torch.device) -> Iterator[tuple[Tensor, Structure]]:

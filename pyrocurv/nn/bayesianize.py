@@ -22,6 +22,7 @@ from pyrocurv.nn.weight_priors import (
     set_prior,
 )
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_iterable, check_module, shown
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -76,6 +77,7 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
         >>> list(net.parameters())
         []
     """
+    check_module("net", net)
     parts = read_posterior(prior)
     prior_fn = None if parts is not None else parse_prior(prior)
     chosen = _choose(net, layers, is_posterior=parts is not None)
@@ -117,10 +119,12 @@ def _choose(net: nn.Module, layers: Layers, is_posterior: bool) -> dict[nn.Modul
     """
     modules = dict(net.named_modules())
     layers = (layers,) if isinstance(layers, (type, str)) else layers
+    if layers is not None:
+        check_iterable("layers", layers, "a list of module types and names")
     choices = LAYERS if layers is None else tuple(layers)
     for choice in choices:
         if not isinstance(choice, (type, str)):
-            raise TypeError(f"layers: module types and names are needed, got {choice!r}")
+            raise TypeError(f"layers: module types and names are needed, got {shown(choice)}")
     types = tuple(choice for choice in choices if isinstance(choice, type))
     prefixes = [choice for choice in choices if isinstance(choice, str)]
     for name in prefixes:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import pyro
 import torch
 from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.runtime.validation import is_integer
+from pyrocurv.runtime.outputs import logits_of, named_outputs
+from pyrocurv.runtime.validation import (
+    as_number,
+    check_callable,
+    check_inputs,
+    check_tensor,
+    is_integer,
+    is_number,
+    shown,
+)
 
 
 class Classifier(PyroModule):
@@ -16,6 +28,10 @@ class Classifier(PyroModule):
 
     The sites are the weights of the network, with the prefix "net.", and "obs" in the plate "data"
     of size N. Without targets the plate has the size of the batch.
+
+    A batch may also be a dict, `model(batch)`, or keywords, `model(**batch)`: "labels" or "y" are
+    the targets, all else the arguments of the network. Of a network that returns a dict or an
+    object of several tensors, the logits are those called "logits", otherwise the first of them.
 
     Args:
         net: a bayesianized network with outputs [B, C].
@@ -35,17 +51,18 @@ class Classifier(PyroModule):
 
     def __init__(self, net: nn.Module, num_data: int) -> None:
         super().__init__()
+        check_callable("net", net, "a torch.nn.Module")
         self.net, self.num_data = net, _check_num_data(num_data)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        logits = self.net(x)
+    def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
+        logits, y = _run(self.net, x, y, batch)
         shape = tuple(logits.shape)
         if len(shape) != 2:
             raise ValueError(f"logits [B, C] are needed, the network returned {shape}")
         if y is not None and tuple(y.shape) != shape[:1]:
             raise ValueError(f"classes {tuple(y.shape)} do not fit logits {shape}: [B] is needed")
         with _data_plate(self, logits, y):
-            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+            pyro.sample("obs", _made(dist.Categorical, logits, logits=logits), obs=y)
         return logits
 
 
@@ -54,7 +71,7 @@ class Regressor(PyroModule):
 
     The sites are the weights of the network, with the prefix "net.", "obs" in the plate "data" of
     size N, and "sigma" where the noise is a latent. Without targets the plate has the size of the
-    batch.
+    batch. Batches and outputs may be of the forms that `Classifier` takes.
 
     Args:
         net: a bayesianized network with outputs [B, D]. A single output [B, 1] is squeezed to [B],
@@ -77,12 +94,16 @@ class Regressor(PyroModule):
 
     def __init__(self, net: nn.Module, num_data: int, noise: float | None = None) -> None:
         super().__init__()
-        if noise is not None and not noise > 0:
-            raise ValueError(f"noise={noise!r}: a positive standard deviation, or None, is needed")
+        check_callable("net", net, "a torch.nn.Module")
+        value = as_number(noise)
+        if noise is not None and not (is_number(value) and value > 0):
+            raise ValueError(
+                f"noise={shown(noise)}: a positive standard deviation, or None, is needed"
+            )
         self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        mean = self.net(x)
+    def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
+        mean, y = _run(self.net, x, y, batch)
         if mean.dim() == 2 and mean.shape[-1] == 1:
             mean = mean.squeeze(-1)
             y = y.squeeze(-1) if y is not None and y.dim() == 2 and y.shape[-1] == 1 else y
@@ -93,21 +114,55 @@ class Regressor(PyroModule):
             zero = mean.new_zeros(())
             noise = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
         with _data_plate(self, mean, y):
-            normal = dist.Normal(mean, mean.new_ones(()) * noise)
+            normal = _made(dist.Normal, mean, mean, mean.new_ones(()) * noise)
             pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
         return mean
+
+
+def _run(
+    net: nn.Module, x: Any, y: Tensor | None, batch: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The output of a network on a batch, and the targets."""
+    arguments = {**x, **batch} if isinstance(x, Mapping) else {**batch}
+    for targets in ("labels", "y"):
+        given = arguments.pop(targets, None)
+        y = given if y is None else y
+    if y is not None:
+        check_tensor("y", y)
+    if isinstance(x, Mapping) or x is None and arguments:
+        output = net(**arguments)
+    else:
+        check_inputs("x", x)
+        output = net(x, **arguments)
+    outputs = named_outputs(output)
+    name = logits_of(outputs, 1)
+    if name is None:
+        raise ValueError(f"the network returned no tensor with a batch, but {shown(output)}")
+    return outputs[name], y
 
 
 def _check_num_data(num_data: int) -> int:
     if not is_integer(num_data, 1):
         needed = "the number of training examples is needed, an integer of at least 1"
-        raise ValueError(f"num_data={num_data!r}: {needed}")
+        raise ValueError(f"num_data={shown(num_data)}: {needed}")
     return num_data
+
+
+def _made(kind: Callable[..., Any], output: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A distribution; FloatingPointError if torch refuses it for outputs that are not finite."""
+    try:
+        return kind(*args, **kwargs)
+    except ValueError as error:
+        if bool(output.isfinite().all()):
+            raise
+        raise FloatingPointError("site 'obs': the network's output is not finite") from error
 
 
 def _data_plate(model: Classifier | Regressor, output: Tensor, y: Tensor | None) -> pyro.plate:
     """The plate of the data; without targets, in prediction, it has the size of the batch."""
     batch, num_data = len(output), model.num_data
+    if not batch:
+        raise ValueError("x: the batch has no examples")
     if y is not None and batch > num_data and model.training:
         raise ValueError(f"a batch of {batch} targets, but num_data={num_data}")
     indices = torch.arange(batch, device=output.device)

@@ -87,12 +87,12 @@ class CorrelatedWeight:
         self._part, self._weight, self._initial = part, weight, initial  # names in net and module
 
     def __call__(self, module: Any) -> Distribution:
-        full = module._pyro_get_fullname(self._weight.rpartition(".")[2])
-        prefix, context = full.removesuffix(self._weight), module._pyro_context
-        sampled = {
-            name: value for name in self._part.shapes
-            if name != self._weight and (value := context.get(f"{prefix}{name}")) is not None
-        }
+        context, sampled = module._pyro_context, {}
+        if context.active:  # otherwise the module is read outside of a run
+            full = module._pyro_get_fullname(self._weight.rpartition(".")[2])
+            prefix = full.removesuffix(self._weight)
+            values = {name: context.get(f"{prefix}{name}") for name in self._part.shapes}
+            sampled = {name: value for name, value in values.items() if value is not None}
         initial = module._buffers[self._initial]
         fn: Any = CorrelatedNormal.of(self._part, self._weight, initial, sampled)
         fn = fn.to_event(initial.dim())

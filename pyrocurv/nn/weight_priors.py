@@ -16,6 +16,7 @@ from pyrocurv.handlers.modules import named_modules
 from pyrocurv.layers.module_types import NORMS, fan_in
 from pyrocurv.nn.posterior_prior import CorrelatedNormal, CorrelatedWeight
 from pyrocurv.runtime.distributions import as_normal, compact
+from pyrocurv.runtime.validation import as_number, check_is, check_tensor, is_number, shown
 
 PriorSpec = float | str | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
 
@@ -30,14 +31,15 @@ def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
         )
     if callable(prior):
         return prior
-    if prior == "fan_in":
+    if isinstance(prior, str) and prior == "fan_in":
         return lambda module, name: _normal(module, name, 1 / math.sqrt(fan_in(module) + 1))
-    if not isinstance(prior, float | int) or not prior > 0:
+    scale = as_number(prior)
+    if not (is_number(scale) and scale > 0):
         raise ValueError(
-            f"prior={prior!r}: 'fan_in', a positive standard deviation or a callable "
-            "(module, name) -> Distribution is needed"
+            f"prior={shown(prior)}: 'fan_in', a positive standard deviation, a callable "
+            "(module, name) -> Distribution or a trained guide is needed"
         )
-    return lambda module, name: _normal(module, name, float(prior))
+    return lambda module, name: _normal(module, name, float(scale))
 
 
 def _normal(module: nn.Module, name: str, scale: float) -> Distribution:
@@ -136,6 +138,12 @@ def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
         >>> rescale_prior(net, "weight", torch.tensor(0.5)), rescale_prior(net, "w", torch.ones(()))
         (True, False)
     """
+    check_is("site", site, str, "the name of a site")
+    if not is_number(factor):
+        check_tensor("factor", factor)
+    value = as_number(factor)
+    if not (is_number(value) and value > 0):
+        raise ValueError(f"factor={shown(factor)}: a positive scalar is needed")
     path, _, name = site.rpartition(".")
     module = named_modules(model).get(path)
     buffers: dict[str, Any] = {} if module is None else module._buffers
@@ -143,5 +151,6 @@ def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
     scale = buffers.get(scale_name)
     if scale is None:
         return False
-    buffers[scale_name] = scale * factor.to(scale)
+    number = factor.to(scale) if isinstance(factor, Tensor) else float(factor)
+    buffers[scale_name] = scale * number
     return True

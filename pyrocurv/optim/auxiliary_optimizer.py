@@ -50,7 +50,10 @@ class AuxiliaryOptimizer:
         return {*self._known, *self._loaded}
 
     def step(self, parameters: Sequence[AuxiliaryParameter], scale: float = 1.0) -> None:
-        """One step from the gradients times `scale`."""
+        """One step from the gradients times `scale`.
+
+        Raises FloatingPointError, after it, if a parameter or its state is not finite any more.
+        """
         moving = [p for p in parameters if p.gradient is not None]
         joining = [p for p in parameters if p.gradient is not None or p.joins_without_gradient]
         if not moving and self._optimizer is None:
@@ -65,6 +68,19 @@ class AuxiliaryOptimizer:
             self._follow_moves()
             self._apply_schedule(parameters)
             self._optimizer.step()
+        self._check_finite(self._optimizer, [p.tensor for p in moving])
+
+    @staticmethod
+    def _check_finite(optimizer: torch.optim.Optimizer, moved: Sequence[Tensor]) -> None:
+        """In one synchronization."""
+        states = [value for x in moved for value in optimizer.state.get(x, {}).values()]
+        tensors = [x for x in states if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
+        sums = [x.detach().sum().to(moved[0]) for x in (*moved, *tensors)]
+        if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
+            raise FloatingPointError(
+                f"a parameter of {type(optimizer).__name__}, or its state, would not be finite: "
+                "the learning rate or a gradient is too large"
+            )
 
     def keep(self, undo: Undo, parameters: Iterable[AuxiliaryParameter]) -> None:
         """Have `undo` keep what a step changes."""

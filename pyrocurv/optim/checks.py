@@ -1,27 +1,68 @@
-"""Checks of hyperparameters."""
+"""Checks of hyperparameters, also of those that a scheduler or the user has changed since."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
+from pyrocurv.runtime.validation import (
+    as_number,
+    check_flag,
+    check_fraction,
+    check_integer,
+    check_is,
+    check_iterable,
+    check_nonnegative,
+    check_positive,
+)
+
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for one that is out of its range."""
-    momentum, damping, kl_clip = (values[name] for name in ("momentum", "damping", "kl_clip"))
-    if not values["lr"] >= 0:
-        raise ValueError(f"lr={values['lr']!r}: a number from 0 is needed")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum!r}: a number in [0, 1) is needed")
-    if not damping >= 0:
-        raise ValueError(f"damping={damping!r}: a number from 0 is needed")
-    if kl_clip is not None and not kl_clip > 0:
-        raise ValueError(f"kl_clip={kl_clip!r}: a positive number or None is needed")
-
-
-def check_posterior_settings(values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a prior precision or temperature that is out of its range."""
+    """Raise ValueError for one of a group that is not finite or out of its range."""
+    for name in ("lr", "initial_lr", "damping", "weight_decay"):
+        if name in values:
+            check_nonnegative(name, as_number(values[name]))
+    check_fraction("momentum", values["momentum"])
+    check_positive("kl_clip", values["kl_clip"], None)
     for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
-        value = values[name]
-        if value != word and (isinstance(value, str) or not value > 0):
-            raise ValueError(f"{name}={value!r}: a positive number or {word!r} is needed")
+        if name in values:
+            check_positive(name, values[name], word)
+
+
+def check_params(params: Any, net: nn.Module | None = None) -> list[Any]:
+    """Parameters, or groups of them, as a list; for None all those of a network.
+
+    Raises TypeError for what is neither, ValueError if there is none.
+    """
+    if params is None and net is not None:
+        if not (found := [*net.parameters()]):
+            raise ValueError(f"net: a {type(net).__name__} has no parameters to train")
+        return found
+    if isinstance(params, Tensor):
+        return [params]
+    check_iterable("params", params, "a list of parameters or groups")
+    found = [*params]
+    for item in found:
+        check_is("params", item, (Tensor, dict, tuple), "a list of parameters or groups")
+    if not found:
+        raise ValueError("params: at least one parameter is needed, the list is empty")
+    return found
+
+
+def check_run_settings(
+    num_data: Any, num_samples: Any, kl_warmup: Any, augmentation: Any, antithetic: Any
+) -> None:
+    """Raise ValueError for one that is out of its range."""
+    check_integer("num_data", num_data, 1)
+    check_integer("num_samples", num_samples, 1)
+    check_integer("kl_warmup", kl_warmup, 0)
+    check_positive("augmentation", augmentation)
+    check_flag("antithetic", antithetic)
+
+
+def check_batch_size(batch_size: int, num_data: int, augmentation: float) -> None:
+    """Raise ValueError for a batch of more examples than there are."""
+    if batch_size > num_data * augmentation:
+        raise ValueError(f"num_data={num_data}, but there are {batch_size} in one batch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,29 +16,37 @@ from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
-from pyrocurv.layers.structure_spec import parse_structure
+from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
-from pyrocurv.optim.checks import check_hyperparameters
-from pyrocurv.optim.forward_recorder import ForwardRecorder, RecordedPass
+from pyrocurv.optim.checks import check_hyperparameters, check_params
+from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.mean_updates import Update, as_mean_update, check_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
-from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Evaluation, commit, step
-from pyrocurv.posterior.summary import UpdateCount, update_counts
+from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
+from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import (
+    check_is,
+    check_module,
+    check_positive,
+    reading_state,
+)
 
 PICKLED = (
-    "defaults", "state", "param_groups", "curvature", "_likelihood", "_network", "_stream",
-    "_auxiliary", "_posterior", "_fallback_lr", "_mean_update",
+    "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",
+    "_network", "_stream", "_auxiliary", "_posterior", "_fallback_lr", "_mean_update",
 )
 
 
@@ -45,25 +54,25 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     """Records a network and keeps the curvature of its layers; subclasses define the step."""
 
     has_untraced_blocks = False  # whether parameters that no supported op consumes have a block
+    has_samples = False  # whether the gradients of a sample may be unscaled after its curvature
     fallback_description = ""  # what such a parameter gets instead
     settings: tuple[str, ...] = ()  # further attributes of a subclass, which copies have too
 
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
-        curvature: str | Curvature, structure: StructureChoice, update: Update,
-        fallback_lr: float, defaults: Group,
+        class_dim: int | None, curvature: str | Curvature, structure: StructureChoice,
+        update: Update, fallback_lr: float, defaults: Group,
     ) -> None:
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net: a torch.nn.Module is needed, got {type(net).__name__}")
-        if not fallback_lr > 0:
-            raise ValueError(f"fallback_lr={fallback_lr!r}: a positive number is needed")
+        check_module("net", net)
+        check_differentiable(net.modules())
+        check_positive("fallback_lr", fallback_lr)
         self.curvature = as_curvature(curvature)
-        self._likelihood = LossLikelihood(likelihood, self.curvature.kind)
-        if isinstance(structure, str) and structure not in LEFT_OUT:
-            parse_structure(structure)
+        self.likelihood, self.structure = likelihood, structure
+        self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
+        check_structure(structure, LEFT_OUT)
         self._mean_update = as_mean_update(update)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
-        super().__init__(net.parameters() if params is None else params, defaults)
+        super().__init__(check_params(params, net), defaults)
         self._network = TracedNetwork(
             ForwardRecorder(net), structure, type(self).__name__, self.fallback_description,
             self.has_untraced_blocks,
@@ -82,16 +91,6 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return self._network.recorder
 
     @property
-    def likelihood(self) -> Likelihood:
-        """The likelihood whose negative logarithm is the loss."""
-        return self._likelihood.likelihood
-
-    @property
-    def structure(self) -> StructureChoice:
-        """The structure of each layer, as it was asked for."""
-        return self._network.structure
-
-    @property
     def layout(self) -> ParameterBlocks:
         """The layers that forward passes have shown so far, and their blocks."""
         return self._network.layout
@@ -103,12 +102,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         Raises ValueError for parameters that do not belong to the network.
         """
-        self._check(param_group)
+        check_is("param_group", param_group, dict, 'a dict with "params"')
+        param_group["params"] = check_params(param_group.get("params"))
+        check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-
-    def _check(self, group: Group) -> None:
-        """Raise ValueError for a hyperparameter out of its range."""
-        check_hyperparameters({**self.defaults, **group})
+        if "_network" in vars(self):
+            self._schedule_recording()
 
     @property
     def _mutable(self) -> tuple[Any, ...]:
@@ -121,6 +120,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self._recorder.pop_passes()
 
     def _store(self) -> ParameterStore:
+        """The parameters; ValueError for a setting that has been changed to an invalid one."""
+        for group in self.param_groups:
+            check_hyperparameters(group)
         return self._network.store(self.param_groups)
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
@@ -147,6 +149,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def _schedule_recording(self) -> None:
         """Have the recorder keep the examples that the next step needs."""
         self._recorder.batch_size = self.curvature.batch if self._is_due() else 0
+        self._recorder.parameters = [p for group in self.param_groups for p in group["params"]]
 
     def _with_new_blocks(
         self, posterior: Posterior, layout: ParameterBlocks, store: ParameterStore,
@@ -164,28 +167,25 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return replace(posterior, blocks=(*posterior.blocks, *states))
 
     def _update_curvature(
-        self, posterior: Posterior, passes: Sequence[RecordedPass], store: ParameterStore,
-        batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
+        self, layout: ParameterBlocks, posterior: Posterior, passes: Sequence[RecordedPass],
+        store: ParameterStore, batch_fraction: float, particle: Particle = SINGLE_PARTICLE,
     ) -> tuple[ParameterBlocks, Posterior]:
-        """The posterior with one more estimate of the blocks that are due and were used."""
-        device = next(iter(store.named.values()))[0].device
-        with (
-            self._stream(device),
-            self._network.forward_pass(passes, self._likelihood, store) as (layout, forward),
-        ):
-            called = {call.layer for call in forward.calls}
-            posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
-            posterior = self._in_context(posterior, layout, store)
-            used = [
-                state for state in posterior.blocks
-                if state.block.is_untraced or called >= set(state.block.layers)
-            ]
-            updated = update_curvature(
-                self.curvature, replace(posterior, blocks=tuple(used)), forward, batch_fraction,
-                particle,
-            )
-        new = {state.block.name: state for state in updated.blocks}
-        return layout, posterior.map_blocks(lambda state: new.get(state.block.name, state))
+        """The posterior with one more estimate of the blocks that are due and were used.
+
+        Passes that do not fit together, as of two lengths, are parts of it by their examples.
+        """
+        for group in group_compatible(passes):
+            part = replace(particle, before=group.before, share=group.share)
+            with self._stream(store.device), self._network.forward_pass(
+                layout, group, self._likelihood, store, self.has_samples
+            ) as (layout, forward):
+                posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
+                posterior = self._in_context(posterior, layout, store)
+                used = _used_blocks(posterior, forward.calls)
+                updated = update_curvature(self.curvature, used, forward, batch_fraction, part)
+            new = {state.block.name: state for state in updated.blocks}
+            posterior = posterior.map_blocks(partial(_replaced, new))
+        return layout, posterior
 
     def _decayed(self, store: ParameterStore, batch_fraction: float) -> Posterior:
         """On a step without an estimate: with the initial curvature as it is now."""
@@ -216,7 +216,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             name: gradient if num_samples == 1 else gradient / num_samples
             for name, gradient in gradients.items() if name in blocked
         }
-        loss = torch.zeros((), device=next(iter(store.named.values()))[0].device)
+        loss = torch.zeros((), device=store.device)
         evaluation = Evaluation(posterior, loss, means, [*rest.values()])
         self._mean_update.keep(undo)
         update = step(self._posterior, evaluation, mean_update=self._mean_update)
@@ -241,6 +241,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         """
         return update_counts(self.curvature, self._posterior)
 
+    def prior_errors(self) -> dict[str, float]:
+        """As `pyrocurv.infer.NGVI.prior_errors`, for `VIOptimizer(prior=...)`."""
+        return prior_errors(self.curvature, self._posterior)
+
     def summary(self) -> str:
         """A table of every parameter: name, shape, structure, size.
 
@@ -258,7 +262,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             "update_state": self._mean_update.state_dict(),
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
-            "has_finite_support": self._likelihood.has_finite_support,
+            **self._likelihood.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -267,6 +271,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises ValueError, before anything is changed, for the state of another class, of a network
         with other parameters, of other structures, or of a newer version.
         """
+        with reading_state(type(self).__name__):
+            self._load(state_dict)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
         layout, posterior = read_posterior(state_dict, self._network, self._store())
         check_update(state_dict["update"], self._mean_update.name, type(self).__name__)
         with Undo() as undo:
@@ -278,9 +286,22 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._auxiliary.load_state_dict(state_dict["auxiliary"])
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
-            self._likelihood.has_finite_support = state_dict["has_finite_support"]
+            self._likelihood.load_state_dict(state_dict)
             self._recorder.pop_passes()
             self._schedule_recording()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in (*PICKLED, *self.settings)}
+
+
+def _replaced(new: Mapping[str, BlockState], state: BlockState) -> BlockState:
+    return new.get(state.block.name, state)
+
+
+def _used_blocks(posterior: Posterior, calls: Sequence[LayerCall]) -> Posterior:
+    """The blocks all of whose layers were called, and those that no op consumes."""
+    called = {call.layer for call in calls}
+    return replace(posterior, blocks=tuple(
+        state for state in posterior.blocks
+        if state.block.is_untraced or called >= set(state.block.layers)
+    ))

@@ -6,41 +6,48 @@ inputs of a few examples where a curvature is due, and gets itself a graph of it
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.nn.utils import get_total_norm
 
 from pyrocurv.layers.capture import Capture
+from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass
 from pyrocurv.runtime.module_state import save_buffers
+from pyrocurv.runtime.outputs import named_outputs
 from pyrocurv.runtime.undo import complete
 
 
 @dataclass(eq=False)
 class ForwardRecorder:
-    """The forward passes of `net` since the last `pop_passes`, those that a gradient came back
-    through.
+    """The forward passes of `net` since the last `pop_passes` whose gradients reached `parameters`.
 
-    `batch_size` examples of each are kept; None is all, 0 none.
+    A pass counts if a backward pass through it has accumulated into the `.grad` of one of them. One
+    whose gradient is in the inputs alone, as of an attack, does not, nor does one inside of a
+    `torch.func` transform. `batch_size` examples of each are kept; None is all, 0 none.
     """
 
     net: nn.Module
     batch_size: int | None = 0
+    parameters: Sequence[Tensor] = ()
     passes: list[RecordedPass] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._inputs: ForwardInputs | None = None
         self._is_still = False
+        self.gradient_norm: Tensor | None = None  # after the last backward pass, if rows are kept
         self.listen()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"net": self.net, "batch_size": self.batch_size}
+        return {name: getattr(self, name) for name in ("net", "batch_size", "parameters")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # hooks into a network that is a copy too
@@ -74,28 +81,44 @@ class ForwardRecorder:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inputs = None
-        if self.batch_size == 0 or self._is_still or not torch.is_grad_enabled():
+        if self.batch_size == 0 or self._is_ignored() or not torch.is_grad_enabled():
             return
         whole = any(isinstance(m, _BatchNorm) and m.training for m in self.inner.modules())
         self._inputs = ForwardInputs.of(args, kwargs, None if whole else self.batch_size)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs, self._inputs = self._inputs, None
-        heads = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-        if self._is_still or not heads or not heads[0].dim():
-            return
-        seen: list[RecordedPass] = []
+        heads = {n: x for n, x in named_outputs(output).items() if x.dim() and x.requires_grad}
+        if heads and not self._is_ignored():
+            _Backward(self, inputs, heads)
 
-        def on_gradient(gradient: Tensor) -> None:
-            if not seen:
-                seen.append(RecordedPass(inputs, len(gradient)))
-                self.passes.append(seen[0])
-            if inputs is not None:
-                more = gradient[: inputs.batch].detach()
-                old = seen[0].gradient
-                seen[0].gradient = more.clone() if old is None else old + more
+    def _is_ignored(self) -> bool:
+        """Whether a pass is one of this recorder, or inside of a `torch.func` transform."""
+        return self._is_still or torch._C._functorch.peek_interpreter_stack() is not None
 
-        heads[0].register_hook(on_gradient)
+    def add(self, recorded: RecordedPass, gradients: Mapping[str, Tensor]) -> None:
+        """Count a pass, and what a backward pass through it gave; again if it was counted."""
+        if not any(recorded is other for other in self.passes):
+            recorded.gradients = {}
+            self.passes.append(recorded)
+        for name, gradient in gradients.items():
+            old = recorded.gradients.get(name)
+            recorded.gradients[name] = gradient if old is None else old + gradient
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        self.gradient_norm = get_total_norm(grads) if recorded.inputs is not None else None
+
+    def shrinkage(self) -> float:
+        """By how much the parameters' gradients have shrunk since the last backward pass."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if self.gradient_norm is None or not grads:
+            return 1.0
+        ratio = float(self.gradient_norm / get_total_norm(grads))
+        return ratio if 0 < ratio < math.inf else 1.0
+
+    def versions(self) -> list[tuple[int, int] | None]:
+        """What changes when a gradient is accumulated."""
+        grads = (p.grad for p in self.parameters)
+        return [None if g is None else (id(g), g._version) for g in grads]
 
     # ---- afterwards -----------------------------------------------------------------------------
 
@@ -116,6 +139,39 @@ class ForwardRecorder:
             complete(restore)
 
 
+class _Backward:
+    """Follows the backward passes through one forward pass, until the end of each."""
+
+    def __init__(
+        self, recorder: ForwardRecorder, inputs: ForwardInputs | None, heads: Mapping[str, Tensor]
+    ) -> None:
+        self.recorder, self.tasks = weakref.ref(recorder), dict[int, dict[str, Tensor]]()
+        rows = {} if inputs is None else {
+            name: x.detach()[: inputs.batch].clone() for name, x in heads.items()
+        }
+        self.recorded = RecordedPass(inputs, len(next(iter(heads.values()))), rows)
+        for name, head in heads.items():
+            head.register_hook(partial(self.on_gradient, name))
+
+    def on_gradient(self, name: str, gradient: Tensor) -> None:
+        recorder, task = self.recorder(), torch._C._current_graph_task_id()
+        if recorder is None or torch._C._functorch.is_functorch_wrapped_tensor(gradient):
+            return
+        if task not in self.tasks:
+            self.tasks[task] = {}
+            finish = partial(self.finish, task, recorder.versions())
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+        if self.recorded.inputs is not None:
+            rows = gradient.detach()[: self.recorded.inputs.batch].clone()
+            self.tasks[task][name] = rows
+
+    def finish(self, task: int, before: Sequence[Any]) -> None:
+        """At the end of a backward pass: it counts if a gradient was accumulated."""
+        gradients, recorder = self.tasks.pop(task), self.recorder()
+        if recorder is not None and recorder.versions() != before:
+            recorder.add(self.recorded, gradients)
+
+
 class _WeakHook:
     """Calls a method of a watch that is still there; nothing in copies of the network."""
 
@@ -131,83 +187,3 @@ class _WeakHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _WeakHook, (None, self._method)
-
-
-@dataclass(eq=False)
-class ForwardInputs:
-    """The arguments of a forward pass, as leaves; where `rows`, of the first examples alone."""
-
-    leaves: list[Any]
-    shape: TreeSpec
-    rows: list[bool]
-    limit: int | None
-    autocast: torch.dtype | None
-
-    @staticmethod
-    def of(args: Any, kwargs: Any, limit: int | None) -> ForwardInputs:
-        """Copies: a network may overwrite what it is given."""
-        leaves, shape = tree_flatten((args, kwargs))
-        sizes = [len(x) for x in leaves if isinstance(x, Tensor) and x.dim()]
-        rows = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == sizes[0] for x in leaves]
-        kept = [x[:limit].detach().clone() if r else x for x, r in zip(leaves, rows, strict=True)]
-        device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return ForwardInputs(kept, shape, rows, limit, autocast)
-
-    @property
-    def batch(self) -> int:
-        """How many examples there are."""
-        return len(self.leaves[self.rows.index(True)])
-
-    def fits(self, other: ForwardInputs) -> bool:
-        """Whether the examples of both can go through the network together."""
-        return (
-            (self.shape, self.rows, self.autocast) == (other.shape, other.rows, other.autocast)
-            and all(
-                a.shape[1:] == b.shape[1:] if row else a is b or not torch.is_tensor(a) and a == b
-                for a, b, row in zip(self.leaves, other.leaves, self.rows, strict=True)
-            )
-        )
-
-    @staticmethod
-    def joined(several: Sequence[ForwardInputs]) -> ForwardInputs:
-        """The first examples of them all, which fit each other."""
-        first = several[0]
-        columns = zip(*(one.leaves for one in several), strict=True)
-        leaves = [
-            torch.cat(column)[: first.limit] if row else column[0]
-            for column, row in zip(columns, first.rows, strict=True)
-        ]
-        return ForwardInputs(leaves, first.shape, first.rows, first.limit, first.autocast)
-
-    def call(self, net: nn.Module) -> Any:
-        """The network's output."""
-        args, kwargs = tree_unflatten(self.leaves, self.shape)
-        device = next((x.device.type for x in self.leaves if isinstance(x, Tensor)), "cpu")
-        cast: AbstractContextManager[Any] = nullcontext()
-        if self.autocast is not None:
-            cast = torch.autocast(device, self.autocast, cache_enabled=False)
-        with cast:
-            return net(*args, **kwargs)
-
-
-@dataclass(eq=False)
-class RecordedPass:
-    """A forward pass whose output had a gradient: its inputs, if kept, and that gradient."""
-
-    inputs: ForwardInputs | None
-    batch: int
-    gradient: Tensor | None = None  # of the examples kept, as far as the loss has come
-
-
-def num_examples(passes: Iterable[RecordedPass]) -> int:
-    """The number of examples of all passes."""
-    return sum(recorded.batch for recorded in passes)
-
-
-def merge_compatible(passes: Sequence[RecordedPass]) -> tuple[ForwardInputs, list[Tensor]]:
-    """The joined inputs of all passes that fit the first one with inputs, and their gradients."""
-    kept = [(recorded.inputs, recorded.gradient) for recorded in passes if recorded.inputs]
-    compatible = [(inputs, gradient) for inputs, gradient in kept if kept[0][0].fits(inputs)]
-    gradients = [gradient for _, gradient in compatible if gradient is not None]
-    return ForwardInputs.joined([inputs for inputs, _ in compatible]), gradients

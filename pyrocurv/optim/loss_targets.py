@@ -1,86 +1,58 @@
 """From a network's output to terms of the curvature: the likelihood, and the data behind a loss.
 
-The loss is the user's own, PyTorch's mean over all entries of the batch (rows; tokens; pixels). Its
-gradient in the output tells the targets of the named likelihoods, where a curvature asks for them:
-
-    categorical  p - y   negative at the class alone
-    bernoulli    p - y   negative where y = 1
-    normal       μ - y
+The loss is the user's own. Its gradient in the output tells the targets and the weights of the
+entries of "categorical" and "bernoulli" (`loss_weights`), and of every likelihood which entries
+count: one whose gradient is exactly zero does not. Otherwise the loss is taken for PyTorch's mean
+over all entries that count (rows; tokens; pixels); then that of "normal" has the gradient
+(μ - y) / size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
+from pyrocurv.optim.loss_weights import (
+    LossReading,
+    LossSize,
+    find_class_dim,
+    read,
+    read_distribution,
+    tolerance,
+)
+from pyrocurv.optim.recorded_pass import OutputGradients
 from pyrocurv.runtime.distributions import unwrap
+from pyrocurv.runtime.outputs import logits_of, named_outputs, replaced
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import is_out_of_memory
 
 DATA_KINDS = ("empirical", "hessian")
 
 
-def targets_from_gradient(
-    likelihood: Likelihood, output: Tensor, gradient: Tensor, size: int
-) -> Tensor:
-    """The data behind the gradient of a mean over `size` entries."""
-    if likelihood == "categorical":
-        known = (gradient < 0).any(-1)  # at a probability of 1 nothing is left of it
-        return torch.where(known, gradient.argmin(-1), output.argmax(-1))
-    if likelihood == "bernoulli":
-        return torch.where(gradient == 0, output > 0, gradient < 0).to(output)
-    return output - gradient * size
-
-
-def check_loss(likelihood: Likelihood, gradient: Tensor) -> None:
-    """Warn of a loss that cannot be the likelihood's, by its gradient in the output.
-
-    That of a cross entropy sums to 0 over the classes, weighted or smoothed as it may be; that of
-    the others does so by chance alone.
-    """
-    if not isinstance(likelihood, str) or gradient.dim() < 2 or gradient.shape[-1] < 2:
-        return
-    share = gradient.sum(-1).norm() / gradient.norm()
-    if likelihood == "categorical" and bool(share > 0.1):
-        warn_user(
-            "likelihood='categorical': the loss's gradient does not sum to 0 over the last axis of "
-            f"the output [B{''.join(f', {n}' for n in gradient.shape[1:])}], as that of a cross "
-            "entropy does over the classes: say likelihood='bernoulli', 'normal' or your own, or "
-            "have the classes last"
-        )
-    elif likelihood != "categorical" and bool(share < 1e-5):
-        warn_user(
-            f"likelihood={likelihood!r}: the loss's gradient sums to 0 over the last axis of the "
-            "output, as that of a cross entropy does: say likelihood='categorical'"
-        )
-
-
-def unignored_mask(output: Tensor, gradient: Tensor) -> Tensor | None:
-    """Which entries of a "categorical" the loss is of: not those of `ignore_index`; None: all.
-
-    Nothing comes back through such an entry. Through another nothing does only at a probability of
-    1, of no curvature either; that it counts there is what the probability tells.
-    """
-    mask = (gradient != 0).any(-1) | (output.softmax(-1).amax(-1) == 1)
-    return None if bool(mask.all()) else mask
-
-
 @dataclass(eq=False)
 class LossLikelihood:
     """The likelihood of a loss, for one kind of curvature.
 
-    `has_finite_support` is as observed in the last pass. Raises ValueError for a likelihood that
-    has not what the curvature needs.
+    `class_dim` is the axis of the classes of "categorical", found in the first pass if None.
+    `has_finite_support`, `total_weight`, the sum of the loss's weights, and `scale`, how much of it
+    is a GradScaler's, are as observed in the last pass.
+
+    Raises ValueError for a likelihood that has not what the curvature needs.
     """
 
     likelihood: Likelihood
     kind: str
+    class_dim: int | None = None
     has_finite_support: bool = False
+    total_weight: float = 1.0
+    scale: float = 1.0
+    warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         as_likelihood(self.likelihood)
@@ -90,59 +62,178 @@ class LossLikelihood:
                 f"curvature={self.kind!r} takes the targets from the loss's gradient, which a "
                 "likelihood of your own does not allow: use 'fisher' or 'ggn'"
             )
+        if self.class_dim is not None and self.likelihood != "categorical":
+            raise ValueError(
+                f"class_dim={self.class_dim!r}: only likelihood='categorical' has one, got "
+                f"{self.likelihood!r}"
+            )
+        if self.class_dim == 0 or not isinstance(self.class_dim, (int, type(None))):
+            raise ValueError(f"class_dim={self.class_dim!r}: an axis other than 0 is needed")
 
-    def term(
-        self, output: Any, gradient: Tensor | None, total: int, rows: int
-    ) -> LikelihoodTerm:
-        """The term of one pass over `rows` examples; `gradient` is that of a mean over `total`.
+    def state_dict(self) -> dict[str, Any]:
+        """What passes have shown, for a checkpoint."""
+        return {"has_finite_support": self.has_finite_support, "class_dim": self.class_dim}
 
-        The data are read off it where the curvature wants them.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        self.has_finite_support = state["has_finite_support"]
+        self.class_dim = state.get("class_dim", self.class_dim)
+
+    def terms(
+        self, output: Any, recorded: OutputGradients, size: LossSize
+    ) -> list[LikelihoodTerm]:
+        """The terms of another pass over the recorded examples: one, or those of a list.
 
         Raises ValueError for an output that the likelihood does not fit, FloatingPointError for one
         that is not finite.
         """
-        fitted = self._distribution(output, rows)
+        outputs = named_outputs(output)
+        for path in recorded.gradients or outputs:
+            if not bool(torch.isfinite(outputs[path]).all()):
+                raise FloatingPointError("the network's output is not finite")
+        if not isinstance(self.likelihood, str):
+            return self._terms_of_callable(output, recorded, size)
+        least = 2 if self.likelihood == "categorical" else 1
+        name = logits_of(recorded.gradients or outputs, least)
+        if name is None:
+            raise ValueError(
+                f"likelihood={self.likelihood!r} wants an output of {least} axes or more, the "
+                f"batch first, got {_shape(output)}"
+            )
+        gradient = recorded.gradients.get(name)
+        logits = self._classes_last(outputs[name], gradient)
+        density = as_likelihood(self.likelihood)
+        fitted = self._checked(self._evaluated(density, logits), output, size.rows)
+        if gradient is None:
+            return [self._term(fitted, size.of(fitted), None)]
+        before = self._classes_last(recorded.outputs[name], gradient)
+        return [self._read(fitted, before, self._classes_last(gradient, gradient), size)]
+
+    def _classes_last(self, x: Tensor, gradient: Tensor | None) -> Tensor:
+        if self.likelihood != "categorical":
+            return x
+        if self.class_dim is None and gradient is not None:
+            self.class_dim = find_class_dim(gradient)
+        dim = -1 if self.class_dim is None else self.class_dim
+        if not -x.dim() < dim < x.dim():
+            raise ValueError(
+                f"class_dim={dim}: an output {tuple(x.shape)} has axes 1 to {x.dim() - 1} for the "
+                "classes"
+            )
+        return x.movedim(dim, -1)
+
+    def _read(
+        self, fitted: Distribution, before: Tensor, gradient: Tensor, size: LossSize
+    ) -> LikelihoodTerm:
+        """The term of a named likelihood, from the output before and the gradient in it."""
+        size = size.of(fitted)
+        if problem := _mismatch(str(self.likelihood), gradient):
+            self._warn("mismatch", problem)
+        reading = read(str(self.likelihood), before, gradient, size)
+        if problem:
+            reading = reading._replace(weight=None, doubt="")
+        return self._term(fitted, size, reading, tolerance(gradient))
+
+    def _terms_of_callable(
+        self, output: Any, recorded: OutputGradients, size: LossSize
+    ) -> list[LikelihoodTerm]:
+        fitted = [self._checked(x, output, size.rows) for x in self._distributions(output)]
+        if not recorded.gradients:
+            return [self._term(each, size.of(each), None) for each in fitted]
+        rows = {name: x.clone().requires_grad_() for name, x in recorded.outputs.items()}
+        with torch.enable_grad():
+            before = self._distributions(replaced(output, rows))
+        tensors = [*rows.values()]
+        gradients = [recorded.gradients.get(n, torch.zeros_like(x)) for n, x in rows.items()]
+        readings = [
+            read_distribution(there, tensors, gradients, size.of(here))
+            for here, there in zip(fitted, before, strict=True)
+        ]
+        return [
+            self._term(each, size.of(each), reading, tolerance(gradients[0]))
+            for each, reading in zip(fitted, readings, strict=True)
+        ]
+
+    def _term(
+        self, fitted: Distribution, size: LossSize, reading: LossReading | None,
+        accuracy: float = 0.0,
+    ) -> LikelihoodTerm:
+        """The term of a distribution, with what the loss's gradient tells of its entries."""
         entries = unwrap(fitted)
         self.has_finite_support = entries.has_enumerate_support
-        each = entries.batch_shape.numel() // rows
-        value = output.new_zeros(()) if isinstance(output, Tensor) else torch.zeros(())
-        mask = None
-        if gradient is not None and self.likelihood == "categorical":
-            mask = unignored_mask(output.detach(), gradient)
-        if gradient is not None and self.kind in DATA_KINDS:
-            size = total * each
-            value = targets_from_gradient(self.likelihood, output.detach(), gradient, size)
-        if mask is None:
-            return LikelihoodTerm(fitted, value, 1 / each)
-        return LikelihoodTerm(entries, value, rows / mask.sum().clamp(min=1), mask)
+        if reading is None:
+            return LikelihoodTerm(fitted, torch.zeros(()), 1 / size.entries)
+        if reading.doubt:
+            self._warn("weights", f"likelihood={self.likelihood!r}: {reading.doubt}")
+        value, mask = reading.target, None if bool(reading.mask.all()) else reading.mask
+        if reading.weight is None:
+            if mask is None:
+                return LikelihoodTerm(fitted, value, 1 / size.entries)
+            return LikelihoodTerm(entries, value, size.rows / mask.sum().clamp(min=1), mask)
+        weight = size.total * torch.where(reading.mask, reading.weight, 0)
+        self.total_weight = float(weight.sum()) / size.rows
+        self.scale = scale = size.gradient_scale(self.total_weight)
+        relative = weight * (size.entries / scale)
+        if mask is None and bool(((relative - 1).abs() <= accuracy).all()):
+            return LikelihoodTerm(fitted, value, 1 / size.entries)
+        return LikelihoodTerm(entries, value, weight / scale, mask)
 
-    def _distribution(self, output: Any, rows: int) -> Distribution:
-        likelihood = self.likelihood
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        least = 2 if likelihood == "categorical" else 1
-        is_deep = isinstance(output, Tensor) and output.dim() >= least
-        if isinstance(likelihood, str) and not is_deep:
-            raise ValueError(
-                f"likelihood={likelihood!r} wants an output of {least} axes or more, the batch "
-                f"first, got {shape}"
-            )
-        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-            raise FloatingPointError("the network's output is not finite")
+    def _distributions(self, output: Any) -> list[Any]:
+        given = self._evaluated(self.likelihood, output)
+        return [*given] if isinstance(given, (list, tuple)) else [given]
+
+    def _evaluated(self, density: Any, output: Any) -> Any:
         try:
-            fitted = as_likelihood(likelihood)(output)
+            return density(output)
         except (AttributeError, TypeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise ValueError(
-                f"likelihood={likelihood!r} does not fit an output {shape}"
+                f"likelihood={self.likelihood!r} does not fit an output {_shape(output)}"
             ) from error
+
+    def _checked(self, fitted: Any, output: Any, rows: int) -> Distribution:
         if not isinstance(fitted, Distribution):
             raise ValueError(
-                f"likelihood={likelihood!r} gave no Distribution: {type(fitted).__name__}"
+                f"likelihood={self.likelihood!r} gave no Distribution: {type(fitted).__name__}"
             )
         if fitted.batch_shape[:1] != (rows,):
             raise ValueError(
-                f"likelihood={likelihood!r} has batch shape {tuple(fitted.batch_shape)} for {rows} "
-                f"inputs and an output {shape}: the batch is the first axis"
+                f"likelihood={self.likelihood!r} has batch shape {tuple(fitted.batch_shape)} for "
+                f"{rows} inputs and an output {_shape(output)}: the batch is the first axis"
             )
-        return fitted
+        return Independent(fitted, len(fitted.batch_shape) - 1)
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn, once for each kind."""
+        if kind not in self.warned:
+            warn_user(message)
+            self.warned.add(kind)
+
+
+def _shape(output: Any) -> Any:
+    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _mismatch(likelihood: str, gradient: Tensor) -> str:
+    """What is wrong with a loss that cannot be the likelihood's, by its gradient in the output.
+
+    That of a cross entropy sums to 0 over the classes, weighted or smoothed as it may be; that of
+    the others does so by chance alone.
+    """
+    if gradient.dim() < 2 or gradient.shape[-1] < 2:
+        return ""
+    share = gradient.sum(-1).norm() / gradient.norm()
+    if likelihood == "categorical" and bool(share > 0.1):
+        return (
+            "likelihood='categorical': the loss's gradient does not sum to 0 over an axis of the "
+            f"output, the classes last [B{''.join(f', {n}' for n in gradient.shape[1:])}], as that "
+            "of a cross entropy does over the classes: say likelihood='bernoulli', 'normal' or "
+            "your own, or class_dim="
+        )
+    if likelihood != "categorical" and bool(share < 1e-5):
+        return (
+            f"likelihood={likelihood!r}: the loss's gradient sums to 0 over the last axis of the "
+            "output, as that of a cross entropy does: say likelihood='categorical'"
+        )
+    return ""

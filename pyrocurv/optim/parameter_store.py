@@ -31,7 +31,7 @@ def name_parameters(net: nn.Module, groups: Sequence[Group]) -> NamedParameters:
     unknown = [tuple(p.shape) for p, _ in grouped if id(p) not in names]
     if unknown:
         raise ValueError(
-            f"parameters of shapes {unknown} do not belong to the network, which has "
+            f"params: parameters of shapes {unknown} do not belong to the network, which has "
             f"{', '.join(names.values())}"
         )
     return {names[id(p)]: (p, group) for p, group in grouped}
@@ -42,6 +42,11 @@ class ParameterStore:
     """The parameters that hold the means of the blocks."""
 
     named: NamedParameters
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(iter(self.named.values()))[0].device
 
     def first(self, block: Block) -> tuple[nn.Parameter, Group]:
         """A block's first parameter, and the group of all its parameters."""

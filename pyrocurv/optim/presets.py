@@ -15,6 +15,12 @@ from torch import nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.optim.vi import VIOptimizer
+from pyrocurv.runtime.validation import (
+    check_fraction,
+    check_integer,
+    check_nonnegative,
+    check_positive,
+)
 
 
 def noisy_kfac(net: nn.Module, num_data: int, lr: float = 0.02, **options: Any) -> VIOptimizer:
@@ -36,6 +42,8 @@ def vogn(
         s ← (1-w) s + w mean g²,   w = max(1-β₂, 1/t),   μ ← μ - lr (m̂ + δ̃ μ) / (s + δ̃ + damping)
         σ² = T / (N (s + δ̃)),   δ̃ = T δ / N
     """
+    check_fraction("beta1", beta1)
+    check_fraction("beta2", beta2)
     curvature = Curvature("empirical", every=1, batch=None, decay=beta2, initial=0.0)
     return VIOptimizer(
         net, num_data, lr, curvature=curvature, structure="diag", prior_precision=prior_precision,
@@ -58,6 +66,11 @@ def ivon(
     hess_init + δ unless told `rescale_lr=False`. With a `GradScaler` call
     `scaler.unscale_(optimizer)` inside of `sampled_params()`.
     """
+    check_integer("num_data", num_data, 1)
+    check_positive("weight_decay", weight_decay)
+    check_nonnegative("hess_init", hess_init)
+    check_fraction("beta1", beta1)
+    check_fraction("beta2", beta2)
     curvature = Curvature("noise", every=1, decay=beta2, initial=hess_init)
     options = {"antithetic": False, "damping": 0.0, "kl_clip": None, **options}
     return VIOptimizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.optim.loss_targets import LossLikelihood
+from pyrocurv.optim.loss_weights import LEAST_SCALE
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
+from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_is
 
 
 @dataclass(eq=False)
@@ -78,13 +82,14 @@ class EvaluationSum:
 
     count: int
     batch_size: int  # of the first sample
+    undo: Undo  # what the samples have changed since before the first
     layout: ParameterBlocks
     posterior: Posterior  # with the curvature of the samples
     mirrors: list[Perturbation] | None  # for the next sample
     price: Mapping[str, Tensor]  # {block: sum of Λ ε ∘ g}
-    gradient_norm: Tensor | None = None  # of the blocks of `price`
+    gradient_norm: Tensor | None = None  # of the last sample, if the curvature relies on it
 
-    def add(self, sample: Sample) -> EvaluationSum:
+    def add(self, sample: Sample, total_weight: float) -> EvaluationSum:
         """With one more sample, whose weights and gradients the parameters have."""
         price = sample.price_estimates()
         sums = {
@@ -94,8 +99,25 @@ class EvaluationSum:
         return replace(
             self, count=self.count + 1, mirrors=sample.sampler.mirrors,
             price={**self.price, **sums},
-            gradient_norm=gradient_norm(sample.spec, sample.sampler.blocks, sample.store),
+            gradient_norm=gradient_norm(
+                sample.spec, sample.sampler.blocks, sample.store, total_weight
+            ),
         )
+
+    def check_scale(
+        self, spec: Curvature, store: ParameterStore, likelihood: LossLikelihood
+    ) -> None:
+        """Raise RuntimeError if gradients were unscaled after a curvature was computed from them.
+        """
+        before, blocks = self.gradient_norm, self.posterior.blocks
+        now = gradient_norm(spec, blocks, store, likelihood.total_weight)
+        ratio = 1.0 if before is None or now is None else float(before / now)
+        if ratio > LEAST_SCALE and not 1 < likelihood.scale < 1.01 * ratio:
+            raise RuntimeError(
+                f"the gradients were {ratio:.0f} times larger at the end of the sample than at "
+                "step(), so the curvature from them is too large: with a GradScaler, call "
+                "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
+            )
 
     @property
     def mean_price(self) -> dict[str, Tensor]:
@@ -146,39 +168,50 @@ def sample_gradients(
 
 
 def gradient_norm(
-    spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore
+    spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore, total_weight: float
 ) -> Tensor | None:
-    """The norm of the gradients of such blocks, if there are any."""
-    gradients = [*sample_gradients(spec, blocks, store).values()]
+    """The norm of the gradients of such blocks, if there are any.
+
+    It is that of all gradients if the weights of the loss add up to what a GradScaler may explain.
+    """
+    gradients: list[Tensor] = [*sample_gradients(spec, blocks, store).values()]
+    if total_weight >= LEAST_SCALE:
+        gradients = [p.grad for p, _ in store.named.values() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
 
-def check_grad_scale(before: Tensor | None, now: Tensor | None) -> None:
-    """Raise RuntimeError if gradients were unscaled after a curvature was computed from them."""
-    if before is not None and now is not None and bool(256 * now < before):
-        raise RuntimeError(
-            f"the gradients were {float(before / now):.0f} times larger at the end of the sample "
-            "than at step(), so the curvature from them is too large: with a GradScaler, call "
-            "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
-        )
-
-
 def sum_gradients(
-    closure: Callable[[], Any], count: int, clear: Callable[[], None], store: ParameterStore
+    closure: Callable[[], Any], count: int, store: ParameterStore,
+    sample: Callable[[], AbstractContextManager[None]], clear: Callable[[], None],
+    has_samples: Callable[[], bool],
 ) -> Any:
-    """The mean of the losses of `count` calls; leaves the sum of their gradients in `.grad`.
+    """The mean of the losses at `count` samples; leaves the sum of their gradients in `.grad`.
 
-    The closure may clear gradients itself.
+    The closure may clear gradients itself. Without samples `.grad` is as it was.
     """
     losses, sums = [], dict[str, Tensor]()
-    clear()
-    for _ in range(count):
-        losses.append(closure())
-        for name, (p, _) in store.named.items():
-            if p.grad is not None:
-                sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+    before = {name: p.grad for name, (p, _) in store.named.items()}
+    try:
         clear()
-    for name, (p, _) in store.named.items():
-        p.grad = sums.get(name)
-    known = [torch.as_tensor(loss).detach() for loss in losses if loss is not None]
+        for _ in range(count):
+            with sample(), torch.enable_grad():
+                losses.append(_loss(closure()))
+            for name, (p, _) in store.named.items():
+                if p.grad is not None:
+                    sums[name] = sums[name] + p.grad if name in sums else p.grad.clone()
+            clear()
+    finally:
+        gradients = sums if has_samples() else before
+        for name, (p, _) in store.named.items():
+            p.grad = gradients.get(name)
+    known = [loss for loss in losses if loss is not None]
     return torch.stack(known).mean() if known else None
+
+
+def _loss(value: Any) -> Tensor | None:
+    """What a closure returned as a tensor; TypeError if it is no loss."""
+    if value is None:
+        return None
+    check_is("the value of closure", value, (Tensor, int, float), "a loss, or None,")
+    loss = torch.as_tensor(value).detach()
+    return loss if loss.is_floating_point() else loss.float()

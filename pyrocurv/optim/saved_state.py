@@ -13,6 +13,7 @@ from pyrocurv.optim.parameter_blocks import ParameterBlocks, add_layers
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.state import Posterior
+from pyrocurv.runtime.validation import check_state_dict
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
 STATE_KEYS = ("optimizer", "posterior", "left_out", "update", "auxiliary", "stream")
@@ -55,6 +56,7 @@ def read_posterior(
 
 def _check_class(state: Mapping[str, Any], name: str) -> None:
     """Raise ValueError unless it is the state of an optimizer of this class and version."""
+    check_state_dict(state, name)
     if missing := {*STATE_KEYS} - state.keys():
         raise ValueError(
             f"the state is not of a {name}: it lacks {', '.join(sorted(missing))}, and has "

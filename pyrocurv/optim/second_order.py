@@ -20,7 +20,9 @@ from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_callable
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
@@ -46,11 +48,17 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         params: the parameters or groups of them, as in torch; by default all. A group may have its
             own lr, momentum, damping, kl_clip and weight_decay; layers of two groups share no
             block.
-        likelihood: whose negative logarithm is the loss, a mean over all entries as PyTorch takes
-            it: "categorical" (`F.cross_entropy` of logits, classes last; entries of its
-            `ignore_index` count for nothing), "bernoulli"
-            (`F.binary_cross_entropy_with_logits`), "normal" (`F.mse_loss / 2`), or a callable from
-            the output to a `Distribution` whose batch shape starts with the batch.
+        likelihood: whose negative logarithm is the loss: "categorical" (`F.cross_entropy` of
+            logits), "bernoulli" (`F.binary_cross_entropy_with_logits`), "normal"
+            (`F.mse_loss / 2`), or a callable from the output, of any type, to a `Distribution`
+            whose batch shape starts with the batch, or to a list of them. If the network returns a
+            mapping, tuple or dataclass, the names are of its "logits", or of its first tensor with
+            enough axes. The loss's weights, scale and masks are read off its gradient in the
+            output, for "categorical" and "bernoulli" and callables whose `Categorical` or
+            `Bernoulli` has the entries of the output as logits. For others, and for soft targets,
+            the loss is taken for a mean over all entries that have a gradient.
+        class_dim: the axis of the classes of "categorical"; by default that over which the
+            gradient sums to 0.
         curvature: a kind or a `Curvature`. "empirical" and "hessian" read the targets off the
             gradient in the output (hard classes; for "normal" of a loss that nothing scales).
         structure: one for all layers, or a choice for each; see `pyrocurv.curvature.estimate`.
@@ -92,6 +100,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
+        class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         update: Update = "natural",
@@ -103,21 +112,19 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     ) -> None:
         if as_curvature(curvature).uses_sample_gradients:
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
-        super().__init__(net, params, likelihood, curvature, structure, update, fallback_lr, {
-            "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
-            "kl_clip": kl_clip,
-        })
+        super().__init__(
+            net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
+                "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
+                "kl_clip": kl_clip,
+            },
+        )
 
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        decay = {**self.defaults, **group}["weight_decay"]
-        if not decay >= 0:
-            raise ValueError(f"weight_decay={decay!r}: a number from 0 is needed")
-
+    @outside_inference_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the parameters' gradients; returns what the closure returns."""
         loss = None
         if closure is not None:
+            check_callable("closure", closure, "a callable that returns the loss")
             with torch.enable_grad():
                 loss = closure()
         with Undo() as undo:
@@ -125,7 +132,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             passes, store = self._recorder.pop_passes(), self._store()
             layout, posterior = self.layout, self._decayed(store, 0.0)
             if self._is_due() and any(recorded.inputs for recorded in passes):
-                layout, posterior = self._update_curvature(posterior, passes, store, 0.0)
+                layout, posterior = self._update_curvature(layout, posterior, passes, store, 0.0)
             if not layout.layers and not passes:
                 raise RuntimeError(
                     "step() before any forward pass of the network that had a gradient: call the "

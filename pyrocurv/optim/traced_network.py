@@ -6,22 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.layers import Layer
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.trace import Trace
-from pyrocurv.optim.forward_recorder import (
-    ForwardRecorder,
-    RecordedPass,
-    merge_compatible,
-    num_examples,
-)
-from pyrocurv.optim.loss_targets import LossLikelihood, check_loss
+from pyrocurv.optim.forward_recorder import ForwardRecorder
+from pyrocurv.optim.loss_targets import LossLikelihood
+from pyrocurv.optim.loss_weights import LossSize
 from pyrocurv.optim.parameter_blocks import (
     ParameterBlocks,
     add_layers,
@@ -31,6 +26,7 @@ from pyrocurv.optim.parameter_blocks import (
     untraced_layers,
 )
 from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameters
+from pyrocurv.optim.recorded_pass import PassGroup
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.user_warnings import warn_user
 
@@ -62,44 +58,61 @@ class TracedNetwork:
 
     @contextmanager
     def forward_pass(
-        self, passes: Sequence[RecordedPass], likelihood: LossLikelihood, store: ParameterStore
+        self, layout: ParameterBlocks, group: PassGroup, likelihood: LossLikelihood,
+        store: ParameterStore, is_scaled: bool,
     ) -> Iterator[tuple[ParameterBlocks, ForwardPass]]:
-        """The layout and another pass over the recorded examples, with the loss's likelihood."""
-        device = next(iter(store.named.values()))[0].device
-        inputs, gradients = merge_compatible(passes)
+        """Another pass over the examples of a group of recorded ones, and the layout after it.
+
+        With `is_scaled` a GradScaler may not have unscaled the gradients yet.
+        """
+        inputs, recorded = group.merged()
         tracked: dict[str, Tensor] = {n: p for n, (p, _) in store.named.items() if p.requires_grad}
         with (
-            disable_autocast(device),
+            disable_autocast(store.device),
             twice_differentiable() if likelihood.kind == "hessian" else nullcontext(),
             self.recorder.rerun(inputs, tracked) as (output, capture),
         ):
-            gradient = torch.cat(gradients)[: inputs.batch] if gradients else None
-            if gradient is not None and not self.layout.blocks:
-                check_loss(likelihood.likelihood, gradient)
-            term = likelihood.term(output, gradient, num_examples(passes), inputs.batch)
-            trace = check_batch_axis(self.layout, capture.trace(), output, inputs.batch)
-            layout, calls = self.layout_with(trace, store)
-            yield layout, ForwardPass([term], calls, inputs.batch)
+            size = LossSize(group.total, inputs.batch, self.recorder.shrinkage(), is_scaled)
+            terms = likelihood.terms(output, recorded, size)
+            trace = check_batch_axis(layout, capture.trace(), output, inputs.batch)
+            layout, calls = self.layout_with(layout, trace, store)
+            yield layout, ForwardPass(terms, calls, inputs.batch)
 
     def layout_with(
-        self, trace: Trace, store: ParameterStore
+        self, layout: ParameterBlocks, trace: Trace, store: ParameterStore
     ) -> tuple[ParameterBlocks, list[LayerCall]]:
         """The layout with the layers of a pass, and the calls of all layers in blocks."""
-        known, calls = self.layout.names, split_by_group(trace.calls, store.named)
+        known, calls = layout.names, split_by_group(trace.calls, store.named)
         unsupported = {name: why for name, why in trace.unsupported.items() if name not in known}
-        layers = new_layers(self.layout, calls)
+        layers = new_layers(layout, calls)
         if self.has_untraced_blocks:
             layers += untraced_layers(unsupported, store.named)
         self.warn_once(
             {n: f"{n} ({why})" for n, why in unsupported.items()}, "consumed by no supported op"
         )
-        layout = self.extended(layers, store)
+        layout = self.extended(layout, layers, store)
         in_blocks = {layer for block in layout.blocks for layer in block.layers}
         return layout, [call for call in calls if call.layer in in_blocks]
 
-    def extended(self, layers: Sequence[Layer], store: ParameterStore) -> ParameterBlocks:
+    def extended(
+        self, layout: ParameterBlocks, layers: Sequence[Layer], store: ParameterStore
+    ) -> ParameterBlocks:
         """The layout with blocks for new layers."""
-        return add_layers(self.layout, layers, self.structure, self.modules, store.named)
+        return add_layers(layout, layers, self.structure, self.modules, store.named)
+
+    def diagonal_layout(self, store: ParameterStore) -> ParameterBlocks:
+        """The layout of all trainable parameters, before any forward pass.
+
+        Raises ValueError for another structure than "diag".
+        """
+        names = [name for name, (p, _) in store.named.items() if p.requires_grad]
+        layout = self.extended(self.layout, untraced_layers(names, store.named), store)
+        kinds = set(layout.layers.values()).difference(LEFT_OUT)
+        if unsupported := {spec.label for spec in kinds} - {"diag"}:
+            raise ValueError(
+                f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
+            )
+        return layout
 
     def warn_once(self, descriptions: Mapping[str, str], what: str) -> None:
         """Warn, once for each name, that it has no curvature."""

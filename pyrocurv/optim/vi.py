@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,28 +14,30 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
-from pyrocurv.optim.checks import check_posterior_settings
+from pyrocurv.layers.structure_selection import StructureChoice
+from pyrocurv.layers.weight_gaussian import WeightGaussian
+from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.optim.default_prior import DefaultPriors
-from pyrocurv.optim.forward_recorder import RecordedPass, num_examples
+from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
 from pyrocurv.optim.mean_updates import Update
-from pyrocurv.optim.parameter_blocks import ParameterBlocks, untraced_layers
+from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
+from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
 from pyrocurv.optim.sampling import (
     EvaluationSum,
     Sample,
     at_samples,
-    check_grad_scale,
-    gradient_norm,
     sum_gradients,
 )
 from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
 from pyrocurv.posterior.precision import update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.outputs import stacked
+from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_integer
+from pyrocurv.runtime.validation import check_callable, check_integer
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -56,13 +58,15 @@ class VIOptimizer(CurvatureOptimizer):
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
-        net, params, likelihood, curvature, structure, update, momentum, damping, kl_clip,
-            fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
+        net, params, likelihood, class_dim, curvature, structure, update, momentum, damping,
+            kl_clip, fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean.
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
+        prior: the posterior of an earlier task, as for `bayesianize`, of the weights that it has:
+            another `VIOptimizer`, a guide of the same network or its `.posterior`.
         temperature: T multiplies the KL term; 1 is the ELBO. "auto": min(0.1, N/P) for likelihoods
             of finite support, 0.3 for others, a rule of thumb. A group may have its own.
         kl_warmup: steps over which T rises linearly to its value.
@@ -95,9 +99,13 @@ class VIOptimizer(CurvatureOptimizer):
         torch.Size([16, 3])
     """
 
-    has_untraced_blocks = True
+    has_untraced_blocks = has_samples = True
     fallback_description = "independent Gaussians, from gradients"
-    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup")
+    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "_priors")
+    _samples: EvaluationSum | None = None  # of the next step
+    _sample: Sample | None = None  # that the parameters are
+    _num_particles = 1  # samples of a step that give its curvature
+    _is_closure = False
 
     def __init__(
         self,
@@ -107,10 +115,12 @@ class VIOptimizer(CurvatureOptimizer):
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
+        class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         update: Update = "natural",
         prior_precision: float | str = "fan_in",
+        prior: Any = None,
         temperature: float | str = 1.0,
         kl_warmup: int = 0,
         augmentation: float = 1.0,
@@ -121,22 +131,16 @@ class VIOptimizer(CurvatureOptimizer):
         antithetic: bool = True,
         fallback_lr: float = 2e-3,
     ) -> None:
-        check_integer("num_data", num_data, 1)
-        check_integer("num_samples", num_samples, 1)
-        check_integer("kl_warmup", kl_warmup, 0)
-        if not augmentation > 0:
-            raise ValueError(f"augmentation={augmentation!r}: a positive number is needed")
+        check_run_settings(num_data, num_samples, kl_warmup, augmentation, antithetic)
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
-        super().__init__(net, params, likelihood, curvature, structure, update, fallback_lr, {
-            "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
-            "prior_precision": prior_precision, "temperature": temperature,
-        })
-        self._priors = DefaultPriors()
-        self._samples: EvaluationSum | None = None
-        self._sample: Sample | None = None  # that the parameters are
-        self._num_particles = 1  # samples of a step that give its curvature
-        self._is_closure = False
+        super().__init__(
+            net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
+                "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+                "prior_precision": prior_precision, "temperature": temperature,
+            },
+        )
+        self._priors = DefaultPriors(prior, self._recorder.inner)
         if self.curvature.uses_sample_gradients:
             self._init_untraced()
 
@@ -144,20 +148,9 @@ class VIOptimizer(CurvatureOptimizer):
     def _init_untraced(self) -> None:
         """Lay out all parameters before any forward pass, which this curvature does not need."""
         store = self._store()
-        names = [name for name, (p, _) in store.named.items() if p.requires_grad]
-        layout = self._network.extended(untraced_layers(names, store.named), store)
-        kinds = set(layout.layers.values()).difference(LEFT_OUT)
-        if unsupported := {spec.label for spec in kinds} - {"diag"}:
-            raise ValueError(
-                f"curvature='noise' wants structure='diag', got {', '.join(unsupported)}"
-            )
-        self._network.layout = layout
-        self._posterior = self._with_new_blocks(self._posterior, layout, store)
+        self._network.layout = self._network.diagonal_layout(store)
+        self._posterior = self._with_new_blocks(self._posterior, self.layout, store)
         self._schedule_recording()
-
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        check_posterior_settings({**self.defaults, **group})
 
     # ---- samples --------------------------------------------------------------------------------
 
@@ -166,8 +159,9 @@ class VIOptimizer(CurvatureOptimizer):
         super().zero_grad(set_to_none)
         if self._sample is not None:
             self._sample.gradients = {}
-        if not self._is_closure:  # which may clear them for each of its samples
-            self._samples = None
+            self._samples = self._samples if self._is_closure else None
+        elif not self._is_closure:  # which may clear them for each of its samples
+            self._drop_samples()
 
     @contextmanager
     def sampled_params(self) -> Iterator[None]:
@@ -177,49 +171,49 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._sample is not None:
             raise RuntimeError("sampled_params() inside another one")
-        store, blocks, stream = self._store(), self._posterior.blocks, self._stream.state_dict()
+        store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
-        try:
-            with self._stream(next(iter(store.named.values()))[0].device):
+        with Undo() as undo:
+            undo.keep_attributes(self._likelihood, self._network, self._stream)
+            undo.keep(self._recorder.pop_passes)
+            with self._stream(store.device):
                 sample = Sample.draw(self.curvature, blocks, store, self.antithetic, mirrored)
             self._recorder.pop_passes()
             self._sample = sample
-            with sample.in_parameters():
-                yield
-                samples = self._samples
-                if passes := self._recorder.pop_passes():
-                    samples = self._add_sample(passes, sample)
-            self._samples = samples
-        except BaseException:
-            self._stream.load_state_dict(stream)
-            self._recorder.pop_passes()
-            raise
-        finally:
-            self._sample = None
+            try:
+                with sample.in_parameters():
+                    yield
+                    samples = self._samples
+                    if passes := self._recorder.pop_passes():
+                        samples = self._add_sample(passes, sample, undo)
+                self._samples = samples
+            finally:
+                self._sample = None
 
+    @outside_inference_mode
     @torch.no_grad()
-    def _add_sample(self, passes: Sequence[RecordedPass], sample: Sample) -> EvaluationSum:
+    def _add_sample(
+        self, passes: Sequence[RecordedPass], sample: Sample, undo: Undo
+    ) -> EvaluationSum:
         """The samples with one more, whose weights the parameters still have."""
         samples, store = self._samples, sample.store
         if samples is None:
             batch_size = num_examples(passes)
-            if batch_size > self._num_data:
-                raise ValueError(
-                    f"num_data={self.num_data}, but there are {batch_size} in one batch"
-                )
+            check_batch_size(batch_size, self.num_data, self.augmentation)
             decayed = self._decayed(store, batch_size / self._num_data)
-            samples = EvaluationSum(0, batch_size, self.layout, decayed, None, {})
+            samples = EvaluationSum(0, batch_size, undo, self.layout, decayed, None, {})
         is_wanted = samples.count < self._num_particles and self._is_due()
         if is_wanted and any(recorded.inputs for recorded in passes):
             layout, posterior = self._update_curvature(
-                samples.posterior, passes, store, samples.batch_size / self._num_data,
-                Particle(samples.count, self._num_particles),
+                samples.layout, samples.posterior, passes, store,
+                samples.batch_size / self._num_data, Particle(samples.count, self._num_particles),
             )
             samples = replace(samples, layout=layout, posterior=posterior)
-        return samples.add(sample)
+        return samples.add(sample, self._likelihood.total_weight)
 
     # ---- the step -------------------------------------------------------------------------------
 
+    @outside_inference_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step from the samples since the last; returns the mean of the closure's losses.
 
@@ -227,35 +221,52 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._sample is not None:
             raise RuntimeError("step() inside sampled_params(): leave it first")
-        with Undo() as undo:
-            undo.keep_attributes(*self._mutable)
-            loss = None if closure is None else self._sample_closure(closure)
-            samples, self._samples = self._samples, None
-            if samples is None:
-                raise RuntimeError(
-                    "step() without a sample: run forward and backward inside `with "
-                    "optimizer.sampled_params():`, calling the network itself"
-                )
-            store, blocks = self._store(), samples.posterior.blocks
-            check_grad_scale(samples.gradient_norm, gradient_norm(self.curvature, blocks, store))
-            posterior = update_from_sample_gradients(
-                self.curvature, self._in_context(samples.posterior, samples.layout, store),
-                samples.mean_price, samples.batch_size / self._num_data,
-            )
-            posterior = posterior.with_mirrors(samples.mirrors)
-            self._move(samples.layout, posterior, store, undo, samples.count)
+        if closure is not None:
+            check_callable("closure", closure, "a callable that returns the loss")
+        try:
+            with Undo() as undo:
+                undo.keep_attributes(*self._mutable)
+                loss = None if closure is None else self._sample_closure(closure)
+                samples, self._samples = self._samples, None
+                if samples is None:
+                    raise RuntimeError(
+                        "step() without a sample: run forward and backward inside `with "
+                        "optimizer.sampled_params():`, calling the network itself"
+                    )
+                self._step_from(samples, undo)
+        except FloatingPointError:
+            self._drop_samples()
+            raise
         return loss
 
-    def _sample_closure(self, closure: Callable[[], Any]) -> Any:
-        def run() -> Any:
-            with self.sampled_params(), torch.enable_grad():
-                return closure()
+    def _step_from(self, samples: EvaluationSum, undo: Undo) -> None:
+        store, fraction = self._store(), samples.batch_size / self._num_data
+        samples.check_scale(self.curvature, store, self._likelihood)
+        posterior = self._in_context(samples.posterior, samples.layout, store)
+        posterior = update_from_sample_gradients(
+            self.curvature, posterior, samples.mean_price, fraction
+        )
+        posterior = posterior.with_mirrors(samples.mirrors)
+        self._move(samples.layout, posterior, store, undo, samples.count)
 
+    def _drop_samples(self) -> None:
+        """Forget the samples, as if their noise had not been drawn."""
+        if self._samples is not None:
+            self._samples.undo.restore()
+        self._samples = None
+
+    def _sample_closure(self, closure: Callable[[], Any]) -> Any:
+        """The mean of the closure's losses; without a pass in it, the pending samples stay."""
+        pending, stream = self._samples, self._stream.state_dict()
         self._samples, self._num_particles, self._is_closure = None, self.num_samples, True
         try:
-            return sum_gradients(run, self.num_samples, self.zero_grad, self._store())
+            return sum_gradients(closure, self.num_samples, self._store(), self.sampled_params,
+                                 self.zero_grad, lambda: self._samples is not None)
         finally:
             self._num_particles, self._is_closure = 1, False
+            if self._samples is None:
+                self._samples = pending
+                self._stream.load_state_dict(stream)
 
     @property
     def _num_data(self) -> float:
@@ -274,44 +285,38 @@ class VIOptimizer(CurvatureOptimizer):
 
     # ---- using it -------------------------------------------------------------------------------
 
-    @contextmanager
-    def use_mean(self) -> Iterator[None]:
+    def use_mean(self) -> AbstractContextManager[None]:
         """The parameters are the mean inside, also within `sampled_params()`."""
-        with nullcontext() if self._sample is None else self._sample.use_mean():
-            yield
+        return nullcontext() if self._sample is None else self._sample.use_mean()
 
     @torch.no_grad()
     def kl(self) -> Tensor:
         """KL(q ‖ prior) in nats, of all weights that have a posterior; 0 before the first step."""
         store = self._store()
-        terms = [
-            kl(store.read(state.block), state.precision, self._prior(state.block, store).gaussian)
-            for state in self._posterior.blocks
-        ]
+        blocks = store.load(self._in_context(self._posterior, self.layout, store)).blocks
+        terms = [kl(state.mean, state.precision, state.prior.gaussian) for state in blocks]
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
+    def weight_gaussians(self) -> list[WeightGaussian]:
+        """The posterior in independent parts, for `prior=`."""
+        return posterior_parts(self._posterior, self._store())
+
     @torch.no_grad()
-    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Tensor:
+    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Any:
         """Outputs of the network at samples of the posterior, [num_samples, ...].
 
         Takes the network's arguments; draws from torch's global generator. Call `net.eval()` first
         if the network behaves differently in training. Before the first step it is the network
-        itself. Raises ValueError for less than one sample.
+        itself. In other outputs each tensor is stacked. Raises ValueError for less than one sample.
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
         sampler = Sampler(self._posterior.blocks, self.antithetic)
-        with self.use_mean():
-            outputs = at_samples(sampler, count, self._store(), lambda: self.net(*args, **kwargs))
-        return torch.stack(outputs)
-
-    # ---- saving ---------------------------------------------------------------------------------
+        store = self._store()
+        with self.use_mean(), rewind_rng_on_error(store.device):
+            outputs = at_samples(sampler, count, store, lambda: self.net(*args, **kwargs))
+        return stacked(outputs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._samples = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._priors, self._samples, self._sample = DefaultPriors(), None, None
-        self._num_particles, self._is_closure = 1, False

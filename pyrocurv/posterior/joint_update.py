@@ -27,6 +27,7 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.structures import Dense, Diagonal, Structure
+from pyrocurv.structures.linalg import at_least_single
 
 MAX_STEP = 1.0  # of |r X|
 LOG_2PI = math.log(2 * math.pi)
@@ -73,7 +74,8 @@ def retract(precision: Structure, target: Tensor, rate: float) -> Dense | Diagon
         x = target / values - 1
         r = _bounded(x, rate)
         return Diagonal(values * (1 + r * x + (r * x).square() / 2))
-    matrix = precision.dense()
+    given = precision.dense()
+    matrix, target = at_least_single(given), at_least_single(target)
     root = torch.linalg.cholesky(matrix)
     half = torch.linalg.solve_triangular(root, target, upper=False)
     x = torch.linalg.solve_triangular(root, half.mT, upper=False)
@@ -81,7 +83,7 @@ def retract(precision: Structure, target: Tensor, rate: float) -> Dense | Diagon
     x = _bounded(x, rate) * x
     change = x + x @ x / 2
     moved = matrix + root @ change @ root.mT
-    return Dense((moved + moved.mT) / 2)
+    return Dense(((moved + moved.mT) / 2).to(given.dtype))
 
 
 def _bounded(x: Tensor, rate: float) -> Tensor:

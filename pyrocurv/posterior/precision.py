@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrocurv.curvature import Curvature, running_average
 from pyrocurv.curvature.collect import ForwardPass
+from pyrocurv.curvature.data_checks import check_input_scale
 from pyrocurv.curvature.running_average import (
     SINGLE_PARTICLE,
     DueBlock,
@@ -80,7 +81,8 @@ def update_curvature(
     """Average one more estimate into the blocks that are due and were used in the forward pass.
 
     The initial curvature decays in all blocks, due or not; `batch_fraction` is B/N. Of several
-    samples in a step each is a `particle`.
+    samples in a step each is a `particle`. Raises FloatingPointError for a precision that is not
+    finite.
     """
     due = {
         state.block: DueBlock(state.block, state.curvature, state.prior.scaling)
@@ -88,13 +90,20 @@ def update_curvature(
         if not uses_sample_gradients(spec, state.block) and is_due(spec, posterior.step, state)
         and has_statistics(spec, state.block, forward.calls)
     }
+    new = {layer for block, state in due.items() if not state.average.count
+           for layer in block.layers}
+    check_input_scale(call for call in forward.calls if call.layer in new)
     averages = running_average.update_curvature(
         spec, posterior.step, [*due.values()], forward, particle
     )
     updated = dict(zip(due, averages, strict=True))
-    return refresh(spec, posterior.map_blocks(
+    posterior = refresh(spec, posterior.map_blocks(
         lambda state: replace(state, curvature=updated.get(state.block, state.curvature))
     ), batch_fraction)
+    traces = [state.precision.trace() for state in posterior.blocks if state.block in updated]
+    if traces and not bool(torch.isfinite(torch.stack(traces)).all()):
+        raise FloatingPointError(f"step {posterior.step}: the precision overflows")
+    return posterior
 
 
 def update_from_sample_gradients(

@@ -92,7 +92,7 @@ def step(
     """The step of all blocks that have a gradient; with `average` also the running averages.
 
     `before` is the posterior that the samples are from. Raises FloatingPointError if the loss or a
-    gradient is not finite.
+    gradient is not finite, or a mean would not be.
     """
     posterior = evaluation.posterior
     pushed = [
@@ -105,13 +105,15 @@ def step(
         evaluation.auxiliary, posterior.step,
     )
     energy = sum(
-        dot * direction.energy_rate**2
+        dot * direction.energy_rate * direction.energy_rate  # a power would raise on overflow
         for dot, direction in zip(dots, directions, strict=True)
         if direction.energy_rate is not None
     )
-    moves = [_move(direction, energy) for direction in directions]
-    if average:
-        moves = [_averaged(move, posterior.step) for move in moves]
+    moves = []
+    for direction, dot in zip(directions, dots, strict=True):
+        move = _move(direction, energy)
+        _check_overflow(move, dot, posterior.step)
+        moves.append(_averaged(move, posterior.step) if average else move)
     moved = iter(moves)
     blocks = tuple(
         old if new is None else next(moved).state
@@ -172,3 +174,18 @@ def _finite(values: Sequence[Tensor], gradients: Sequence[Tensor | None], step: 
         what = "a gradient is not finite" if is_loss_finite else f"the loss is {floats[0]}"
         raise FloatingPointError(f"step {step}: {what}")
     return floats[: len(values)]
+
+
+def _check_overflow(move: Move, dot: float, step: int) -> None:
+    """Raise FloatingPointError if a mean would overflow.
+
+    With d the direction, M the preconditioner and λ its least eigenvalue, |d|² ≤ <d, M d> / λ, and
+    λ is at least the smallest positive number: without extreme numbers nothing has to be computed.
+    """
+    state, limits = move.state, torch.finfo(move.state.mean.dtype)
+    rate = abs(move.rate)
+    if rate * math.sqrt(abs(dot) / (limits.tiny * limits.eps)) < limits.max / 4:
+        return
+    if not (rate < limits.max and bool(torch.isfinite(move.moved(state.mean.clone())).all())):
+        lr = state.hyperparameters.lr
+        raise FloatingPointError(f"step {step}: the means overflow, with a learning rate of {lr:g}")

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.layers.block import Block
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.posterior.precision import uses_sample_gradients
 from pyrocurv.posterior.state import Posterior
+from pyrocurv.structures.sums import relative_error
 
 
 class UpdateCount(NamedTuple):
@@ -29,6 +31,17 @@ def update_counts(spec: Curvature, posterior: Posterior) -> dict[str, UpdateCoun
             interval = 1
         counts[state.block.name] = UpdateCount(state.curvature.count, interval)
     return counts
+
+
+def prior_errors(spec: Curvature, posterior: Posterior) -> dict[str, float]:
+    """{block name: relative error of the sum of curvature and prior}, of correlated priors."""
+    return {
+        state.block.name: relative_error(
+            state.curvature.semidefinite(spec.kind).scale(state.hyperparameters.likelihood_weight),
+            state.prior.gaussian.precision,
+        )
+        for state in posterior.blocks if isinstance(state.prior.gaussian, CorrelatedPrior)
+    }
 
 
 def guide_summary(

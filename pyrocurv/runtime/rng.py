@@ -60,6 +60,18 @@ def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[
     return RandomStream(seed)(device)
 
 
+@contextmanager
+def rewind_rng_on_error(device: torch.device) -> Iterator[None]:
+    """Draw from the global generators inside; an exception leaves them where they were before."""
+    states = {one: _get_state(one) for one in {torch.device("cpu"), device}}
+    try:
+        yield
+    except BaseException:
+        for one, state in states.items():
+            _set_state(one, state)
+        raise
+
+
 def device_of(values: Iterable[Any]) -> torch.device:
     """The device of the first tensor among the values, the CPU if there is none."""
     tensors = (value for value in values if isinstance(value, Tensor))

@@ -19,10 +19,14 @@ class Undo:
     def __enter__(self) -> Undo:
         return self
 
-    @torch.no_grad()
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None:
-            complete(lambda: [restore() for restore in reversed(self._restore)])
+            self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back that was kept."""
+        complete(lambda: [restore() for restore in reversed(self._restore)])
 
     def keep(self, restore: Callable[[], Any]) -> None:
         """Have `restore`, an idempotent function, called if the body raises."""

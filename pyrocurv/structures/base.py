@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyrocurv.structures.linalg import at_least_single
+from pyrocurv.structures.operands import check_operands
 from pyrocurv.structures.serialization import from_state, map_tensors, serializable, to_state
 
 S = TypeVar("S", bound="Structure")
@@ -51,6 +53,7 @@ class Structure(ABC):
     """
 
     def __init_subclass__(cls) -> None:
+        check_operands(cls)
         serializable(cls)
 
     @property
@@ -109,7 +112,8 @@ class Structure(ABC):
 
     def eigenvalues(self) -> Tensor:
         """The eigenvalues of M [P], ascending."""
-        return torch.linalg.eigvalsh(self.dense())
+        matrix = self.dense()
+        return torch.linalg.eigvalsh(at_least_single(matrix)).to(matrix.dtype)
 
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar."""
@@ -132,3 +136,6 @@ class Structure(ABC):
     def from_state(state: dict[str, Any]) -> Structure:
         """The structure that `state` describes; ValueError if it is of another class or version."""
         return from_state(state)
+
+
+check_operands(Structure)  # of the operations that have a default

@@ -81,8 +81,19 @@ class BlockDiagonal(Structure):
         return BlockDiagonal(tuple(block.shift(piece) for block, piece in pairs), self.index)
 
     def lerp(self, other: BlockDiagonal, weight: float) -> BlockDiagonal:
+        self._check_blocks(other)
         pairs = zip(self.blocks, other.blocks, strict=True)
         return BlockDiagonal(tuple(a.lerp(b, weight) for a, b in pairs), self.index)
+
+    def _check_blocks(self, other: BlockDiagonal) -> None:
+        sizes, others = ([block.size for block in m.blocks] for m in (self, other))
+        rows = self.index is other.index or len(self.index) == len(other.index) and all(
+            torch.equal(a, b) for a, b in zip(self.index, other.index, strict=True)
+        )
+        if sizes != others or not rows:
+            raise ValueError(
+                f"other: blocks of sizes {sizes} on the same rows are needed, got sizes {others}"
+            )
 
     def psd(self) -> BlockDiagonal:
         return BlockDiagonal(tuple(block.psd() for block in self.blocks), self.index)

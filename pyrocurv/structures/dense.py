@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
-from pyrocurv.structures.linalg import cholesky, eigh_psd
+from pyrocurv.structures.linalg import at_least_single, cholesky, eigh_psd
 
 
 @dataclass(frozen=True, eq=False)
 class Dense(Structure):
     """The matrix itself [P, P]; `solve`, `rsqrt` and `logdet` need a positive definite one.
+
+    Matrices of half precision are factorized in single precision.
 
     Raises `torch.linalg.LinAlgError` in these for a matrix that is far from it.
 
@@ -39,20 +41,21 @@ class Dense(Structure):
         return x @ self.matrix
 
     def solve(self, x: Tensor) -> Tensor:
-        return torch.cholesky_solve(_columns(x), self._cholesky).mT.reshape(x.shape)
+        solved = torch.cholesky_solve(_columns(x), self._cholesky)
+        return solved.mT.reshape(x.shape).to(x.dtype)
 
     def rsqrt(self, z: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self._cholesky.mT, _columns(z), upper=True)
-        return half.mT.reshape(z.shape)
+        return half.mT.reshape(z.shape).to(z.dtype)
 
     def logdet(self) -> Tensor:
-        return 2 * self._cholesky.diagonal().log().sum()
+        return (2 * self._cholesky.diagonal().log().sum()).to(self.matrix.dtype)
 
     def diag(self) -> Tensor:
         return self.matrix.diagonal()
 
     def inverse_diag(self) -> Tensor:
-        return torch.cholesky_inverse(self._cholesky).diagonal()
+        return torch.cholesky_inverse(self._cholesky).diagonal().to(self.matrix.dtype)
 
     def dense(self) -> Tensor:
         return self.matrix
@@ -74,4 +77,4 @@ class Dense(Structure):
 
 def _columns(x: Tensor) -> Tensor:
     """[..., P] -> [P, N]: one matrix of right-hand sides, so that the factor is not repeated."""
-    return x.reshape(-1, x.shape[-1]).mT
+    return at_least_single(x).reshape(-1, x.shape[-1]).mT

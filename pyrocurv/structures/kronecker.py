@@ -13,15 +13,21 @@ K-FAC: Martens & Grosse 2015, arXiv:1503.05671.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
-from pyrocurv.structures.linalg import eigh_blocks
+from pyrocurv.structures.linalg import at_least_single, eigh_blocks, leading_eigh, without_rounding
+from pyrocurv.structures.operands import check_count, check_other, is_count
+
+MIN_KRYLOV = 1000  # rows from which on a few leading eigenvectors are computed alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +55,8 @@ class Kronecker(Structure):
 
     @cached_property
     def _choleskys(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.cholesky(self.output), torch.linalg.cholesky(self.input)
+        output, input = map(at_least_single, (self.output, self.input))
+        return torch.linalg.cholesky(output), torch.linalg.cholesky(input)
 
     @property
     def shape(self) -> torch.Size:
@@ -68,25 +75,28 @@ class Kronecker(Structure):
 
     def solve(self, x: Tensor) -> Tensor:
         output, input = self._choleskys
-        half = torch.cholesky_solve(self._matrix(x), output)  # G⁻¹ X
-        return torch.cholesky_solve(half.mT, input).mT.reshape(x.shape)  # (A⁻¹ (G⁻¹X)ᵀ)ᵀ
+        half = torch.cholesky_solve(at_least_single(self._matrix(x)), output)  # G⁻¹ X
+        solved = torch.cholesky_solve(half.mT, input).mT  # (A⁻¹ (G⁻¹X)ᵀ)ᵀ
+        return solved.reshape(x.shape).to(x.dtype)
 
     def rsqrt(self, z: Tensor) -> Tensor:
         output, input = self._choleskys  # L_G⁻ᵀ Z L_A⁻¹ has covariance G⁻¹ ⊗ A⁻¹
-        half = torch.linalg.solve_triangular(output.mT, self._matrix(z), upper=True)
+        z_matrix = at_least_single(self._matrix(z))
+        half = torch.linalg.solve_triangular(output.mT, z_matrix, upper=True)
         half = torch.linalg.solve_triangular(input, half, upper=False, left=False)
-        return half.reshape(z.shape)
+        return half.reshape(z.shape).to(z.dtype)
 
     def logdet(self) -> Tensor:
         output, input = (2 * _diagonal(factor).log().sum() for factor in self._choleskys)
-        return self.input.shape[-1] * output + self.output.shape[-1] * input
+        total = self.input.shape[-1] * output + self.output.shape[-1] * input
+        return total.to(self.output.dtype)
 
     def diag(self) -> Tensor:
         return outer(_diagonal(self.output), _diagonal(self.input)).flatten()
 
     def inverse_diag(self) -> Tensor:
         output, input = (_diagonal(torch.cholesky_inverse(factor)) for factor in self._choleskys)
-        return outer(output, input).flatten()
+        return outer(output, input).flatten().to(self.output.dtype)
 
     def eigenvalues(self) -> Tensor:
         return self.eigen().eigenvalues()
@@ -117,6 +127,7 @@ class Kronecker(Structure):
 
         Reference: Van Loan & Pitsianis 1993, "Approximation with Kronecker products".
         """
+        check_other(self, other)
         outputs = torch.stack([self.output, other.output], -3)  # [..., 2, O, O]
         inputs = torch.stack([self.input, other.input], -3)
         gram = _gram(outputs)
@@ -128,6 +139,7 @@ class Kronecker(Structure):
 
     def rescaled(self, output_root: Tensor, input_root: Tensor) -> Kronecker:
         """G / (p pᵀ) ⊗ A / (r rᵀ), for roots p [..., O] and r [..., I] of a prior precision."""
+        _check_roots(self, output_root, input_root)
         output = self.output / outer(output_root, output_root)
         return Kronecker(output, self.input / outer(input_root, input_root))
 
@@ -141,7 +153,10 @@ class Kronecker(Structure):
                 truncated side keeps its trace: its other eigenvalues are replaced by their mean.
             num_blocks: numbers of diagonal blocks that both sides are `cut` to before.
         """
-        ranks = ranks or (self.output.shape[-1], self.input.shape[-1])
+        sizes = self.output.shape[-1], self.input.shape[-1]
+        ranks = sizes if ranks is None else ranks
+        _check_counts("ranks", ranks, sizes)
+        _check_counts("num_blocks", num_blocks, None)
         output_basis, output_values = _leading(self.output, ranks[0], num_blocks[0])
         input_basis, input_values = _leading(self.input, ranks[1], num_blocks[1])
         return KroneckerEigen(output_basis, input_basis, outer(output_values, input_values))
@@ -164,6 +179,9 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
         >>> automatic_ranks(512, 785), automatic_ranks(10, 85), automatic_ranks(512, 785, rank=64)
         ((16, 16), (10, 85), (64, 64))
     """
+    check_count("outputs", outputs)
+    check_count("inputs", inputs)
+    check_count("rank", rank, "auto")
     if isinstance(rank, int):
         return min(outputs, rank), min(inputs, rank)
     if max(outputs, inputs) <= 160:
@@ -171,14 +189,38 @@ def automatic_ranks(outputs: int, inputs: int, rank: int | str = "auto") -> tupl
     return (outputs if outputs <= 64 else 16), (inputs if inputs <= 64 else 16)
 
 
+def _check_roots(matrix: Kronecker, *roots: Tensor) -> None:
+    wanted = matrix.output.shape[:-1], matrix.input.shape[:-1]
+    for name, root, shape in zip(("output_root", "input_root"), roots, wanted, strict=True):
+        if not isinstance(root, Tensor) or root.shape[-1:] != shape[-1:]:
+            got = tuple(root.shape) if isinstance(root, Tensor) else type(root).__name__
+            raise ValueError(f"{name}: a tensor {list(shape)} is needed, got {got}")
+
+
+def _check_counts(name: str, counts: Any, largest: tuple[int, int] | None) -> None:
+    """Raise ValueError unless they are two positive integers, at most the largest."""
+    limits = largest or (math.inf, math.inf)
+    if not isinstance(counts, Sequence) or len(counts) != 2 or not all(
+        is_count(n) and n <= limit for n, limit in zip(counts, limits, strict=True)
+    ):
+        bound = "" if largest is None else f" of at most {largest}"
+        raise ValueError(f"{name}={counts!r}: two positive integers{bound} are needed")
+
+
 def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
+    rows = factor.shape[-1]
+    if factor.dim() == 2 and num_blocks == 1 and rows > MIN_KRYLOV and rank <= rows // 32:
+        values, basis = leading_eigh(factor, rank)
+        rest = (factor.diagonal().sum() - values.sum())[None]
+        mean = without_rounding(rest, rows, values.abs().amax()) / (rows - rank)
+        return basis, torch.cat([values, mean])
     values, basis = eigh_blocks(factor, num_blocks)
-    rest = values.shape[-1] - rank
-    if rest == 0:
+    others = rows - rank
+    if others == 0:
         return basis, values
-    mean = values[..., :rest].mean(-1, keepdim=True)
-    return basis[..., rest:].contiguous(), torch.cat([values[..., rest:], mean], -1)
+    mean = values[..., :others].mean(-1, keepdim=True)
+    return basis[..., others:].contiguous(), torch.cat([values[..., others:], mean], -1)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:

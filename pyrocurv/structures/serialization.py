@@ -82,6 +82,8 @@ def cast(value: T, like: Tensor) -> T:
 def check_version(state: Mapping[str, Any], owner: str) -> None:
     """Raise ValueError for the state of a newer format than this one."""
     version = state.get("version", FORMAT_VERSION)
+    if not isinstance(version, int):
+        raise ValueError(f"the state of {owner} has no format version, but {version!r:.60}")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"the state of {owner} has format version {version}, this version of pyrocurv reads "

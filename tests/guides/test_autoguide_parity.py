@@ -109,7 +109,7 @@ def test_scores(structure: str) -> None:
     guide_trace = poutine.trace(guide).get_trace(*data)
     model_trace = poutine.trace(poutine.replay(weights, guide_trace)).get_trace(*data)
     guide_trace.compute_log_prob(), model_trace.compute_log_prob()
-    auxiliary = f"_{guide._pyro_name}_0"
+    auxiliary = f"_{guide._pyro_name}_latent"
     assert auxiliary not in model_trace.nodes
     assert guide_trace.nodes[auxiliary]["log_prob_sum"] != 0
     assert model_trace.nodes["w"]["log_prob_sum"] != 0
@@ -338,7 +338,9 @@ def test_nested_guides(structure: str) -> None:
     check_model_guide_match(poutine.trace(model).get_trace(*data), guide_trace)
     assert all(name.startswith(("AutoGuideList.0", "AutoGuideList.1.z"))
                for name in guide_trace.param_nodes)
-    assert "_AutoGuideList.1.z_0" in guide_trace.stochastic_nodes
+    one = len(inner.z.blocks) == 1
+    latent = "_AutoGuideList.1.z_latent" if one else "_AutoGuideList.1.z.net.0_latent"
+    assert latent in guide_trace.stochastic_nodes
     assert set(guide.state_dict()) >= {"0.sigma_unconstrained", "1.z.blocks.0.loc_unconstrained"}
 
 
@@ -618,7 +620,7 @@ def test_discrete_helpful_error(structure: str) -> None:
         pyro.sample("x", dist.Bernoulli(p))
         observe()
 
-    with pytest.raises(ValueError, match="'x' is discrete .Bernoulli.* enumerate it, or hide it"):
+    with pytest.raises(ValueError, match="'x' is discrete .Bernoulli.*hide it.*enumeration"):
         GUIDES[structure](model)()
 
 
@@ -634,10 +636,9 @@ def test_sphere_helpful_error(structure: str) -> None:
 
 @each
 def test_an_empty_model(structure: str) -> None:
-    with pytest.raises(ValueError, match="no observed site"):
-        GUIDES[structure](lambda: None)()
-    with pytest.raises(ValueError, match="no latent"):
-        GUIDES[structure](observe)()
+    for model in (lambda: None, observe):
+        with pytest.raises(ValueError, match="no latent"):
+            GUIDES[structure](model)()
 
 
 # ---- tracing and drawing ------------------------------------------------------------------------
@@ -684,7 +685,9 @@ def test_the_graph_of_model_and_guide(structure: str) -> None:
     guide(*data)
     relations = get_model_relations(guide, data)
     assert set(guide.sites) <= set(relations["sample_sample"])
-    assert relations["sample_sample"]["net.0.weight"] == [f"_{guide._pyro_name}_0"]
+    assert relations["sample_sample"]["net.0.weight"] == [
+        f"_{guide.blocks[0]._pyro_name}_latent"
+    ]
     assert set(get_model_relations(model, data)["sample_dist"]) == {*guide.sites, "sigma", "obs"}
     pytest.importorskip("graphviz")
     assert "net.0.weight" in pyro.render_model(model, model_args=data).source

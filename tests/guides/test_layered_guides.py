@@ -22,6 +22,7 @@ from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, Regressor, bayesianize
+from pyrocurv.optim import SecondOrderOptimizer
 
 EVERY = [
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
@@ -394,8 +395,8 @@ def test_points_and_frozen_weights_beside_each_other_and_on_disk() -> None:
 
 @pytest.mark.parametrize(("structure", "error", "reason"), [
     ({"net.9": "kfac"}, ValueError, "no layer 'net.9'; net.0, net.2 exist"),
-    ({"net.0": "points"}, ValueError, "'points': choose one of"),
-    ({1: "kfac"}, TypeError, "neither a module type nor a name"),
+    (lambda name, module: "points", ValueError, "'points': choose one of"),
+    (lambda name, module: KFAC, TypeError, r"structure=KFAC is a class: give KFAC\(\)"),
 ])  # fmt: skip
 def test_a_wrong_choice_changes_nothing(structure, error, reason) -> None:
     ngvi, data = chosen(structure)
@@ -404,12 +405,17 @@ def test_a_wrong_choice_changes_nothing(structure, error, reason) -> None:
     assert not ngvi.guide.sites and ngvi.guide.prototype_trace is None
 
 
-@pytest.mark.parametrize("structure", [KFAC, {nn.Linear: EKFAC}, lambda name, module: KFAC])
-def test_a_class_in_place_of_a_structure(structure: Any) -> None:
-    guide = KFACGuide(regressor(), structure=structure)
-    with pytest.raises(TypeError, match=r"structure=E?KFAC is a class: give E?KFAC\(\)"):
-        guide(*regression_data())
-    assert guide.sites == {}
+@pytest.mark.parametrize(("structure", "error", "reason"), [
+    ({"net.0": "points"}, ValueError, "'points': choose one of"),
+    ({1: "kfac"}, TypeError, "neither a module type nor a name"),
+    (KFAC, TypeError, r"structure=KFAC is a class: give KFAC\(\)"),
+    ({nn.Linear: EKFAC}, TypeError, r"structure=EKFAC is a class: give EKFAC\(\)"),
+])
+def test_a_choice_that_no_network_can_have(structure, error, reason) -> None:
+    with pytest.raises(error, match=reason):
+        KFACGuide(regressor(), structure=structure)
+    with pytest.raises(error, match=reason):
+        SecondOrderOptimizer(nn.Linear(3, 2), structure=structure)
 
 
 def test_a_loaded_guide_of_another_choice_is_refused() -> None:

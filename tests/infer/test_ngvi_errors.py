@@ -177,7 +177,7 @@ def test_nan_at_the_first_step() -> None:
     """Validation sees it first, or else the curvature; the guide is then as good as new."""
     model, data = regressor(), regression_data()
     ngvi = NGVI(model, KFACGuide(model))
-    with pytest.raises(ValueError, match="loc"):
+    with pytest.raises(FloatingPointError, match="site 'obs': the network's output is not finite"):
         ngvi.step(*with_nan(data))
     assert ngvi.guide.prototype_trace is None and ngvi.guide.sites == {}
     ngvi.step(*data)
@@ -326,7 +326,7 @@ def test_bad_arguments(name: str) -> None:
 
 def test_a_guide_of_another_kind() -> None:
     model = regressor()
-    with pytest.raises(TypeError, match="one of pyrocurv.guides is needed.*got AutoNormal"):
+    with pytest.raises(TypeError, match="one of pyrocurv.guides .* is needed, got AutoNormal"):
         NGVI(model, AutoNormal(model))
 
 
@@ -439,9 +439,9 @@ def test_data_that_were_left_out_are_missed_beside_a_deterministic(structure: st
 
     x, y = regression_data()
     guide = GUIDES[structure](model)
-    with pytest.raises(ValueError, match="were the data left out"):
-        guide(x)
     ngvi = NGVI(model, guide)
+    with pytest.raises(ValueError, match="were the data left out"):
+        ngvi.step(x)
     assert math.isfinite(ngvi.step(x, y))
     with pytest.raises(ValueError, match="'obs' is neither observed"):
         ngvi.step(x)

@@ -136,7 +136,7 @@ def test_what_has_no_score() -> None:
     Laplace(model, guide).fit([(x, y)])
     with pytest.raises(ValueError, match="guide is a Laplace approximation"):
         log_predictive_density(model, guide, [(x, y)])
-    for wrong, match in (((), "at least one"), ((0.3, -1.0), "temperature=-1.0")):
+    for wrong, match in (((), "at least one"), ((0.3, -1.0), "temperatures=-1.0")):
         with pytest.raises(ValueError, match=match):
             choose_temperature(lambda t: (model, guide), [(x, y)], wrong)
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.guides import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, Regressor, bayesianize
-from pyrocurv.optim import VIOptimizer, ivon, noisy_ekfac, noisy_kfac, vogn
+from pyrocurv.optim import (
+    SecondOrderOptimizer,
+    VIOptimizer,
+    ivon,
+    noisy_ekfac,
+    noisy_kfac,
+    vogn,
+)
 
 GUIDES = {
     "diag": DiagonalGuide, "kfac": KFACGuide, "ekfac": EKFACGuide, "block": BlockGuide,
@@ -561,11 +569,9 @@ def test_clearing_gradients_inside_of_a_sample_is_as_good(name: str) -> None:
 def test_a_sample_whose_gradients_were_cleared_does_not_count(name: str) -> None:
     """As after a step that was skipped: the next one is not divided by two samples."""
     def skipped(optimizer: VIOptimizer, net: nn.Module, x: Tensor, y: Tensor) -> None:
-        stream = optimizer._stream.state_dict()
         with optimizer.sampled_params():
             (1e6 * F.cross_entropy(net(-x), y)).backward()
         optimizer.zero_grad()
-        optimizer._stream.load_state_dict(stream)  # its noise was drawn for it, no more
         step(optimizer, net, x, y)
 
     assert torch.equal(trained_for(SENSED[name], skipped, 5), trained_for(SENSED[name], step, 5))
@@ -591,3 +597,126 @@ def test_a_curvature_of_gradients_wants_them_unscaled() -> None:
     with pytest.raises(RuntimeError, match="65536 times larger .* call scaler.unscale_"):
         scaler.step(optimizer)
     assert torch.equal(flat(net), before)
+
+
+# ---- refused steps ------------------------------------------------------------------------------
+
+
+def refuse(optimizer: VIOptimizer, net: nn.Module, how: str) -> None:
+    x, y = classes()
+    if how == "closure":
+        with pytest.raises(FloatingPointError):
+            optimizer.step(lambda: (torch.nan * F.cross_entropy(net(x), y)).backward())
+        return
+    if how == "output":
+        with pytest.raises(FloatingPointError), optimizer.sampled_params():
+            F.cross_entropy(net(x * torch.nan), y).backward()
+        return
+    for _ in range(3 if how == "samples" else 1):
+        with optimizer.sampled_params():
+            F.cross_entropy(net(x), y).backward()
+    if how == "cleared":
+        optimizer.zero_grad()
+        return
+    net[0].weight.grad[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("make", "how"), [
+    *product([noisy_kfac, vogn, ivon], ["gradient", "samples", "closure", "cleared"]),
+    (vogn, "output"),  # which has a curvature due at every step
+], ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_refused_step_leaves_the_random_stream(
+    make: Callable[..., VIOptimizer], how: str, steps: int
+) -> None:
+    """The next steps are those of a run without it."""
+    def run(refused: bool) -> tuple[Tensor, dict[str, Any]]:
+        torch.manual_seed(0)
+        net = small()
+        optimizer = make(net, N)
+        for number in range(steps + 2):
+            torch.manual_seed(number)
+            x, y = classes()
+            if refused and number == steps:
+                before = optimizer.state_dict()["stream"]
+                refuse(optimizer, net, how)
+                after = optimizer.state_dict()["stream"]
+                assert before["states"].keys() == after["states"].keys()
+                assert all(torch.equal(after["states"][k], v) for k, v in before["states"].items())
+            step(optimizer, net, x, y)
+        return flat(net), optimizer.state_dict()
+
+    (found, _), (wanted, _) = run(True), run(False)
+    assert torch.equal(found, wanted)
+
+
+# ---- the closures of trainers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("make", [noisy_kfac, ivon], ids=lambda make: make.__name__)
+def test_a_closure_that_does_nothing_keeps_the_samples(
+    make: Callable[..., VIOptimizer], samples: int
+) -> None:
+    """As Lightning passes one to `step` in manual optimization."""
+    def run(closure: Callable[[], None] | None) -> Tensor:
+        torch.manual_seed(0)
+        net, (x, y) = small(), classes()
+        optimizer = make(net, N, num_samples=samples)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(samples):
+                with optimizer.sampled_params():
+                    F.cross_entropy(net(x), y).backward()
+            optimizer.step(*[closure] * (closure is not None))
+        return flat(net)
+
+    assert torch.equal(run(lambda: None), run(None))
+
+
+@pytest.mark.parametrize("make", [
+    lambda net: SecondOrderOptimizer(net), lambda net: VIOptimizer(net, N, num_samples=2),
+    lambda net: ivon(net, N),
+], ids=["second order", "variational", "ivon"])
+def test_the_closure_of_a_trainer_is_the_plain_loop(make: Callable[[nn.Module], Any]) -> None:
+    """Lightning's automatic optimization clears the gradients between forward and backward."""
+    def run(automatic: bool) -> Tensor:
+        torch.manual_seed(0)
+        net, (x, y) = small(), classes()
+        optimizer = make(net)
+
+        def trainer() -> Tensor:
+            loss = F.cross_entropy(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            return loss.detach()
+
+        def plain() -> Tensor:
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if automatic:
+                assert optimizer.step(trainer).isfinite()
+            elif isinstance(optimizer, VIOptimizer):
+                optimizer.step(plain)
+            else:
+                optimizer.zero_grad()
+                plain()
+                optimizer.step()
+        return flat(net)
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_a_closure_without_a_pass_and_no_sample_changes_nothing() -> None:
+    net, (x, y) = small(), classes()
+    optimizer = VIOptimizer(net, N)
+    F.cross_entropy(net(x), y).backward()
+    gradients = [p.grad for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="without a sample"):
+        optimizer.step(lambda: None)
+    assert all(p.grad is g for p, g in zip(net.parameters(), gradients, strict=True))

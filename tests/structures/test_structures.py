@@ -16,6 +16,7 @@ from pyrocurv.structures import (
     BlockDiagonal,
     Dense,
     Diagonal,
+    InverseDense,
     Kronecker,
     KroneckerEigen,
     Rescaled,
@@ -23,7 +24,7 @@ from pyrocurv.structures import (
     automatic_ranks,
     cut,
 )
-from pyrocurv.structures.linalg import cholesky, eigh, eigh_psd, scale_tril
+from pyrocurv.structures.linalg import cholesky, eigh, eigh_psd, leading_eigh, scale_tril
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 
@@ -88,6 +89,7 @@ def nested(dtype: torch.dtype) -> BlockDiagonal:
 
 MAKERS: dict[str, Callable[[torch.dtype], Structure]] = {
     "Dense": lambda dtype: Dense(spd(5, dtype)),
+    "InverseDense": lambda dtype: InverseDense(scale_tril(spd(5, dtype))),
     "Diagonal": lambda dtype: Diagonal(positive(5, dtype=dtype)),
     "Rescaled(Dense)": lambda dtype: rescaled(Dense(spd(5, dtype)), dtype),
     "Rescaled(Diagonal)": lambda dtype: rescaled(Diagonal(positive(5, dtype=dtype)), dtype),
@@ -120,9 +122,10 @@ NO_SHIFT = {  # no scalar is one in their units
     "Rescaled(KroneckerEigen, groups)", "BlockDiagonal nested",
 }
 VECTOR_SHIFT = {
-    "Dense", "Diagonal", "Rescaled(Dense)", "Rescaled(Diagonal)", "BlockDiagonal shuffled",
+    "Dense", "Diagonal", "InverseDense", "Rescaled(Dense)", "Rescaled(Diagonal)",
+    "BlockDiagonal shuffled",
 }
-EXACT_LERP = {"Dense", "Diagonal", "BlockDiagonal shuffled"}
+EXACT_LERP = {"Dense", "Diagonal", "InverseDense", "BlockDiagonal shuffled"}
 SHIFTED = Dense, Diagonal, KroneckerEigen, Rescaled, BlockDiagonal
 
 each = pytest.mark.parametrize("name", MAKERS)
@@ -140,6 +143,8 @@ def written_out(structure: Structure) -> Tensor:
     match structure:
         case Dense(matrix):
             return matrix
+        case InverseDense(root):
+            return torch.linalg.inv(root @ root.mT)
         case Diagonal(entries):
             return torch.diag(entries)
         case Rescaled(inner, root):
@@ -652,9 +657,7 @@ def test_state_through_a_file(name: str, dtype: torch.dtype) -> None:
 @each
 def test_no_verb_changes_its_operands(name: str) -> None:
     structure, _ = make(name)
-    other = MAKERS[name](FLOAT64)
-    if isinstance(other, BlockDiagonal):
-        other = BlockDiagonal(other.blocks, structure.index)
+    other = structure.map(torch.clone)
     x, delta = torch.randn(structure.size, dtype=FLOAT64), torch.tensor(0.7, dtype=FLOAT64)
     operands = [*tensors(structure), *tensors(other), x, delta]
     before = [t.clone() for t in operands]
@@ -785,3 +788,51 @@ def test_what_is_outside_of_a_basis_is_no_difference_of_large_numbers() -> None:
     torch.testing.assert_close(
         precision.inverse_diag().double(), exact.inverse_diag(), rtol=1e-4, atol=1e-10
     )
+
+
+# ---- a few leading eigenvectors of a wide matrix ------------------------------------------------
+
+
+@pytest.mark.parametrize("restarts", [20, 0], ids=["Krylov", "fallback"])
+@pytest.mark.parametrize("rows", [4, 400], ids=["low rank", "full rank"])
+@both_types
+def test_leading_eigenvectors(
+    dtype: torch.dtype, rows: int, restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyrocurv.structures.linalg.MAX_RESTARTS", restarts)
+    x = torch.randn(rows, 200, dtype=dtype) * torch.linspace(0.1, 2, 200, dtype=dtype)
+    matrix = x.mT @ x
+    values, vectors = leading_eigh(matrix, 5)
+    wanted, _ = torch.linalg.eigh(matrix.double())
+    scale, loose = float(wanted[-1]), 1e-9 if dtype == FLOAT64 else 2e-5
+    torch.testing.assert_close(values.double(), wanted[-5:], atol=loose * scale, rtol=0)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(5, dtype=dtype), atol=1e-5, rtol=0)
+    residual = matrix.double() @ vectors.double() - vectors.double() * values.double()
+    assert residual.abs().max() < loose * scale
+
+
+def test_a_wide_truncated_factor_needs_only_its_leading_eigenvectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same matrix as from all of them; an indefinite factor keeps its trace too."""
+    root = torch.randn(400, 200).double() * torch.linspace(0.1, 2, 200).double()
+    for shift in (0.0, 300.0):
+        factor = root.mT @ root - shift * torch.eye(200).double()
+        matrix = Kronecker(spd(2, FLOAT64), factor)
+        wanted = matrix.eigen((2, 3)).dense()
+        with monkeypatch.context() as patch:
+            patch.setattr("pyrocurv.structures.kronecker.MIN_KRYLOV", 100)
+            patch.setattr("pyrocurv.structures.kronecker.eigh_blocks", lambda m, _: eigh(m))
+            found = matrix.eigen((2, 3)).dense()
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
+
+
+@both_types
+def test_the_covariance_factor_of_a_large_precision_is_inverted_by_halves(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision = spd(61, dtype)
+    monkeypatch.setattr("pyrocurv.structures.linalg.MAX_SOLVE", 8)
+    root = scale_tril(precision)
+    assert torch.equal(root, root.tril())
+    same(root @ root.mT @ precision, torch.eye(61, dtype=dtype))
