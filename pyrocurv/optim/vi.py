@@ -59,7 +59,8 @@ class VIOptimizer(CurvatureOptimizer):
 
     Args:
         net, params, likelihood, class_dim, curvature, structure, update, momentum, damping,
-            kl_clip, fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a posterior.
+            kl_clip, fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a
+            posterior.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean.

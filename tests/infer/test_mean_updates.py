@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 from toys import (
     EXACT,
     GUIDES,
@@ -23,8 +25,6 @@ from toys import (
     sigma_model,
     truth,
 )
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 from pyrocurv.guides import FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
