@@ -87,7 +87,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{STEP}momentum_is_of_the_likelihood_gradient"),
         ("state.hyperparameters.base_lr, state", "state.hyperparameters.lr, state",
          f"{PARAMETERS}the_trust_region_is_that_of_the_base_learning_rate"),
-        ("state, posterior.step)) ** 2", "state, posterior.step))",
+        ("dot * lr * lr", "dot * lr",
          f"{STEP}the_clip_bounds_a_step"),
         ("add_to(mean, -self.rate)", "add_to(mean, self.rate)",
          f"{NGVI}one_step_finds_the_exact_posterior"),

@@ -313,7 +313,8 @@ def _() -> Scene:
 def _() -> Scene:
     ngvi = trained()
     predict = infer.Predictive(ngvi.model, guide=ngvi.guide, num_samples=2)
-    return Scene(predict, {"x": X}, [ngvi.model, ngvi.guide], ("x",), WORDS)
+    words = (*WORDS, "these inputs")
+    return Scene(predict, {"x": X}, [ngvi.model, ngvi.guide], ("x",), words)
 
 
 @scene("infer.choose_temperature")

@@ -44,7 +44,7 @@ def is_clear(error: BaseException, names: tuple[str, ...]) -> bool:
     """Whether a `raise` of this package raised it, of a fitting type, and it names the argument."""
     if type(error) is RuntimeError and raised_here(error):  # of the order of calls
         return True
-    if type(error) in CLEAR and raised_here(error):
+    if isinstance(error, CLEAR) and raised_here(error):
         return any(re.search(rf"\b{name}\b" if name.isidentifier() else name, str(error))
                    for name in (*names, "site '"))
     # of `torch.nn.Module.load_state_dict`, which names the keys

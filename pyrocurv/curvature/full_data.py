@@ -79,8 +79,8 @@ def accumulate(
 ) -> list[CurvatureSum]:
     """The sums with all examples of one more batch, which stands for `num_data` data points.
 
-    Of `spec`, only `kind` and `num_samples` are used. Raises ValueError for a layer that does not
-    read the batch as its first axis.
+    Of `spec`, only `kind` and `num_samples` are used. Raises ValueError for Kronecker factors of
+    the Hessian of a layer whose rows are not the examples.
     """
     count, statistics = collect(spec, [total.block for total in sums], forward, forward.rows)
     if count == 0:

@@ -128,7 +128,7 @@ def update_curvature(
     """The averages of the blocks that are due, in their order, with one more estimate.
 
     Raises:
-        ValueError: a layer that does not read the batch as its first axis, or a first estimate
+        ValueError: a Hessian in layers whose rows are not the examples, or a first estimate
             from a batch in which all examples are masked.
         FloatingPointError: a first estimate that is not finite.
     """

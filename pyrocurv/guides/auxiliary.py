@@ -13,6 +13,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList
 from torch import Tensor
 
+from pyrocurv.runtime.validation import check_is, check_iterable
+
 
 class AutoPoint(AutoDelta):
     """Point estimates that start at given values; the prior acts as a penalty."""
@@ -62,6 +64,18 @@ class AutoFixed(AutoGuide):
     ) -> dict[str, Tensor]:
         """The value, for each quantile."""
         return {n: torch.stack([v] * len(quantiles)) for n, v in self._values().items()}
+
+
+def checked_plates(create_plates: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """The plates that a user's function makes; TypeError if it returns something else."""
+    plates = create_plates(*args, **kwargs)
+    needed = "a pyro.plate, or a list of them,"
+    if isinstance(plates, pyro.plate):
+        return [plates]
+    check_iterable("the value of create_plates", plates, needed)
+    for plate in (made := [*plates]):
+        check_is("the value of create_plates", plate, pyro.plate, needed)
+    return made
 
 
 def make_auxiliary_guide(

@@ -6,6 +6,7 @@ weights, and creates a Gaussian for each block of them. The other latents go to 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide, AutoNormal
 from torch import Tensor
 
-from pyrocurv.guides.auxiliary import make_auxiliary_guide
+from pyrocurv.guides.auxiliary import checked_plates, make_auxiliary_guide
 from pyrocurv.guides.blockwise import BlockwiseGuide
 from pyrocurv.guides.initialization import fallback_model, init_to_network, initial_values
 from pyrocurv.guides.partition import LatentPartition, check_layout
@@ -94,6 +95,7 @@ class StructuredGuide(BlockwiseGuide):
         check_callable("fallback", fallback, "a callable model -> AutoGuide")
         if create_plates is not None:
             check_callable("create_plates", create_plates, "a callable that makes plates")
+            create_plates = functools.partial(checked_plates, create_plates)
         super().__init__(model, init_loc_fn, init_scale, create_plates)
         self._choice, self._make_fallback = structure, fallback
         self._run_fallback = VectorizedRunner()
@@ -179,6 +181,8 @@ class StructuredGuide(BlockwiseGuide):
         self._excluded, self._unsupported = dict(partition.excluded), dict(prototype.unsupported)
         self.fallback_sites = (*partition.excluded, *partition.fallback)
         if not self.fallback_sites:
+            if self.create_plates is not None:  # an error belongs to the setup
+                self._create_plates(*args, **kwargs)
             return
         at_median = self._make_fallback is AutoNormal
         model = fallback_model(

@@ -252,6 +252,9 @@ def predict(
     likelihood = unwrap(wrapped, masks=True)
     with torch.enable_grad():
         outputs = linear_predictor(likelihood)
+    if not bool(outputs.isfinite().all()):
+        name = replay.observed[0].name if replay.observed else "obs"
+        raise FloatingPointError(f"site {name!r}: the network's output is not finite")
     event = len(wrapped.event_shape) - len(likelihood.event_shape)
     by_draws, pairs = _takes_draws(likelihood, link), (num_samples + 1) // 2
     calls = layer_calls(guide, capture.trace().calls, weights, len(outputs))

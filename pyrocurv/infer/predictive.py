@@ -130,7 +130,7 @@ class Predictive(pyro.infer.Predictive):
             return super().forward(*args, **kwargs)
         results = []
         with (self._preserve_module_state(), pyro.validation_enabled(False),
-              rewind_rng_on_error(device_of(args))):
+              rewind_rng_on_error(device_of(args)), _finite_probabilities()):
             for values, n in self._draws(args, kwargs):
                 runs = self._run_model(self.model, values, n, args, kwargs, self._is_returned)
                 self._check_shapes(values, runs)
@@ -236,6 +236,19 @@ def _uninitialized_guides(guide: Any) -> Iterator[Any]:
             yield from _uninitialized_guides(component)
     elif isinstance(guide, StructuredGuide) and not guide.is_initialized:
         yield guide
+
+
+@contextmanager
+def _finite_probabilities() -> Iterator[None]:
+    """FloatingPointError in place of torch's error about a draw without probabilities."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("probability tensor contains"):
+            raise
+        raise FloatingPointError(
+            f"the model draws from a distribution that is not finite, from these inputs ({error})"
+        ) from error
 
 
 def _updates_statistics(module: nn.Module) -> bool:

@@ -36,8 +36,8 @@ def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
     scale = as_number(prior)
     if not (is_number(scale) and scale > 0):
         raise ValueError(
-            f"prior={shown(prior)}: 'fan_in', a positive standard deviation or a callable "
-            "(module, name) -> Distribution is needed"
+            f"prior={shown(prior)}: 'fan_in', a positive standard deviation, a callable "
+            "(module, name) -> Distribution or a trained guide is needed"
         )
     return lambda module, name: _normal(module, name, float(scale))
 

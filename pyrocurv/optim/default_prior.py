@@ -14,6 +14,7 @@ from pyrocurv.layers.weight_gaussian import WeightGaussian, match_names, read_po
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
+from pyrocurv.runtime.validation import shown
 
 
 class DefaultPriors:
@@ -27,8 +28,8 @@ class DefaultPriors:
         parts = [] if prior is None else read_posterior(prior)
         if parts is None:
             raise TypeError(
-                f"prior={prior!r}: a trained guide, its posterior or a VIOptimizer is needed; the "
-                "precision of independent normals is prior_precision="
+                f"prior={shown(prior)}: a trained guide, its posterior or a VIOptimizer is needed; "
+                "the precision of independent normals is prior_precision="
             )
         shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
         names = match_names(parts, shapes) if parts else {}

@@ -31,7 +31,7 @@ def name_parameters(net: nn.Module, groups: Sequence[Group]) -> NamedParameters:
     unknown = [tuple(p.shape) for p, _ in grouped if id(p) not in names]
     if unknown:
         raise ValueError(
-            f"parameters of shapes {unknown} do not belong to the network, which has "
+            f"params: parameters of shapes {unknown} do not belong to the network, which has "
             f"{', '.join(names.values())}"
         )
     return {names[id(p)]: (p, group) for p, group in grouped}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.utils._pytree import tree_leaves
 
 # of allocators that raise a plain RuntimeError: torch's on the CPU, the drivers of accelerators
 MEMORY_MESSAGES = ("DefaultCPUAllocator", "out of memory")
@@ -170,6 +171,8 @@ def check_state_dict(value: Any, owner: str) -> None:
     check_is("state_dict", value, Mapping, f"the state of {owner}, a mapping,")
     if unnamed := [key for key in value if not isinstance(key, str)]:
         raise TypeError(f"state_dict: the state of {owner} has names as keys, got {unnamed[:3]}")
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(dict(value))):
+        raise ValueError(f"state_dict: the state of {owner} is on the meta device, without values")
 
 
 def check_inputs(name: str, value: Any) -> None:

@@ -130,7 +130,9 @@ def test_sites_and_shapes(source: str, sites: Any, parallel: bool, given: bool) 
 @pytest.mark.parametrize("structure", GUIDES)
 def test_with_the_guides_here(structure: str) -> None:
     ngvi, (x, _) = trained(structure)
-    options = {"guide": ngvi.guide, "num_samples": 600, "return_sites": None}
+    # Pyro's runs the model for each sample; what differs between structures is in test_guides
+    num_samples = 400 if structure == "kfac" else 150
+    options = {"guide": ngvi.guide, "num_samples": num_samples, "return_sites": None}
     model = Counting(ngvi.model)
     ours, theirs = Predictive(model, **options)(x), Theirs(ngvi.model, **options)(x)
     assert shapes(ours) == shapes(theirs)
@@ -144,7 +146,7 @@ def test_latents_of_the_fallback_guide() -> None:
     model, (x, y) = regressor(noise=None), regression_data()
     guide = KFACGuide(model, init_scale=0.1)
     guide(x, y)
-    options = {"guide": guide, "num_samples": 500, "return_sites": ("sigma", "obs", "_RETURN")}
+    options = {"guide": guide, "num_samples": 250, "return_sites": ("sigma", "obs", "_RETURN")}
     ours, theirs = Predictive(model, **options)(x), Theirs(model, **options)(x)
     assert shapes(ours) == shapes(theirs)
     for name in ours:
@@ -152,9 +154,8 @@ def test_latents_of_the_fallback_guide() -> None:
     assert_different(ours["sigma"])
 
 
-AUTOGUIDES = [
-    "AutoNormal", "AutoDiagonalNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal",
-    "AutoDelta", "AutoIAFNormal",
+AUTOGUIDES = [  # by site, one vector, points, parameters that are modules
+    "AutoNormal", "AutoLowRankMultivariateNormal", "AutoDelta", "AutoIAFNormal",
 ]
 
 
@@ -164,7 +165,7 @@ def test_with_autoguides_of_pyro(name: str) -> None:
     model, x, y = Regressor(net, NUM_DATA), torch.randn(6, 3), torch.randn(6, 2)
     guide = getattr(autoguide, name)(model)
     guide(x, y)
-    options = {"guide": guide, "num_samples": 300, "return_sites": ("sigma", "net.0.weight", "obs")}
+    options = {"guide": guide, "num_samples": 150, "return_sites": ("sigma", "net.0.weight", "obs")}
     ours, theirs = Predictive(model, **options)(x), Theirs(model, **options)(x)
     assert shapes(ours) == shapes(theirs)
     for site in ours:
@@ -182,7 +183,7 @@ def test_with_a_list_of_guides_and_with_a_function() -> None:
         pyro.sample("sigma", dist.LogNormal(pyro.param("m", lambda: torch.zeros(())), 0.1))
 
     for guide in (both, custom):
-        options = {"guide": guide, "num_samples": 300, "return_sites": ("sigma", "obs")}
+        options = {"guide": guide, "num_samples": 200, "return_sites": ("sigma", "obs")}
         ours, theirs = Predictive(model, **options)(x), Theirs(model, **options)(x)
         assert shapes(ours) == shapes(theirs)
         for site in ours:
@@ -224,16 +225,17 @@ def test_draws_of_a_likelihood(name: str) -> None:
     samples = {"w": 0.3 * torch.randn(600, 2, 3)}
     ours = Predictive(model, samples)(x)["obs"]
     assert (model.calls < 10) is (name not in ONE_BY_ONE)
-    theirs = Theirs(program, {"w": samples["w"]})(x)["obs"]
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert_same_distribution(ours, theirs)
+    theirs = Theirs(program, {"w": samples["w"][:2]})(x)["obs"]
+    assert ours.shape[1:] == theirs.shape[1:] and ours.dtype == theirs.dtype
+    draws = torch.stack([LIKELIHOODS[name](x @ w).sample() for w in samples["w"]])
+    assert_same_distribution(ours, draws.reshape(ours.shape))
     if ours.is_floating_point() and name not in ("Poisson", "NegativeBinomial", "Bernoulli",
                                                  "Binomial"):
         assert_different(ours)
 
 
 def test_a_site_that_hangs_on_another_without_a_value() -> None:
-    x, n = torch.randn(4, 3), 800
+    x, n = torch.randn(4, 3), 400
     ours = Predictive(plated, num_samples=n)(x)
     theirs = Theirs(plated, num_samples=n)(x)
     for name in ("a", "b", "c", "mean", "obs", "count"):
@@ -419,7 +421,7 @@ def norm_model() -> tuple[Classifier, DiagonalGuide, Tensor]:
 def test_batch_norm_in_train_mode_warns_once_and_is_not_moved() -> None:
     model, guide, x = norm_model()
     before = {name: value.clone() for name, value in model.named_buffers()}
-    options = {"guide": guide, "num_samples": 300, "return_sites": ["_RETURN"]}
+    options = {"guide": guide, "num_samples": 150, "return_sites": ["_RETURN"]}
     predict = Predictive(model, **options)
     with pytest.warns(UserWarning, match="train\\(\\) mode: BatchNorm1d") as caught:
         ours = predict(x)["_RETURN"]
