@@ -20,10 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from pyrocurv.layers.capture import Capture
-from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass
+from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass, num_rows
 from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.outputs import named_outputs
 from pyrocurv.runtime.undo import complete
+from pyrocurv.runtime.validation import is_out_of_memory
 
 
 @dataclass(eq=False)
@@ -89,8 +90,12 @@ class ForwardRecorder:
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         inputs, self._inputs = self._inputs, None
         heads = {n: x for n, x in named_outputs(output).items() if x.dim() and x.requires_grad}
-        if heads and not self._is_ignored():
-            _Backward(self, inputs, heads)
+        if not heads or self._is_ignored():
+            return
+        examples = len(next(iter(heads.values())))
+        if inputs is not None and examples != num_rows(args, kwargs):
+            inputs = ForwardInputs.of(args, kwargs, None, examples)
+        _Backward(self, inputs, heads)
 
     def _is_ignored(self) -> bool:
         """Whether a pass is one of this recorder, or inside of a `torch.func` transform."""
@@ -132,11 +137,23 @@ class ForwardRecorder:
         try:
             with torch.enable_grad():
                 with torch.compiler.set_stance("force_eager"), Capture(tracked) as capture:
-                    output = inputs.call(self.inner)
+                    output = self._output(inputs)
                 yield output, capture
         finally:
             self._is_still = False
             complete(restore)
+
+
+    def _output(self, inputs: ForwardInputs) -> Any:
+        try:
+            return inputs.call(self.inner)
+        except (RuntimeError, IndexError, ValueError) as error:
+            if inputs.limit is None or is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"the network does not run on the first {inputs.batch} examples of a batch alone, "
+                "which its curvature is estimated from: use Curvature(batch=None)"
+            ) from error
 
 
 class _Backward:

@@ -11,8 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from pyrocurv.curvature.collect import by_example
 from pyrocurv.layers import Layer
-from pyrocurv.layers.batch_axis import mark_wrong_batch_axis, per_example_scalar, total_output
+from pyrocurv.layers.batch_axis import (
+    mark_wrong_batch_axis,
+    mixing_calls,
+    per_example_scalar,
+    total_output,
+)
 from pyrocurv.layers.block import Block, make_blocks
 from pyrocurv.layers.calls import LayerCall, OpCall, split_weight_and_bias
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
@@ -86,6 +92,14 @@ def check_batch_axis(
     trace = trace.mark_untracked(total_output(output))
     scalar = None if trace.has_batch_coupling else per_example_scalar(output, batch_size)
     return mark_wrong_batch_axis(trace, batch_size, scalar)
+
+
+def calls_by_example(calls: Sequence[LayerCall], output: Any, count: int) -> list[LayerCall]:
+    """The calls; of layers whose rows are not the `count` examples, by a pass for each example."""
+    scalar = per_example_scalar(output, count)
+    same = [call for call in calls if isinstance(call, OpCall) and call.batch_size == count]
+    mixing = [] if scalar is None or count == 1 else mixing_calls(same, scalar)
+    return by_example(calls, count, {id(call) for call in mixing})
 
 
 def parameter_table(layout: ParameterBlocks, named: NamedParameters) -> str:

@@ -9,38 +9,45 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 
 @dataclass(eq=False)
 class ForwardInputs:
-    """The arguments of a forward pass, as leaves; where `rows`, of the first examples alone."""
+    """The arguments of a forward pass, as leaves; where `rows`, of the first examples alone.
+
+    With `examples` their rows are not the examples, such as the nodes of several graphs: all of the
+    arguments are kept.
+    """
 
     leaves: list[Any]
     shape: TreeSpec
     rows: list[bool]
     limit: int | None
     autocast: torch.dtype | None
+    examples: int | None = None
 
     @staticmethod
-    def of(args: Any, kwargs: Any, limit: int | None) -> ForwardInputs:
+    def of(
+        args: Any, kwargs: Any, limit: int | None, examples: int | None = None
+    ) -> ForwardInputs:
         """Copies: a network may overwrite what it is given."""
         leaves, shape = tree_flatten((args, kwargs))
-        sizes = [len(x) for x in leaves if isinstance(x, Tensor) and x.dim()]
-        rows = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == sizes[0] for x in leaves]
+        size = num_rows(args, kwargs)
+        rows = [isinstance(x, Tensor) and x.dim() > 0 and len(x) == size for x in leaves]
         kept = [x[:limit].detach().clone() if r else x for x, r in zip(leaves, rows, strict=True)]
         device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return ForwardInputs(kept, shape, rows, limit, autocast)
+        return ForwardInputs(kept, shape, rows, limit, autocast, examples)
 
     @property
     def batch(self) -> int:
         """How many examples there are."""
-        return len(self.leaves[self.rows.index(True)])
+        return self.examples or len(self.leaves[self.rows.index(True)])
 
     def fits(self, other: ForwardInputs) -> bool:
         """Whether the examples of both can go through the network together."""
-        return (
+        return self.examples is other.examples is None and (
             (self.shape, self.rows, self.autocast) == (other.shape, other.rows, other.autocast)
             and all(
                 a.shape[1:] == b.shape[1:] if row else a is b or not torch.is_tensor(a) and a == b
@@ -52,6 +59,8 @@ class ForwardInputs:
     def joined(several: Sequence[ForwardInputs], share: float) -> ForwardInputs:
         """The first examples of them all, which fit each other; a share of as many as are kept."""
         first = several[0]
+        if first.examples is not None:
+            return first
         columns = zip(*(one.leaves for one in several), strict=True)
         limit = first.limit and max(1, round(share * first.limit))
         leaves = [
@@ -69,6 +78,12 @@ class ForwardInputs:
             cast = torch.autocast(device, self.autocast, cache_enabled=False)
         with cast:
             return net(*args, **kwargs)
+
+
+def num_rows(args: Any, kwargs: Any) -> int | None:
+    """The length of the first tensor among arguments; None without one."""
+    leaves = tree_leaves((args, kwargs))
+    return next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), None)
 
 
 @dataclass(eq=False)

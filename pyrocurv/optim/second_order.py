@@ -38,9 +38,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     in the structure "full"; for deep linear networks "kfac" gives that of Gauss-Newton blocks.
 
     The loop stays as it is: `zero_grad`, forward, `backward`, `step`. On steps where curvature is
-    due the network runs once more, on a few examples of the batch, inside `step`. After the first
-    step `summary()` tells what has a curvature in which structure, `update_counts()` how often it
-    was estimated.
+    due the network runs once more, on a few examples of the batch, inside `step`. Only passes count
+    whose gradient has reached the parameters. Where outputs and inputs have different rows, as with
+    batched graphs, the curvature takes a backward pass for each example. After the first step
+    `summary()` tells what has a curvature in which structure, `update_counts()` how often it was
+    estimated.
 
     Args:
         net: the network that the loop calls.
@@ -75,7 +77,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         ValueError: an unknown name, a number out of its range, a parameter that is none of the
             network's; at a step, an output that the likelihood does not fit.
         RuntimeError: a step before any forward pass with a gradient.
-        FloatingPointError: a gradient that is not finite; nothing has changed then.
+        FloatingPointError: a gradient that is not finite, or means or precisions that would not be;
+            nothing has changed then.
 
     Reference: Martens & Grosse 2015, arXiv:1503.05671.
 

@@ -20,6 +20,7 @@ from pyrocurv.optim.loss_weights import LossSize
 from pyrocurv.optim.parameter_blocks import (
     ParameterBlocks,
     add_layers,
+    calls_by_example,
     check_batch_axis,
     new_layers,
     split_by_group,
@@ -74,8 +75,12 @@ class TracedNetwork:
         ):
             size = LossSize(group.total, inputs.batch, self.recorder.shrinkage(), is_scaled)
             terms = likelihood.terms(output, recorded, size)
-            trace = check_batch_axis(layout, capture.trace(), output, inputs.batch)
+            trace = capture.trace()
+            if inputs.examples is None:
+                trace = check_batch_axis(layout, trace, output, inputs.batch)
             layout, calls = self.layout_with(layout, trace, store)
+            if inputs.examples is not None:
+                calls = calls_by_example(calls, output, inputs.batch)
             yield layout, ForwardPass(terms, calls, inputs.batch)
 
     def layout_with(

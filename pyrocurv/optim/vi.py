@@ -66,8 +66,7 @@ class VIOptimizer(CurvatureOptimizer):
         lr: learning rate of the mean.
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
-        prior: the posterior of an earlier task, as for `bayesianize`, of the weights that it has:
-            another `VIOptimizer`, a guide of the same network or its `.posterior`.
+        prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
         temperature: T multiplies the KL term; 1 is the ELBO. "auto": min(0.1, N/P) for likelihoods
             of finite support, 0.3 for others, a rule of thumb. A group may have its own.
         kl_warmup: steps over which T rises linearly to its value.
@@ -76,8 +75,7 @@ class VIOptimizer(CurvatureOptimizer):
         antithetic: use each noise a second time with its sign turned.
 
     How wide the posterior is at the start is `Curvature(initial=...)`. What no supported op
-    consumes gets independent Gaussians, from gradients. `summary()` and `update_counts()` are those
-    of `SecondOrderOptimizer`.
+    consumes gets independent Gaussians, from gradients.
 
     Raises:
         ValueError, FloatingPointError: as `SecondOrderOptimizer`.

@@ -412,7 +412,7 @@ def test_each_example_has_the_weight_it_is_given(kind: str) -> None:
         term = LikelihoodTerm(Independent(Normal(output, 1.0), 1), y, share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            pulled.append(pullback(kind, [term], capture.trace().calls, BATCH, 1))
+            pulled.append(pullback(kind, [term], capture.trace().calls, BATCH, 1, BATCH))
     for scaled, plain in zip(*pulled, strict=True):
         torch.testing.assert_close(scaled, plain * weight.sqrt()[:, None, None])
 

@@ -186,6 +186,7 @@ def test_a_mask_on_one_of_two_sites(structure: str) -> None:
     assert_posterior(ngvi.guide, mean, covariance)
 
 
+@pytest.mark.filterwarnings("ignore:inputs far from unit scale")
 @pytest.mark.parametrize("kind", ["fisher", "empirical"])
 def test_masked_examples_have_no_sampled_curvature(kind: str) -> None:
     x, y = regression_data()

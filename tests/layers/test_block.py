@@ -126,7 +126,7 @@ def test_options_that_are_refused(make: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as error:
         make(**options)
     assert str(error.value).startswith(f"{name}={value!r}: ")
-    assert name != "sharing" or "choose one of expand, reduce" in str(error.value)
+    assert name != "sharing" or "choose 'expand' or 'reduce'" in str(error.value)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=str)
