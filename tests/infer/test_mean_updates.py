@@ -45,23 +45,22 @@ each_update = pytest.mark.parametrize("update", UPDATES)
 # ---- where it ends ------------------------------------------------------------------------------
 
 
-@each_update
-@pytest.mark.parametrize("priors", PRIORS)
-@pytest.mark.parametrize("structure", ["kfac", "diag"])
-def test_the_mean_ends_at_the_exact_posterior(update: str, priors: str, structure: str) -> None:
+@pytest.mark.parametrize(("structure", "update"), [
+    *(("kfac", update) for update in UPDATES), ("diag", "muon"), ("diag", "soap"), ("full", "adam"),
+])
+def test_the_mean_ends_at_the_exact_posterior(structure: str, update: str) -> None:
     """At a learning rate that falls to 0, on a model whose posterior mean is known."""
     x, y = regression_data()
-    mean, _, _ = truth(x, y, priors)
-    rates = {"natural": 0.5, "adam": 10.0}  # of Adam a factor
+    mean, _, _ = truth(x, y, "unequal")
+    rates = {"natural": 1.0, "adam": 30.0}  # of Adam a factor
     ngvi = exactly(
-        linear(priors), structure, update=UPDATES[update], num_particles=0,
-        lr=rates.get(update, 0.2), momentum=0.5,
+        linear("unequal"), structure, update=UPDATES[update], num_particles=0,
+        lr=rates.get(update, 0.3),
     )
-    schedule = ExponentialLR(ngvi.optimizer, 0.96)
-    for _ in range(500):
+    schedule = ExponentialLR(ngvi.optimizer, 0.95)
+    for _ in range(1 if update == "natural" else 400):
         ngvi.step(x, y)
-        if update != "natural":
-            schedule.step()
+        schedule.step()
     torch.testing.assert_close(ngvi.guide.posterior.loc, mean, rtol=0, atol=1e-6)
 
 
