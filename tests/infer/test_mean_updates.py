@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,11 @@ def adam(parameters: Parameters) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.01)
 
 
+def fast_adam(parameters: Parameters) -> torch.optim.Optimizer:
+    """With a second moment that falls as fast as the gradient."""
+    return torch.optim.Adam(parameters, lr=0.3, betas=(0.9, 0.9))
+
+
 NAMED = ["natural", "whitened-muon", "muon", "soap"]
 UPDATES = {**dict(zip(NAMED, NAMED, strict=True)), "adam": adam}
 each_update = pytest.mark.parametrize("update", UPDATES)
@@ -46,19 +52,21 @@ each_update = pytest.mark.parametrize("update", UPDATES)
 
 
 @pytest.mark.parametrize(("structure", "update"), [
-    *(("kfac", update) for update in UPDATES), ("diag", "muon"), ("diag", "soap"), ("full", "adam"),
+    *(("kfac", update) for update in UPDATES), ("diag", "soap"), ("full", "adam"),
 ])
 def test_the_mean_ends_at_the_exact_posterior(structure: str, update: str) -> None:
     """At a learning rate that falls to 0, on a model whose posterior mean is known."""
     x, y = regression_data()
     mean, _, _ = truth(x, y, "unequal")
-    rates = {"natural": 1.0, "adam": 30.0}  # of Adam a factor
+    rates = {"soap": 0.3, "whitened-muon": 0.3}
+    rule = UPDATES[update] if update != "adam" else fast_adam
     ngvi = exactly(
-        linear("unequal"), structure, update=UPDATES[update], num_particles=0,
-        lr=rates.get(update, 0.3),
+        linear("unequal"), structure, update=rule, num_particles=0, lr=rates.get(update, 1.0),
+        curvature=replace(EXACT, every=1000),
     )
-    schedule = ExponentialLR(ngvi.optimizer, 0.95)
-    for _ in range(1 if update == "natural" else 400):
+    steps = {"natural": 1, "muon": 2500}.get(update, 400)  # Adam's moments of Muon's biases fade
+    schedule = ExponentialLR(ngvi.optimizer, 1e-7 ** (1 / steps))
+    for _ in range(steps):
         ngvi.step(x, y)
         schedule.step()
     torch.testing.assert_close(ngvi.guide.posterior.loc, mean, rtol=0, atol=1e-6)
