@@ -152,7 +152,8 @@ def _() -> Scene:
     return Scene(models.rescale_prior, arguments, [model])
 
 
-WORDS = ("site 'obs'", "targets", "classes", "argument [01]", "logits", "means")
+WORDS = ("site 'obs'", "targets", "classes", "argument [01]", "logits", "means",
+         "the loss")
 
 
 @scene(*(f"guides.{kind}" for kind in (

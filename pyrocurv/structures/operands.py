@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
@@ -64,7 +65,7 @@ def check_scalar(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: a scalar is needed, got shape {tuple(value.shape)}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+    elif isinstance(value, (bool, Fraction)) or not isinstance(value, Real):
         raise TypeError(f"{name}: a number or a scalar tensor is needed, got {value!r}")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: an integer of at most 64 bits is needed, got a larger one")
