@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 COMMON = settings(
     deadline=None, database=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck]
 )
-settings.register_profile("short", COMMON, max_examples=900, derandomize=True)
+settings.register_profile("short", COMMON, max_examples=1400, derandomize=True)
 settings.register_profile("long", COMMON, max_examples=5000)
 settings.load_profile("short")
 

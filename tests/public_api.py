@@ -18,7 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from snapshots import contents, modules_state
 from torch import Tensor, nn
 
-from pyrocurv import curvature, guides, infer, optim, plots
+from pyrocurv import curvature, guides, infer, optim, plots, structures
 from pyrocurv import nn as models
 from pyrocurv.curvature import KFAC, Curvature
 
@@ -152,7 +152,8 @@ def _() -> Scene:
     return Scene(models.rescale_prior, arguments, [model])
 
 
-WORDS = ("site 'obs'", "targets", "classes", "argument [01]", "logits", "means")
+WORDS = ("site 'obs'", "targets", "classes", "argument [01]", "logits", "means",
+         "the loss")
 
 
 @scene(*(f"guides.{kind}" for kind in (
@@ -467,3 +468,55 @@ def _() -> Scene:
         "figure": None, "n": 1,
     }
     return Scene(plots.uncertain_images, arguments)
+
+
+EYE = torch.eye(2)
+FIELDS: dict[str, dict[str, Any]] = {
+    "Dense": {"matrix": EYE}, "InverseDense": {"scale_tril": EYE},
+    "Diagonal": {"entries": torch.ones(2)}, "Kronecker": {"output": EYE, "input": EYE},
+    "KroneckerEigen": {"output_basis": EYE, "input_basis": EYE, "spectrum": torch.ones(2, 2)},
+    "Rescaled": {"inner": structures.Dense(EYE), "root": torch.ones(2)},
+    "BlockDiagonal": {"blocks": (structures.Dense(EYE), structures.Diagonal(torch.ones(1)))},
+}
+OPERANDS: dict[str, Any] = {  # of one of them
+    "__matmul__": "x", "solve": "x", "rsqrt": "z", "solution": "x", "scale": "factor",
+    "shift": "delta",
+}
+
+
+@scene(*(f"structures.{name}" for name in FIELDS))
+def _(name: str) -> Scene:
+    return Scene(getattr(structures, name.removeprefix("structures.")), FIELDS[name[11:]])
+
+
+@scene(*(f"structures.{kind}.{method}" for kind in FIELDS for method in OPERANDS))
+def _(name: str) -> Scene:
+    _, kind, method = name.split(".")
+    matrix = getattr(structures, kind)(**FIELDS[kind])
+    right = 2.0 if method in ("scale", "shift") else torch.ones(matrix.size)
+
+    def call(**arguments: Any) -> Any:
+        return getattr(matrix, method)(*arguments.values())
+
+    return Scene(call, {OPERANDS[method]: right}, words=("x", "operand"))
+
+
+@scene("structures.Structure")
+def _() -> Scene:
+    state = structures.Diagonal(torch.ones(2)).state()
+    return Scene(structures.Structure.from_state, {"state": state}, words=("the state", "entries"))
+
+
+@scene("structures.LazySolution", "structures.Solution")
+def _(name: str) -> Scene:  # made by `solution` alone
+    return Scene(structures.LazySolution, {"dot": torch.ones(()), "factors": (torch.ones(2),)})
+
+
+@scene("structures.cut")
+def _() -> Scene:
+    return Scene(structures.cut, {"matrix": EYE, "num_blocks": 2})
+
+
+@scene("structures.automatic_ranks")
+def _() -> Scene:
+    return Scene(structures.automatic_ranks, {"outputs": 3, "inputs": 4, "rank": "auto"})

@@ -13,11 +13,11 @@ from pyrocurv.guides.families import family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
 from pyrocurv.guides.partition import check_layout, describe_empty
-from pyrocurv.guides.task_posterior import guide_parts
+from pyrocurv.guides.task_posterior import normal_parts
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
-from pyrocurv.layers.weight_gaussian import WeightGaussian
+from pyrocurv.layers.weight_gaussian import WeightGaussian, split_gaussian
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
@@ -101,9 +101,24 @@ class BlockwiseGuide(ParamStoreGuide):
             raise RuntimeError(self.no_gaussian_reason)
         return posterior
 
+    @torch.no_grad()
     def weight_gaussians(self) -> list[WeightGaussian]:
-        """The posterior in independent parts, for `prior=`; see `pyrocurv.nn.bayesianize`."""
-        return guide_parts(self)
+        """The posterior in independent parts, for `prior=`; see `pyrocurv.nn.bayesianize`.
+
+        The blocks, and the latents that the fallback guide has in an `AutoNormal`. Raises
+        RuntimeError for a guide that is not initialized, ValueError for one that is not trained.
+        """
+        self._ready()
+        parts = normal_parts(self.fallback) if self.fallback_sites else []
+        if not self.sites:
+            return parts
+        if self.has_initial_scale:
+            raise ValueError(
+                "prior: the guide still has its initial scale, which no data have changed: train "
+                "it first, or give a standard deviation"
+            )
+        normal = self.posterior
+        return [*split_gaussian(normal.sites, normal.loc, normal.precision), *parts]
 
     @property
     def no_gaussian_reason(self) -> str:

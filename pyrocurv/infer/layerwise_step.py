@@ -179,7 +179,7 @@ class LayerwiseRule:
             at_mean = posterior.step == 0 or not settings.num_particles
             perturbations = None if at_mean else sampler.draw()
             sample = self._run(posterior, perturbations, settings, model, is_due)
-            updated = _with_context(updated, sample.posterior)
+            updated = _with_context(updated, sample.posterior) if index else sample.posterior
             if is_due:
                 updated = _observe(updated, sample, spec, Particle(index, count))
             sums.add(sample)

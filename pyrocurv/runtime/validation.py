@@ -47,13 +47,10 @@ def is_integer(value: Any, minimum: int) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number."""
+    """Whether a value is a finite real number, and an integer of 64 bits at most."""
     if not isinstance(value, numbers.Real) or isinstance(value, (bool, Fraction)):
         return False
-    try:
-        return isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
-        return False
+    return abs(value) <= MAX_INTEGER if isinstance(value, int) else isfinite(value)
 
 
 def as_number(value: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.structures.linalg import at_least_single
-from pyrocurv.structures.operands import check_operands
+from pyrocurv.structures.operands import check_fields, check_operands
 from pyrocurv.structures.serialization import from_state, map_tensors, serializable, to_state
 
 S = TypeVar("S", bound="Structure")
@@ -55,6 +55,9 @@ class Structure(ABC):
     def __init_subclass__(cls) -> None:
         check_operands(cls)
         serializable(cls)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     @abstractmethod

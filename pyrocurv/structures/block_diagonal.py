@@ -30,6 +30,13 @@ class BlockDiagonal(Structure):
     blocks: tuple[Structure, ...]
     index: Sequence[Tensor] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.blocks, (tuple, list)):
+            raise TypeError(f"blocks: a tuple of Structures is needed, got {self.blocks!r:.60}")
+        for block in self.blocks:
+            if not isinstance(block, Structure):
+                raise TypeError(f"blocks: Structures are needed, got {type(block).__name__}")
+
     @property
     def size(self) -> int:
         return sum(block.size for block in self.blocks)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.linalg import at_least_single, cholesky, eigh_psd
+from pyrocurv.structures.operands import check_square
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,9 @@ class Dense(Structure):
     """
 
     matrix: Tensor
+
+    def __post_init__(self) -> None:
+        check_square("matrix", self.matrix)
 
     @cached_property
     def _cholesky(self) -> Tensor:

@@ -24,6 +24,11 @@ class Diagonal(Structure):
 
     entries: Tensor
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.entries.dim():
+            raise ValueError("entries: a vector [P] is needed, got a scalar")
+
     @cached_property
     def _inverse_root(self) -> Tensor:
         return self.entries.rsqrt()

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.linalg import at_least_single, scale_tril
+from pyrocurv.structures.operands import check_square
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,9 @@ class InverseDense(Structure):
     """
 
     scale_tril: Tensor
+
+    def __post_init__(self) -> None:
+        check_square("scale_tril", self.scale_tril)
 
     @property
     def size(self) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
 from pyrocurv.structures.linalg import at_least_single, eigh_blocks, leading_eigh, without_rounding
-from pyrocurv.structures.operands import check_count, check_other, is_count
+from pyrocurv.structures.operands import check_count, check_other, check_square, is_count
 
 MIN_KRYLOV = 1000  # rows from which on a few leading eigenvectors are computed alone
 
@@ -52,6 +52,10 @@ class Kronecker(Structure):
 
     output: Tensor
     input: Tensor
+
+    def __post_init__(self) -> None:
+        check_square("output", self.output)
+        check_square("input", self.input)
 
     @cached_property
     def _choleskys(self) -> tuple[Tensor, Tensor]:

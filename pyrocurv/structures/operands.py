@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from fractions import Fraction
 from numbers import Real
 from typing import Any
 
@@ -64,8 +65,10 @@ def check_scalar(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: a scalar is needed, got shape {tuple(value.shape)}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+    elif isinstance(value, (bool, Fraction)) or not isinstance(value, Real):
         raise TypeError(f"{name}: a number or a scalar tensor is needed, got {value!r}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: an integer of at most 64 bits is needed, got a larger one")
 
 
 def _shift(self: Any, delta: Any) -> None:
@@ -129,6 +132,16 @@ def _tensor(value: Any) -> Tensor | None:
 
     map_tensors(value, keep)
     return found[0] if found else None
+
+
+def check_fields(structure: Any) -> None:
+    """Raise TypeError for a field that is declared as a tensor or a structure and is none."""
+    for name, kind in type(structure).__annotations__.items():
+        value = getattr(structure, name)
+        if kind in ("Tensor", Tensor) and not isinstance(value, Tensor):
+            raise TypeError(f"{name}: a tensor is needed, got {type(value).__name__}")
+        if kind == "Structure" and (isinstance(value, type) or not hasattr(value, "inverse_diag")):
+            raise TypeError(f"{name}: a Structure is needed, got {type(value).__name__}")
 
 
 def check_square(name: str, matrix: Any) -> None:

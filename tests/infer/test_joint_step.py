@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from designs import alternating
 from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
 from torch import Tensor, nn
@@ -202,18 +203,20 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("structure", [FullGuide, DiagonalGuide])
+@pytest.mark.parametrize(("name", "structure"), [
+    *alternating(MODELS, [FullGuide, DiagonalGuide]),
+    ("hierarchical", DiagonalGuide), ("poisson", FullGuide),
+])
 def test_the_loss_is_that_of_pyro_and_falls(name: str, structure: type[Any]) -> None:
     model, (x, y) = MODELS[name](), (torch.randn(12, 3), torch.randn(12))
     guide = structure(model)
     ngvi = NGVI(model, guide, curvature="hessian")
-    losses = [ngvi.step(x, y) for _ in range(30)]
-    assert all(map(math.isfinite, losses)) and min(losses[-20:]) < losses[0]
+    losses = [ngvi.step(x, y) for _ in range(20)]
+    assert all(map(math.isfinite, losses)) and min(losses[-12:]) < losses[0]
     assert guide.is_one_block
     assert {*guide.sites} == {*guide.median()} == NAMES[name]
     ours = torch.tensor([ngvi.evaluate_loss(x, y) for _ in range(8)])
-    theirs = torch.tensor([Trace_ELBO().loss(model, guide, x, y) for _ in range(100)])
+    theirs = torch.tensor([Trace_ELBO().loss(model, guide, x, y) for _ in range(60)])
     error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
     assert abs(ours.mean() - theirs.mean()) < 4.5 * error + 1e-6
     draws = guide.sample_posterior(50)
@@ -479,12 +482,13 @@ def test_without_a_network_every_hessian_is_of_the_whole_and_says_where_there_is
         with pyro.plate("data", 8):
             pyro.sample("obs", dist.Normal(theta, 1.0), obs=torch.linspace(-0.1, 0.1, 8))
 
+    torch.set_default_dtype(torch.float32)  # a precision that falls sooner out of range
     guide = FullGuide(funnel)
     ngvi = NGVI(funnel, guide, curvature=Curvature("hessian", every=1), num_particles=0)
     ngvi.step()
     assert ngvi._rule.is_joint
     with pytest.raises(FloatingPointError, match="no mode.*num_particles"):
-        for _ in range(2000):
+        for _ in range(500):
             before = guide.posterior.loc.clone()
             ngvi.step()
     assert torch.equal(guide.posterior.loc, before)

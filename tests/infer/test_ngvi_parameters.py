@@ -197,17 +197,22 @@ class LearnedNoise(PyroModule):
             pyro.sample("obs", dist.Normal(mean, self.sigma), obs=y)
 
 
-@pytest.mark.parametrize(("make", "steps"), [
-    (lambda net: Regressor(net, 100), 1500), (LearnedNoise, 3000),
-])
-def test_a_bad_start_of_the_weights_does_not_spoil_the_noise_scale(
-    make: Callable[[nn.Module], Any], steps: int
-) -> None:
+@pytest.mark.parametrize("make", [lambda net: Regressor(net, 100), LearnedNoise])
+def test_the_default_optimizer_forgets_early_gradients(make: Callable[[nn.Module], Any]) -> None:
+    """Of a latent noise scale and of a parameter alike; what for, the next test shows for one."""
+    model = make(bayesianize(nn.Linear(3, 1)))
+    ngvi = NGVI(model, KFACGuide(model))
+    ngvi.step(torch.randn(100, 3), torch.randn(100))
+    groups = ngvi._auxiliary._optimizer.param_groups
+    assert groups and all(group["betas"] == (0.9, 0.99) for group in groups)
+
+
+def test_a_bad_start_of_the_weights_does_not_spoil_the_noise_scale() -> None:
     """Its first gradients are a hundred times those that count."""
-    x, net = torch.randn(100, 3), nn.Linear(3, 1)
+    steps, x, net = 1500, torch.randn(100, 3), nn.Linear(3, 1)
     y = x.sum(-1) + 0.5 * torch.randn(100)
     nn.init.constant_(net.weight, 5.0)
-    model = make(bayesianize(net, 100.0))
+    model = Regressor(bayesianize(net, 100.0), 100)
     ngvi = NGVI(model, KFACGuide(model), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(ngvi.optimizer, steps)
     for _ in range(steps):
@@ -215,8 +220,7 @@ def test_a_bad_start_of_the_weights_does_not_spoil_the_noise_scale(
         schedule.step()
     residuals = y - (x @ torch.linalg.lstsq(x, y[:, None]).solution).squeeze(-1)
     error = 1 / math.sqrt(2 * 96)  # of a log standard deviation, as 96 degrees of freedom tell it
-    latent = "sigma" in ngvi.guide.fallback_sites
-    found = ngvi.guide.median()["sigma"] if latent else model.sigma.detach()
+    found = ngvi.guide.median()["sigma"]
     assert abs(found.log() - residuals.std().log()) < 2 * error
 
 
