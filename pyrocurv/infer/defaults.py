@@ -76,11 +76,14 @@ def resolve_defaults(values: dict[str, Any], is_joint: bool) -> dict[str, Any]:
     return given
 
 
-def check_options(model: Any, temperature: Any, antithetic: Any, on_nonfinite: Any) -> None:
+def check_options(
+    model: Any, temperature: Any, kl_warmup: Any, antithetic: Any, on_nonfinite: Any
+) -> None:
     """Raise TypeError or ValueError for an argument of `NGVI` that is out of its range."""
     check_callable("model", model, "a Pyro model, a callable,")
     check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
     check_positive("temperature", temperature, "auto")
+    check_integer("kl_warmup", kl_warmup, 0)
     check_flag("antithetic", antithetic)
 
 

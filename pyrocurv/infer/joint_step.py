@@ -93,7 +93,9 @@ class JointRule:
         z = torch.stack([*_antithetic_normals(num_particles, state, settings.antithetic)])
         samples = (state.mean + state.precision.rsqrt(z)).detach().requires_grad_()
         with twice_differentiable():
-            energies, run, temperature = _energies(samples, state, settings, model, vectorize)
+            energies, run, temperature = _energies(
+                samples, posterior, settings, model, vectorize
+            )
         gradient, *rest = torch.autograd.grad(
             energies.mean(), [samples, *run.params], create_graph=True, allow_unused=True
         )
@@ -125,9 +127,9 @@ class JointRule:
             perturbations = sampler.draw() if num_particles else None
             weights = require_grad(perturbed_weights(posterior.blocks, perturbations))
             square = perturbations[0].squared_norm if perturbations else state.mean.new_zeros(())
-            with model.network(), torch.set_grad_enabled(settings.temperature.is_automatic):
+            with model.network():
                 run = model(weights)
-            temperature = settings.temperature_of(run)
+            temperature = settings.temperature_of(run, posterior)
             log_q = log_density(state.precision, square)
             losses.append(run.negative_log_joint(temperature).detach() + temperature * log_q)
         return float(torch.stack(losses).mean()), temperature
@@ -158,15 +160,17 @@ def _antithetic_normals(
 
 
 def _energies(
-    samples: Tensor, state: BlockState, settings: StepSettings, model: BatchModel, vectorize: bool
+    samples: Tensor, posterior: Posterior, settings: StepSettings, model: BatchModel,
+    vectorize: bool,
 ) -> tuple[Tensor, ModelRun, float]:
     """E of each sample [S, P], the last run, and T."""
+    (state,) = posterior.blocks
     runs: list[tuple[ModelRun, float]] = []
 
     def energy(sample: Tensor) -> Tensor:
         with model.network():
             run = model(state.block.unpack(sample))
-        runs.append((run, settings.temperature_of(run)))
+        runs.append((run, settings.temperature_of(run, posterior)))
         return run.negative_log_joint(runs[-1][1])
 
     if vectorize:

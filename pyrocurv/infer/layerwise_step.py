@@ -22,9 +22,10 @@ from pyrocurv.curvature.running_average import Particle
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
-from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
+from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.mean_update import MeanUpdate
 from pyrocurv.posterior.precision import (
+    count_determined,
     is_any_due,
     price_estimates,
     refresh,
@@ -35,6 +36,7 @@ from pyrocurv.posterior.precision import (
 from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed_weights
 from pyrocurv.posterior.state import Perturbation, Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
+from pyrocurv.posterior.temperature import TemperatureRule
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,10 @@ class StepSettings:
     average: bool
     mean_update: MeanUpdate
 
-    def temperature_of(self, run: ModelRun) -> float:
-        """T, which may depend on the data of a run."""
-        if not self.temperature.is_automatic:
-            return self.temperature(1, False)
-        return self.temperature(run.num_data, run.has_finite_support)
+    def temperature_of(self, run: ModelRun, posterior: Posterior) -> float:
+        """T of the posterior's step, which may depend on the data of a run."""
+        num_data = run.num_data if self.temperature.is_automatic else 1
+        return self.temperature(num_data, posterior.temperature, posterior.step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ class SampleSums:
 
     def __init__(self, spec: Curvature, count: int) -> None:
         self._spec, self._count = spec, count
-        self.loss = torch.zeros(())
+        self.loss = self.nll = torch.zeros(())  # at full-data scale; per datum
         self.weights: dict[str, Tensor] = {}  # means per datum
         self.price: dict[str, Tensor] = {}  # means of Λ ε ∘ g, by block
         self.auxiliary: list[AuxiliaryParameter] = []
@@ -132,6 +133,7 @@ class SampleSums:
             for parameter in run.auxiliary(computed[len(weights):])
         ]
         self.loss = self.loss.to(sample.nll) + sample.loss()
+        self.nll = self.nll.to(sample.nll) + sample.nll.detach() / run.num_data
         self.batch_fraction = sample.batch_fraction
 
     def _add_price(self, sample: Sample, weights: Mapping[str, Tensor]) -> None:
@@ -183,15 +185,19 @@ class LayerwiseRule:
             if is_due:
                 updated = _observe(updated, sample, spec, Particle(index, count))
             sums.add(sample)
-        if not is_due and spec.decays_at(posterior.step):
+        if is_due and settings.temperature.is_automatic:
+            updated = count_determined(spec, updated, sums.batch_fraction)
+        elif not is_due and spec.decays_at(posterior.step):
             updated = refresh(spec, updated, sums.batch_fraction)
         updated = update_from_sample_gradients(spec, updated, sums.price, sums.batch_fraction)
         evaluation = Evaluation(
             updated.with_mirrors(sampler.mirrors), sums.loss / count, sums.weights,
-            [parameter.gradient for parameter in sums.auxiliary],
+            [parameter.gradient for parameter in sums.auxiliary], sums.nll / count,
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
-        return update, sums.auxiliary
+        seen = update.posterior.temperature.after(update.nll, sums.batch_fraction)
+        after = replace(update.posterior, temperature=seen)
+        return replace(update, posterior=after), sums.auxiliary
 
     def negative_elbo(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel
@@ -201,8 +207,7 @@ class LayerwiseRule:
         losses = []
         for _ in range(max(1, settings.num_particles)):
             perturbations = sampler.draw() if settings.num_particles else None
-            with torch.set_grad_enabled(settings.temperature.is_automatic):
-                sample = self._run(posterior, perturbations, settings, model)
+            sample = self._run(posterior, perturbations, settings, model)
             losses.append(sample.loss())
         return float(torch.stack(losses).mean()), sample.temperature
 
@@ -215,7 +220,7 @@ class LayerwiseRule:
         twice = capture and self._spec.kind == "hessian"
         with model.network(), twice_differentiable() if twice else nullcontext():
             run = model(require_grad(weights), capture)
-        temperature = settings.temperature_of(run)
+        temperature = settings.temperature_of(run, posterior)
         numbers = Hyperparameters.of(settings.group, run.num_data, temperature)
         blocks = tuple(
             replace(state, prior=prior, hyperparameters=numbers)

@@ -19,6 +19,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.data_checks import DatasetSizeCheck
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.handlers.modules import modules
 from pyrocurv.handlers.support import only_data_validated
 from pyrocurv.infer.defaults import (
@@ -36,10 +37,10 @@ from pyrocurv.infer.model_run import BatchModel
 from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.optim.mean_updates import Update, as_mean_update
-from pyrocurv.posterior.hyperparameters import TemperatureRule
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
+from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
@@ -62,9 +63,10 @@ class NGVI:
         momentum: β of the running average of gradients.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which underfits networks with
-            few data, and may leave a network with many weights per datum at chance. "auto" is a
-            rule of thumb from a handful of measured cases: min(0.1, N/P) for likelihoods of finite
-            support, with P the number of weights in the guide, and 0.3 for others.
+            few data, and may leave a network with many weights per datum at chance. "auto" is 1
+            without samples or without a network, else a rule that follows the run, see
+            `pyrocurv.posterior.temperature`. `.temperature` of `evaluate_loss` is T at present.
+        kl_warmup: steps over which T rises linearly to its value.
         damping: added to the curvature in the step of the mean, never to the posterior.
         kl_clip: trust region κ of a step; None for no clipping. An outlier enters the momentum with
             at most ten times the radius of the trust region.
@@ -81,6 +83,7 @@ class NGVI:
             (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has a
             learning rate and a momentum of its own; `lr` is then its schedule. All see the gradient
             of the tempered objective; they differ in speed, not in the posterior they end at.
+            "auto" is "natural" without samples or without a network, else "whitened-muon".
         average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
             training continues from the iterate.
         optim: the optimizer of everything without a natural gradient, the parameters of the model
@@ -139,18 +142,19 @@ class NGVI:
         lr: float | str = AUTO,
         momentum: float | str = AUTO,
         curvature: str | Curvature = "fisher",
-        temperature: float | str = 1.0,
+        temperature: float | str = AUTO,
+        kl_warmup: int = 0,
         damping: float | str = AUTO,
         kl_clip: float | str | None = AUTO,
         num_particles: int | str = AUTO,
         antithetic: bool = True,
-        update: Update = "natural",
+        update: Update = AUTO,
         average: bool | str = AUTO,
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
     ) -> None:
         check_guide(guide)
-        check_options(model, temperature, antithetic, on_nonfinite)
+        check_options(model, temperature, kl_warmup, antithetic, on_nonfinite)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self._prefers_joint = (
@@ -162,10 +166,10 @@ class NGVI:
         }, self._prefers_joint)
         self.num_particles: Any = values.pop("num_particles")
         self.average: bool = values.pop("average")
-        self.temperature, self.antithetic = temperature, antithetic
+        self.temperature, self.kl_warmup, self.antithetic = temperature, kl_warmup, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
         self.optimizer = ScheduledHyperparameters(**values)
-        self._mean_update = as_mean_update(update)
+        self._mean_update = as_mean_update(update, self._is_sampled_network)
         self._auxiliary = auxiliary_optimizer(optim)
         self._stream = RandomStream()
         self._store = GuideStore(guide)
@@ -227,6 +231,9 @@ class NGVI:
             self._posterior = update.posterior
 
         commit(update, self._store, undo, assign)
+        warn_at_chance(
+            posterior.temperature, update.posterior.temperature, self.temperature == AUTO
+        )
         return update.loss
 
     def _ready(self) -> tuple[UpdateRule, Posterior]:
@@ -241,10 +248,18 @@ class NGVI:
             self._loaded = None
         return self._rule, self._posterior
 
+    @property
+    def _is_sampled_network(self) -> bool:
+        """Whether "auto" stands for what networks need, whose posterior is sampled."""
+        return has_network(self.model) and self.num_particles != 0 and not self._prefers_joint
+
     def _settings(self) -> StepSettings:
+        temperature = self.temperature
+        if temperature == AUTO and not self._is_sampled_network:
+            temperature = 1.0
         return StepSettings(
             self.curvature, self.optimizer.param_groups[0],
-            TemperatureRule(self.temperature, self._store.blocks), self.num_particles,
+            TemperatureRule(temperature, self._store.blocks, self.kl_warmup), self.num_particles,
             self.antithetic, self.average, self._mean_update,
         )
 

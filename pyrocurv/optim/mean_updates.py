@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
 from pyrocurv.posterior.adam import SoapUpdate
+from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.muon import MuonUpdate, WhitenedMuonUpdate
 from pyrocurv.runtime.undo import Undo
@@ -18,22 +19,24 @@ UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdat
 Update = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def as_mean_update(update: Update) -> MeanUpdate:
+def as_mean_update(update: Update, is_network: bool = True) -> MeanUpdate:
     """The rule of that name, or of the optimizer that a callable makes.
 
     Raises ValueError for an unknown name, TypeError for anything else.
     """
+    names = ", ".join(map(repr, (AUTO, *UPDATES)))
     if isinstance(update, str):
-        if update not in UPDATES:
+        name = ("whitened-muon" if is_network else "natural") if update == AUTO else update
+        if name not in UPDATES:
             raise ValueError(
-                f"update={update!r}: choose {', '.join(map(repr, UPDATES))}, or a callable from "
-                "parameters to a torch.optim.Optimizer"
+                f"update={update!r}: choose {names}, or a callable from parameters to a "
+                "torch.optim.Optimizer"
             )
-        return UPDATES[update]
+        return UPDATES[name]
     if not callable(update):
         raise TypeError(
-            f"update: one of {', '.join(map(repr, UPDATES))} or a callable from parameters to a "
-            f"torch.optim.Optimizer is needed, got {type(update).__name__}"
+            f"update: one of {names} or a callable from parameters to a torch.optim.Optimizer is "
+            f"needed, got {type(update).__name__}"
         )
     return TorchUpdate(update)
 

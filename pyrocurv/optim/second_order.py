@@ -18,7 +18,7 @@ from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.mean_updates import Update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
-from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
@@ -106,7 +106,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
-        update: Update = "natural",
+        update: Update = AUTO,
         momentum: float = 0.9,
         damping: float = 3e-3,
         weight_decay: float = 0.0,

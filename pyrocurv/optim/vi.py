@@ -29,10 +29,11 @@ from pyrocurv.optim.sampling import (
     at_samples,
     sum_gradients,
 )
-from pyrocurv.posterior.hyperparameters import Hyperparameters, TemperatureRule
-from pyrocurv.posterior.precision import update_from_sample_gradients
+from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
+from pyrocurv.posterior.precision import count_determined, update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.posterior.temperature import TemperatureRule
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.outputs import stacked
 from pyrocurv.runtime.rng import rewind_rng_on_error
@@ -67,8 +68,8 @@ class VIOptimizer(CurvatureOptimizer):
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
         prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
-        temperature: T multiplies the KL term; 1 is the ELBO. "auto": min(0.1, N/P) for likelihoods
-            of finite support, 0.3 for others, a rule of thumb. A group may have its own.
+        temperature: T multiplies the KL term; 1 is the ELBO. "auto" follows the curvature, see
+            `pyrocurv.posterior.temperature`. A group may have its own.
         kl_warmup: steps over which T rises linearly to its value.
         augmentation: N counts so many times, for data that random transformations multiply.
         num_samples: how often `step(closure)` calls the closure, and what `predict` draws.
@@ -117,10 +118,10 @@ class VIOptimizer(CurvatureOptimizer):
         class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
-        update: Update = "natural",
+        update: Update = AUTO,
         prior_precision: float | str = "fan_in",
         prior: Any = None,
-        temperature: float | str = 1.0,
+        temperature: float | str = AUTO,
         kl_warmup: int = 0,
         augmentation: float = 1.0,
         momentum: float = 0.9,
@@ -207,6 +208,10 @@ class VIOptimizer(CurvatureOptimizer):
                 samples.layout, samples.posterior, passes, store,
                 samples.batch_size / self._num_data, Particle(samples.count, self._num_particles),
             )
+            if any(group["temperature"] == AUTO for group in self.param_groups):
+                posterior = count_determined(
+                    self.curvature, posterior, samples.batch_size / self._num_data
+                )
             samples = replace(samples, layout=layout, posterior=posterior)
         return samples.add(sample, self._likelihood.total_weight)
 
@@ -273,11 +278,9 @@ class VIOptimizer(CurvatureOptimizer):
         return self.num_data * self.augmentation
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
-        step = self._posterior.step + 1
-        warmup = min(1.0, step / self.kl_warmup) if self.kl_warmup else 1.0
-        rule = TemperatureRule(group["temperature"], layout.blocks)
-        temperature = rule(self._num_data, self._likelihood.has_finite_support)
-        return Hyperparameters.of(group, self._num_data, temperature * warmup)
+        rule = TemperatureRule(group["temperature"], layout.blocks, self.kl_warmup)
+        temperature = rule(self._num_data, self._posterior.temperature, self._posterior.step)
+        return Hyperparameters.of(group, self._num_data, temperature)
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
         return self._priors.of(block, self._recorder.inner, store)

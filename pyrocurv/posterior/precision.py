@@ -164,6 +164,30 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
     return spec.initial * (1 - min(0.05, max(0.01, batch_fraction))) ** step
 
 
+@torch.no_grad()
+def count_determined(spec: Curvature, posterior: Posterior, batch_fraction: float) -> Posterior:
+    """The posterior with γ, how many weights its data determine; synchronizes with its device.
+
+    Of the others a share counts as well, as much as is left of the initial curvature.
+    """
+    initial = initial_curvature(spec, posterior.step, batch_fraction)
+    if not posterior.blocks:
+        return posterior
+    determined = float(torch.stack([_determined(b, initial) for b in posterior.blocks]).sum())
+    share = initial / spec.initial if spec.initial else 0.0
+    size = sum(state.block.size for state in posterior.blocks)
+    determined += share * (size - determined)
+    return replace(posterior, temperature=replace(posterior.temperature, determined=determined))
+
+
+def _determined(state: BlockState, initial: float) -> Tensor:
+    """tr((N/T) C Λ⁻¹) = P - tr((δ + e N/T) Λ⁻¹)."""
+    root = state.curvature.root
+    shift = initial * state.hyperparameters.likelihood_weight * (1 if root is None else root**2)
+    rest = (state.prior.gaussian.diagonal + shift) * state.precision.inverse_diag()
+    return state.block.size - rest.sum()
+
+
 def price_estimates(
     spec: Curvature, blocks: Iterable[BlockState], epsilons: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor],

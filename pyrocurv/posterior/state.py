@@ -13,6 +13,7 @@ from pyrocurv.curvature.running_average import RunningCurvature
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior
+from pyrocurv.posterior.temperature import TemperatureState
 from pyrocurv.structures import Structure
 from pyrocurv.structures.serialization import cast, serializable
 
@@ -70,6 +71,7 @@ class Posterior:
 
     step: int
     blocks: tuple[BlockState, ...]
+    temperature: TemperatureState = TemperatureState()
 
     def map_blocks(self, function: Callable[[BlockState], BlockState]) -> Posterior:
         """With `function` applied to every block."""

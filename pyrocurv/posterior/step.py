@@ -29,6 +29,7 @@ class Evaluation:
     loss: Tensor  # at full-data scale, in nats
     gradients: dict[str, Tensor]  # {name: gradient per datum [*shape]}; `step` empties it
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
+    nll: Tensor | None = None  # negative log likelihood per datum
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Update:
     posterior: Posterior  # after the step, but for means that are not averaged
     moves: Sequence[Move]
     before: Posterior
+    nll: float  # that of the evaluation, or the loss
 
 
 class WeightStore(Protocol):
@@ -100,8 +102,9 @@ def step(
         for state in posterior.blocks
     ]
     directions = mean_update.directions([push for push in pushed if push is not None])
-    loss, *dots = _finite(
-        [evaluation.loss, *(direction.solution.dot for direction in directions)],
+    nll = evaluation.loss if evaluation.nll is None else evaluation.nll
+    loss, data_loss, *dots = _finite(
+        [evaluation.loss, nll, *(direction.solution.dot for direction in directions)],
         evaluation.auxiliary, posterior.step,
     )
     energy = sum(
@@ -119,7 +122,8 @@ def step(
         old if new is None else next(moved).state
         for old, new in zip(posterior.blocks, pushed, strict=True)
     )
-    return Update(loss, Posterior(posterior.step + 1, blocks), moves, before)
+    after = replace(posterior, step=posterior.step + 1, blocks=blocks)
+    return Update(loss, after, moves, before, data_loss)
 
 
 def _push(
