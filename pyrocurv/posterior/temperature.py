@@ -1,0 +1,101 @@
+"""The temperature T of a step, and the rule that "auto" stands for.
+
+With s the eigenvalues of the curvature per datum, N data and δ the precision of the prior,
+
+    γ = Σ s / (s + e + δT/N),   T = 0.1 min(1, (N/γ)^(3/2))
+
+γ is the number of weights that the data determine (MacKay 1992, "Bayesian interpolation"), and a
+sample costs about T γ / (2N) nats per datum more than the mean. Where there are fewer such weights
+than data, T is 0.1; a network that can fit its data exactly gets a narrower posterior. γ is
+computed at every estimate of the curvature. All weights count before the first, and a share of the
+others that falls with the initial curvature e: T starts low, where it would only slow the run down.
+
+While the loss at the samples has not fallen since the first step, T falls too: by 10 after each
+pass over the data, of 50 steps at least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pyrocurv.layers.block import Block
+from pyrocurv.posterior.hyperparameters import AUTO
+from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.structures.serialization import serializable
+
+HIGHEST, LOWEST = 0.1, 1e-4
+EXPONENT = 1.5
+MIN_STEPS = 50  # before a loss that has not fallen says something
+PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
+
+
+@serializable
+@dataclass(frozen=True)
+class TemperatureState:
+    """What a run has shown: `determined` is γ, `factor` what a loss that stays has left of T.
+
+    `start` is the negative log likelihood per datum of the first step; `total` is the sum over the
+    `steps` since, in which `passes` of the data were seen; both start again after a pass.
+    """
+
+    determined: float = math.inf
+    factor: float = 1.0
+    start: float | None = None
+    total: float = 0.0
+    steps: int = 0
+    passes: float = 0.0
+    is_first_pass: bool = True
+
+    def after(self, nll: float, batch_fraction: float) -> TemperatureState:
+        """With the loss per datum of one more step, which saw B/N of the data."""
+        if self.start is None:
+            return replace(self, start=nll)
+        new = replace(
+            self, total=self.total + nll, steps=self.steps + 1,
+            passes=self.passes + batch_fraction,
+        )
+        if new.passes < 1 or new.steps < MIN_STEPS:
+            return new
+        has_learned = new.total / new.steps < self.start - (1 - PROGRESS) * abs(self.start)
+        factor = self.factor if has_learned else self.factor / 10
+        return TemperatureState(self.determined, factor, self.start, is_first_pass=False)
+
+
+@dataclass(frozen=True)
+class TemperatureRule:
+    """A temperature as the user gave it, "auto" included, for the weights of some blocks.
+
+    It rises linearly over the first `warmup` steps.
+    """
+
+    given: float | str
+    blocks: Sequence[Block]
+    warmup: int = 0
+
+    @property
+    def is_automatic(self) -> bool:
+        return self.given == AUTO
+
+    def __call__(self, num_data: float, state: TemperatureState, step: int) -> float:
+        """T at a step, counted from 0."""
+        share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if isinstance(self.given, float | int):
+            return share * self.given
+        size = sum(block.size for block in self.blocks)
+        ratio = num_data / max(1.0, min(size, state.determined))
+        return share * max(LOWEST, state.factor * HIGHEST * min(1.0, ratio) ** EXPONENT)
+
+
+def warn_at_chance(before: TemperatureState, after: TemperatureState, is_automatic: bool) -> None:
+    """Say once, after the first pass over the data, that the loss has not fallen."""
+    if before.is_first_pass and not after.is_first_pass and after.factor < before.factor:
+        remedy = (
+            "the temperature is reduced" if is_automatic
+            else 'the posterior may be too wide: try temperature="auto", or a lower one'
+        )
+        warn_user(
+            "after one pass over the data the loss at samples of the posterior is where it "
+            f"started; {remedy}; otherwise try another learning rate"
+        )
