@@ -44,6 +44,7 @@ class BlockwiseGuide(ParamStoreGuide):
         self.is_joint = False  # one block over all latents of a model, unconstrained
         self._latents: dict[str, UnconstrainedLatent] = {}  # empty until the transforms are known
         self.is_laplace = False  # the precision is the curvature at a mode
+        self.temperature: float | None = None  # T of the last step of `NGVI`
         self._has_warned = False  # of samples of that
         self._fallback_state: dict[str, Any] = {}
         self._loaded_fallback: tuple[str, ...] = ()  # fallback sites of a loaded state
@@ -179,6 +180,7 @@ class BlockwiseGuide(ParamStoreGuide):
             "fallback": list(self.fallback_sites or self._loaded_fallback),
             "is_joint": self.is_joint,
             "is_laplace": self.is_laplace,
+            "temperature": self.temperature,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -193,7 +195,7 @@ class BlockwiseGuide(ParamStoreGuide):
         layout = state_dict.get(f"{prefix}_extra_state", {})
         if layout != {}:
             self._check_state(layout)
-        self.is_laplace = bool(layout.get("is_laplace"))
+        self.is_laplace, self.temperature = bool(layout.get("is_laplace")), layout.get("temperature")
         if layout.get("blocks") and not self.sites:
             start = f"{prefix}blocks.0.loc"
             loc = next((v for k, v in state_dict.items() if k.startswith(start)), torch.zeros(()))

@@ -308,11 +308,12 @@ class StructuredGuide(BlockwiseGuide):
         """A table of all latents: site, shape, structure, and number of parameters.
 
         The model's parameters that are not latents follow, as "point" if `optim` trains them, else
-        as "frozen". The last line counts the parameters that have a posterior.
+        as "frozen". The last line counts the parameters that have a posterior, and says at which
+        temperature it was trained.
         """
         self._ready()
         model = self._base_model[0] if self._base_model else None  # an unpickled guide has none
         return guide_summary(
             self.median(), [family.block for family in self.blocks], self._excluded,
-            self._make_fallback.__name__, named_modules(model),
+            self._make_fallback.__name__, named_modules(model), self.temperature,
         )

@@ -110,8 +110,9 @@ class JointRule:
         moved = update_joint(state, hessian / temperature, rate, posterior.step)
         gradients = state.block.unpack(gradient.detach().sum(0) / temperature)
         auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
+        seen = replace(posterior.temperature, value=temperature)
         evaluation = Evaluation(
-            replace(posterior, blocks=(moved,)), loss, gradients, [p.gradient for p in auxiliary]
+            replace(posterior, blocks=(moved,), temperature=seen), loss, gradients, [p.gradient for p in auxiliary]
         )
         return evaluation, auxiliary
 

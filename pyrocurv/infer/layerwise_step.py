@@ -195,7 +195,9 @@ class LayerwiseRule:
             [parameter.gradient for parameter in sums.auxiliary], sums.nll / count,
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
-        seen = update.posterior.temperature.after(update.nll, sums.batch_fraction)
+        seen = update.posterior.temperature.after(
+            sample.temperature, update.nll, sums.batch_fraction
+        )
         after = replace(update.posterior, temperature=seen)
         return replace(update, posterior=after), sums.auxiliary
 

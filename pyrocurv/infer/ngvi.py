@@ -228,6 +228,7 @@ class NGVI:
 
         def assign() -> None:
             self.guide.is_laplace = self.num_particles == 0
+            self.guide.temperature = update.posterior.temperature.value
             self._posterior = update.posterior
 
         commit(update, self._store, undo, assign)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import modules
@@ -24,6 +25,7 @@ from pyrocurv.runtime.rng import RandomStream, device_of, rewind_rng_on_error
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
     check_callable,
+    check_flag,
     check_integer,
     check_is,
     check_iterable,
@@ -33,7 +35,7 @@ from pyrocurv.runtime.validation import (
 
 Guide = StructuredGuide | MixtureGuide
 Trained = NGVI | tuple[Callable[..., Any], Guide]  # or a model and its guide
-TEMPERATURES = (1.0, 0.3, 0.1, 0.03)
+TEMPERATURES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 class SelectedTemperature(float):
@@ -45,7 +47,7 @@ class SelectedTemperature(float):
 
 def choose_temperature(
     fit: Callable[[float], Trained], held_out: Iterable[Any],
-    temperatures: Sequence[float] = TEMPERATURES, num_samples: int = 32,
+    temperatures: Sequence[float] = TEMPERATURES, num_samples: int = 32, progress: bool = True,
 ) -> SelectedTemperature:
     """The temperature whose posterior predicts held-out data best.
 
@@ -56,6 +58,7 @@ def choose_temperature(
             is iterated once for each temperature. Do not use test data.
         temperatures: the candidates.
         num_samples: of each posterior.
+        progress: show a progress bar, on a terminal.
 
     All posteriors are sampled with the same random numbers; treat differences below the standard
     error over the held-out data as ties. Warns if the best candidate is the lowest or highest and
@@ -94,9 +97,15 @@ def choose_temperature(
     if isinstance(held_out, Iterator):
         raise ValueError("held_out: an iterator is exhausted after one temperature; use a list")
     check_integer("num_samples", num_samples, 1)
+    check_flag("progress", progress)
     with rewind_rng_on_error(torch.device("cpu")):
         seed = RandomStream().seed  # the same draws from each posterior
-        densities = {t: _density(fit(t), held_out, num_samples, seed) for t in temperatures}
+        densities: dict[float, float] = {}
+        bar = tqdm(temperatures, "temperatures", disable=None if progress else True)
+        for temperature in bar:
+            density = _density(fit(temperature), held_out, num_samples, seed)
+            densities[temperature] = density
+            bar.set_postfix(temperature=temperature, density=f"{density:.4f}")
     known = {t: density for t, density in densities.items() if math.isfinite(density)}
     if not known:
         raise FloatingPointError(f"no temperature has a finite density: {densities}")

@@ -33,6 +33,7 @@ from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.precision import count_determined, update_from_sample_gradients
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
+from pyrocurv.posterior.summary import at_temperature
 from pyrocurv.posterior.temperature import TemperatureRule
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.outputs import stacked
@@ -298,6 +299,12 @@ class VIOptimizer(CurvatureOptimizer):
         blocks = store.load(self._in_context(self._posterior, self.layout, store)).blocks
         terms = [kl(state.mean, state.precision, state.prior.gaussian) for state in blocks]
         return torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def summary(self) -> str:
+        """As that of `SecondOrderOptimizer`, and the temperature of the last step."""
+        blocks = self._posterior.blocks
+        temperature = blocks[0].hyperparameters.temperature if blocks else None
+        return super().summary() + at_temperature(temperature)
 
     def weight_gaussians(self) -> list[WeightGaussian]:
         """The posterior in independent parts, for `prior=`."""

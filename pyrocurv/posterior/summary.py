@@ -46,7 +46,7 @@ def prior_errors(spec: Curvature, posterior: Posterior) -> dict[str, float]:
 
 def guide_summary(
     latents: Mapping[str, Tensor], blocks: Sequence[Block], excluded: Mapping[str, str],
-    fallback: str, modules: Mapping[str, nn.Module],
+    fallback: str, modules: Mapping[str, nn.Module], temperature: float | None,
 ) -> str:
     """A table of every latent of a guide, and of every parameter of the model's modules."""
     structure = {name: block.label for block in blocks for name in block.tensors} | {**excluded}
@@ -55,7 +55,13 @@ def guide_summary(
         (f"{owner}.{name}".lstrip("."), p, "point" if p.requires_grad else "frozen")
         for owner, module in modules.items() for name, p in module.named_parameters(recurse=False)
     ]
-    return format_table(rows, sum(block.size for block in blocks), "site", "a posterior")
+    size = sum(block.size for block in blocks)
+    return format_table(rows, size, "site", "a posterior") + at_temperature(temperature)
+
+
+def at_temperature(temperature: float | None) -> str:
+    """The end of a summary."""
+    return "" if temperature is None else f", at temperature {temperature:.3g}"
 
 
 def format_table(

@@ -36,10 +36,11 @@ PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
 class TemperatureState:
     """What a run has shown: `determined` is γ, `factor` what a loss that stays has left of T.
 
-    `start` is the negative log likelihood per datum of the first step; `total` is the sum over the
+    `value` is T of the last step. `start` is the negative log likelihood per datum of the first step; `total` is the sum over the
     `steps` since, in which `passes` of the data were seen; both start again after a pass.
     """
 
+    value: float | None = None
     determined: float = math.inf
     factor: float = 1.0
     start: float | None = None
@@ -48,19 +49,19 @@ class TemperatureState:
     passes: float = 0.0
     is_first_pass: bool = True
 
-    def after(self, nll: float, batch_fraction: float) -> TemperatureState:
-        """With the loss per datum of one more step, which saw B/N of the data."""
+    def after(self, value: float, nll: float, batch_fraction: float) -> TemperatureState:
+        """With one more step at T = `value`: its loss per datum, on B/N of the data."""
         if self.start is None:
-            return replace(self, start=nll)
+            return replace(self, value=value, start=nll)
         new = replace(
-            self, total=self.total + nll, steps=self.steps + 1,
+            self, value=value, total=self.total + nll, steps=self.steps + 1,
             passes=self.passes + batch_fraction,
         )
         if new.passes < 1 or new.steps < MIN_STEPS:
             return new
         has_learned = new.total / new.steps < self.start - (1 - PROGRESS) * abs(self.start)
         factor = self.factor if has_learned else self.factor / 10
-        return TemperatureState(self.determined, factor, self.start, is_first_pass=False)
+        return TemperatureState(value, self.determined, factor, self.start, is_first_pass=False)
 
 
 @dataclass(frozen=True)
