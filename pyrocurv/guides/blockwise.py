@@ -195,7 +195,8 @@ class BlockwiseGuide(ParamStoreGuide):
         layout = state_dict.get(f"{prefix}_extra_state", {})
         if layout != {}:
             self._check_state(layout)
-        self.is_laplace, self.temperature = bool(layout.get("is_laplace")), layout.get("temperature")
+        self.is_laplace = bool(layout.get("is_laplace"))
+        self.temperature = layout.get("temperature")
         if layout.get("blocks") and not self.sites:
             start = f"{prefix}blocks.0.loc"
             loc = next((v for k, v in state_dict.items() if k.startswith(start)), torch.zeros(()))

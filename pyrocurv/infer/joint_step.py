@@ -112,7 +112,8 @@ class JointRule:
         auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
         seen = replace(posterior.temperature, value=temperature)
         evaluation = Evaluation(
-            replace(posterior, blocks=(moved,), temperature=seen), loss, gradients, [p.gradient for p in auxiliary]
+            replace(posterior, blocks=(moved,), temperature=seen), loss, gradients,
+            [p.gradient for p in auxiliary],
         )
         return evaluation, auxiliary
 

@@ -34,10 +34,11 @@ PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
 @serializable
 @dataclass(frozen=True)
 class TemperatureState:
-    """What a run has shown: `determined` is γ, `factor` what a loss that stays has left of T.
+    """What a run has shown.
 
-    `value` is T of the last step. `start` is the negative log likelihood per datum of the first step; `total` is the sum over the
-    `steps` since, in which `passes` of the data were seen; both start again after a pass.
+    `value` is T of the last step, `determined` γ, and `factor` what a loss that stays has left of
+    T. `start` is the negative log likelihood per datum of the first step, `total` its sum over the
+    `steps` since, in which `passes` of the data were seen; those three start again after a pass.
     """
 
     value: float | None = None
