@@ -21,7 +21,7 @@ from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen
-from pyrocurv.structures.kronecker_eigen import multiplicities, squared_projections
+from pyrocurv.structures.eigenspaces import multiplicities, squared_projections
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 MAX_ELEMENTS = 2**22  # of the Jacobians that one product sums over

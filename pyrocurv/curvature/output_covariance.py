@@ -28,7 +28,7 @@ from pyrocurv.curvature.output_gradients import pull
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall, MixedRowsCall, OpCall
 from pyrocurv.structures import KroneckerEigen, Rescaled, Structure
-from pyrocurv.structures.kronecker_eigen import squared_projections
+from pyrocurv.structures.eigenspaces import squared_projections
 from pyrocurv.structures.linalg import eigh_psd
 from pyrocurv.structures.rescaled import KroneckerScaling
 

@@ -20,7 +20,7 @@ from pyrocurv.layers import structure_spec
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Structure
-from pyrocurv.structures.kronecker_eigen import outer
+from pyrocurv.structures.eigenspaces import outer
 from pyrocurv.structures.linalg import at_least_single, scale_tril
 
 

@@ -75,15 +75,15 @@ class NGVI:
             converges to a mode of the log joint (at T = 1). The posterior there is a Laplace
             approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
         antithetic: use each perturbation a second time with its sign turned, also across steps.
-        update: how the mean moves. "natural": the natural gradient, in the trust region of
-            `kl_clip`. "whitened-muon": the orthogonalized momentum of each weight matrix in
-            coordinates whitened by the input factor of its curvature, "muon": without whitening,
-            both at the learning rates of Muon, and Adam at a tenth of them for other tensors.
-            "soap": Adam in the eigenbasis of the curvature's factors. A callable from parameters
-            (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has a
-            learning rate and a momentum of its own; `lr` is then its schedule. All see the gradient
-            of the tempered objective; they differ in speed, not in the posterior they end at.
-            "auto" is "natural" without samples or without a network, else "whitened-muon".
+        update: how the mean moves: "natural", in the trust region of `kl_clip`; "whitened-muon" and
+            "muon", the orthogonalized momentum of each weight matrix with and without whitening by
+            the input factor of its curvature, and Adam at a tenth of `lr` for other tensors;
+            "soap", Adam in the eigenbasis of the curvature's factors, at the learning rates of Adam
+            (0.003); or a callable from parameters
+            (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
+            own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
+            the gradient of the tempered objective and end at the same posterior. "auto" is
+            "natural" without samples or without a network, else "whitened-muon".
         average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
             training continues from the iterate.
         optim: the optimizer of everything without a natural gradient, the parameters of the model
@@ -94,22 +94,20 @@ class NGVI:
             "skip" the step and count it in `.skipped`. Either way posterior, momentum and random
             numbers stay unchanged.
 
-    "auto" stands for lr 0.02, momentum 0.9, damping 0.003, kl_clip 0.001, one sample and no average
-    for networks (convolutional networks and MLPs); the first step is taken at the mean. A
-    `FullGuide` with curvature="hessian", and a `DiagonalGuide` of a model without a network, have
-    one Gaussian over all latents in unconstrained space, trained by the Hessian of the log joint:
-    lr 0.3, the precision moves 0.3 of the way, kl_clip 1, 8 samples, averaged; 0.1 and 32 samples
-    if a latent is constrained, as scales are. There `Curvature("hessian", decay=...)` sets that
-    rate, 1 - decay, unless it is the default of 0.95, and momentum and damping are not used. Other
-    arguments of `Curvature`, such as `every` or `batch`, belong to running averages: with them a
-    network is trained layer by layer, and without a network they are not used.
+    "auto" stands for lr 0.02, momentum 0.9, damping 0.003, kl_clip 0.001, one
+    sample and no average for networks; the first step is taken at the mean. A `FullGuide` with
+    curvature="hessian", and a `DiagonalGuide` of a model without a network, have one Gaussian over
+    all latents in unconstrained space, trained by the Hessian of the log joint: lr 0.3, kl_clip 1,
+    8 samples, averaged, and the precision moves 0.3 of the way, or 1 - decay of
+    `Curvature("hessian", decay=...)`; 0.1 and 32 samples if a latent is constrained, as scales are.
+    Momentum and damping are not used there. Other arguments of `Curvature`, such as `every`, belong
+    to running averages: with them a network is trained layer by layer.
 
     From a posterior that Pyro's param store was given (`load`, `set_state`) the next step starts as
-    that of a new `NGVI`, without the momentum of the steps before. Random numbers come from a
-    separate stream, seeded from torch's generator at construction. `.optimizer` is a
-    `torch.optim.Optimizer` for schedulers. If samples are so different from the mean that training
-    does not progress (learned log scales, priors much wider than 1/fan_in), use several of them
-    (`num_particles=4`) or a lower temperature.
+    that of a new `NGVI`. Random numbers come from a separate stream, seeded from torch's generator
+    at construction. `.optimizer` is a `torch.optim.Optimizer` for schedulers. If samples are so
+    different from the mean that training does not progress (learned log scales, priors much wider
+    than 1/fan_in), use several of them (`num_particles=4`) or a lower temperature.
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
@@ -319,6 +317,7 @@ class NGVI:
             "update": self._mean_update.name,
             "update_state": self._mean_update.state_dict(),
             "temperature": self.temperature,
+            "kl_warmup": self.kl_warmup,
             **signature._asdict(),
             "posterior": None if posterior is None else to_state(posterior.without_means()),
         }
@@ -348,5 +347,6 @@ class NGVI:
             self._mean_update.load_state_dict(state["update_state"])
             self._stream.load_state_dict(state["stream"])
             self.skipped, self.temperature = state["skipped"], state["temperature"]
+            self.kl_warmup = state["kl_warmup"]
             signature = RunSignature(state["is_joint"], state["means"])
             self._posterior, self._loaded = posterior, None if posterior is None else signature

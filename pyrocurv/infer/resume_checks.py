@@ -18,7 +18,7 @@ from pyrocurv.structures.serialization import check_version
 
 STATE_KEYS = (
     "optimizer", "auxiliary", "stream", "skipped", "average", "temperature", "means", "posterior",
-    "update", "update_state",
+    "update", "update_state", "kl_warmup",
 )
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
-from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
+from pyrocurv.structures.eigenspaces import outer
+from pyrocurv.structures.kronecker_eigen import KroneckerEigen
 from pyrocurv.structures.linalg import at_least_single, eigh_blocks, leading_eigh, without_rounding
 from pyrocurv.structures.operands import check_count, check_other, check_square, is_count
 

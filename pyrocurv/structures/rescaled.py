@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyrocurv.structures.base import Structure
-from pyrocurv.structures.kronecker_eigen import outer
+from pyrocurv.structures.eigenspaces import outer
 from pyrocurv.structures.serialization import serializable
 
 

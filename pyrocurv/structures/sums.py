@@ -26,7 +26,8 @@ from torch import Tensor
 from pyrocurv.structures.base import Structure
 from pyrocurv.structures.dense import Dense
 from pyrocurv.structures.diagonal import Diagonal
-from pyrocurv.structures.kronecker_eigen import KroneckerEigen, outer
+from pyrocurv.structures.eigenspaces import outer
+from pyrocurv.structures.kronecker_eigen import KroneckerEigen
 from pyrocurv.structures.linalg import eigh
 from pyrocurv.structures.operands import check_sizes
 from pyrocurv.structures.rescaled import Rescaled

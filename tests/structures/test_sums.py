@@ -14,7 +14,7 @@ from pyrocurv.structures import (
     Rescaled,
     Structure,
 )
-from pyrocurv.structures.kronecker_eigen import outer
+from pyrocurv.structures.eigenspaces import outer
 from pyrocurv.structures.sums import add, relative_error, trace_ratio
 
 
