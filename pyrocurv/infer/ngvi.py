@@ -258,7 +258,7 @@ class NGVI:
             temperature = 1.0
         return StepSettings(
             self.curvature, self.optimizer.param_groups[0],
-            TemperatureRule(temperature, self._store.blocks, self.kl_warmup), self.num_particles,
+            TemperatureRule(temperature, self.kl_warmup), self.num_particles,
             self.antithetic, self.average, self._mean_update,
         )
 

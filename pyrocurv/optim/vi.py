@@ -279,7 +279,7 @@ class VIOptimizer(CurvatureOptimizer):
         return self.num_data * self.augmentation
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
-        rule = TemperatureRule(group["temperature"], layout.blocks, self.kl_warmup)
+        rule = TemperatureRule(group["temperature"], self.kl_warmup)
         temperature = rule(self._num_data, self._posterior.temperature, self._posterior.step)
         return Hyperparameters.of(group, self._num_data, temperature)
 
