@@ -166,11 +166,17 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
 
 @torch.no_grad()
 def count_determined(spec: Curvature, posterior: Posterior, batch_fraction: float) -> Posterior:
-    """The posterior with γ, how many weights its data determine; synchronizes with its device."""
+    """The posterior with γ, how many weights its data determine; synchronizes with its device.
+
+    Of the others a share counts as well, as much as is left of the initial curvature.
+    """
     initial = initial_curvature(spec, posterior.step, batch_fraction)
     if not posterior.blocks:
         return posterior
     determined = float(torch.stack([_determined(b, initial) for b in posterior.blocks]).sum())
+    share = initial / spec.initial if spec.initial else 0.0
+    size = sum(state.block.size for state in posterior.blocks)
+    determined += share * (size - determined)
     return replace(posterior, temperature=replace(posterior.temperature, determined=determined))
 
 

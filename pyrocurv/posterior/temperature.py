@@ -7,7 +7,9 @@ With s the eigenvalues of the curvature per datum, N data and δ the precision o
 γ is the number of weights that the data determine (MacKay 1992, "Bayesian interpolation"), and a
 sample costs about T γ / (2N) nats per datum more than the mean. Where there are fewer such weights
 than data, T is 0.1; a network that can fit its data exactly gets a narrower posterior. γ is
-computed at every estimate of the curvature; before the first nothing is sampled.
+computed at every estimate of the curvature; before the first nothing is sampled. Of the other
+weights a share counts too, as much as is left of the initial curvature e: so T starts low, where it
+would only slow the run down.
 
 While the loss at the samples has not fallen since the first step, T falls too: by 10 after each
 pass over the data, of 50 steps at least.
