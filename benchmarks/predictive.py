@@ -29,10 +29,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyrocurv
-from nets import CLASSES, lenet, mlp
+from nets import CLASSES
 from pyrocurv.guides import DiagonalGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
 from pyrocurv.nn import Classifier, Regressor, bayesianize
+from pyrocurv.nn.networks import MLP, LeNet5
 from step_cost import keep_memory
 
 NUM_DATA = 1_000
@@ -81,8 +82,8 @@ def tabular() -> nn.Sequential:
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "digits": (digits, (1, 8, 8)), "small": (small, (1, 28, 28)), "lenet": (lenet, (1, 28, 28)),
-    "uci": (uci, (8,)), "mlp": (tabular, (8,)), "wide": (mlp, (1, 28, 28)),
+    "digits": (digits, (1, 8, 8)), "small": (small, (1, 28, 28)), "lenet": (LeNet5, (1, 28, 28)),
+    "uci": (uci, (8,)), "mlp": (tabular, (8,)), "wide": (MLP, (1, 28, 28)),
 }
 TARGETS = {
     ("digits", 1): 30.0, ("digits", 32): 5.0, ("digits", 256): 1.5, ("uci", 32): 30.0,
