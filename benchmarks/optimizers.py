@@ -83,7 +83,10 @@ OURS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "second-order": {
         "images": {},
-        "gpt": {"damping": 1e-4, "kl_clip": 0.1, "structure": KFAC(rank=64)},
+        "gpt": {
+            "damping": 1e-4, "kl_clip": 0.1, "structure": KFAC(rank=64),
+            "curvature": Curvature("fisher", every=10),
+        },
     },
 }
 RATES: dict[str, dict[str, tuple[float, ...]]] = {  # the grids
@@ -324,8 +327,9 @@ def schedule_free(task: Task, lr: float) -> Run:
     @contextmanager
     def evaluating() -> Iterator[None]:
         optimizer.eval()
-        for x, _ in islice(task.batches(0), 50 if has_statistics else 0):
-            net(x)
+        with torch.no_grad():
+            for x, _ in islice(task.batches(0), 50 if has_statistics else 0):
+                net(x)
         with evaluation(net):
             yield
         optimizer.train()
