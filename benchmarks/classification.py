@@ -33,8 +33,9 @@ from tqdm import tqdm
 import pyrocurv
 from data import NAMES, Labeled, Refusal, load
 from fashion_mnist import Scores, header, line, scores
-from nets import digits_net, lenet
+from nets import digits_net
 from pyrocurv.guides import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
+from pyrocurv.nn.networks import LeNet5
 
 GUIDES = {
     "kfac": KFACGuide,
@@ -147,7 +148,7 @@ def first_net(args: argparse.Namespace) -> nn.Sequential:
     if args.dataset == "digits":
         net = digits_net(small=args.guide in DENSE)
     else:
-        net = lenet(*((3, 0) if args.dataset == "cifar10" else (1, 2)))
+        net = LeNet5(channels=3, padding=0) if args.dataset == "cifar10" else LeNet5()
     return net.to(args.device)
 
 

