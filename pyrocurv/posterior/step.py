@@ -184,7 +184,8 @@ def _check_overflow(move: Move, dot: float, step: int) -> None:
     """
     state, limits = move.state, torch.finfo(move.state.mean.dtype)
     rate = abs(move.rate)
-    if rate * math.sqrt(abs(dot) / (limits.tiny * limits.eps)) < limits.max / 4:
+    least = math.sqrt(limits.tiny * limits.eps)
+    if rate * (math.sqrt(abs(dot)) / least) < limits.max / 4:  # a quotient of squares may overflow
         return
     if not (rate < limits.max and bool(torch.isfinite(move.moved(state.mean.clone())).all())):
         lr = state.hyperparameters.lr
