@@ -94,6 +94,7 @@ class MeanUpdate:
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
         """The direction of each block; nothing is changed that `keep` does not keep."""
+        add_priors(pushes)
         return [natural_direction(push) for push in pushes]
 
     def keep(self, undo: Undo) -> None:
@@ -108,6 +109,21 @@ class MeanUpdate:
 
 
 NATURAL = MeanUpdate()
+
+
+def add_priors(pushes: Sequence[Push]) -> None:
+    """Compute the `scaled_gradient` of all blocks with priors N(0, 1/δ) at once."""
+    simple = [push for push in pushes if push.state.prior.gaussian.is_centered]
+    if simple:
+        states = [push.state for push in simple]
+        sums = torch._foreach_addcmul(
+            [state.momentum for state in states], [state.mean for state in states],
+            [state.prior.gaussian.diagonal for state in states],
+            [push.bias_correction / push.state.hyperparameters.likelihood_weight
+             for push in simple],
+        )
+        for push, total in zip(simple, sums, strict=True):
+            vars(push)["scaled_gradient"] = total
 
 
 def natural_direction(push: Push) -> Direction:

@@ -86,6 +86,10 @@ class KroneckerEigen(Structure):
         return all(self._truncated) and self.spectrum.dim() == 2
 
     @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor]:
+        return self.output_basis.mT, self.input_basis.mT
+
+    @cached_property
     def _inverse(self) -> _SpectralParts:
         return self._parts(self.spectrum.reciprocal())
 
@@ -107,22 +111,22 @@ class KroneckerEigen(Structure):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
-        p = self.output_basis.mT @ x
+        p = self._transposed[0] @ x
         return p, p @ self.input_basis, x @ self.input_basis if self._truncated[0] else None
 
     def _factors(
         self, parts: _SpectralParts, p: Tensor, k: Tensor, q: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """left [..., O, k] and right [..., k, I], whose product is all but the term rest · X."""
-        u, v = self.output_basis, self.input_basis
-        inner = (k * parts.core) @ v.mT
+        u, v_transposed = self.output_basis, self._transposed[1]
+        inner = (k * parts.core) @ v_transposed
         if parts.rows.numel():
             inner = torch.addcmul(inner, parts.rows, p)
         if q is None:
             return u, inner
         batch = q.shape[:-2]
         left = torch.cat([u.expand(*batch, *u.shape[-2:]), q * parts.columns], -1)
-        return left, torch.cat([inner, v.mT.expand(*batch, *v.mT.shape[-2:])], -2)
+        return left, torch.cat([inner, v_transposed.expand(*batch, *v_transposed.shape[-2:])], -2)
 
     def _product(self, x: Tensor, parts: _SpectralParts) -> Tensor:
         """The matrix with the eigenvalues of `parts`, times x [..., P]."""
@@ -144,6 +148,10 @@ class KroneckerEigen(Structure):
             return super().solution(x)
         parts, matrix = self._inverse, x.view(self.shape)
         p, k, q = self._project(matrix)
+        if not any(self._truncated):
+            scaled = k * parts.core
+            factors = self.output_basis, scaled @ self._transposed[1]
+            return LazySolution((k * scaled).sum(), factors)
         left, right = self._factors(parts, p, k, q)
         dot = torch.dot(p.view(-1), right[: len(p)].view(-1))
         if q is not None:
@@ -158,7 +166,7 @@ class KroneckerEigen(Structure):
             return self._product(z, self._inverse_root)
         # no rotation into the basis first: z has the same distribution there
         scaled = z.unflatten(-1, self.shape) * self._inverse_root.core
-        return (self.output_basis @ scaled @ self.input_basis.mT).reshape(z.shape)
+        return (self.output_basis @ scaled @ self._transposed[1]).reshape(z.shape)
 
     def rsqrt_(self, z: Tensor) -> Tensor:
         if not self._is_thin:
