@@ -26,6 +26,7 @@ from pyrocurv.posterior.natural_gradient import regularized_gradient
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import LazySolution
+from pyrocurv.structures.stack import solutions
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +96,12 @@ class MeanUpdate:
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
         """The direction of each block; nothing is changed that `keep` does not keep."""
         add_priors(pushes)
-        return [natural_direction(push) for push in pushes]
+        solved = solutions(
+            [push.state.preconditioner for push in pushes],
+            [push.scaled_gradient for push in pushes],
+        )
+        pairs = zip(pushes, solved, strict=True)
+        return [natural_direction(push, solution) for push, solution in pairs]
 
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what `directions` changes."""
@@ -126,8 +132,9 @@ def add_priors(pushes: Sequence[Push]) -> None:
             vars(push)["scaled_gradient"] = total
 
 
-def natural_direction(push: Push) -> Direction:
+def natural_direction(push: Push, solution: LazySolution | None = None) -> Direction:
     """The natural gradient of one block, in the trust region."""
     numbers, correction = push.state.hyperparameters, push.bias_correction
-    solution = push.state.preconditioner.solution(push.scaled_gradient)
+    if solution is None:
+        solution = push.state.preconditioner.solution(push.scaled_gradient)
     return Direction(push.state, solution, numbers.lr / correction, numbers.base_lr / correction)

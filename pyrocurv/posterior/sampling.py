@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrocurv.posterior.natural_gradient import sampled_kl
 from pyrocurv.posterior.prior import kl
 from pyrocurv.posterior.state import BlockState, Perturbation
+from pyrocurv.structures.stack import samples_
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
 
@@ -50,8 +51,7 @@ def _perturbations(blocks: Sequence[BlockState]) -> list[Perturbation]:
         for state in blocks
     ]
     norms = torch._foreach_norm(drawn)
-    pairs = zip(blocks, drawn, strict=True)
-    directions = [state.precision.rsqrt_(z) for state, z in pairs]
+    directions = samples_([state.precision for state in blocks], drawn)
     return [*map(Perturbation, directions, torch._foreach_mul(norms, norms))]
 
 

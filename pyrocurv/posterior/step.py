@@ -18,6 +18,7 @@ from pyrocurv.layers import packing
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scale
 from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo, complete
 from pyrocurv.structures import Solution
 
@@ -187,8 +188,8 @@ def _averaged(move: Move, step: int) -> Move:
 
 def _finite(values: Sequence[Tensor], gradients: Sequence[Tensor | None], step: int) -> list[float]:
     """The values as floats, checked together with the gradients in one synchronization."""
-    sums = [g.sum().to(values[0]) for g in gradients if g is not None]
-    floats = torch.stack([*values, *sums]).tolist()
+    largest = magnitudes([g for g in gradients if g is not None], values[0])
+    floats = torch.stack([*values, *largest]).tolist()
     if not all(map(math.isfinite, floats)):
         is_loss_finite = math.isfinite(floats[0])
         what = "a gradient is not finite" if is_loss_finite else f"the loss is {floats[0]}"
