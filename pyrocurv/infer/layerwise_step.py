@@ -74,8 +74,7 @@ class Sample:
 
     def loss(self) -> Tensor:
         """N nll + T (log q - log p), in nats."""
-        weights = {name: weight.detach() for name, weight in self.run.weights.items()}
-        divergence = estimate_kl(self.posterior.blocks, weights, self.perturbations)
+        divergence = estimate_kl(self.posterior.blocks, self.run.weights, self.perturbations)
         return self.nll.detach() + self.temperature * divergence
 
 
