@@ -39,7 +39,7 @@ CHANCE = "after one pass over the data the loss at samples of the posterior"
 
 
 def formula(num_data: int, determined: Tensor | float) -> float:
-    return 0.1 * min(1.0, num_data / float(determined)) ** 1.5
+    return 0.1 * min(1.0, num_data / float(determined)) ** 2
 
 
 # ---- the temperature of a run -------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_the_temperature_follows_the_curvature(structure: str, priors: str) -> N
         ngvi.step(x, y)
         cold = hessian / temperature
         temperature = formula(rows, torch.linalg.solve(cold + delta, cold).trace())
-    assert 0.01 < temperature < 0.1
+    assert 1e-3 < temperature < 0.1
 
 
 @pytest.mark.parametrize("structure", ["diag", "kfac", "full"])
@@ -222,7 +222,7 @@ def test_a_run_at_chance_is_colder_after_each_pass_and_resumed_bit_for_bit(saved
     assert "the temperature is reduced" in str(caught[0].message) and len(caught) == 1
     given = torch.tensor(temperatures)  # the first step starts no pass
     factors = torch.tensor([1.0] * 5 + [0.1] * 5 + [0.01] * 4)
-    assert (given > 0.09 * factors).all() and (given < 0.1 * factors * (1 + 1e-5)).all()
+    assert (given > 0.085 * factors).all() and (given < 0.1 * factors * (1 + 1e-5)).all()
     other = stuck()
     other.guide(x, y)
     other.guide.load_state_dict(state[0])
@@ -265,4 +265,4 @@ def test_a_run_that_learns_keeps_its_temperature(temperature: Any) -> None:
     losses = [ngvi.step(x, y) for _ in range(32)]
     assert losses[-1] < 0.8 * losses[0]
     expected = ngvi.evaluate_loss(x, y).temperature
-    assert expected == temperature if temperature != "auto" else 0.09 < expected <= 0.1
+    assert expected == temperature if temperature != "auto" else 0.085 < expected <= 0.1

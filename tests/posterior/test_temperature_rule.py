@@ -119,24 +119,24 @@ def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
 @pytest.mark.parametrize(("num_data", "determined", "factor", "expected"), [
     (100, 20.0, 1.0, 0.1),  # fewer weights than data
     (100, 400.0, 1.0, 0.1),  # there are no more than 15
-    (10, math.inf, 1.0, 0.1 * (10 / 15) ** 1.5),
-    (5, 12.0, 1.0, 0.1 * (5 / 12) ** 1.5),
+    (10, math.inf, 1.0, 0.1 * (10 / 15) ** 2),
+    (5, 12.0, 1.0, 0.1 * (5 / 12) ** 2),
     (5, 0.2, 1.0, 0.1), (5, -3.0, 1.0, 0.1),
-    (5, 12.0, 0.01, 0.001 * (5 / 12) ** 1.5),
+    (5, 12.0, 0.01, 0.001 * (5 / 12) ** 2),
     (100, 3.0, 1e-5, 1e-4),  # the lowest
     (1, 15.0, 1e-5, 1e-4),
 ])
 def test_the_automatic_temperature(
     num_data: float, determined: float, factor: float, expected: float
 ) -> None:
-    state = TemperatureState(determined, factor)
+    state = TemperatureState(determined=determined, factor=factor)
     assert rule("auto").is_automatic
     assert rule("auto")(num_data, state, 3) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_given_temperature_is_independent_of_the_run() -> None:
     assert not rule(0.7).is_automatic
-    assert rule(0.7)(1, TemperatureState(3.0, 1e-3), 5) == 0.7
+    assert rule(0.7)(1, TemperatureState(determined=3.0, factor=1e-3), 5) == 0.7
 
 
 @pytest.mark.parametrize("given", [0.5, "auto"])
@@ -153,7 +153,7 @@ def run(losses: list[float], fraction: float) -> list[TemperatureState]:
     """The states after each step."""
     state, result = TemperatureState(determined=7.0), []
     for loss in losses:
-        state = state.after(loss, fraction)
+        state = state.after(0.1, loss, fraction)
         result.append(state)
     return result
 
@@ -183,7 +183,7 @@ def test_the_mean_loss_of_a_pass_is_compared_with_the_first(
 def test_progress_after_the_first_pass_keeps_the_factor() -> None:
     states = run([2.3] * 51 + [1.9] * 100, 0.1)
     assert [states[50].factor, states[100].factor, states[150].factor] == [0.1] * 3
-    assert states[-1].determined == 7.0
+    assert states[-1].determined == 7.0 and states[-1].value == 0.1
 
 
 def test_a_run_that_loses_its_progress_is_noticed() -> None:
