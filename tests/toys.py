@@ -30,6 +30,7 @@ GUIDES: dict[str, type[StructuredGuide]] = {
     "full": FullGuide,
 }
 EXACT = Curvature("ggn", every=1, batch=None, initial=0.0)
+NATURAL: dict[str, Any] = {"update": "natural", "temperature": 1.0}  # the step of the equations
 NUM_DATA = 30
 NOISE = 0.3
 PRIORS = {"equal": (0.7, 0.7), "unequal": (0.7, 1.9)}  # standard deviations of weight and bias
@@ -76,7 +77,7 @@ def class_data(rows: int = NUM_DATA) -> tuple[Tensor, Tensor]:
 def trained(structure: str, steps: int = 4) -> tuple[NGVI, tuple[Tensor, Tensor]]:
     """A regression whose posterior is far from its start, with correlations."""
     data, model = regression_data(), regressor()
-    ngvi = NGVI(model, GUIDES[structure](model), lr=0.3, curvature=EXACT)
+    ngvi = NGVI(model, GUIDES[structure](model), lr=0.3, curvature=EXACT, **NATURAL)
     for _ in range(steps):
         ngvi.step(*data)
     return ngvi, data
@@ -89,8 +90,8 @@ def flat(samples: dict[str, Tensor], sites: dict[str, tuple[int, ...]]) -> Tenso
 
 def exactly(model: Any, structure: str, **options: Any) -> NGVI:
     """An NGVI whose first step is a Newton step."""
-    options = {"curvature": EXACT, "lr": 1.0, "momentum": 0.0, "damping": 0.0, **options}
-    return NGVI(model, GUIDES[structure](model), kl_clip=None, **options)
+    newton = {"curvature": EXACT, "lr": 1.0, "momentum": 0.0, "damping": 0.0, **NATURAL}
+    return NGVI(model, GUIDES[structure](model), kl_clip=None, **{**newton, **options})
 
 
 def linear(priors: str, num_data: int = NUM_DATA, columns: int = 3) -> Regressor:

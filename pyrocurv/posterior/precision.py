@@ -181,11 +181,11 @@ def count_determined(spec: Curvature, posterior: Posterior, batch_fraction: floa
 
 
 def _determined(state: BlockState, initial: float) -> Tensor:
-    """tr((N/T) C Λ⁻¹) = P - tr((δ + e N/T) Λ⁻¹)."""
-    root = state.curvature.root
+    """tr((N/T) C Λ⁻¹) = P - tr(Λ₀ Λ⁻¹) - e N/T tr Λ⁻¹, with Λ₀ the prior's precision."""
+    prior, root = state.prior.gaussian, state.curvature.root
     shift = initial * state.hyperparameters.likelihood_weight * (1 if root is None else root**2)
-    rest = (state.prior.gaussian.diagonal + shift) * state.precision.inverse_diag()
-    return state.block.size - rest.sum()
+    rest = prior.expected_distance(prior.loc, state.precision)
+    return state.block.size - rest - (shift * state.precision.inverse_diag()).sum()
 
 
 def price_estimates(

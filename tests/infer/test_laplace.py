@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from toys import (
     EXACT,
     GUIDES,
+    NATURAL,
     NUM_DATA,
     class_data,
     classifier,
@@ -310,7 +311,7 @@ def test_ngvi_goes_on_from_a_tuned_fit() -> None:
     laplace = Laplace(model, FullGuide(model)).fit([(x, y)])
     precision = laplace.tune_prior()["net.weight"]
     ngvi = NGVI(model, laplace.guide, lr=1.0, momentum=0.0, damping=0.0, kl_clip=None,
-                curvature=EXACT)
+                curvature=EXACT, **NATURAL)
     ngvi.step(x, y)
     mean, covariance, log_evidence = oracles.linear_layer_posterior(
         x, y, NOISE, float(precision), float(precision)

@@ -20,14 +20,11 @@ from toys import (
     NUM_DATA,
     PRIORS,
     assert_posterior,
-    class_data,
-    classifier,
     everything,
     exactly,
     identical,
     inputs,
     linear,
-    normal_prior,
     plain,
     regression_data,
     regressor,
@@ -38,7 +35,7 @@ from toys import (
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import KFACGuide, StructuredGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.nn import Classifier, Regressor, bayesianize
+from pyrocurv.nn import Regressor, bayesianize
 
 CORRELATED = ["kfac", "ekfac", "block", "full"]
 each = pytest.mark.parametrize("structure", GUIDES)
@@ -394,48 +391,3 @@ def test_inputs_alone_reach_the_model() -> None:
     ngvi = NGVI(model, KFACGuide(model))
     assert math.isfinite(ngvi.step(x, y=y)) and math.isfinite(ngvi.evaluate_loss(x=x, y=y))
     assert model(inputs(4)).shape == (4, 2)
-
-
-# ---- temperature="auto" -------------------------------------------------------------------------
-
-
-def test_automatic_temperature_is_the_rule_for_the_likelihood() -> None:
-    """min(0.1, N/P) for a finite support, 0.3 otherwise: the same steps as with that number."""
-    x = torch.randn(8, 3).double()
-    classes, targets = torch.randint(2, (8,)), torch.randn(8, 2).double()
-
-    def classifier() -> Classifier:
-        return Classifier(bayesianize(nn.Linear(3, 2).double(), normal_prior(0.5, 0.5)), 8)
-
-    cases = [(classifier(), classes, 0.1), (Regressor(classifier().net, 8, 0.5), targets, 0.3)]
-    for model, y, expected in cases:
-        runs = []
-        for temperature in ("auto", expected):
-            torch.manual_seed(3)
-            ngvi = NGVI(model, KFACGuide(model), temperature=temperature)
-            runs.append([ngvi.step(x, y) for _ in range(3)])
-        assert runs[0] == runs[1]
-    with pytest.raises(ValueError, match="temperature='warm'"):
-        NGVI(cases[0][0], KFACGuide(cases[0][0]), temperature="warm")
-
-
-def test_automatic_temperature_is_the_same_in_evaluate_loss() -> None:
-    """Only the labels are data, and evaluation must see that as a step does."""
-
-    class Labelled(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = classifier()
-
-        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
-            pyro.sample("inputs", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
-            self.inner(x, y)
-
-    model, data, losses = Labelled(), class_data(), []
-    guide = KFACGuide(model)
-    guide(*data)
-    for temperature in ("auto", min(0.1, NUM_DATA / 31)):
-        torch.manual_seed(2)
-        ngvi = NGVI(model, guide, temperature=temperature)
-        losses.append(ngvi.evaluate_loss(*data))
-    assert losses[0] == losses[1]

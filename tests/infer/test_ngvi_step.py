@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toys import (
     EXACT,
     GUIDES,
+    NATURAL,
     NOISE,
     NUM_DATA,
     PRIORS,
@@ -66,11 +67,12 @@ def test_momentum_is_of_the_likelihood_gradient(initial: float) -> None:
 def test_the_clip_bounds_a_step() -> None:
     """lr₀² ν² <d, h> <= kl_clip, over all blocks; d and h by hand from the unclipped step."""
     data, model = regression_data(), Regressor(mlp(0.8, 0.8), NUM_DATA, noise=NOISE)
-    plain = NGVI(model, KFACGuide(model), lr=0.5, curvature=EXACT, kl_clip=None, momentum=0.0)
+    options = {"lr": 0.5, "curvature": EXACT, "momentum": 0.0, **NATURAL}
+    plain = NGVI(model, KFACGuide(model), kl_clip=None, **options)
     start = KFACGuide(model)
     start(*data)
     plain.step(*data)
-    clipped = NGVI(model, KFACGuide(model), lr=0.5, curvature=EXACT, kl_clip=1e-3, momentum=0.0)
+    clipped = NGVI(model, KFACGuide(model), kl_clip=1e-3, **options)
     clipped.step(*data)
     free, held = ((ngvi.guide.posterior.loc - start.posterior.loc).detach()
                   for ngvi in (plain, clipped))
@@ -292,8 +294,8 @@ def test_a_layer_left_out_of_some_runs(structure: str, first: str, every: Any, k
         model.drops = (step % 2 == 0) == (first == "dropped")
         losses.append(ngvi.step(*data))
         if model.drops and step == 0:  # the prior and the initial curvature are all there is
-            delta, faint = 5 / ngvi.temperature, 0.1 * NUM_DATA
-            scale = torch.full((4, 4), (delta + faint) ** -0.5).double()
+            precision = 5 + 0.1 * NUM_DATA / guide.temperature
+            scale = torch.full((4, 4), precision**-0.5).double()
             torch.testing.assert_close(prior().base_dist.scale, scale)
         assert math.isfinite(losses[-1]) and math.isfinite(ngvi.evaluate_loss(*data))
     assert sum(losses[-4:]) < sum(losses[:4])

@@ -1,0 +1,268 @@
+"""The automatic temperature in runs of `NGVI` and `VIOptimizer`, its warmup, and runs at chance."""
+
+import copy
+import io
+from contextlib import nullcontext
+from typing import Any
+
+import oracles
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from toys import (
+    GUIDES,
+    NOISE,
+    NUM_DATA,
+    PRIORS,
+    class_data,
+    classifier,
+    everything,
+    exactly,
+    identical,
+    linear,
+    mlp,
+    regression_data,
+    regressor,
+)
+
+from pyrocurv.curvature import Curvature
+from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide, StructuredGuide
+from pyrocurv.infer import NGVI
+from pyrocurv.nn import Classifier, bayesianize
+from pyrocurv.optim import VIOptimizer
+
+CHANCE = "after one pass over the data the loss at samples of the posterior"
+
+
+def formula(num_data: int, determined: Tensor | float) -> float:
+    return 0.1 * min(1.0, num_data / float(determined)) ** 2
+
+
+# ---- the temperature of a run -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("priors", PRIORS)
+@pytest.mark.parametrize("structure", GUIDES)
+def test_the_temperature_follows_the_curvature(structure: str, priors: str) -> None:
+    """γ of a linear model, whose curvature per datum is known, at T of the step before."""
+    rows, columns = 12, 20
+    x, y = torch.randn(rows, columns).double(), torch.randn(rows, 2).double()
+    weight, bias = PRIORS[priors]
+    design = oracles.linear_layer_design(x, 2)
+    hessian = design.T @ design / NOISE**2
+    if structure == "diag":
+        hessian = hessian.diag().diag()
+    delta = torch.cat([torch.full((2 * columns,), weight**-2.0), torch.full((2,), bias**-2.0)])
+    delta = delta.double().diag()
+    ngvi = exactly(linear(priors, rows, columns), structure, temperature="auto", lr=1e-3)
+    temperature = formula(rows, len(delta))  # all weights count before the first estimate
+    for _ in range(3):
+        assert ngvi.evaluate_loss(x, y).temperature == pytest.approx(temperature, rel=1e-8)
+        ngvi.step(x, y)
+        cold = hessian / temperature
+        temperature = formula(rows, torch.linalg.solve(cold + delta, cold).trace())
+    assert 1e-3 < temperature < 0.1
+
+
+@pytest.mark.parametrize("structure", ["diag", "kfac", "full"])
+def test_what_is_left_of_the_initial_curvature_counts_as_well(structure: str) -> None:
+    """The defaults on batches, from the posterior that each step has left."""
+    num_data, batch, spec = 15, 5, Curvature("fisher", every=2)
+    model = Classifier(mlp(0.8, 0.8, outputs=3), num_data)  # one standard deviation for all weights
+    ngvi, (x, y) = NGVI(model, GUIDES[structure](model), curvature=spec), class_data(num_data)
+    seen = set()
+    for step in range(8):
+        rows = torch.randint(num_data, (batch,))
+        temperature = ngvi.evaluate_loss(x, y).temperature
+        ngvi.step(x[rows], y[rows])
+        if step % 2 == 0:
+            inverse = torch.linalg.inv(ngvi.guide.posterior.precision.dense()).detach()
+            left = 0.95**step
+            rest = 0.8**-2 + spec.initial * left * num_data / temperature
+            gamma = len(inverse) - rest * inverse.trace()
+            expected = formula(num_data, gamma + left * (len(inverse) - gamma))
+        assert ngvi.evaluate_loss(x, y).temperature == pytest.approx(expected, rel=1e-8)
+        seen.add(expected)
+    assert len(seen) > 1
+
+
+class Line:
+    """A regression without a network."""
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> None:
+        slope = pyro.sample("slope", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ slope, NOISE), obs=y)
+
+
+@pytest.mark.parametrize("kind", [FullGuide, DiagonalGuide])
+def test_without_a_network_the_temperature_is_one(kind: type[StructuredGuide]) -> None:
+    x, _ = regression_data()
+    model = Line()
+    ngvi = NGVI(model, kind(model), curvature="hessian")
+    ngvi.step(x, x[:, 0])
+    assert ngvi.evaluate_loss(x, x[:, 0]).temperature == 1.0
+    assert ngvi.state_dict()["update"] == "natural"
+
+
+def test_without_samples_the_temperature_is_one() -> None:
+    model = regressor()
+    ngvi = NGVI(model, KFACGuide(model), num_particles=0)
+    for _ in range(2):
+        assert ngvi.evaluate_loss(*regression_data()).temperature == 1.0
+        ngvi.step(*regression_data())
+    assert ngvi.state_dict()["update"] == "natural"
+
+
+def test_a_sampled_network_has_whitened_muon() -> None:
+    model = classifier()
+    assert NGVI(model, KFACGuide(model)).state_dict()["update"] == "whitened-muon"
+    assert VIOptimizer(nn.Linear(2, 2), 4).state_dict()["update"] == "whitened-muon"
+
+
+def test_the_observed_inputs_of_a_model_are_no_data_of_a_plate() -> None:
+    """N is that of the labels, in an evaluation before any step too."""
+
+    class Labelled(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = classifier()
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
+            pyro.sample("inputs", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
+            self.inner(x, y)
+
+    model = Labelled()
+    ngvi = NGVI(model, KFACGuide(model))
+    loss = ngvi.evaluate_loss(*class_data())
+    assert loss.temperature == pytest.approx(formula(NUM_DATA, 31))
+
+
+def test_another_name_is_refused() -> None:
+    model = classifier()
+    with pytest.raises(ValueError, match="temperature='warm'"):
+        NGVI(model, KFACGuide(model), temperature="warm")
+
+
+# ---- NGVI and VIOptimizer -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("temperature", [0.8, "auto"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_warmup_of_ngvi_is_that_of_the_optimizer(temperature: Any, warmup: int) -> None:
+    net, num_data = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), 20
+    model = Classifier(bayesianize(copy.deepcopy(net)), num_data)
+    options: dict[str, Any] = {"temperature": temperature, "kl_warmup": warmup, "lr": 0.05}
+    torch.manual_seed(1)
+    optimizer = VIOptimizer(net, num_data, **options)
+    torch.manual_seed(1)
+    guide = KFACGuide(model)
+    ngvi, temperatures = NGVI(model, guide, **options), []
+    x, y = torch.randn(16, 5), torch.randint(3, (16,))
+    for _ in range(6):
+        temperatures.append(ngvi.evaluate_loss(x, y).temperature)
+        with optimizer.sampled_params():
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ngvi.step(x, y)
+        found = [state.hyperparameters.temperature for state in optimizer._posterior.blocks]
+        assert found == pytest.approx(2 * temperatures[-1:], rel=1e-9)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), guide.median()[f"net.{name}"].detach())
+    if temperature != "auto":
+        shares = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0] if warmup else [1.0] * 6
+        assert temperatures == pytest.approx([0.8 * share for share in shares])
+
+
+@pytest.mark.parametrize("kl_warmup", [-1, 1.5, "auto", None])
+def test_a_warmup_is_a_number_of_steps(kl_warmup: Any) -> None:
+    model = classifier()
+    with pytest.raises(ValueError, match="kl_warmup=.*an integer of at least 0"):
+        NGVI(model, KFACGuide(model), kl_warmup=kl_warmup)
+
+
+# ---- at chance ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass has 5 steps at least."""
+    monkeypatch.setattr("pyrocurv.posterior.temperature.MIN_STEPS", 5)
+
+
+def stuck(num_data: int = NUM_DATA, **options: Any) -> NGVI:
+    """An NGVI that hardly moves."""
+    torch.manual_seed(0)
+    model = Classifier(mlp(outputs=3), num_data)
+    return NGVI(model, KFACGuide(model), lr=1e-9, **options)
+
+
+def restored(ngvi: NGVI) -> list[dict[str, Any]]:
+    torch.save([ngvi.guide.state_dict(), ngvi.state_dict()], buffer := io.BytesIO())
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+
+
+@pytest.mark.usefixtures("short_passes")
+@pytest.mark.parametrize("saved_at", [3, 8])
+def test_a_run_at_chance_is_colder_after_each_pass_and_resumed_bit_for_bit(saved_at: int) -> None:
+    x, y = class_data()
+    ngvi, temperatures, state = stuck(), [], None
+    with pytest.warns(UserWarning, match=CHANCE) as caught:
+        for step in range(14):
+            if step == saved_at:
+                state = restored(ngvi)
+            ngvi.step(x, y)
+            temperatures.append(ngvi.evaluate_loss(x, y).temperature)
+    assert "the temperature is reduced" in str(caught[0].message) and len(caught) == 1
+    given = torch.tensor(temperatures)  # the first step starts no pass
+    factors = torch.tensor([1.0] * 5 + [0.1] * 5 + [0.01] * 4)
+    assert (given > 0.085 * factors).all() and (given < 0.1 * factors * (1 + 1e-5)).all()
+    other = stuck()
+    other.guide(x, y)
+    other.guide.load_state_dict(state[0])
+    other.load_state_dict(state[1])
+    with pytest.warns(UserWarning, match=CHANCE) if saved_at < 5 else nullcontext():
+        for expected in temperatures[saved_at:]:
+            other.step(x, y)
+            assert other.evaluate_loss(x, y).temperature == expected
+    assert identical(everything(other), everything(ngvi))
+
+
+@pytest.mark.usefixtures("short_passes")
+def test_a_run_at_chance_keeps_a_given_temperature_and_warns_once() -> None:
+    x, y = class_data()
+    ngvi = stuck(temperature=3.0)
+    with pytest.warns(UserWarning, match=f'{CHANCE}.*try temperature="auto"') as caught:
+        for _ in range(14):
+            ngvi.step(x, y)
+    assert len(caught) == 1 and ngvi.evaluate_loss(x, y).temperature == 3.0
+
+
+@pytest.mark.usefixtures("short_passes")
+def test_a_pass_over_small_batches() -> None:
+    """The first step and a twelfth of the data twelve times; a warning before is an error."""
+    x, y = class_data(12)
+    ngvi = stuck(num_data=12)
+    for step in range(12):
+        ngvi.step(x[step:step + 1], y[step:step + 1])
+    with pytest.warns(UserWarning, match=CHANCE):
+        ngvi.step(x[:1], y[:1])
+
+
+@pytest.mark.usefixtures("short_passes")
+@pytest.mark.parametrize("temperature", ["auto", 0.5])
+def test_a_run_that_learns_keeps_its_temperature(temperature: Any) -> None:
+    """Without a warning, which would be an error here."""
+    x, y = class_data()
+    model = classifier()
+    ngvi = NGVI(model, KFACGuide(model), lr=0.1, temperature=temperature)
+    losses = [ngvi.step(x, y) for _ in range(32)]
+    assert losses[-1] < 0.8 * losses[0]
+    expected = ngvi.evaluate_loss(x, y).temperature
+    assert expected == temperature if temperature != "auto" else 0.085 < expected <= 0.1

@@ -1,0 +1,215 @@
+"""The rule of the automatic temperature: γ on dense float64 matrices, and a run without progress.
+"""
+
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyrocurv.curvature import Curvature
+from pyrocurv.curvature.running_average import RunningCurvature
+from pyrocurv.layers import Layer
+from pyrocurv.layers.block import make_blocks
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.precision import (
+    count_determined,
+    init_block,
+    initial_curvature,
+    refresh_block,
+)
+from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, Prior, kronecker_scaling
+from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.temperature import TemperatureRule, TemperatureState, warn_at_chance
+from pyrocurv.structures import Dense, Diagonal, Kronecker, Structure
+from pyrocurv.structures.serialization import from_state, to_state
+
+LAYERS = (Layer("a.weight", "a.bias", (3, 2)), Layer("b.weight", None, (2, 3)))
+NUM_DATA, TEMPERATURE = 40, 0.3
+WEIGHT = NUM_DATA / TEMPERATURE
+NUMBERS = Hyperparameters(0.1, 0.1, 0.9, 1e-3, None, NUM_DATA, TEMPERATURE)
+
+
+def positive(size: int) -> Tensor:
+    """Of a low rank and eigenvalues of several orders, as a curvature has them."""
+    root = torch.randn(size, (size + 1) // 2)
+    return root @ root.mT / 30 + 1e-4 * torch.eye(size)
+
+
+def random_curvature(structure: str, sizes: list[int]) -> Structure:
+    size = math.prod(sizes)
+    if structure == "diag":
+        return Diagonal(10 ** (-4 * torch.rand(size)))
+    if structure in ("block", "full"):
+        return Dense(positive(size))
+    basis = Kronecker(*(10 * positive(size) for size in sizes)).eigen()
+    if structure == "ekfac":
+        return basis.map_eigenvalues(lambda values: values * torch.rand_like(values))
+    return basis
+
+
+def states(structure: str, prior: str, initial: float) -> list[tuple[BlockState, Tensor, Tensor]]:
+    """Blocks, with their curvature C + e S [P, P], and the precision of their prior [P, P]."""
+    spec, result = Curvature("ggn"), []
+    for block in make_blocks(LAYERS, structure):
+        is_kronecker = block.structure.is_kronecker
+        sizes = [*block.layers[0].matrix_shape] if is_kronecker else [block.size]
+        loc, delta, scaling = torch.zeros(()), torch.tensor(2.0), None
+        if prior == "scales" and is_kronecker:
+            delta = torch.outer(*(torch.rand(size) * 5 + 0.1 for size in sizes)).flatten()
+        elif prior == "scales":
+            delta = torch.rand(block.size) * 5 + 0.1
+        gaussian: Prior = GaussianPrior(loc, delta, zero_mean=True)
+        dense = torch.diag(delta.expand(block.size))
+        if prior == "correlated":
+            dense = 20 * positive(block.size)
+            gaussian = CorrelatedPrior(torch.randn(block.size), Dense(dense))
+        elif is_kronecker:
+            scaling = kronecker_scaling(block, gaussian)
+        state = init_block(spec, block, BlockPrior(gaussian, scaling), NUMBERS, torch.randn(1))
+        matrix = random_curvature(structure, sizes)
+        running = RunningCurvature(3, matrix, scaling=scaling)
+        state = refresh_block(replace(state, curvature=running), spec, initial)
+        root = torch.ones(block.size) if running.root is None else running.root
+        curvature = root * matrix.dense() * root.unsqueeze(-1)
+        faint = curvature + initial * torch.diag(root.square())
+        torch.testing.assert_close(state.precision.dense(), WEIGHT * faint + dense)
+        result.append((state, curvature, dense + WEIGHT * (faint - curvature)))
+    return result
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("structure", "prior"), [
+    *((structure, prior) for structure in ("diag", "kfac", "ekfac", "block", "full")
+      for prior in ("equal", "scales")),
+    ("block", "correlated"), ("full", "correlated"),
+])
+@pytest.mark.parametrize("step", [0, 7, 1000])
+def test_the_weights_that_the_data_determine(structure: str, prior: str, step: int) -> None:
+    """γ = tr((N/T) C Λ⁻¹), and of the other weights the share of e in its start."""
+    spec, fraction = Curvature("ggn"), 0.04
+    initial = initial_curvature(spec, step, fraction)
+    blocks = states(structure, prior, initial)
+    found = count_determined(spec, Posterior(step, tuple(s for s, *_ in blocks)), fraction)
+    gamma = torch.stack([
+        torch.linalg.solve(WEIGHT * curvature + rest, WEIGHT * curvature).trace()
+        for _, curvature, rest in blocks
+    ]).sum()
+    expected = gamma + 0.96**step * (15 - gamma)
+    assert 0.5 < gamma < 14.5
+    assert found.temperature.determined == pytest.approx(float(expected), rel=1e-9)
+    assert replace(found.temperature, determined=math.inf) == TemperatureState()
+
+
+def test_without_blocks_nothing_is_counted() -> None:
+    empty = Posterior(0, ())
+    assert count_determined(Curvature("ggn"), empty, 0.1) is empty
+
+
+# ---- the rule -----------------------------------------------------------------------------------
+
+
+def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
+    return TemperatureRule(given, make_blocks(LAYERS, "kfac"), warmup)  # of 15 weights
+
+
+@pytest.mark.parametrize(("num_data", "determined", "factor", "expected"), [
+    (100, 20.0, 1.0, 0.1),  # fewer weights than data
+    (100, 400.0, 1.0, 0.1),  # there are no more than 15
+    (10, math.inf, 1.0, 0.1 * (10 / 15) ** 2),
+    (5, 12.0, 1.0, 0.1 * (5 / 12) ** 2),
+    (5, 0.2, 1.0, 0.1), (5, -3.0, 1.0, 0.1),
+    (5, 12.0, 0.01, 0.001 * (5 / 12) ** 2),
+    (100, 3.0, 1e-5, 1e-4),  # the lowest
+    (1, 15.0, 1e-5, 1e-4),
+])
+def test_the_automatic_temperature(
+    num_data: float, determined: float, factor: float, expected: float
+) -> None:
+    state = TemperatureState(determined=determined, factor=factor)
+    assert rule("auto").is_automatic
+    assert rule("auto")(num_data, state, 3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_given_temperature_is_independent_of_the_run() -> None:
+    assert not rule(0.7).is_automatic
+    assert rule(0.7)(1, TemperatureState(determined=3.0, factor=1e-3), 5) == 0.7
+
+
+@pytest.mark.parametrize("given", [0.5, "auto"])
+def test_the_temperature_rises_linearly(given: float | str) -> None:
+    state, full = TemperatureState(), rule(given)(30, TemperatureState(), 0)
+    found = [rule(given, 4)(30, state, step) for step in range(6)]
+    assert found == pytest.approx([full / 4, full / 2, full * 3 / 4, full, full, full])
+
+
+# ---- a run without progress ---------------------------------------------------------------------
+
+
+def run(losses: list[float], fraction: float) -> list[TemperatureState]:
+    """The states after each step."""
+    state, result = TemperatureState(determined=7.0), []
+    for loss in losses:
+        state = state.after(0.1, loss, fraction)
+        result.append(state)
+    return result
+
+
+@pytest.mark.parametrize(("fraction", "steps"), [(0.01, 100), (1 / 64, 64), (0.2, 50), (1.0, 50)])
+@pytest.mark.parametrize("loss", [2.3, -0.8])
+def test_the_factor_falls_by_ten_once_in_a_pass_without_progress(
+    fraction: float, steps: int, loss: float
+) -> None:
+    """A pass has at least 50 steps; the first step, at the mean, is none of them."""
+    factors = [state.factor for state in run([loss] * (1 + 3 * steps), fraction)]
+    expected = [1.0] + [1.0] * steps + [0.1] * steps + [0.01] * steps
+    assert factors == pytest.approx([*expected[1:], 0.001])
+
+
+@pytest.mark.parametrize("start", [2.3, -0.8])
+@pytest.mark.parametrize(("fall", "factor"), [(0.03, 1.0), (0.01, 0.1), (-0.5, 0.1)])
+def test_the_mean_loss_of_a_pass_is_compared_with_the_first(
+    start: float, fall: float, factor: float
+) -> None:
+    """It has to be below by a fiftieth of the first, though single steps may be anywhere."""
+    noise = torch.linspace(-5, 5, 50).tolist()
+    losses = [start, *(start - fall * abs(start) + value for value in noise)]
+    assert run(losses, 0.05)[-1].factor == pytest.approx(factor)
+
+
+def test_progress_after_the_first_pass_keeps_the_factor() -> None:
+    states = run([2.3] * 51 + [1.9] * 100, 0.1)
+    assert [states[50].factor, states[100].factor, states[150].factor] == [0.1] * 3
+    assert states[-1].determined == 7.0 and states[-1].value == 0.1
+
+
+def test_a_run_that_loses_its_progress_is_noticed() -> None:
+    assert run([2.3] + [1.9] * 50 + [2.3] * 50, 0.1)[-1].factor == 0.1
+
+
+def test_the_state_is_saved() -> None:
+    for state in (TemperatureState(), *run([2.3] * 60, 0.1)[-5:]):
+        assert from_state(to_state(state)) == state
+
+
+@pytest.mark.parametrize(("is_automatic", "remedy"), [
+    (True, "the temperature is reduced"), (False, 'try temperature="auto"'),
+])
+def test_a_run_at_chance_warns_once(is_automatic: bool, remedy: str) -> None:
+    states = run([2.3] * 151, 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for before, after in zip(states, states[1:], strict=False):
+            warn_at_chance(before, after, is_automatic)
+    (warning,) = caught
+    assert "after one pass over the data the loss" in str(warning.message)
+    assert remedy in str(warning.message)
+
+
+def test_a_run_that_learns_does_not_warn() -> None:
+    states = run([2.3, *(2.0 for _ in range(100))], 0.1)
+    for before, after in zip(states, states[1:], strict=False):
+        warn_at_chance(before, after, True)
