@@ -125,7 +125,8 @@ def test_a_guide_called_before_ngvi_is_made_is_trained_as_it_is() -> None:
     state = layout(guide)
     ngvi = NGVI(model, guide, curvature="hessian")
     assert math.isfinite(ngvi.step(*data())) and not ngvi._rule.is_joint
-    assert layout(guide) == state and guide.fallback_sites == ("sigma",)
+    assert layout(guide) == {**state, "temperature": guide.temperature}
+    assert guide.fallback_sites == ("sigma",)
     assert ngvi.num_particles == 1 and ngvi.optimizer.param_groups[0]["lr"] == 0.02
 
 
@@ -204,13 +205,14 @@ def test_a_state_loaded_before_the_first_step(
 
 @pytest.mark.parametrize(("saved", "current"), [("hessian", LAYERWISE), (LAYERWISE, "hessian")])
 def test_a_state_of_the_other_rule_is_refused(saved: Any, current: Any) -> None:
-    """Over the same blocks, and with the same average."""
+    """Over the same blocks, with the same update and average."""
     model = network(0.3)
     guide = FullGuide(model)
     guide(*data())
-    ngvi = NGVI(model, guide, curvature=saved, average=False)
+    options: dict[str, Any] = {"update": "natural", "average": False}
+    ngvi = NGVI(model, guide, curvature=saved, **options)
     ngvi.step(*data())
-    other = NGVI(model, guide, curvature=current, average=False)
+    other = NGVI(model, guide, curvature=current, **options)
     other.load_state_dict(ngvi.state_dict())
     before = everything(other)
     with pytest.raises(ValueError, match="the state is of steps .* this NGVI steps .* curvature"):

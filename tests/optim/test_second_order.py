@@ -27,7 +27,8 @@ LOSSES: dict[str, tuple[Callable[[int], Tensor], Callable[[Tensor, Tensor], Tens
     "bernoulli": (lambda n: torch.rand(n, 3).round(), F.binary_cross_entropy_with_logits),
     "normal": (lambda n: torch.randn(n, 3), lambda mean, y: F.mse_loss(mean, y) / 2),
 }
-EXACT = {"momentum": 0.0, "damping": 0.0, "kl_clip": None}
+NATURAL = {"update": "natural", "momentum": 0.0, "kl_clip": None, "damping": 0.01}
+EXACT = {**NATURAL, "damping": 0.0}
 
 
 def plain(kind: str, **options: Any) -> Curvature:
@@ -111,7 +112,7 @@ def test_a_kfac_step_of_a_deep_linear_net_is_the_block_step() -> None:
     blocks = estimate(net, x, y, likelihood="normal", curvature="ggn", structure="block").dense()
     optimizer = SecondOrderOptimizer(
         net, 1.0, likelihood="normal", curvature=plain("ggn"), structure="kfac",
-        momentum=0, damping=0.01, kl_clip=None,
+        **NATURAL,
     )
     (F.mse_loss(net(x), y) / 2).backward()
     wanted = torch.linalg.solve(blocks / 60 + 0.01 * torch.eye(len(start)), gradient(net))
@@ -132,7 +133,7 @@ def test_a_step_is_that_of_the_curvature_estimated(
     matrix = estimate(net, x, y, likelihood=likelihood, curvature=kind, structure=structure)
     optimizer = SecondOrderOptimizer(
         net, 1.0, likelihood=likelihood, curvature=plain(kind), structure=structure,
-        momentum=0, damping=0.01, kl_clip=None,
+        **NATURAL,
     )
     loss(net(x), y).backward()
     start, entries = flat(net), 8 if likelihood == "categorical" else 24
@@ -254,7 +255,8 @@ def test_groups_have_their_own_numbers() -> None:
         torch.manual_seed(0)
         net = small()
         optimizer = SecondOrderOptimizer(
-            net, 0.02, params=groups(net), curvature="ggn", kl_clip=None, **numbers
+            net, 0.02, params=groups(net), curvature="ggn", update="natural", kl_clip=None,
+            **numbers,
         )
         train(net, optimizer, 3)
         return net
@@ -790,8 +792,8 @@ def test_a_step_of_every_layer_is_that_of_the_curvature_estimated(
     y = torch.randn_like(net(x))
     matrix = estimate(net, x, y, likelihood="normal", curvature=kind, structure=structure)
     optimizer = SecondOrderOptimizer(
-        net, 1.0, likelihood="normal", curvature=plain(kind), structure=structure, momentum=0,
-        damping=0.01, kl_clip=None,
+        net, 1.0, likelihood="normal", curvature=plain(kind), structure=structure,
+        **NATURAL,
     )
     (F.mse_loss(net(x), y) / 2).backward()
     start = flat(net)

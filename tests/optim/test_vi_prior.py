@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from toys import GUIDES, class_data, mlp
+from toys import GUIDES, NATURAL, class_data, mlp
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import KFACGuide, MixtureGuide
@@ -21,7 +21,7 @@ HALF, PRECISION = 15, 2.0
 EXACT: dict[str, Any] = {
     "lr": 1.0, "momentum": 0.0, "damping": 0.0, "kl_clip": None, "likelihood": "normal",
     "curvature": Curvature("ggn", every=1, batch=None, initial=0.0),
-    "prior_precision": PRECISION,
+    "prior_precision": PRECISION, **NATURAL,
 }
 CORRELATED = ["kfac", "ekfac", "block", "full"]
 
