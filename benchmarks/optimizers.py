@@ -74,19 +74,15 @@ Record = dict[str, Any]
 # what NGVI and SecondOrderOptimizer are given besides the learning rate
 OURS: dict[str, dict[str, dict[str, Any]]] = {
     "ngvi": {
-        "images": {"temperature": 0.1},
+        "images": {},
         "gpt": {
-            "temperature": 0.01, "update": "whitened-muon", "damping": 3e-5, "kl_clip": 0.1,
-            "curvature": Curvature("fisher", every=10, batch=8),
+            "curvature": Curvature("fisher", batch=8),
             "optim": lambda parameters: torch.optim.AdamW(parameters, lr=4e-3),
         },
     },
     "second-order": {
         "images": {},
-        "gpt": {
-            "damping": 1e-4, "kl_clip": 0.1, "structure": KFAC(rank=64),
-            "curvature": Curvature("fisher", every=10),
-        },
+        "gpt": {"structure": KFAC(rank=64), "curvature": Curvature("fisher", batch=8)},
     },
 }
 RATES: dict[str, dict[str, tuple[float, ...]]] = {  # the grids
@@ -115,11 +111,11 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {  # the grids
         "mlp": (0.5, 1.0, 2.0),
     },
     "second-order": {
-        "gpt": (0.02, 0.03, 0.05), "resnet": (0.02, 0.03, 0.05), "lenet": (0.02, 0.03, 0.05),
-        "mlp": (0.02, 0.03, 0.05),
+        "gpt": (0.02, 0.03, 0.04), "resnet": (0.01, 0.02, 0.04), "lenet": (0.01, 0.02, 0.04),
+        "mlp": (0.01, 0.02, 0.04),
     },
     "ngvi": {
-        "gpt": (0.02, 0.04, 0.08), "resnet": (0.01, 0.02, 0.04), "lenet": (0.01, 0.02, 0.04),
+        "gpt": (0.02, 0.03, 0.04), "resnet": (0.01, 0.02, 0.04), "lenet": (0.01, 0.02, 0.04),
         "mlp": (0.01, 0.02, 0.04),
     },
 }

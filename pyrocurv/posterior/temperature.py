@@ -2,7 +2,7 @@
 
 With s the eigenvalues of the curvature per datum, N data and δ the precision of the prior,
 
-    γ = Σ s / (s + e + δT/N),   T = 0.1 (N/γ)², but within [0.002, 0.1]
+    γ = Σ s / (s + e + δT/N),   T = 0.1 (N/γ)², but within [0.005, 0.1]
 
 γ is the number of weights that the data determine (MacKay 1992, "Bayesian interpolation"), and a
 sample costs about T γ / (2N) nats per datum more than the mean. Where there are fewer such weights
@@ -23,7 +23,7 @@ from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import serializable
 
-HIGHEST, LOWEST = 0.1, 0.002  # by the rule
+HIGHEST, LOWEST = 0.1, 0.005  # by the rule
 FLOOR = 1e-4  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
