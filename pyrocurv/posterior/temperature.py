@@ -24,7 +24,7 @@ from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import serializable
 
 HIGHEST, LOWEST = 0.1, 0.005  # by the rule
-FLOOR = 1e-4  # of a loss that does not fall
+FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
 
