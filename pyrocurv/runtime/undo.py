@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyrocurv.runtime.foreach import copies
 
+
 class Undo:
     """Restores all that was kept, bit for bit, if the body of the `with` statement raises."""
 
