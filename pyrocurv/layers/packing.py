@@ -14,9 +14,12 @@ from torch import Tensor
 from pyrocurv.layers.block import Block
 
 
-def pack(blocks: Sequence[Block], values: Mapping[str, Tensor]) -> list[Tensor]:
-    """The vectors [P_b] of the blocks with {name: [*shape]} in them."""
+def pack(
+    blocks: Sequence[Block], values: Mapping[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The vectors [P_b] of the blocks with {name: [*shape]} in them, and the views of these."""
     packed: dict[int, Tensor] = {}
+    views: dict[str, Tensor] = {}
     for members in _alike(blocks, [values[next(iter(block.tensors))] for block in blocks]):
         chosen = [blocks[index] for index in members]
         first = values[next(iter(chosen[0].tensors))]
@@ -24,10 +27,11 @@ def pack(blocks: Sequence[Block], values: Mapping[str, Tensor]) -> list[Tensor]:
         targets = _views(chosen, vectors)
         torch._foreach_copy_([*targets.values()], [values[name] for name in targets])
         packed.update(zip(members, vectors, strict=True))
+        views.update(targets)
     return [
         packed[index] if index in packed else block.pack(values)
         for index, block in enumerate(blocks)
-    ]
+    ], views
 
 
 def lerp(

@@ -54,6 +54,7 @@ class TorchUpdate(MeanUpdate):
     """
 
     name = "torch"
+    default_lr = 1.0  # of which a schedule is a multiple; the optimizer has its own
     uses_momentum = False
 
     def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:

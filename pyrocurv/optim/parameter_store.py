@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class ParameterStore:
     """The parameters that hold the means of the blocks."""
 
     named: NamedParameters
+    _views: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +68,17 @@ class ParameterStore:
         """The blocks with copies of the parameters as their means."""
         blocks = [state.block for state in states]
         names = [name for block in blocks for name in block.tensors]
-        means = packing.pack(blocks, {name: self.named[name][0] for name in names})
-        return [state.with_mean(mean) for state, mean in zip(states, means, strict=True)]
+        means, views = packing.pack(blocks, {name: self.named[name][0] for name in names})
+        self._views.update(views)
+        return [
+            state.with_mean(mean, self._views_of(state))
+            for state, mean in zip(states, means, strict=True)
+        ]
+
+    def _views_of(self, state: BlockState) -> dict[str, Tensor] | None:
+        """Those of the mean that was copied last, if it has some."""
+        names = state.block.tensors
+        return {n: self._views[n] for n in names} if names.keys() <= self._views.keys() else None
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
@@ -82,7 +92,7 @@ class ParameterStore:
         values: dict[str, Tensor] = {}
         apply([(move.state.mean, move) for move in update.moves])
         for move in update.moves:
-            values.update(move.state.mean_views)
+            values.update(self._views_of(move.state) or move.state.mean_views)
         values = {n: v for n, v in values.items() if self.named[n][0].grad is not None}
         return lambda: self.write(values)
 

@@ -91,6 +91,7 @@ class MeanUpdate:
     """
 
     name = "natural"
+    default_lr = 0.02  # of a posterior
     uses_momentum = True  # False: the rule has a momentum of its own
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:

@@ -31,7 +31,7 @@ class Evaluation:
     loss: Tensor  # at full-data scale, in nats
     gradients: dict[str, Tensor]  # {name: gradient per datum [*shape]}; `step` empties it
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
-    nll: Tensor | None = None  # negative log likelihood per datum
+    nll: Tensor | None = None  # the loss without the KL divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,7 @@ def step(
         for dot, direction in zip(dots, directions, strict=True)
         if direction.energy_rate is not None
     )
+    _clip_momenta(directions, energy)
     moves = []
     for direction, dot in zip(directions, dots, strict=True):
         move = _move(direction, energy)
@@ -165,13 +166,23 @@ def _pushes(
     return [found.get(index) for index in range(len(posterior.blocks))]
 
 
+def _clip_momenta(directions: Sequence[Direction], energy: float) -> None:
+    """Shorten the momenta of the blocks in the trust region."""
+    clipped: dict[float | None, list[Tensor]] = {}
+    for direction in directions:
+        if direction.energy_rate is not None:
+            kl_clip = direction.state.hyperparameters.kl_clip
+            clipped.setdefault(kl_clip, []).append(direction.state.momentum)
+    for kl_clip, momenta in clipped.items():
+        clip_momentum(momenta, energy, kl_clip)
+
+
 def _move(direction: Direction, energy: float) -> Move:
-    """The move of a block; shortens it, and the momentum, where it is in the trust region."""
+    """The move of a block, shortened where it is in the trust region."""
     state, rate = direction.state, direction.rate
     if direction.energy_rate is not None:
         kl_clip = state.hyperparameters.kl_clip
         rate *= trust_region_scale(energy, kl_clip)
-        clip_momentum(state.momentum, energy, kl_clip)
     return Move(state, direction.solution, rate)
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = torch.float32, torch.float64, torch.float16, torch.bfloat16
+USUAL = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64
 
 
 @torch.no_grad()
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors; those of a usual dtype at once."""
-    usual = [x.dtype in FLOATS and x.layout == torch.strided for x in tensors]
+    usual = [x.dtype in USUAL and x.layout == torch.strided for x in tensors]
     chosen = [x for x, is_usual in zip(tensors, usual, strict=True) if is_usual]
     copied = iter(torch._foreach_mul(chosen, 1) if chosen else ())
     return [next(copied) if is_usual else x.clone()

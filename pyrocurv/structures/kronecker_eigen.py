@@ -86,7 +86,8 @@ class KroneckerEigen(Structure):
         return s < o, r < i
 
     @cached_property
-    def _transposed(self) -> tuple[Tensor, Tensor]:
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        """Uᵀ and Vᵀ."""
         return self.output_basis.mT, self.input_basis.mT
 
     @cached_property
@@ -109,24 +110,33 @@ class KroneckerEigen(Structure):
             core = core - columns + rest
         return _SpectralParts(rest, rows - rest, columns - rest, core)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no side is truncated."""
+        return not any(self._truncated)
+
+    def project(self, x: Tensor) -> Tensor:
+        """UᵀXV [..., s, r], for x [P]."""
+        return matmul(matmul(self.transposed[0], x.view(self.shape)), self.input_basis)
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
-        p = _matmul(self._transposed[0], x)
-        q = _matmul(x, self.input_basis) if self._truncated[0] else None
-        return p, _matmul(p, self.input_basis), q
+        p = matmul(self.transposed[0], x)
+        q = matmul(x, self.input_basis) if self._truncated[0] else None
+        return p, matmul(p, self.input_basis), q
 
     def _terms(
         self, parts: _SpectralParts, p: Tensor, k: Tensor, q: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """inner and outer, for rest · X + U inner + outer Vᵀ; no outer where U is complete."""
-        inner = _matmul(k * parts.core, self._transposed[1])
+        inner = matmul(k * parts.core, self.transposed[1])
         if parts.rows.numel():
             inner = torch.addcmul(inner, parts.rows, p)
         return inner, None if q is None else q * parts.columns
 
     def _factors(self, inner: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [..., O, k] and right [..., k, I], whose product is U inner + outer Vᵀ."""
-        u, v_transposed = self.output_basis, self._transposed[1]
+        u, v_transposed = self.output_basis, self.transposed[1]
         if outer is None:
             return u, inner
         if outer.dim() > u.dim():
@@ -139,7 +149,7 @@ class KroneckerEigen(Structure):
         """The matrix with the eigenvalues of `parts`, times x [..., P]."""
         matrix = x.unflatten(-1, self.shape)
         left, right = self._factors(*self._terms(parts, *self._project(matrix)))
-        product = _matmul(left, right)
+        product = matmul(left, right)
         if all(self._truncated):
             product = torch.addcmul(product, parts.rest, matrix)
         return product.reshape(x.shape)
@@ -166,17 +176,13 @@ class KroneckerEigen(Structure):
             dots = torch.addcmul(dots, parts.rest.view(square.shape), square)
             return self._add_rest_(parts, matrix, left, right).view(-1), dots
         left, right, dots = self._solution(matrix)
-        return _matmul(left, right).view(-1), dots
+        return matmul(left, right).view(-1), dots
 
     def _solution(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`_factors` of the inverse, and the part of <X, M⁻¹X> that they have, for X [..., O, I].
         """
         parts, axes = self._inverse, (-2, -1)
         p, k, q = self._project(x)
-        if not any(self._truncated):
-            scaled = k * parts.core
-            inner = _matmul(scaled, self._transposed[1])
-            return self.output_basis, inner, (k * scaled).sum(axes)
         inner, outer = self._terms(parts, p, k, q)
         dots = (p * inner).sum(axes)
         if q is not None and outer is not None:
@@ -196,8 +202,8 @@ class KroneckerEigen(Structure):
             return self._product(z, self._inverse_root)
         # no rotation into the basis first: z has the same distribution there
         scaled = z.unflatten(-1, self.shape) * self._inverse_root.core
-        half = _matmul(self.output_basis, scaled)
-        return _matmul(half, self._transposed[1]).reshape(z.shape)
+        half = matmul(self.output_basis, scaled)
+        return matmul(half, self.transposed[1]).reshape(z.shape)
 
     def rsqrt_(self, z: Tensor) -> Tensor:
         if not all(self._truncated):
@@ -309,7 +315,7 @@ class KroneckerEigen(Structure):
         return KroneckerEigen(other.output_basis, other.input_basis, spectrum)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, without the views that this takes for two batches of matrices."""
     is_batch = a.dim() == b.dim() == 3 and len(a) == len(b)
     return torch.bmm(a, b) if is_batch else a @ b
