@@ -137,7 +137,8 @@ class VIOptimizer(CurvatureOptimizer):
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
         super().__init__(
             net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
-                "lr": as_mean_update(update).default_lr if lr == AUTO else lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+                "lr": as_mean_update(update).default_lr if lr == AUTO else lr,
+                "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
                 "prior_precision": prior_precision, "temperature": temperature,
             },
         )
