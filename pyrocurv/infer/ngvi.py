@@ -166,7 +166,8 @@ class NGVI:
         self.average: bool = values.pop("average")
         self.temperature, self.kl_warmup, self.antithetic = temperature, kl_warmup, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
-        self._mean_update = as_mean_update(update, self._is_sampled_network)
+        automatic = "whitened-muon" if self._is_sampled_network else "natural"
+        self._mean_update = as_mean_update(update, automatic)
         if lr == AUTO and not self._prefers_joint:
             values["lr"] = self._mean_update.default_lr
         self.optimizer = ScheduledHyperparameters(**values)

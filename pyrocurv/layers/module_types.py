@@ -1,4 +1,4 @@
-"""Facts about the types of torch modules, which the priors of their weights depend on."""
+"""Facts about the types of torch modules, which priors and defaults depend on."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def fan_in(module: nn.Module) -> int:
         return 1
     matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
     return max(matrices, default=1)
+
+
+def has_normalization(net: nn.Module) -> bool:
+    """Whether a network has normalization layers, of torch or by the name of their class."""
+    return any(
+        isinstance(module, NORMS) or type(module).__name__.lower().endswith("norm")
+        for module in net.modules()
+    )
