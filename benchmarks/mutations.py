@@ -117,7 +117,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{NGVI}noise_comes_in_antithetic_pairs_over_the_steps"),
         ("[perturbation.mirrored() for perturbation in mirrors]", "mirrors",
          f"{NGVI}noise_comes_in_antithetic_pairs_over_the_steps"),
-        ("samples_([state.precision for state in blocks], drawn)", "drawn", f"{VI}ivon_draws_from_its_posterior"),
+        ("samples_([state.precision for state in blocks], drawn)", "drawn",
+         f"{VI}ivon_draws_from_its_posterior"),
         ("torch._foreach_mul(norms, norms)", "norms", f"{NGVI}one_step_finds_the_exact_posterior"),
     ],
     "posterior/state": [
@@ -215,7 +216,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "structures/stack": [
         ("split(counts)", "split(counts[::-1])", f"{STACK}solutions_and_samples"),
-        ("[*map(id, known)] != [*map(id, others)]", "False", f"{STACK}a_stack_follows_its_matrices"),
+        ("[*map(id, known)] != [*map(id, others)]", "False",
+         f"{STACK}a_stack_follows_its_matrices"),
     ],
     "layers/structure_spec": [
         ("self._pair[1], self._pair[0]", "self._pair", f"{LAYERS}factors_in_blocks"),
