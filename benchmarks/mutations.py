@@ -31,6 +31,8 @@ PRIOR = "tests/posterior/test_prior.py::test_"
 PRECISION = "tests/posterior/test_precision.py::test_"
 NATURAL = "tests/posterior/test_natural_gradient.py::test_"
 BLOCK = "tests/layers/test_block.py::test_"
+PACKING = "tests/layers/test_packing.py::test_"
+STACK = "tests/structures/test_stack.py::test_"
 LAYERS = "tests/layers/test_layers.py::test_"
 TOKENS = "tests/curvature/test_tokens.py::test_"
 NGVI = "tests/infer/test_ngvi.py::test_"
@@ -81,7 +83,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{NGVI}one_step_finds_the_exact_posterior"),
     ],
     "posterior/step": [
-        ("weight = 1 - state.hyperparameters.momentum", "weight = state.hyperparameters.momentum",
+        ("complete, 1 - momentum)", "complete, momentum)",
          f"{STEP}momentum_is_of_the_likelihood_gradient"),
         ("return lr / state.hyperparameters.bias_correction(step)", "return lr",
          f"{STEP}momentum_is_of_the_likelihood_gradient"),
@@ -111,12 +113,13 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{VI}an_automatic_temperature_is_by_the_likelihood"),
     ],
     "posterior/sampling": [
-        ("alpha=perturbation.sign", "alpha=1.0",
+        ("alpha=perturbations[0].sign", "alpha=1.0",
          f"{NGVI}noise_comes_in_antithetic_pairs_over_the_steps"),
         ("[perturbation.mirrored() for perturbation in mirrors]", "mirrors",
          f"{NGVI}noise_comes_in_antithetic_pairs_over_the_steps"),
-        ("state.precision.rsqrt_(z)", "z", f"{VI}ivon_draws_from_its_posterior"),
-        ("torch.dot(z, z)", "z.sum()", f"{NGVI}one_step_finds_the_exact_posterior"),
+        ("samples_([state.precision for state in blocks], drawn)", "drawn",
+         f"{VI}ivon_draws_from_its_posterior"),
+        ("torch._foreach_mul(norms, norms)", "norms", f"{NGVI}one_step_finds_the_exact_posterior"),
     ],
     "posterior/state": [
         ("return self.sign * self.direction", "return self.direction",
@@ -198,15 +201,23 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "layers/block": [
         ("torch.cat(packed)", "torch.cat(packed[::-1])", f"{CAPTURE}partitions"),
         ("start + offset)", "offset)", f"{BLOCK}strided_views"),
-        ('any(layer.orientation == "in_out"', 'any(layer.orientation == "per_unit"',
-         f"{BLOCK}lerp_of_unpacked_values"),
-        ("values[name], weight, out=", "values[name], 1 - weight, out=",
-         f"{BLOCK}lerp_of_unpacked_values"),
+        ("any(layer.is_transposed", "any(layer.is_untraced", f"{BLOCK}lerp_of_unpacked_values"),
         ("outputs, inputs = layer.out_features, layer.in_features",
          "inputs, outputs = layer.out_features, layer.in_features",
          f"{NGVI}a_wide_layer_with_few_data_is_exact"),
         ("pieces = torch.arange(sum(sizes)", "pieces = torch.zeros(sum(sizes)",
          f"{CAPTURE}positions_of_blocks_in_a_flat_vector"),
+    ],
+    "layers/packing": [
+        ("for name in targets], weight)", "for name in targets], 1 - weight)",
+         f"{BLOCK}lerp_of_unpacked_values"),
+        ("vector.storage_offset() == end and", "",
+         f"{PACKING}neighbors_in_memory_are_joined_without_a_copy"),
+    ],
+    "structures/stack": [
+        ("split(counts)", "split(counts[::-1])", f"{STACK}solutions_and_samples"),
+        ("[*map(id, known)] != [*map(id, others)]", "False",
+         f"{STACK}a_stack_follows_its_matrices"),
     ],
     "layers/structure_spec": [
         ("self._pair[1], self._pair[0]", "self._pair", f"{LAYERS}factors_in_blocks"),
