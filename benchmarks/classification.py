@@ -123,7 +123,9 @@ def ngvi_job(args: argparse.Namespace, num_data: int) -> Job:
     net = pyrocurv.nn.bayesianize(first_net(args))
     model = pyrocurv.nn.Classifier(net, num_data=num_data)
     guide = GUIDES[args.guide](model)
-    ngvi = pyrocurv.infer.NGVI(model, guide, lr=args.lr, temperature=args.temperature)
+    ngvi = pyrocurv.infer.NGVI(
+        model, guide, lr=args.lr, temperature=args.temperature, update="natural"
+    )
     schedule = CosineAnnealingLR(ngvi.optimizer, T_max=num_steps(args, num_data))
 
     def step(x: Tensor, y: Tensor) -> float:

@@ -167,7 +167,8 @@ def ngvi(
     model = Tokens(net, num_tokens // CONTEXT)
     guide = KFACGuide(model, structure={"*": KFAC(rank=RANK)})
     engine = NGVI(
-        model, guide, lr=lr, damping=damping, kl_clip=kl_clip, temperature=TEMPERATURE,
+        model, guide, lr=lr, update="natural", damping=damping, kl_clip=kl_clip,
+        temperature=TEMPERATURE,
         curvature=Curvature(  # from 8 sequences, 512 tokens
             "fisher", every=every, batch=8, initial=initial
         ),
