@@ -22,9 +22,10 @@ def fan_in(module: nn.Module) -> int:
     return max(matrices, default=1)
 
 
-def has_normalization(net: nn.Module) -> bool:
-    """Whether a network has normalization layers, of torch or by the name of their class."""
+def has_layer_norm(net: nn.Module) -> bool:
+    """Whether a network has layers as of a transformer, by their type or the name of its class."""
     return any(
-        isinstance(module, NORMS) or type(module).__name__.lower().endswith("norm")
+        isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
         for module in net.modules()
     )
