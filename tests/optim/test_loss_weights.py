@@ -184,7 +184,7 @@ def test_a_posterior_is_of_the_loss_itself(name: str) -> None:
     net, x, case, _, hessian = problem(name)
     optimizer = VIOptimizer(
         net, 100, likelihood=case.likelihood, curvature=SPEC, structure="full",
-        prior_precision=2.0,
+        prior_precision=2.0, temperature=1.0,
     )
     with optimizer.sampled_params():
         case.loss(net(x)).backward()

@@ -390,7 +390,7 @@ def test_how_large_an_outlier_among_gradients_is_makes_no_difference() -> None:
     def run(factor: float) -> Tensor:
         torch.manual_seed(0)
         net = small()
-        optimizer = SecondOrderOptimizer(net)
+        optimizer = SecondOrderOptimizer(net, update="natural")
         train(net, optimizer, 20)
         F.cross_entropy(net(torch.ones(4, 5)), torch.arange(4) % 3).backward()
         for p in net.parameters():
@@ -407,7 +407,9 @@ def test_clipped_gradients_are_what_is_stepped_from() -> None:
     def run(scale: float) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
         net, (x, y) = small(), classes()
-        optimizer = SecondOrderOptimizer(net, curvature="ggn", kl_clip=None)
+        optimizer = SecondOrderOptimizer(
+            net, curvature="ggn", update="natural", kl_clip=None
+        )
         start = flat(net)
         F.cross_entropy(net(x), y).backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), scale)
