@@ -308,7 +308,7 @@ def test_so_do_two_interrupts(name: str) -> None:
     make, stride = CASES[name]
 
     def ops(count: int) -> list[tuple[int, int]]:
-        every = min(24 * stride, count // 4)
+        every = max(1, min(24 * stride, count // 4))
         numbers = range(1, count + 1)
         return [(n, n + 1) for n in numbers if n % every == 0 or n > count - TAIL // 3]
 

@@ -37,6 +37,7 @@ from pyrocurv.infer.model_run import BatchModel
 from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.optim.mean_updates import Update, as_mean_update
+from pyrocurv.posterior.mean_update import NATURAL
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
@@ -168,6 +169,7 @@ class NGVI:
         self.on_nonfinite, self.skipped = on_nonfinite, 0
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
         self._mean_update = as_mean_update(update, automatic)
+        self._is_automatic_update = update == AUTO
         if lr == AUTO and not self._prefers_joint:
             values["lr"] = self._mean_update.default_lr
         self.optimizer = ScheduledHyperparameters(**values)
@@ -219,7 +221,7 @@ class NGVI:
               disable_autocast(like.device) as network):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             posterior = self._store.load(posterior.to(like))
-            update, auxiliary = rule.update(posterior, self._settings(), model)
+            update, auxiliary = rule.update(posterior, self._settings(rule), model)
             if not rule.is_joint:
                 self._dataset_size.note(update.posterior.blocks[0].hyperparameters.num_data)
             factor = self.optimizer.lr_factor
@@ -255,14 +257,16 @@ class NGVI:
         """Whether "auto" stands for what networks need, whose posterior is sampled."""
         return has_network(self.model) and self.num_particles != 0 and not self._prefers_joint
 
-    def _settings(self) -> StepSettings:
-        temperature = self.temperature
-        if temperature == AUTO and not self._is_sampled_network:
+    def _settings(self, rule: UpdateRule) -> StepSettings:
+        temperature, mean_update = self.temperature, self._mean_update
+        if temperature == AUTO and (rule.is_joint or not self._is_sampled_network):
             temperature = 1.0
+        if self._is_automatic_update and rule.is_joint:
+            mean_update = NATURAL
         return StepSettings(
             self.curvature, self.optimizer.param_groups[0],
             TemperatureRule(temperature, self.kl_warmup), self.num_particles,
-            self.antithetic, self.average, self._mean_update,
+            self.antithetic, self.average, mean_update,
         )
 
     # ---- watching and saving --------------------------------------------------------------------
@@ -288,7 +292,7 @@ class NGVI:
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
-                return Loss.at(*rule.negative_elbo(current, self._settings(), model))
+                return Loss.at(*rule.negative_elbo(current, self._settings(rule), model))
 
     def update_counts(self) -> dict[str, UpdateCount]:
         """How often each block's curvature was estimated, and its present interval in steps.

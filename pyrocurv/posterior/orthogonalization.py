@@ -57,7 +57,7 @@ def _polar_factor(matrix: Tensor) -> Tensor:
 def _iterate(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
-        gram = x @ x.mT
+        gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
@@ -68,12 +68,12 @@ def _through_gram(x: Tensor) -> Tensor:
     Every iterate is P X with P, and the Gram matrix P X Xᵀ P, polynomials of X Xᵀ.
     """
     a, b, c = COEFFICIENTS
-    gram = x @ x.mT
+    gram = torch.bmm(x, x.mT)
     product: Tensor | None = None
     for index in range(STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else factor @ product
+        product = factor if product is None else torch.bmm(factor, product)
         if index < STEPS - 1:
-            gram = factor @ gram @ factor
-    return x if product is None else product @ x
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return x if product is None else torch.bmm(product, x)

@@ -58,6 +58,8 @@ def apply(moves: Sequence[tuple[Tensor, Move]]) -> None:
     for rate, pairs in groups.items():
         means, vectors = zip(*pairs, strict=True)
         torch._foreach_add_(means, vectors, alpha=-rate)
+        for mean in means:  # which says that it has moved, under a `TorchDispatchMode` too
+            torch.autograd.graph.increment_version(mean)
 
 
 @dataclass(frozen=True, eq=False)

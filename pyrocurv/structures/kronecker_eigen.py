@@ -283,11 +283,24 @@ class KroneckerEigen(Structure):
 
         A is the trace of M over the outputs, for G ⊗ A that of G times A.
         """
+        if ridge not in self._whitening:
+            self._whitening[ridge] = self._whiten(ridge)
+        core, rest = self._whitening[ridge]
+        if rest is None:
+            return matmul(x, core)
+        return torch.addcmul(matmul(matmul(x, core), self.transposed[1]), rest, x)
+
+    @cached_property
+    def _whitening(self) -> dict[float, tuple[Tensor, Tensor | None]]:
+        return {}
+
+    def _whiten(self, ridge: float) -> tuple[Tensor, Tensor | None]:
+        """B and r with (A + ridge · I)^-½ = B Vᵀ + r, or B itself if V is complete."""
         root, v = (self._input_factor + ridge).rsqrt(), self.input_basis
-        rest = root[..., v.shape[-1] :].sum(-1)[..., None, None]  # 0 without truncation
-        core = v * (root[..., None, : v.shape[-1]] - rest)
-        product = (x @ core) @ v.mT
-        return torch.addcmul(product, rest, x) if self._truncated[1] else product
+        if not self._truncated[1]:
+            return (v * root.unsqueeze(-2)) @ v.mT, None
+        rest = root[..., v.shape[-1] :].unsqueeze(-2)
+        return v * (root[..., : v.shape[-1]].unsqueeze(-2) - rest), rest
 
     def change_basis(
         self, output_basis: Tensor, input_basis: Tensor,

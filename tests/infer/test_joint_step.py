@@ -442,7 +442,7 @@ def test_a_kind_is_short_for_its_curvature() -> None:
         assert torch.allclose(precision, found[0][1], rtol=1e-4, atol=1e-4)
     ngvi = NGVI(model, FullGuide(model), curvature=Curvature("hessian", every=5))
     ngvi.step(x, x.squeeze(-1))
-    assert not ngvi._rule.is_joint and ngvi.optimizer.param_groups[0]["lr"] == 0.02
+    assert not ngvi._rule.is_joint and ngvi.optimizer.param_groups[0]["lr"] == 0.03
 
 
 def test_at_the_mean_it_is_newton_and_ends_in_a_laplace_approximation() -> None:

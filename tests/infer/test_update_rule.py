@@ -127,7 +127,7 @@ def test_a_guide_called_before_ngvi_is_made_is_trained_as_it_is() -> None:
     assert math.isfinite(ngvi.step(*data())) and not ngvi._rule.is_joint
     assert layout(guide) == {**state, "temperature": guide.temperature}
     assert guide.fallback_sites == ("sigma",)
-    assert ngvi.num_particles == 1 and ngvi.optimizer.param_groups[0]["lr"] == 0.02
+    assert ngvi.num_particles == 1 and ngvi.optimizer.param_groups[0]["lr"] == 0.03
 
 
 @pytest.mark.parametrize("how", ["called", "loaded"])
