@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib"]
 PEERS = [  # what the benchmarks compare with
     "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
-    "laplace-torch", "mlxtend",
+    "laplace-torch", "mlxtend", "pytorch-optimizer", "schedulefree",
 ]
 TEST = [  # which runs the examples too
     "pytest", "pytest-xdist", "hypothesis", "curvlinops-for-pytorch", *EXAMPLES,

@@ -33,8 +33,9 @@ from tqdm import tqdm
 import pyrocurv
 from data import NAMES, Labeled, Refusal, load
 from fashion_mnist import Scores, header, line, scores
-from nets import digits_net, lenet
+from nets import digits_net
 from pyrocurv.guides import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
+from pyrocurv.nn.networks import LeNet5
 
 GUIDES = {
     "kfac": KFACGuide,
@@ -122,7 +123,9 @@ def ngvi_job(args: argparse.Namespace, num_data: int) -> Job:
     net = pyrocurv.nn.bayesianize(first_net(args))
     model = pyrocurv.nn.Classifier(net, num_data=num_data)
     guide = GUIDES[args.guide](model)
-    ngvi = pyrocurv.infer.NGVI(model, guide, lr=args.lr, temperature=args.temperature)
+    ngvi = pyrocurv.infer.NGVI(
+        model, guide, lr=args.lr, temperature=args.temperature, update="natural"
+    )
     schedule = CosineAnnealingLR(ngvi.optimizer, T_max=num_steps(args, num_data))
 
     def step(x: Tensor, y: Tensor) -> float:
@@ -147,7 +150,7 @@ def first_net(args: argparse.Namespace) -> nn.Sequential:
     if args.dataset == "digits":
         net = digits_net(small=args.guide in DENSE)
     else:
-        net = lenet(*((3, 0) if args.dataset == "cifar10" else (1, 2)))
+        net = LeNet5(channels=3, padding=0) if args.dataset == "cifar10" else LeNet5()
     return net.to(args.device)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -29,10 +30,11 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pyrocurv
-from nets import CLASSES, lenet, mlp
+from nets import CLASSES
 from pyrocurv.guides import DiagonalGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
 from pyrocurv.nn import Classifier, Regressor, bayesianize
+from pyrocurv.nn.networks import MLP, LeNet5
 from step_cost import keep_memory
 
 NUM_DATA = 1_000
@@ -69,20 +71,10 @@ def small() -> nn.Sequential:
     )
 
 
-def uci() -> nn.Sequential:
-    """One hidden layer of 50, as is usual on the UCI regressions."""
-    return nn.Sequential(nn.Linear(8, 50), nn.ReLU(), nn.Linear(50, 1))
-
-
-def tabular() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(8, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 1)
-    )
-
-
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "digits": (digits, (1, 8, 8)), "small": (small, (1, 28, 28)), "lenet": (lenet, (1, 28, 28)),
-    "uci": (uci, (8,)), "mlp": (tabular, (8,)), "wide": (mlp, (1, 28, 28)),
+    "digits": (digits, (1, 8, 8)), "small": (small, (1, 28, 28)), "lenet": (LeNet5, (1, 28, 28)),
+    "uci": (partial(MLP, 8, [50], 1), (8,)), "mlp": (partial(MLP, 8, [50, 50], 1), (8,)),
+    "wide": (MLP, (1, 28, 28)),
 }
 TARGETS = {
     ("digits", 1): 30.0, ("digits", 32): 5.0, ("digits", 256): 1.5, ("uci", 32): 30.0,

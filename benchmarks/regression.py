@@ -118,6 +118,7 @@ def ours(split: Split, seed: int, steps: int, lr: float, temperature: float | No
     model = pyrocurv.nn.Regressor(net, num_data=len(split.y))
     guide = KFACGuide(model)
     options = {"num_particles": 0} if temperature is None else {"temperature": temperature}
+    options["update"] = "natural"
     ngvi = NGVI(model, guide, lr=lr, curvature="ggn", **options)
     schedule = CosineAnnealingLR(ngvi.optimizer, T_max=steps)
     for rows in drawn(split, steps, seed):

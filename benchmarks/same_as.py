@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import inspect
 import io
 import math
 import os
@@ -57,6 +58,8 @@ GUIDES: dict[str, Any] = {
     "diag": guides.DiagonalGuide, "kfac": guides.KFACGuide, "ekfac": guides.EKFACGuide,
     "block": guides.BlockGuide, "full": guides.FullGuide,
 }
+HAS_UPDATES = "update" in inspect.signature(NGVI).parameters  # not in older commits
+NATURAL: dict[str, Any] = {"update": "natural"} if HAS_UPDATES else {}
 Data = Sequence[Tensor]
 Result = dict[str, Any]  # {column: a tensor or number, or nested lists and dicts of them}
 CASES: dict[str, Callable[[], Result]] = {}
@@ -201,7 +204,7 @@ def trained(
     nan_at: int | None = None, resume_at: int | None = None, **options: Any,
 ) -> Result:
     """By NGVI. The losses are those of the steps and, last, of all data."""
-    options = {"lr": 0.1, "temperature": 0.3, "curvature": OFTEN["fisher"], **options}
+    options = {"lr": 0.1, "temperature": 0.3, "curvature": OFTEN["fisher"], **NATURAL, **options}
 
     def start() -> list[Any]:
         pyro.clear_param_store()
@@ -422,7 +425,7 @@ def _(
 def started(temperature: float = 0.3, data: Sequence[Data] = ()) -> NGVI:
     model = classifier()
     guide = guides.KFACGuide(model)
-    ngvi = NGVI(model, guide, lr=0.1, temperature=temperature, curvature=OFTEN["ggn"])
+    ngvi = NGVI(model, guide, lr=0.1, temperature=temperature, curvature=OFTEN["ggn"], **NATURAL)
     for batch in data:
         ngvi.step(*batch)
     return ngvi
@@ -542,7 +545,8 @@ EITHER: dict[str, dict[str, Any]] = {
     "groups": {"groups": two_groups(weight_decay=0.3), "structure": "block"},
 })
 def _(**options: Any) -> Result:
-    return optimized(optim.SecondOrderOptimizer, **{"curvature": OFTEN["fisher"], **options})
+    options = {"curvature": OFTEN["fisher"], **NATURAL, **options}
+    return optimized(optim.SecondOrderOptimizer, **options)
 
 
 @cases("vi", {
@@ -554,7 +558,7 @@ def _(**options: Any) -> Result:
     "warmup, augmentation": {"kl_warmup": 9, "augmentation": 20.0, "prior_precision": 2.0},
 })
 def _(**options: Any) -> Result:
-    options = {"lr": 0.05, "temperature": 0.5, "curvature": OFTEN["fisher"], **options}
+    options = {"lr": 0.05, "temperature": 0.5, "curvature": OFTEN["fisher"], **NATURAL, **options}
     return optimized(partial(optim.VIOptimizer, num_data=N), **options)
 
 

@@ -27,7 +27,8 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from tqdm import tqdm
 
 from fashion_mnist import BATCH, VALIDATION, Labelled, batches, images
-from nets import CLASSES, lenet
+from nets import CLASSES
+from pyrocurv.nn.networks import LeNet5
 from pyrocurv.optim import SecondOrderOptimizer
 from step_cost import keep_memory
 
@@ -62,7 +63,7 @@ def run(
 ) -> list[tuple[float, float, float]]:
     """Accuracy, NLL and the seconds so far after each epoch."""
     torch.manual_seed(seed)
-    net = lenet()
+    net = LeNet5()
     optimizer = MAKERS[method](net, lr, decay)
     each = ceil(len(train[1]) / BATCH)
     schedule = CosineAnnealingLR(optimizer, EPOCHS * each)

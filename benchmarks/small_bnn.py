@@ -198,7 +198,8 @@ def ngvi(
     model = model_of(values)
     guide = make(model)
     engine = NGVI(
-        model, guide, lr=0.1, momentum=0.0, damping=0.0, kl_clip=1.0, num_particles=PARTICLES,
+        model, guide, lr=0.1, temperature=1.0, update="natural", momentum=0.0, damping=0.0,
+        kl_clip=1.0, num_particles=PARTICLES,
         curvature=Curvature("ggn", every=1, eigen_every=1, batch=POINTS, decay=0.95),
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(engine.optimizer, T_max=BLOCK_STEPS)

@@ -3,14 +3,20 @@
     python benchmarks/step_cost.py                      # LeNet-5, batch 128; about a minute
     python benchmarks/step_cost.py --net mlp --rounds 5
     python benchmarks/step_cost.py --net resnet18 --methods kfac --steps 20 --rounds 5
+    python benchmarks/step_cost.py --dispatches         # counts, of all three networks; seconds
 
 All methods take turns in one process on one thread: in each round a block of steps of each, whole
 cycles of the curvature (`every=20`), and each block's CPU time is divided by that of Adam's block
 in the same round, so that a loaded machine slows both sides of a ratio alike. "x Adam" is the
 median over the rounds; "sum" is the ratio of all time, in which the eigendecompositions (every 200
 steps) have their due weight. NGVI runs with the library's defaults and temperature 0.1, on noisy
-blobs that can be learnt but not by heart. Then the parts of an NGVI step. A missed target fails
-nothing.
+blobs that can be learnt but not by heart. Then the parts of an NGVI step.
+
+A GPU waits for the launches, not for the arithmetic, of a small network. `--dispatches` counts the
+operations that PyTorch dispatches in a quiet step, one in which no curvature is due, by a
+`TorchDispatchMode`. Adam is the one for GPUs, `foreach=True`. Counted is the mean of two steps, as
+antithetic samples are drawn in every second one; "views" are the operations that launch nothing. A
+missed target fails nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +33,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrocurv
 from nets import BATCH, CLASSES, IMAGES, NETS
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
-from pyrocurv.optim import SecondOrderOptimizer
+from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
 
 try:
     from ivon import IVON
@@ -42,10 +49,15 @@ except ImportError:
 NUM_DATA = 12_800
 CYCLE = 20  # steps from one curvature estimate to the next
 GUIDES = {"kfac": KFACGuide, "ekfac": EKFACGuide, "diagonal": DiagonalGuide}
-METHODS = ("adam", "sgd", *GUIDES, "second-order", "ivon")
+METHODS = ("adam", "sgd", *GUIDES, "second-order", "vi", "ivon")
 TARGETS = {
     "lenet": {"kfac": 1.25, "diagonal": 1.15, "second-order": 1.2}, "mlp": {"kfac": 1.8},
     "resnet18": {"kfac": 1.5},
+}
+DISPATCH_TARGETS = {"lenet": 2.0, "resnet18": 1.6}
+VIEWS = {
+    "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "t", "unbind",
+    "split_with_sizes", "squeeze", "transpose", "unsqueeze", "view", "_unsafe_view",
 }
 PARTS = ("sample", "forward + backward", "curvature", "update, rest")
 
@@ -102,6 +114,18 @@ def ivon_step(net: nn.Module) -> Step:
     return step
 
 
+def vi_step(net: nn.Module) -> Step:
+    optimizer = VIOptimizer(net, num_data=NUM_DATA, temperature=0.1)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with optimizer.sampled_params():
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
 def make_step(method: str, net: nn.Module) -> Step:
     if method in GUIDES:
         model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(net), num_data=NUM_DATA)
@@ -110,6 +134,8 @@ def make_step(method: str, net: nn.Module) -> Step:
         return ivon_step(net)
     if method == "second-order":
         return torch_step(net, SecondOrderOptimizer(net))
+    if method == "vi":
+        return vi_step(net)
     if method == "adam":
         return torch_step(net, torch.optim.Adam(net.parameters()))
     return torch_step(net, torch.optim.SGD(net.parameters(), lr=0.01))
@@ -219,6 +245,54 @@ def shares(steps: dict[str, Step], source: Iterator[Batch], count: int) -> str:
     return "\n".join(lines)
 
 
+class DispatchCounter(TorchDispatchMode):
+    """Counts the operations inside by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace != "profiler":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_dispatches(step: Step, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """The mean number of operations of two quiet steps, and how many of them are views."""
+    for _ in range(3):
+        step(x, y)  # the first has a curvature, the second a sample, the third its mirror
+    with DispatchCounter() as counter:
+        for _ in range(2):
+            step(x, y)
+    views = sum(count for name, count in counter.counts.items() if name in VIEWS)
+    return counter.counts.total() / 2, views / 2
+
+
+def dispatches(name: str, methods: Sequence[str]) -> str:
+    """A table of the counts of all methods; they do not depend on the size of the batch."""
+    x, y = torch.randn(4, *IMAGES[name]), torch.randint(CLASSES, (4,))
+    torch.manual_seed(0)
+    nets = {method: NETS[name]() for method in methods}
+    steps = {method: make_step(method, net) for method, net in nets.items() if method != "adam"}
+    steps["adam"] = torch_step(
+        nets["adam"], torch.optim.Adam(nets["adam"].parameters(), foreach=True)
+    )
+    counts = {method: count_dispatches(steps[method], x, y) for method in methods}
+    lines = [f"{name:<14}{'dispatches':>12}{'x Adam':>9}{'views':>9}{'launches':>10}  target"]
+    for method, (count, views) in counts.items():
+        target = "" if method != "kfac" or name not in DISPATCH_TARGETS else (
+            f"<= {DISPATCH_TARGETS[name]:.2f}"
+        )
+        lines.append(
+            f"{method:<14}{count:>12.1f}{count / counts['adam'][0]:>9.2f}{views:>9.1f}"
+            f"{count - views:>10.1f}  {target}".rstrip()
+        )
+    return "\n".join(lines)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -227,7 +301,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=10)
     add("--steps", type=int, default=2 * CYCLE, help=f"of a block, a multiple of {CYCLE}")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
-    add("--net", choices=NETS, default="lenet")
+    add("--net", choices=NETS, help="by default lenet")
+    add("--dispatches", action="store_true", help="count operations; of all networks by default")
     add("--batch", type=int, help="by default 32 for resnet18, 128 for the others")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.steps < 1 or args.steps % CYCLE:
@@ -244,6 +319,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "ivon" in wanted and IVON is None:
         print("ivon is missing: pip install ivon-opt")
         wanted.remove("ivon")
+    if args.dispatches:
+        for name in [args.net] if args.net else NETS:
+            print(dispatches(name, wanted), flush=True)
+        return
+    args.net = args.net or "lenet"
     steps = {method: make_step(method, NETS[args.net]()) for method in wanted}
     batch = args.batch or BATCH[args.net]
     source = batches(*blobs(IMAGES[args.net]), batch)

@@ -47,6 +47,7 @@ import pyrocurv
 from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI
+from pyrocurv.nn.networks import GPT
 from step_cost import CYCLE, keep_memory, measure, table
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -109,46 +110,6 @@ def batches(text: Tensor, steps: int, seed: int) -> Iterator[Batch]:
 # ---- network and model --------------------------------------------------------------------------
 
 
-class Layer(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x))."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (
-            part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T, width/heads]
-            for part in (self.q, self.k, self.v)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.o(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """Characters [B, T] -> logits of the next [B, T, V]."""
-
-    def __init__(self, width: int = 128, heads: int = 4, layers: int = 2) -> None:
-        super().__init__()
-        self.token = nn.Embedding(len(ALPHABET), width)
-        self.place = nn.Embedding(CONTEXT, width)
-        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
-        for embedding in (self.token, self.place):
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.token(x) + self.place.weight[: x.shape[1]]
-        for layer in self.layers:
-            h = layer(h)
-        return self.head(self.norm(h))
-
-
 class Tokens(PyroModule):
     """Every token is an example: two plates, whose sizes multiply to N."""
 
@@ -183,7 +144,7 @@ def falling(total: int) -> Callable[[int], float]:
 
 
 def adamw(lr: float, num_tokens: int, total: int, beta2: float = 0.999) -> Method:
-    net = GPT()
+    net = GPT(len(ALPHABET), CONTEXT)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, beta2))
     schedule = LambdaLR(optimizer, falling(total))
 
@@ -202,11 +163,12 @@ def ngvi(
     lr: float, num_tokens: int, total: int, damping: float = 3e-5, kl_clip: float = 0.1,
     initial: float = 0.1, every: int = 10,
 ) -> Method:
-    net = pyrocurv.nn.bayesianize(GPT(), layers=[nn.Linear])
+    net = pyrocurv.nn.bayesianize(GPT(len(ALPHABET), CONTEXT), layers=[nn.Linear])
     model = Tokens(net, num_tokens // CONTEXT)
     guide = KFACGuide(model, structure={"*": KFAC(rank=RANK)})
     engine = NGVI(
-        model, guide, lr=lr, damping=damping, kl_clip=kl_clip, temperature=TEMPERATURE,
+        model, guide, lr=lr, update="natural", damping=damping, kl_clip=kl_clip,
+        temperature=TEMPERATURE,
         curvature=Curvature(  # from 8 sequences, 512 tokens
             "fisher", every=every, batch=8, initial=initial
         ),

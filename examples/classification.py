@@ -64,7 +64,7 @@ def ngvi_probs(batches: list[Labeled], x_test: Tensor, num_data: int, num_sample
     net = pyrocurv.nn.bayesianize(make_net())
     model = pyrocurv.nn.Classifier(net, num_data=num_data)
     guide = KFACGuide(model)
-    ngvi = NGVI(model, guide, lr=0.05, temperature=0.01)
+    ngvi = NGVI(model, guide)
     schedule = CosineAnnealingLR(ngvi.optimizer, T_max=len(batches))
     for x, y in tqdm(batches, "NGVI", disable=None):
         ngvi.step(x, y)

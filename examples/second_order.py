@@ -29,7 +29,7 @@ from pyrocurv.optim import SecondOrderOptimizer
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9),
     "Adam": lambda net: torch.optim.Adam(net.parameters(), lr=1e-2),
-    "second order": lambda net: SecondOrderOptimizer(net, lr=0.1),
+    "second order": lambda net: SecondOrderOptimizer(net),
 }
 BATCH = 50
 Curve = list[tuple[float, float]]  # seconds of training and accuracy after each epoch

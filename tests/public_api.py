@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyrocurv import curvature, guides, infer, optim, plots, structures
 from pyrocurv import nn as models
 from pyrocurv.curvature import KFAC, Curvature
+from pyrocurv.nn import networks
 
 matplotlib.use("Agg")
 X, Y = torch.linspace(-1, 2, 12).reshape(6, 2).sin(), torch.arange(6) % 3
@@ -150,6 +151,27 @@ def _() -> Scene:
     model = classifier()
     arguments = {"model": model, "site": "net.0.weight", "factor": torch.tensor(0.5)}
     return Scene(models.rescale_prior, arguments, [model])
+
+
+@scene("nn.networks.LeNet5")
+def _() -> Scene:
+    return Scene(networks.LeNet5, {"channels": 1, "classes": 3, "padding": 2})
+
+
+@scene("nn.networks.MLP")
+def _() -> Scene:
+    return Scene(networks.MLP, {"inputs": 2, "hidden": [4, 3], "outputs": 3})
+
+
+@scene("nn.networks.ResNet")
+def _() -> Scene:
+    return Scene(networks.ResNet, {"channels": 1, "classes": 3, "widths": [2, 4]})
+
+
+@scene("nn.networks.GPT")
+def _() -> Scene:
+    arguments = {"vocabulary": 5, "context": 6, "width": 8, "heads": 2, "layers": 1}
+    return Scene(networks.GPT, arguments)
 
 
 WORDS = ("site 'obs'", "targets", "classes", "argument [01]", "logits", "means",

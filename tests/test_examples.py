@@ -19,6 +19,7 @@ import torch
 import classification
 import data
 import digits
+import optimizers
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "method seed accuracy NLL ECE Brier AUROC train s"
@@ -270,3 +271,43 @@ def test_digits_are_split_alike_every_time_and_unseen_ones_have_their_range() ->
     assert first.unseen.shape[1:] == first.train[0].shape[1:]
     x = first.train[0]
     assert x.min() - 1e-5 <= first.unseen.min() and first.unseen.max() <= x.max() + 1e-5
+
+
+def test_the_comparison_of_optimizers_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.jsonl"
+    monkeypatch.setattr(optimizers, "TEST_SEEDS", (1,))
+    smoke = ["--smoke", "--out", str(file), "--tasks"]
+    optimizers.main([*smoke, "gpt-500", "--methods", "ngvi"])
+    first = file.read_text()
+    optimizers.main([*smoke, "mlp", "gpt-500", "--methods", "adamw"])
+    optimizers.main([*smoke, "gpt-500", "--methods", "ngvi"])
+    assert file.read_text().startswith(first)
+    records = optimizers.read(file)
+    assert [(record["task"], record["method"], record["kind"]) for record in records] == [
+        ("gpt-500", "ngvi", "grid"), ("gpt-500", "ngvi", "test"), ("gpt", "ngvi", "cost"),
+        ("mlp", "adamw", "grid"), ("mlp", "adamw", "test"), ("mlp", "adamw", "cost"),
+        ("gpt-500", "adamw", "grid"), ("gpt-500", "adamw", "test"), ("gpt", "adamw", "cost"),
+    ]
+    capsys.readouterr()
+    optimizers.main(["--report", "--out", str(file)])
+    tables = capsys.readouterr().out
+    nll = records[0]["val"]["end"]["samples"]["NLL"]
+    assert "| ngvi, samples | 0.02 |" in tables and f"{nll:.4f}" in tables
+
+
+def test_muon_sees_a_convolution_as_a_matrix() -> None:
+    """torch's Muon, on a matrix of its own, gives the same weights up to its bfloat16."""
+    layer = torch.nn.Conv2d(4, 3, 2)
+    matrix = torch.nn.Parameter(layer.weight.detach().flatten(1).clone())
+    ours = optimizers.MatrixMuon([layer.weight], lr=0.1)
+    theirs = torch.optim.Muon([matrix], lr=0.1)
+    start = matrix.detach().clone()
+    for _ in range(2):
+        layer.weight.grad = torch.randn(3, 4, 2, 2)
+        matrix.grad = layer.weight.grad.flatten(1)
+        ours.step()
+        theirs.step()
+    moved = layer.weight.detach().flatten(1) - start
+    assert torch.dist(moved, matrix.detach() - start) < 0.02 * moved.norm()

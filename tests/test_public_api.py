@@ -31,6 +31,7 @@ from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.runtime.validation import is_out_of_memory
 
 ROOMS = ("curvature", "guides", "infer", "nn", "optim", "plots", "structures")
+MODULES = (*ROOMS, "nn.networks")
 PACKAGE = str(Path(pyrocurv.__file__).parent)
 CLEAR = (ValueError, TypeError, FloatingPointError)  # the exact types
 CONSTANTS = {"nn.LAYERS", "nn.RECURRENT"}
@@ -248,7 +249,8 @@ def test_nothing_is_corrupted_and_errors_are_clear(room: str) -> None:
 
 def test_every_public_name_has_a_scene() -> None:
     public = {
-        f"{room}.{name}" for room in ROOMS for name in import_module(f"pyrocurv.{room}").__all__
+        f"{module}.{name}" for module in MODULES
+        for name in import_module(f"pyrocurv.{module}").__all__
     }
     assert public - CONSTANTS <= {*SCENES}
 

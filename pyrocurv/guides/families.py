@@ -7,6 +7,7 @@ parameter store has of them stays one posterior.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -23,6 +24,11 @@ from pyrocurv.structures import Dense, Diagonal, KroneckerEigen, Rescaled, Struc
 from pyrocurv.structures.eigenspaces import outer
 from pyrocurv.structures.linalg import at_least_single, scale_tril
 
+# of each family that has been trained, see `Family.mean_and_views`; in no copy of it
+_means: weakref.WeakKeyDictionary[Family, tuple[Tensor, dict[str, Tensor] | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
 
 class Family(PyroModule):
     """N(loc, precision⁻¹) over the packed weights [P] of a block."""
@@ -36,6 +42,17 @@ class Family(PyroModule):
     def raw_loc(self) -> Tensor:
         """The parameter behind `loc`, to be read and written in place."""
         return self._parameters["loc_unconstrained"]  # a PyroModule's attributes are slow
+
+    def mean_and_views(self) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """The memory of `raw_loc` [P] without gradients, and {name: view [*shape]} if it has such.
+        """
+        raw, known = self.raw_loc, _means.get(self)
+        if known is None or known[0].data_ptr() != raw.data_ptr() or known[0].shape != raw.shape:
+            with torch.inference_mode(False), torch.no_grad():
+                mean = raw.detach()
+                views = self.block.strided_views(mean) if self.block.has_views else None
+                known = _means[self] = mean, views
+        return known
 
     def distribution(self) -> Distribution:
         """The Gaussian, differentiable in the parameters."""

@@ -20,7 +20,7 @@ from pyrocurv.posterior.joint_update import init_joint
 from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, PriorCache, PriorSite
 from pyrocurv.posterior.state import Posterior
-from pyrocurv.posterior.step import Update, average_weight
+from pyrocurv.posterior.step import Update, apply, average_weight
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
@@ -109,7 +109,7 @@ class GuideStore:
         pairs = zip(posterior.blocks, self.guide.blocks, strict=True)
         return replace(posterior, blocks=tuple(
             state if state.averaged_precision is not None
-            else replace(state, mean=family.raw_loc.detach())
+            else state.with_mean(*family.mean_and_views())
             for state, family in pairs
         ))
 
@@ -135,17 +135,18 @@ class GuideStore:
         ]
         weight = average_weight(update.before.step)
         versions = [family.raw_loc._version for family in families]
-        moves = [*zip(update.moves, families, encoded, versions, strict=True)]
 
         @torch.no_grad()
         def write() -> None:
-            for move, family, values, version in moves:
-                if family.raw_loc._version == version:  # not moved yet
-                    if move.state.averaged_precision is None:
-                        move.moved(family.raw_loc)
-                    else:
-                        family.raw_loc.lerp_(move.state.mean, weight)
-                family.write(values)
+            pairs = zip(families, update.moves, versions, strict=True)
+            still = [(f.raw_loc, move) for f, move, v in pairs if f.raw_loc._version == v]
+            for mean, move in still:
+                if move.state.averaged_precision is not None:
+                    mean.lerp_(move.state.mean, weight)
+            apply([(mean, m) for mean, m in still if m.state.averaged_precision is None])
+            for family, values in zip(families, encoded, strict=True):
+                if values:
+                    family.write(values)
 
         return write
 

@@ -7,7 +7,7 @@ The KL divergence is exact in the sampled weights; its gradient enters the step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,8 +74,7 @@ class Sample:
 
     def loss(self) -> Tensor:
         """N nll + T (log q - log p), in nats."""
-        weights = {name: weight.detach() for name, weight in self.run.weights.items()}
-        divergence = estimate_kl(self.posterior.blocks, weights, self.perturbations)
+        divergence = estimate_kl(self.posterior.blocks, self.run.weights, self.perturbations)
         return self.nll.detach() + self.temperature * divergence
 
 
@@ -105,7 +104,9 @@ class SampleSums:
 
     def __init__(self, spec: Curvature, count: int) -> None:
         self._spec, self._count = spec, count
-        self.loss = self.nll = torch.zeros(())  # at full-data scale; per datum
+        self.losses: list[Tensor] = []  # at full-data scale
+        self.nlls: list[Tensor] = []
+        self.num_data = 0.0
         self.weights: dict[str, Tensor] = {}  # means per datum
         self.price: dict[str, Tensor] = {}  # means of Λ ε ∘ g, by block
         self.auxiliary: list[AuxiliaryParameter] = []
@@ -132,8 +133,9 @@ class SampleSums:
             parameter._replace(gradient=_sum(before.get(parameter.name), parameter.gradient))
             for parameter in run.auxiliary(computed[len(weights):])
         ]
-        self.loss = self.loss.to(sample.nll) + sample.loss()
-        self.nll = self.nll.to(sample.nll) + sample.nll.detach() / run.num_data
+        self.losses.append(sample.loss())
+        self.nlls.append(sample.nll.detach())
+        self.num_data = run.num_data
         self.batch_fraction = sample.batch_fraction
 
     def _add_price(self, sample: Sample, weights: Mapping[str, Tensor]) -> None:
@@ -146,6 +148,11 @@ class SampleSums:
             blocks = sample.posterior.blocks
             for name, value in price_estimates(self._spec, blocks, epsilons, weights).items():
                 self.price[name] = self.price[name] + value if name in self.price else value
+
+
+def mean(values: Sequence[Tensor]) -> Tensor:
+    """The mean of scalars, of one itself."""
+    return values[0] if len(values) == 1 else torch.stack([*values]).mean()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -191,12 +198,12 @@ class LayerwiseRule:
             updated = refresh(spec, updated, sums.batch_fraction)
         updated = update_from_sample_gradients(spec, updated, sums.price, sums.batch_fraction)
         evaluation = Evaluation(
-            updated.with_mirrors(sampler.mirrors), sums.loss / count, sums.weights,
-            [parameter.gradient for parameter in sums.auxiliary], sums.nll / count,
+            updated.with_mirrors(sampler.mirrors), mean(sums.losses), sums.weights,
+            [parameter.gradient for parameter in sums.auxiliary], mean(sums.nlls),
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
         seen = update.posterior.temperature.after(
-            sample.temperature, update.nll, sums.batch_fraction
+            sample.temperature, update.nll / sums.num_data, sums.batch_fraction
         )
         after = replace(update.posterior, temperature=seen)
         return replace(update, posterior=after), sums.auxiliary

@@ -228,9 +228,11 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
-def require_grad(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as leaves of a graph."""
-    return {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+def require_grad(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights themselves, which nothing else uses, as leaves of a graph."""
+    for weight in weights.values():
+        weight.requires_grad_()
+    return weights
 
 
 def setup_guide(guide: StructuredGuide, args: Any, kwargs: Any) -> None:

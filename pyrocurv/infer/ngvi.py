@@ -58,8 +58,9 @@ class NGVI:
         model: a Pyro model. The number of data N is the full size of the plate around its observed
             site; an additional `poutine.scale` tempers the likelihood.
         guide: one of `pyrocurv.guides`, made for the model.
-        lr: learning rate of the mean. 0.02 suits batches of 128 and a thousand steps or more;
-            smaller batches need a smaller one, shorter runs a larger one.
+        lr: learning rate of the mean, best with a schedule on `.optimizer` that lowers it to 0.
+            "auto" suits batches of 128 and a thousand steps: 0.02, or 0.03 for "whitened-muon" and
+            0.003 for "soap".
         momentum: β of the running average of gradients.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which underfits networks with
@@ -78,8 +79,7 @@ class NGVI:
         update: how the mean moves: "natural", in the trust region of `kl_clip`; "whitened-muon" and
             "muon", the orthogonalized momentum of each weight matrix with and without whitening by
             the input factor of its curvature, and Adam at a tenth of `lr` for other tensors;
-            "soap", Adam in the eigenbasis of the curvature's factors, at the learning rates of Adam
-            (0.003); or a callable from parameters
+            "soap", Adam in the eigenbasis of the curvature's factors; or a callable from parameters
             (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
             own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
             the gradient of the tempered objective and end at the same posterior. "auto" is
@@ -94,10 +94,10 @@ class NGVI:
             "skip" the step and count it in `.skipped`. Either way posterior, momentum and random
             numbers stay unchanged.
 
-    "auto" stands for lr 0.02, momentum 0.9, damping 0.003, kl_clip 0.001, one
-    sample and no average for networks; the first step is taken at the mean. A `FullGuide` with
-    curvature="hessian", and a `DiagonalGuide` of a model without a network, have one Gaussian over
-    all latents in unconstrained space, trained by the Hessian of the log joint: lr 0.3, kl_clip 1,
+    "auto" stands for momentum 0.9, damping 0.003, kl_clip 0.001, one sample and no average for
+    networks; the first step is taken at the mean. A `FullGuide` with curvature="hessian", and a
+    `DiagonalGuide` of a model without a network, have one Gaussian over all latents in
+    unconstrained space, trained by the Hessian of the log joint: lr 0.3, kl_clip 1,
     8 samples, averaged, and the precision moves 0.3 of the way, or 1 - decay of
     `Curvature("hessian", decay=...)`; 0.1 and 32 samples if a latent is constrained, as scales are.
     Momentum and damping are not used there. Other arguments of `Curvature`, such as `every`, belong
@@ -166,8 +166,11 @@ class NGVI:
         self.average: bool = values.pop("average")
         self.temperature, self.kl_warmup, self.antithetic = temperature, kl_warmup, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
+        automatic = "whitened-muon" if self._is_sampled_network else "natural"
+        self._mean_update = as_mean_update(update, automatic)
+        if lr == AUTO and not self._prefers_joint:
+            values["lr"] = self._mean_update.default_lr
         self.optimizer = ScheduledHyperparameters(**values)
-        self._mean_update = as_mean_update(update, self._is_sampled_network)
         self._auxiliary = auxiliary_optimizer(optim)
         self._stream = RandomStream()
         self._store = GuideStore(guide)
@@ -258,7 +261,7 @@ class NGVI:
             temperature = 1.0
         return StepSettings(
             self.curvature, self.optimizer.param_groups[0],
-            TemperatureRule(temperature, self._store.blocks, self.kl_warmup), self.num_particles,
+            TemperatureRule(temperature, self.kl_warmup), self.num_particles,
             self.antithetic, self.average, self._mean_update,
         )
 

@@ -76,16 +76,6 @@ class Block:
         packed = [layer.pack(values) for layer in self.layers]
         return packed[0] if len(packed) == 1 else torch.cat(packed)
 
-    def lerp(self, packed: Tensor, values: Mapping[str, Tensor], weight: float) -> Tensor:
-        """packed + weight · (values - packed) [P], without packing the values first."""
-        if self._strides is None or not packed.is_contiguous():
-            return torch.lerp(packed, self.pack(values), weight)
-        result = torch.empty_like(packed)
-        old, new = self.strided_views(packed), self.strided_views(result)
-        for name in self.tensors:
-            torch.lerp(old[name], values[name], weight, out=new[name])
-        return result
-
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """[..., P] -> {name: [..., *shape]}, contiguous."""
         return {name: view.contiguous() for name, view in self.views(packed).items()}
@@ -105,6 +95,11 @@ class Block:
             name: packed.as_strided(shape, stride, start + offset)
             for name, (shape, stride, offset) in self._strides.items()
         }
+
+    @property
+    def has_views(self) -> bool:
+        """Whether all tensors are views of a contiguous vector [P]."""
+        return self._strides is not None
 
     @cached_property
     def _strides(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] | None:

@@ -1,4 +1,4 @@
-"""Facts about the types of torch modules, which the priors of their weights depend on."""
+"""Facts about the types of torch modules, which priors and defaults depend on."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def fan_in(module: nn.Module) -> int:
         return 1
     matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
     return max(matrices, default=1)
+
+
+def has_layer_norm(net: nn.Module) -> bool:
+    """Whether a network has layers as of a transformer, by their type or the name of its class."""
+    return any(
+        isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+        or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+        for module in net.modules()
+    )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -75,8 +76,8 @@ class AuxiliaryOptimizer:
         """In one synchronization."""
         states = [value for x in moved for value in optimizer.state.get(x, {}).values()]
         tensors = [x for x in states if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
-        sums = [x.detach().sum().to(moved[0]) for x in (*moved, *tensors)]
-        if sums and not bool(torch.isfinite(torch.stack(sums)).all()):
+        largest = magnitudes([*moved, *tensors], moved[0]) if moved else []
+        if largest and not bool(torch.isfinite(torch.stack(largest)).all()):
             raise FloatingPointError(
                 f"a parameter of {type(optimizer).__name__}, or its state, would not be finite: "
                 "the learning rate or a gradient is too large"
@@ -139,7 +140,8 @@ class AuxiliaryOptimizer:
         if self._optimizer is None:
             make = self._make
             self._optimizer = (
-                make(tensors) if make else torch.optim.Adam([{"params": tensors, **options}])
+                make(tensors) if make
+                else torch.optim.Adam([{"params": tensors, **options}], foreach=True)
             )
         else:
             self._optimizer.add_param_group({"params": tensors, **options})

@@ -19,14 +19,14 @@ UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdat
 Update = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def as_mean_update(update: Update, is_network: bool = True) -> MeanUpdate:
-    """The rule of that name, or of the optimizer that a callable makes.
+def as_mean_update(update: Update, automatic: str = "whitened-muon") -> MeanUpdate:
+    """The rule of that name, `automatic` for "auto", or of the optimizer that a callable makes.
 
     Raises ValueError for an unknown name, TypeError for anything else.
     """
     names = ", ".join(map(repr, (AUTO, *UPDATES)))
     if isinstance(update, str):
-        name = ("whitened-muon" if is_network else "natural") if update == AUTO else update
+        name = automatic if update == AUTO else update
         if name not in UPDATES:
             raise ValueError(
                 f"update={update!r}: choose {names}, or a callable from parameters to a "
@@ -54,6 +54,7 @@ class TorchUpdate(MeanUpdate):
     """
 
     name = "torch"
+    default_lr = 1.0  # of which a schedule is a multiple; the optimizer has its own
     uses_momentum = False
 
     def __init__(self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:

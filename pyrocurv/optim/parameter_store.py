@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyrocurv.layers import packing
 from pyrocurv.layers.block import Block
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.state import BlockState, Posterior
-from pyrocurv.posterior.step import Update
+from pyrocurv.posterior.step import Update, apply
 from pyrocurv.runtime.undo import complete
 
 Group = dict[str, Any]
@@ -42,6 +43,7 @@ class ParameterStore:
     """The parameters that hold the means of the blocks."""
 
     named: NamedParameters
+    _views: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -59,20 +61,38 @@ class ParameterStore:
 
     def load(self, posterior: Posterior) -> Posterior:
         """The posterior with copies of the parameters as its means."""
-        return posterior.map_blocks(lambda state: replace(state, mean=self.read(state.block)))
+        return replace(posterior, blocks=tuple(self.with_means(posterior.blocks)))
+
+    @torch.no_grad()
+    def with_means(self, states: Sequence[BlockState]) -> list[BlockState]:
+        """The blocks with copies of the parameters as their means."""
+        blocks = [state.block for state in states]
+        names = [name for block in blocks for name in block.tensors]
+        means, views = packing.pack(blocks, {name: self.named[name][0] for name in names})
+        self._views.update(views)
+        return [
+            state.with_mean(mean, self._views_of(state))
+            for state, mean in zip(states, means, strict=True)
+        ]
+
+    def _views_of(self, state: BlockState) -> dict[str, Tensor] | None:
+        """Those of the mean that was copied last, if it has some."""
+        names = state.block.tensors
+        return {n: self._views[n] for n in names} if names.keys() <= self._views.keys() else None
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Copy {name: value} into the parameters."""
-        for name, value in values.items():
-            self.named[name][0].copy_(value)
+        if values:
+            torch._foreach_copy_([self.named[name][0] for name in values], [*values.values()])
 
     @torch.no_grad()
     def prepare(self, update: Update) -> Callable[[], None]:
         """A function that moves the parameters that have a gradient, in place."""
         values: dict[str, Tensor] = {}
+        apply([(move.state.mean, move) for move in update.moves])
         for move in update.moves:
-            values.update(move.state.block.strided_views(move.moved(move.state.mean)))
+            values.update(self._views_of(move.state) or move.state.mean_views)
         values = {n: v for n, v in values.items() if self.named[n][0].grad is not None}
         return lambda: self.write(values)
 
@@ -91,12 +111,11 @@ class ParameterStore:
         return parameters
 
     @contextmanager
-    def restoring(self, blocks: Iterable[BlockState]) -> Iterator[None]:
-        """Put the parameters of the blocks back at the end, bit for bit."""
-        names = [name for state in blocks for name in state.block.tensors]
-        saved = {name: self.named[name][0].detach().clone() for name in names}
+    def restoring(self, states: Iterable[BlockState]) -> Iterator[None]:
+        """Write the means of the blocks into their parameters at the end, bit for bit."""
+        views = {n: view for state in states for n, view in state.mean_views.items()}
         try:
             yield
         finally:
-            complete(lambda: self.write(saved))
+            complete(lambda: self.write(views))
             torch.clear_autocast_cache()

@@ -53,9 +53,9 @@ class Sample:
     @contextmanager
     def use_mean(self) -> Iterator[None]:
         """With the means in the parameters, and the sample again afterwards."""
-        with self.store.restoring(self.means):
+        with self.store.restoring(self.store.with_means(self.means)):
             for state in self.means:
-                self.store.write(state.block.strided_views(state.mean))
+                self.store.write(state.mean_views)
             torch.clear_autocast_cache()
             yield
 
@@ -137,7 +137,7 @@ def at_sample(
     if not perturbations:
         yield ()
         return
-    moved = [replace(state, mean=store.read(state.block)) for state in blocks]
+    moved = store.with_means(blocks)
     with store.restoring(moved):
         store.write(perturbed_weights(moved, perturbations))
         torch.clear_autocast_cache()

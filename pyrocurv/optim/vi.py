@@ -19,7 +19,7 @@ from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
-from pyrocurv.optim.mean_updates import Update
+from pyrocurv.optim.mean_updates import Update, as_mean_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
@@ -65,7 +65,7 @@ class VIOptimizer(CurvatureOptimizer):
             posterior.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
-        lr: learning rate of the mean.
+        lr: learning rate of the mean; "auto" as for `NGVI`.
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
         prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
@@ -112,7 +112,7 @@ class VIOptimizer(CurvatureOptimizer):
         self,
         net: nn.Module,
         num_data: int,
-        lr: float = 0.02,
+        lr: float | str = AUTO,
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
@@ -137,7 +137,8 @@ class VIOptimizer(CurvatureOptimizer):
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
         super().__init__(
             net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
-                "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+                "lr": as_mean_update(update).default_lr if lr == AUTO else lr,
+                "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
                 "prior_precision": prior_precision, "temperature": temperature,
             },
         )
@@ -279,7 +280,7 @@ class VIOptimizer(CurvatureOptimizer):
         return self.num_data * self.augmentation
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
-        rule = TemperatureRule(group["temperature"], layout.blocks, self.kl_warmup)
+        rule = TemperatureRule(group["temperature"], self.kl_warmup)
         temperature = rule(self._num_data, self._posterior.temperature, self._posterior.step)
         return Hyperparameters.of(group, self._num_data, temperature)
 

@@ -45,6 +45,7 @@ class SoapUpdate(MeanUpdate):
     """Adam in the eigenbasis of the curvature's factors, and plain Adam for other structures."""
 
     name = "soap"
+    default_lr = 0.003
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
         return [_soap_direction(push) for push in pushes]

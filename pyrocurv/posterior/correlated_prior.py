@@ -68,8 +68,8 @@ class CorrelatedPrior:
         return CorrelatedPrior(self.loc, self.precision.scale(1 / self.power))
 
     @property
-    def is_uniform(self) -> bool:
-        """Whether all weights have the same prior, independently."""
+    def is_centered(self) -> bool:
+        """Whether all weights have the same prior N(0, 1/δ)."""
         return False
 
     @property

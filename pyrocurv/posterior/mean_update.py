@@ -26,6 +26,7 @@ from pyrocurv.posterior.natural_gradient import regularized_gradient
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.structures import LazySolution
+from pyrocurv.structures.stack import solutions
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +91,18 @@ class MeanUpdate:
     """
 
     name = "natural"
+    default_lr = 0.02  # of a posterior
     uses_momentum = True  # False: the rule has a momentum of its own
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
         """The direction of each block; nothing is changed that `keep` does not keep."""
-        return [natural_direction(push) for push in pushes]
+        add_priors(pushes)
+        solved = solutions(
+            [push.state.preconditioner for push in pushes],
+            [push.scaled_gradient for push in pushes],
+        )
+        pairs = zip(pushes, solved, strict=True)
+        return [natural_direction(push, solution) for push, solution in pairs]
 
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what `directions` changes."""
@@ -110,8 +118,24 @@ class MeanUpdate:
 NATURAL = MeanUpdate()
 
 
-def natural_direction(push: Push) -> Direction:
+def add_priors(pushes: Sequence[Push]) -> None:
+    """Compute the `scaled_gradient` of all blocks with priors N(0, 1/δ) at once."""
+    simple = [push for push in pushes if push.state.prior.gaussian.is_centered]
+    if simple:
+        states = [push.state for push in simple]
+        sums = torch._foreach_addcmul(
+            [state.momentum for state in states], [state.mean for state in states],
+            [state.prior.gaussian.diagonal for state in states],
+            [push.bias_correction / push.state.hyperparameters.likelihood_weight
+             for push in simple],
+        )
+        for push, total in zip(simple, sums, strict=True):
+            vars(push)["scaled_gradient"] = total
+
+
+def natural_direction(push: Push, solution: LazySolution | None = None) -> Direction:
     """The natural gradient of one block, in the trust region."""
     numbers, correction = push.state.hyperparameters, push.bias_correction
-    solution = push.state.preconditioner.solution(push.scaled_gradient)
+    if solution is None:
+        solution = push.state.preconditioner.solution(push.scaled_gradient)
     return Direction(push.state, solution, numbers.lr / correction, numbers.base_lr / correction)

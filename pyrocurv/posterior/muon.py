@@ -81,6 +81,7 @@ class WhitenedMuonUpdate(MeanUpdate):
     """
 
     name = "whitened-muon"
+    default_lr = 0.03
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
         whitened = [_Whitened.of(push) for push in pushes]

@@ -90,15 +90,15 @@ def trust_region_scale(energy: float, kl_clip: float | None) -> float:
     return min(1.0, math.sqrt(kl_clip / energy))
 
 
-def clip_momentum(momentum: Tensor, energy: float, kl_clip: float | None) -> None:
-    """Shrink m, in place, to a step of at most ten times the radius of the trust region.
+def clip_momentum(momenta: Sequence[Tensor], energy: float, kl_clip: float | None) -> None:
+    """Shrink all m, in place, to a step of at most ten times the radius of the trust region.
 
     The trust region shortens one step, but m keeps an outlier for as long as it takes to decay: one
     of 1e15, as a learned log scale gives at an unlucky sample, would dominate 300 steps.
     """
     scale = trust_region_scale(energy / 100, kl_clip)
     if scale < 1:
-        momentum.mul_(scale)
+        torch._foreach_mul_([*momenta], scale)
 
 
 def sampled_kl(

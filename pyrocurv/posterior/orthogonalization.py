@@ -23,7 +23,7 @@ STEPS = 5
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """About U Vᵀ for each matrix U S Vᵀ [n, m]; zeros for zeros.
 
-    Matrices of one shape are iterated together, in bfloat16 unless they are on a CPU.
+    Matrices of one shape are iterated together, those in float32 in bfloat16 unless on a CPU.
 
     Example:
         >>> import torch
@@ -47,7 +47,7 @@ def _polar_factor(matrix: Tensor) -> Tensor:
     x = matrix if is_wide else matrix.mT
     norm = torch.linalg.matrix_norm(x, keepdim=True)
     x = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and x.dtype == torch.float32:
         x = x.bfloat16()
     x = _through_gram(x) if x.shape[-1] >= 2 * x.shape[-2] else _iterate(x)
     x = x.to(matrix.dtype)

@@ -55,7 +55,15 @@ class GaussianPrior:
 
     def logdet(self, size: int) -> Tensor:
         """log det of the precision over `size` weights, corrected for the mass of powers."""
-        return self._log_sum if self.precision.dim() else self._log_sum * size
+        if self.precision.dim():
+            return self._log_sum
+        if size not in self._logdets:
+            self._logdets[size] = self._log_sum * size
+        return self._logdets[size]
+
+    @cached_property
+    def _logdets(self) -> dict[int, Tensor]:
+        return {}
 
     def to_power(self, power: Tensor) -> GaussianPrior:
         """This prior, of power 1, raised to `power`."""
@@ -75,9 +83,9 @@ class GaussianPrior:
         return GaussianPrior(self.loc, self.precision / self.power, self.zero_mean)
 
     @property
-    def is_uniform(self) -> bool:
-        """Whether all weights have the same prior."""
-        return not (self.precision.dim() or self.loc.dim())
+    def is_centered(self) -> bool:
+        """Whether all weights have the same prior N(0, 1/δ)."""
+        return self.zero_mean and not (self.precision.dim() or self.loc.dim())
 
     @property
     def diagonal(self) -> Tensor:

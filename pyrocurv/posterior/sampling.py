@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import sampled_kl
-from pyrocurv.posterior.prior import Prior, kl
+from pyrocurv.posterior.prior import kl
 from pyrocurv.posterior.state import BlockState, Perturbation
+from pyrocurv.structures.stack import samples_
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
 
@@ -34,7 +33,7 @@ class Sampler:
         mirrors, self.mirrors = self.mirrors, None
         if mirrors is not None:
             return [perturbation.mirrored() for perturbation in mirrors]
-        drawn = [_perturbation(state) for state in self.blocks]
+        drawn = _perturbations(self.blocks)
         if self.antithetic:
             self.mirrors = drawn
         return drawn
@@ -46,27 +45,34 @@ def mirrors(blocks: Sequence[BlockState]) -> list[Perturbation] | None:
     return stored if blocks and len(stored) == len(blocks) else None
 
 
-def _perturbation(state: BlockState) -> Perturbation:
-    mean = state.mean
-    z = torch.randn(state.precision.size, dtype=mean.dtype, device=mean.device)
-    squared_norm = torch.dot(z, z)
-    return Perturbation(state.precision.rsqrt_(z), squared_norm)
+def _perturbations(blocks: Sequence[BlockState]) -> list[Perturbation]:
+    drawn = [
+        torch.randn(state.precision.size, dtype=state.mean.dtype, device=state.mean.device)
+        for state in blocks
+    ]
+    norms = torch._foreach_norm(drawn)
+    directions = samples_([state.precision for state in blocks], drawn)
+    return [*map(Perturbation, directions, torch._foreach_mul(norms, norms))]
 
 
 def perturbed_weights(
     blocks: Sequence[BlockState], perturbations: Sequence[Perturbation] | None
 ) -> dict[str, Tensor]:
     """{name: sampled weights [*shape]} of all blocks; copies of the means for None."""
-    weights: dict[str, Tensor] = {}
     if perturbations is None:
-        for state in blocks:
-            weights.update(state.block.unpack(state.mean.clone()))
-        return weights
+        unpacked = (state.block.unpack(state.mean.clone()) for state in blocks)
+        return {name: value for values in unpacked for name, value in values.items()}
+    means: dict[str, Tensor] = {}
+    directions: dict[str, Tensor] = {}
     for state, perturbation in zip(blocks, perturbations, strict=True):
-        direction = state.block.strided_views(perturbation.direction)
-        for name, mean in state.block.strided_views(state.mean).items():
-            weights[name] = torch.add(mean, direction[name], alpha=perturbation.sign).contiguous()
-    return weights
+        means.update(state.mean_views)
+        directions.update(perturbation.views(state.block))
+    if not means:
+        return {}
+    added = torch._foreach_add(
+        [*means.values()], [directions[name] for name in means], alpha=perturbations[0].sign
+    )
+    return {name: value.contiguous() for name, value in zip(means, added, strict=True)}
 
 
 @torch.no_grad()
@@ -79,17 +85,23 @@ def estimate_kl(
             kl(state.block.pack(weights), state.precision, state.prior.gaussian)
             for state in blocks
         ]).sum()
-    distances = [_distance(state.block, weights, state.prior.gaussian) for state in blocks]
     return sampled_kl(
-        distances, [perturbation.squared_norm for perturbation in perturbations],
+        _distances(blocks, weights), [perturbation.squared_norm for perturbation in perturbations],
         [state.precision for state in blocks], [state.prior.gaussian for state in blocks],
     )
 
 
-def _distance(block: Block, weights: Weights, prior: Prior) -> Tensor:
-    """Σ δ (w - M₀)²; weights are packed only where the prior is not the same for all."""
-    if not prior.is_uniform:
-        return prior.distance(block.pack(weights))
-    return functools.reduce(
-        torch.add, (prior.distance(weights[name].flatten()) for name in block.tensors)
-    )
+def _distances(blocks: Sequence[BlockState], weights: Weights) -> list[Tensor]:
+    """Terms that sum to Σ δ (w - M₀)²; of priors N(0, 1/δ) of all weights of a block at once."""
+    distances, precisions, names = list[Tensor](), list[Tensor](), list[str]()
+    for state in blocks:
+        prior = state.prior.gaussian
+        if prior.is_centered:
+            names += state.block.tensors
+            precisions += [prior.diagonal] * len(state.block.tensors)
+        else:
+            distances.append(prior.distance(state.block.pack(weights)))
+    if names:
+        norms = torch.stack(torch._foreach_norm([weights[name] for name in names]))
+        distances.append(torch.dot(norms.square_(), torch.stack(precisions)))
+    return distances

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -34,7 +35,19 @@ class Perturbation:
 
     def mirrored(self) -> Perturbation:
         """The antithetic deviation."""
-        return Perturbation(self.direction, self.squared_norm, -self.sign)
+        other = Perturbation(self.direction, self.squared_norm, -self.sign)
+        vars(other).update(_views=self._views)
+        return other
+
+    def views(self, block: Block) -> dict[str, Tensor]:
+        """{name: direction [*shape]}."""
+        if not self._views:
+            self._views.update(block.strided_views(self.direction))
+        return self._views
+
+    @cached_property
+    def _views(self) -> dict[str, Tensor]:
+        return {}
 
 
 @serializable
@@ -62,6 +75,18 @@ class BlockState:
     mirror: Perturbation | None = None  # to be used once more, with its sign turned
     averaged_precision: Structure | None = None  # with an average, whose mean is in the store
     second_moment: SecondMoment | None = None  # of updates that have one
+
+    @cached_property
+    def mean_views(self) -> dict[str, Tensor]:
+        """{name: mean [*shape]}."""
+        return self.block.strided_views(self.mean)
+
+    def with_mean(self, mean: Tensor, views: dict[str, Tensor] | None = None) -> BlockState:
+        """With another mean, and the `mean_views` of it if they are known."""
+        state = replace(self, mean=mean)
+        if views is not None:
+            vars(state)["mean_views"] = views
+        return state
 
 
 @serializable

@@ -14,9 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyrocurv.layers import packing
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scale
 from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo, complete
 from pyrocurv.structures import Solution
 
@@ -29,7 +31,7 @@ class Evaluation:
     loss: Tensor  # at full-data scale, in nats
     gradients: dict[str, Tensor]  # {name: gradient per datum [*shape]}; `step` empties it
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
-    nll: Tensor | None = None  # negative log likelihood per datum
+    nll: Tensor | None = None  # the loss without the KL divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,19 @@ class Move:
     def moved(self, mean: Tensor) -> Tensor:
         """`mean` [P], moved in place."""
         return self.direction.add_to(mean, -self.rate)
+
+
+def apply(moves: Sequence[tuple[Tensor, Move]]) -> None:
+    """Move each of the means [P], in place; those of one rate at once."""
+    groups: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for mean, move in moves:
+        if len(move.direction.factors) == 1:
+            groups.setdefault(move.rate, []).append((mean, move.direction.factors[0]))
+        else:
+            move.moved(mean)
+    for rate, pairs in groups.items():
+        means, vectors = zip(*pairs, strict=True)
+        torch._foreach_add_(means, vectors, alpha=-rate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,10 +112,7 @@ def step(
     gradient is not finite, or a mean would not be.
     """
     posterior = evaluation.posterior
-    pushed = [
-        _push(state, evaluation.gradients, posterior.step, mean_update.uses_momentum)
-        for state in posterior.blocks
-    ]
+    pushed = _pushes(posterior, evaluation.gradients, mean_update.uses_momentum)
     directions = mean_update.directions([push for push in pushed if push is not None])
     nll = evaluation.loss if evaluation.nll is None else evaluation.nll
     loss, data_loss, *dots = _finite(
@@ -112,6 +124,7 @@ def step(
         for dot, direction in zip(dots, directions, strict=True)
         if direction.energy_rate is not None
     )
+    _clip_momenta(directions, energy)
     moves = []
     for direction, dot in zip(directions, dots, strict=True):
         move = _move(direction, energy)
@@ -126,31 +139,50 @@ def step(
     return Update(loss, after, moves, before, data_loss)
 
 
-def _push(
-    state: BlockState, gradients: dict[str, Tensor], step: int, uses_momentum: bool
-) -> Push | None:
-    """The block with one more gradient in its momentum; None if there is no gradient."""
-    names = state.block.tensors
-    if gradients.keys().isdisjoint(names):
-        return None
-    if not uses_momentum:
-        state = replace(state, hyperparameters=replace(state.hyperparameters, momentum=0.0))
-    before = state.momentum
-    views = state.block.strided_views(before)
-    gradient = {n: gradients.pop(n, None) for n in names}
-    complete = {n: torch.zeros_like(views[n]) if g is None else g for n, g in gradient.items()}
-    weight = 1 - state.hyperparameters.momentum
-    state = replace(state, momentum=state.block.lerp(before, complete, weight))
-    return Push(state, before, step)
+def _pushes(
+    posterior: Posterior, gradients: dict[str, Tensor], uses_momentum: bool
+) -> list[Push | None]:
+    """The blocks with one more gradient in their momenta; None for those without a gradient."""
+    found: dict[int, Push] = {}
+    groups: dict[float, list[int]] = {}  # of blocks with the same momentum
+    for index, state in enumerate(posterior.blocks):
+        if not gradients.keys().isdisjoint(state.block.tensors):
+            momentum = state.hyperparameters.momentum if uses_momentum else 0.0
+            groups.setdefault(momentum, []).append(index)
+    for momentum, members in groups.items():
+        states = [posterior.blocks[index] for index in members]
+        before = [state.momentum for state in states]
+        complete = {
+            name: before[0].new_zeros(shape) if (gradient := gradients.pop(name, None)) is None
+            else gradient
+            for state in states for name, shape in state.block.tensors.items()
+        }
+        after = packing.lerp([state.block for state in states], before, complete, 1 - momentum)
+        for index, state, old, new in zip(members, states, before, after, strict=True):
+            if not uses_momentum:
+                numbers = replace(state.hyperparameters, momentum=0.0)
+                state = replace(state, hyperparameters=numbers)
+            found[index] = Push(replace(state, momentum=new), old, posterior.step)
+    return [found.get(index) for index in range(len(posterior.blocks))]
+
+
+def _clip_momenta(directions: Sequence[Direction], energy: float) -> None:
+    """Shorten the momenta of the blocks in the trust region."""
+    clipped: dict[float | None, list[Tensor]] = {}
+    for direction in directions:
+        if direction.energy_rate is not None:
+            kl_clip = direction.state.hyperparameters.kl_clip
+            clipped.setdefault(kl_clip, []).append(direction.state.momentum)
+    for kl_clip, momenta in clipped.items():
+        clip_momentum(momenta, energy, kl_clip)
 
 
 def _move(direction: Direction, energy: float) -> Move:
-    """The move of a block; shortens it, and the momentum, where it is in the trust region."""
+    """The move of a block, shortened where it is in the trust region."""
     state, rate = direction.state, direction.rate
     if direction.energy_rate is not None:
         kl_clip = state.hyperparameters.kl_clip
         rate *= trust_region_scale(energy, kl_clip)
-        clip_momentum(state.momentum, energy, kl_clip)
     return Move(state, direction.solution, rate)
 
 
@@ -171,8 +203,8 @@ def _averaged(move: Move, step: int) -> Move:
 
 def _finite(values: Sequence[Tensor], gradients: Sequence[Tensor | None], step: int) -> list[float]:
     """The values as floats, checked together with the gradients in one synchronization."""
-    sums = [g.sum().to(values[0]) for g in gradients if g is not None]
-    floats = torch.stack([*values, *sums]).tolist()
+    largest = magnitudes([g for g in gradients if g is not None], values[0])
+    floats = torch.stack([*values, *largest]).tolist()
     if not all(map(math.isfinite, floats)):
         is_loss_finite = math.isfinite(floats[0])
         what = "a gradient is not finite" if is_loss_finite else f"the loss is {floats[0]}"
@@ -188,7 +220,8 @@ def _check_overflow(move: Move, dot: float, step: int) -> None:
     """
     state, limits = move.state, torch.finfo(move.state.mean.dtype)
     rate = abs(move.rate)
-    if rate * math.sqrt(abs(dot) / (limits.tiny * limits.eps)) < limits.max / 4:
+    least = math.sqrt(limits.tiny * limits.eps)
+    if rate * (math.sqrt(abs(dot)) / least) < limits.max / 4:  # a quotient of squares may overflow
         return
     if not (rate < limits.max and bool(torch.isfinite(move.moved(state.mean.clone())).all())):
         lr = state.hyperparameters.lr

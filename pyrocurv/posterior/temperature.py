@@ -2,13 +2,14 @@
 
 With s the eigenvalues of the curvature per datum, N data and δ the precision of the prior,
 
-    γ = Σ s / (s + e + δT/N),   T = 0.1 min(1, (N/γ)²)
+    γ = Σ s / (s + e + δT/N),   T = 0.1 (N/γ)², but within [0.005, 0.1]
 
 γ is the number of weights that the data determine (MacKay 1992, "Bayesian interpolation"), and a
 sample costs about T γ / (2N) nats per datum more than the mean. Where there are fewer such weights
 than data, T is 0.1; a network that can fit its data exactly gets a narrower posterior. γ is
-computed at every estimate of the curvature. All weights count before the first, and a share of the
-others that falls with the initial curvature e: T starts low, where it would only slow the run down.
+computed at every estimate of the curvature; before the first nothing is sampled. Of the other
+weights a share counts too, as much as is left of the initial curvature e: so T starts low, where it
+would only slow the run down.
 
 While the loss at the samples has not fallen since the first step, T falls too: by 10 after each
 pass over the data, of 50 steps at least.
@@ -16,17 +17,14 @@ pass over the data, of 50 steps at least.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pyrocurv.layers.block import Block
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.structures.serialization import serializable
 
-HIGHEST, LOWEST = 0.1, 1e-4
-EXPONENT = 2
+HIGHEST, LOWEST = 0.1, 0.005  # by the rule
+FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
 
@@ -42,7 +40,7 @@ class TemperatureState:
     """
 
     value: float | None = None
-    determined: float = math.inf
+    determined: float = 0.0
     factor: float = 1.0
     start: float | None = None
     total: float = 0.0
@@ -67,13 +65,12 @@ class TemperatureState:
 
 @dataclass(frozen=True)
 class TemperatureRule:
-    """A temperature as the user gave it, "auto" included, for the weights of some blocks.
+    """A temperature as the user gave it, "auto" included.
 
     It rises linearly over the first `warmup` steps.
     """
 
     given: float | str
-    blocks: Sequence[Block]
     warmup: int = 0
 
     @property
@@ -85,9 +82,9 @@ class TemperatureRule:
         share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if isinstance(self.given, float | int):
             return share * self.given
-        size = sum(block.size for block in self.blocks)
-        ratio = num_data / max(1.0, min(size, state.determined))
-        return share * max(LOWEST, state.factor * HIGHEST * min(1.0, ratio) ** EXPONENT)
+        ratio = num_data / max(1.0, state.determined)
+        temperature = min(HIGHEST, max(LOWEST, HIGHEST * ratio * ratio))
+        return share * max(FLOOR, state.factor * temperature)
 
 
 def warn_at_chance(before: TemperatureState, after: TemperatureState, is_automatic: bool) -> None:

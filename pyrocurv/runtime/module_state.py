@@ -8,16 +8,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pyrocurv.runtime.foreach import copies
 from pyrocurv.runtime.undo import complete
 
 
 def save_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Save the persistent buffers of the modules (batch-norm statistics); return their restorer."""
-    saved = [
-        (buffer, buffer.clone())
-        for module in modules for name, buffer in module._buffers.items()
+    buffers = [
+        buffer for module in modules for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     ]
+    saved = [*zip(buffers, copies(buffers), strict=True)]
 
     @torch.no_grad()
     def restore() -> None:

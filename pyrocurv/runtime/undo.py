@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrocurv.runtime.foreach import copies
+
 
 class Undo:
     """Restores all that was kept, bit for bit, if the body of the `with` statement raises."""
@@ -39,8 +41,9 @@ class Undo:
     @torch.no_grad()
     def keep_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Keep the values of tensors, which are changed in place."""
-        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        self.keep(lambda: [tensor.copy_(value) for tensor, value in values])
+        tensors = [*tensors]
+        values = copies(tensors)
+        self.keep(lambda: [x.copy_(value) for x, value in zip(tensors, values, strict=True)])
 
     def keep_attributes(self, *objects: Any) -> None:
         """Keep the attributes of objects, also which items their dicts, lists and sets have."""

@@ -40,7 +40,7 @@ class _SpectralParts:
 
     @cached_property
     def rest_value(self) -> float:
-        return float(self.rest)  # synchronizes with its device, therefore once
+        return float(self.rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +85,10 @@ class KroneckerEigen(Structure):
         (o, s), (i, r) = self.output_basis.shape[-2:], self.input_basis.shape[-2:]
         return s < o, r < i
 
-    @property
-    def _is_thin(self) -> bool:
-        return all(self._truncated) and self.spectrum.dim() == 2
+    @cached_property
+    def transposed(self) -> tuple[Tensor, Tensor]:
+        """Uᵀ and Vᵀ."""
+        return self.output_basis.mT, self.input_basis.mT
 
     @cached_property
     def _inverse(self) -> _SpectralParts:
@@ -109,30 +110,46 @@ class KroneckerEigen(Structure):
             core = core - columns + rest
         return _SpectralParts(rest, rows - rest, columns - rest, core)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no side is truncated."""
+        return not any(self._truncated)
+
+    def project(self, x: Tensor) -> Tensor:
+        """UᵀXV [..., s, r], for x [P]."""
+        return matmul(matmul(self.transposed[0], x.view(self.shape)), self.input_basis)
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """UᵀX, UᵀXV and, where the output side is truncated, XV, for X [..., O, I]."""
-        p = self.output_basis.mT @ x
-        return p, p @ self.input_basis, x @ self.input_basis if self._truncated[0] else None
+        p = matmul(self.transposed[0], x)
+        q = matmul(x, self.input_basis) if self._truncated[0] else None
+        return p, matmul(p, self.input_basis), q
 
-    def _factors(
+    def _terms(
         self, parts: _SpectralParts, p: Tensor, k: Tensor, q: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """left [..., O, k] and right [..., k, I], whose product is all but the term rest · X."""
-        u, v = self.output_basis, self.input_basis
-        inner = (k * parts.core) @ v.mT
+    ) -> tuple[Tensor, Tensor | None]:
+        """inner and outer, for rest · X + U inner + outer Vᵀ; no outer where U is complete."""
+        inner = matmul(k * parts.core, self.transposed[1])
         if parts.rows.numel():
             inner = torch.addcmul(inner, parts.rows, p)
-        if q is None:
+        return inner, None if q is None else q * parts.columns
+
+    def _factors(self, inner: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor]:
+        """left [..., O, k] and right [..., k, I], whose product is U inner + outer Vᵀ."""
+        u, v_transposed = self.output_basis, self.transposed[1]
+        if outer is None:
             return u, inner
-        batch = q.shape[:-2]
-        left = torch.cat([u.expand(*batch, *u.shape[-2:]), q * parts.columns], -1)
-        return left, torch.cat([inner, v.mT.expand(*batch, *v.mT.shape[-2:])], -2)
+        if outer.dim() > u.dim():
+            batch = outer.shape[:-2]
+            u = u.expand(*batch, *u.shape[-2:])
+            v_transposed = v_transposed.expand(*batch, *v_transposed.shape[-2:])
+        return torch.cat([u, outer], -1), torch.cat([inner, v_transposed], -2)
 
     def _product(self, x: Tensor, parts: _SpectralParts) -> Tensor:
         """The matrix with the eigenvalues of `parts`, times x [..., P]."""
         matrix = x.unflatten(-1, self.shape)
-        left, right = self._factors(parts, *self._project(matrix))
-        product = left @ right
+        left, right = self._factors(*self._terms(parts, *self._project(matrix)))
+        product = matmul(left, right)
         if all(self._truncated):
             product = torch.addcmul(product, parts.rest, matrix)
         return product.reshape(x.shape)
@@ -144,32 +161,56 @@ class KroneckerEigen(Structure):
         return self._product(x, self._inverse)
 
     def solution(self, x: Tensor) -> LazySolution:
-        if self.spectrum.dim() > 2:
-            return super().solution(x)
+        if self.spectrum.dim() > 2 or all(self._truncated):
+            solved, dots = self.solve_(x)
+            return LazySolution(dots if dots.dim() == 0 else dots.sum(), (solved,))
+        left, right, dot = self._solution(x.view(self.shape))
+        return LazySolution(dot, (left, right))
+
+    def solve_(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """M⁻¹x for x [P], which may be overwritten, and <x, M⁻¹x> of each group [Γ] or ()."""
         parts, matrix = self._inverse, x.view(self.shape)
-        p, k, q = self._project(matrix)
-        left, right = self._factors(parts, p, k, q)
-        dot = torch.dot(p.view(-1), right[: len(p)].view(-1))
-        if q is not None:
-            dot = dot + (q * left[:, -q.shape[-1] :]).sum()
-        if not self._is_thin:
-            return LazySolution(dot, (left, right))
-        dot = dot + parts.rest_value * torch.dot(x, x)
-        return LazySolution(dot, (matrix.addmm_(left, right, beta=parts.rest_value).view(-1),))
+        if all(self._truncated):
+            square = torch.linalg.vector_norm(matrix, dim=(-2, -1)).square_()
+            left, right, dots = self._solution(matrix)
+            dots = torch.addcmul(dots, parts.rest.view(square.shape), square)
+            return self._add_rest_(parts, matrix, left, right).view(-1), dots
+        left, right, dots = self._solution(matrix)
+        return matmul(left, right).view(-1), dots
+
+    def _solution(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`_factors` of the inverse, and the part of <X, M⁻¹X> that they have, for X [..., O, I].
+        """
+        parts, axes = self._inverse, (-2, -1)
+        p, k, q = self._project(x)
+        inner, outer = self._terms(parts, p, k, q)
+        dots = (p * inner).sum(axes)
+        if q is not None and outer is not None:
+            dots = dots + (q * outer).sum(axes)
+        return *self._factors(inner, outer), dots
+
+    def _add_rest_(self, parts: _SpectralParts, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """rest · X + left right, in the memory of X [..., O, I]."""
+        if x.dim() > 2:
+            return x.mul_(parts.rest).baddbmm_(left, right)
+        if x.device.type == "cpu":  # where a number can be read without waiting
+            return x.addmm_(left, right, beta=parts.rest_value)
+        return x.mul_(parts.rest).addmm_(left, right)
 
     def rsqrt(self, z: Tensor) -> Tensor:
         if any(self._truncated):
             return self._product(z, self._inverse_root)
         # no rotation into the basis first: z has the same distribution there
         scaled = z.unflatten(-1, self.shape) * self._inverse_root.core
-        return (self.output_basis @ scaled @ self.input_basis.mT).reshape(z.shape)
+        half = matmul(self.output_basis, scaled)
+        return matmul(half, self.transposed[1]).reshape(z.shape)
 
     def rsqrt_(self, z: Tensor) -> Tensor:
-        if not self._is_thin:
+        if not all(self._truncated):
             return self.rsqrt(z)
         parts, matrix = self._inverse_root, z.view(self.shape)
-        left, right = self._factors(parts, *self._project(matrix))
-        return matrix.addmm_(left, right, beta=parts.rest_value).view(-1)
+        left, right = self._factors(*self._terms(parts, *self._project(matrix)))
+        return self._add_rest_(parts, matrix, left, right).view(-1)
 
     @cached_property
     def multiplicity(self) -> Tensor:
@@ -272,3 +313,9 @@ class KroneckerEigen(Structure):
         changed = self.change_basis(other.output_basis, other.input_basis)
         spectrum = torch.lerp(changed.spectrum, other.spectrum, weight)
         return KroneckerEigen(other.output_basis, other.input_basis, spectrum)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, without the views that this takes for two batches of matrices."""
+    is_batch = a.dim() == b.dim() == 3 and len(a) == len(b)
+    return torch.bmm(a, b) if is_batch else a @ b

@@ -99,7 +99,7 @@ def test_a_learned_log_scale_does_not_run_away() -> None:
         rows = torch.randint(300, (64,))
         losses.append(ngvi.step(x[rows], y[rows]))
     early, late = (torch.tensor(losses[n : n + 100]).median() for n in (100, 300))
-    assert max(losses) > 1e6 and late < 0.8 * early
+    assert max(losses) > 1e5 and late < 0.8 * early
 
 
 # ---- when the curvature is estimated ------------------------------------------------------------

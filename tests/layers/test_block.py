@@ -7,7 +7,7 @@ import torch
 
 from pyrocurv import curvature, structures
 from pyrocurv.curvature import EKFAC, KFAC, Diagonal, Full
-from pyrocurv.layers import Layer
+from pyrocurv.layers import Layer, packing
 from pyrocurv.layers.block import Block, make_blocks
 from pyrocurv.layers.structure_spec import STRUCTURES, StructureSpec, parse_structure
 from pyrocurv.structures.serialization import from_state, to_state
@@ -58,7 +58,7 @@ def test_lerp_of_unpacked_values(orientation: str, bias: str | None, groups: int
     }
     values = {name: values[name] for name in block.tensors}
     before = {name: value.clone() for name, value in values.items()}
-    found = block.lerp(packed, values, 0.3)
+    (found,) = packing.lerp([block], [packed], values, 0.3)
     torch.testing.assert_close(found, torch.lerp(packed, block.pack(values), 0.3))
     assert all(torch.equal(values[name], before[name]) for name in before)
 

@@ -1018,3 +1018,16 @@ def test_a_reentrant_checkpoint_counts() -> None:
         return optimizer._recorder.passes[0].gradients[""]
 
     torch.testing.assert_close(run(True), run(False))
+
+
+@pytest.mark.parametrize(("net", "expected"), [
+    (nn.Linear(2, 2), "natural"),
+    (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "natural"),
+    (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "whitened-muon"),
+    (nn.Sequential(nn.Linear(2, 2), nn.RMSNorm(2)), "whitened-muon"),
+    (nn.TransformerEncoderLayer(4, 2, 4), "whitened-muon"),
+    (nn.Sequential(nn.Linear(2, 2), type("LlamaRMSNorm", (nn.Identity,), {})()), "whitened-muon"),
+])
+def test_the_automatic_update_depends_on_layer_norms(net: nn.Module, expected: str) -> None:
+    assert SecondOrderOptimizer(net).state_dict()["update"] == expected
+    assert VIOptimizer(net, 10).state_dict()["update"] == "whitened-muon"

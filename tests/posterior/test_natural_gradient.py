@@ -47,5 +47,5 @@ def test_a_diagonal_that_the_prior_no_longer_outweighs_starts_again() -> None:
 def test_momentum_is_at_most_ten_radii_of_the_trust_region(energy: float) -> None:
     """The energy is quadratic in the momentum: 100 κ is left of it."""
     momentum = torch.tensor([3.0, -4.0])
-    clip_momentum(momentum, energy, 1e-3)
+    clip_momentum([momentum], energy, 1e-3)
     assert energy * float(momentum.norm() / 5) ** 2 == pytest.approx(min(energy, 0.1))

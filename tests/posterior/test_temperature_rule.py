@@ -101,7 +101,7 @@ def test_the_weights_that_the_data_determine(structure: str, prior: str, step: i
     expected = gamma + 0.96**step * (15 - gamma)
     assert 0.5 < gamma < 14.5
     assert found.temperature.determined == pytest.approx(float(expected), rel=1e-9)
-    assert replace(found.temperature, determined=math.inf) == TemperatureState()
+    assert replace(found.temperature, determined=0.0) == TemperatureState()
 
 
 def test_without_blocks_nothing_is_counted() -> None:
@@ -113,18 +113,17 @@ def test_without_blocks_nothing_is_counted() -> None:
 
 
 def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
-    return TemperatureRule(given, make_blocks(LAYERS, "kfac"), warmup)  # of 15 weights
+    return TemperatureRule(given, warmup)
 
 
 @pytest.mark.parametrize(("num_data", "determined", "factor", "expected"), [
     (100, 20.0, 1.0, 0.1),  # fewer weights than data
-    (100, 400.0, 1.0, 0.1),  # there are no more than 15
-    (10, math.inf, 1.0, 0.1 * (10 / 15) ** 2),
+    (100, 400.0, 1.0, 0.1 / 16),
     (5, 12.0, 1.0, 0.1 * (5 / 12) ** 2),
-    (5, 0.2, 1.0, 0.1), (5, -3.0, 1.0, 0.1),
-    (5, 12.0, 0.01, 0.001 * (5 / 12) ** 2),
-    (100, 3.0, 1e-5, 1e-4),  # the lowest
-    (1, 15.0, 1e-5, 1e-4),
+    (5, 0.0, 1.0, 0.1), (5, 0.2, 1.0, 0.1), (5, -3.0, 1.0, 0.1),
+    (5, 50.0, 1.0, 0.005),  # the lowest that curvature asks for
+    (5, 12.0, 0.1, 0.01 * (5 / 12) ** 2),
+    (100, 3.0, 1e-5, 1e-3), (1, 15.0, 1e-5, 1e-3),  # the lowest
 ])
 def test_the_automatic_temperature(
     num_data: float, determined: float, factor: float, expected: float

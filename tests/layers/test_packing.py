@@ -1,0 +1,52 @@
+"""The vectors of several blocks at once give what each gives alone."""
+
+from dataclasses import replace
+
+import torch
+from test_block import BLOCKS
+
+from pyrocurv.layers import packing
+from pyrocurv.layers.block import Block
+from pyrocurv.layers.structure_spec import Diagonal
+
+
+def blocks_and_values() -> tuple[list[Block], dict[str, torch.Tensor]]:
+    """Blocks with names of their own, of all orientations and in two dtypes."""
+    blocks, values = [], {}
+    for number, layers in enumerate(BLOCKS.values()):
+        renamed = [
+            replace(layer, weight=f"{number}.{layer.weight}",
+                    bias=layer.bias and f"{number}.{layer.bias}")
+            for layer in layers
+        ]
+        block = Block(tuple(renamed), Diagonal())
+        blocks.append(block)
+        dtype = torch.float64 if number % 3 == 0 else torch.float32
+        values |= {name: torch.randn(shape, dtype=dtype) for name, shape in block.tensors.items()}
+    return blocks, values
+
+
+def test_pack_and_lerp() -> None:
+    blocks, values = blocks_and_values()
+    vectors, views = packing.pack(blocks, values)
+    for name, view in views.items():
+        assert torch.equal(view, values[name])
+    for block, vector in zip(blocks, vectors, strict=True):
+        assert torch.equal(vector, block.pack(values))
+    _, others = blocks_and_values()
+    before = [vector.clone() for vector in vectors]
+    moved = packing.lerp(blocks, vectors, others, 0.3)
+    for block, old, kept, new in zip(blocks, before, vectors, moved, strict=True):
+        torch.testing.assert_close(new, torch.lerp(old, block.pack(others), 0.3))
+        assert torch.equal(old, kept)
+    assert packing.pack([], {}) == ([], {})
+
+
+def test_neighbors_in_memory_are_joined_without_a_copy() -> None:
+    whole = torch.arange(7.0)
+    a, b, c = whole.split([2, 4, 1])
+    assert packing.join([a, b, c]).data_ptr() == whole.data_ptr()
+    assert torch.equal(packing.join([b, c]), whole[2:])
+    assert torch.equal(packing.join([b, a]), torch.cat([b, a]))
+    assert torch.equal(packing.join([a, c]), torch.cat([a, c]))
+    assert torch.equal(packing.join([a, torch.ones(3)]), torch.cat([a, torch.ones(3)]))
