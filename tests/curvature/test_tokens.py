@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from toys import EXACT, GUIDES
+from toys import EXACT, GUIDES, NATURAL
 
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, bayesianize
@@ -95,7 +95,7 @@ def test_padding_has_no_part(structure: str, curvature: str) -> None:
     ]:
         guide = GUIDES[structure](model)
         spec = replace(EXACT, kind=curvature)
-        ngvi = NGVI(model, guide, curvature=spec, damping=0.0, kl_clip=None)
+        ngvi = NGVI(model, guide, curvature=spec, damping=0.0, kl_clip=None, **NATURAL)
         ngvi.step(*arguments)
         posteriors.append(guide.posterior)
     one, other = posteriors

@@ -462,7 +462,7 @@ class Changing(Sides):
 def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
     model = Changing()
     curvature = Curvature("ggn", every="auto", initial=0.0)
-    ngvi = NGVI(model, GUIDES["kfac"](model), lr=1e-3, curvature=curvature)
+    ngvi = NGVI(model, GUIDES["kfac"](model), lr=1e-3, temperature=1.0, curvature=curvature)
     alone = 0
     for step in range(160):
         model.scale += 0.01

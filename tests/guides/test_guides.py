@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import (
     EXACT,
     GUIDES,
+    NATURAL,
     NUM_DATA,
     class_data,
     classifier,
@@ -320,7 +321,7 @@ def conjugate(structure: str) -> tuple[NGVI, tuple[Tensor, Tensor]]:
     net = bayesianize(nn.Linear(3, 2).double())
     model = Regressor(net, NUM_DATA, noise=0.3)
     ngvi = NGVI(model, GUIDES[structure](model), lr=1.0, momentum=0.0, damping=0.0, kl_clip=None,
-                curvature=EXACT)
+                curvature=EXACT, **NATURAL)
     ngvi.step(x, y)
     return ngvi, (x, y)
 
@@ -347,7 +348,7 @@ def test_trace_elbo_agrees_with_evaluate_loss(structure: str) -> None:
 @each
 def test_trace_elbo_agrees_with_the_fallback_in_it(structure: str) -> None:
     model, data, n = regressor(noise=None), regression_data(), 40
-    ngvi = NGVI(model, GUIDES[structure](model), lr=0.1)
+    ngvi = NGVI(model, GUIDES[structure](model), lr=0.1, temperature=1.0)
     for _ in range(3):
         ngvi.step(*data)
     theirs = torch.tensor([Trace_ELBO().loss(model, ngvi.guide, *data) for _ in range(n)])

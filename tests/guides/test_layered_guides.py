@@ -16,7 +16,7 @@ from designs import alternating, pairs
 from layer_cases import HALF, HIDDEN, LAYERED, MISREAD, OPAQUE, WOVEN, InHalf
 from pyro.infer import Predictive
 from torch import Tensor, nn
-from toys import EXACT, GUIDES, NUM_DATA, mlp, normal_prior, regression_data, regressor
+from toys import EXACT, GUIDES, NATURAL, NUM_DATA, mlp, normal_prior, regression_data, regressor
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature, estimate
 from pyrocurv.guides import BlockGuide, FullGuide, KFACGuide
@@ -79,7 +79,8 @@ def test_one_step_is_the_exact_posterior(name: str, structure: str) -> None:
 
     model = Regressor(bayesianize(net, prior=0.7, layers=[type(net)]), len(x), noise=noise)
     guide = GUIDES[structure](model)
-    ngvi = NGVI(model, guide, lr=1.0, momentum=0.0, damping=0.0, kl_clip=None, curvature=EXACT)
+    ngvi = NGVI(model, guide, lr=1.0, momentum=0.0, damping=0.0, kl_clip=None, curvature=EXACT,
+                **NATURAL)
     ngvi.step(x, y)
     posterior = guide.posterior
     torch.testing.assert_close(posterior.precision.dense(), precision, rtol=1e-10, atol=1e-9)
@@ -517,7 +518,7 @@ def test_the_first_posterior_is_that_of_the_curvature_estimated(name: str, struc
     model = Regressor(net, 12, noise=1.0)
     guide = KFACGuide(model, structure=lambda *_: structure)
     spec = Curvature("ggn", batch=None, initial=0.0)
-    NGVI(model, guide, lr=1e-9, curvature=spec).step(x, y)
+    NGVI(model, guide, lr=1e-9, temperature=1.0, curvature=spec).step(x, y)
     rows = torch.arange(len(matrix)).split(list(order.values()))
     here = dict(zip(order, rows, strict=True))
     index = torch.cat([here[site.removeprefix("net.")] for site in guide.sites])
