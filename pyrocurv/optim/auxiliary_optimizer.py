@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_is
 
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -27,6 +28,14 @@ class AuxiliaryParameter(NamedTuple):
     lr_factor: float = 1.0  # of a schedule
     weight_decay: float | None = None  # None: as the optimizer has it
     joins_without_gradient: bool = False
+
+
+def _made_by(make: Make, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    """Raises TypeError for anything that is no optimizer."""
+    made = make(tensors)
+    check_is("update or optim", made, torch.optim.Optimizer,
+             "a callable from parameters to a torch.optim.Optimizer")
+    return made
 
 
 class AuxiliaryOptimizer:
@@ -138,9 +147,8 @@ class AuxiliaryOptimizer:
         tensors = [p.tensor for p in members]
         options = {} if self._make else {**members[0].options}
         if self._optimizer is None:
-            make = self._make
             self._optimizer = (
-                make(tensors) if make
+                _made_by(self._make, tensors) if self._make
                 else torch.optim.Adam([{"params": tensors, **options}], foreach=True)
             )
         else:

@@ -272,9 +272,12 @@ class KroneckerEigen(Structure):
 
     @cached_property
     def _input_factor(self) -> Tensor:
-        """The eigenvalues [..., r] of the trace over the outputs, with a mean of 1."""
+        """The eigenvalues [..., r] of the trace over the outputs, with a mean of 1.
+
+        Those of the positive semi-definite part, which a Hessian is not itself.
+        """
         counts = multiplicities(self.input_basis)
-        trace = multiplicities(self.output_basis) @ self.spectrum
+        trace = multiplicities(self.output_basis) @ self.spectrum.clamp(min=0)
         mean = (trace * counts).sum(-1, keepdim=True) / counts.sum()
         return torch.where(mean > 0, trace / mean, torch.ones_like(trace))
 

@@ -284,6 +284,20 @@ def test_other_objects_are_refused(update: Any) -> None:
         SecondOrderOptimizer(nn.Linear(2, 2), update=update)
 
 
+@pytest.mark.parametrize("made", [None, "adam", torch.zeros(2)])
+def test_a_callable_that_makes_no_optimizer_is_refused(made: Any) -> None:
+    """At the first step, as update= and as optim=, which changes nothing."""
+    x, y = regression_data()
+    model = sigma_model()
+    for options in ({"update": lambda _: made}, {"optim": lambda _: made}):
+        ngvi = NGVI(model, KFACGuide(model), **options)
+        ngvi.guide(x, y)
+        before = everything(ngvi)
+        with pytest.raises(TypeError, match="update or optim: a callable from parameters to a"):
+            ngvi.step(x, y)
+        assert identical(before, everything(ngvi))
+
+
 def test_a_joint_gaussian_moves_by_the_natural_gradient() -> None:
     x, y = class_data()
     model = classifier()

@@ -190,6 +190,20 @@ def test_whitened_muon(roots: bool) -> None:
     assert direction.solution.dot > 0 and direction.energy_rate is None
 
 
+def test_whitened_muon_takes_the_positive_part_of_a_hessian() -> None:
+    pushed = push(LAYERS[0])
+    curvature = pushed.state.curvature
+    basis = curvature.curvature.map_eigenvalues(lambda values: values - 2 * values.mean())
+
+    def direction(basis: KroneckerEigen) -> Tensor:
+        state = replace(pushed.state, curvature=replace(curvature, curvature=basis))
+        (found,) = WhitenedMuonUpdate().directions([replace(pushed, state=state)])
+        return vector(found)
+
+    assert basis.spectrum.sum() < 0 < basis.spectrum.max()
+    torch.testing.assert_close(direction(basis), direction(basis.psd()), rtol=1e-12, atol=0)
+
+
 def test_whitened_muon_takes_the_groups_of_a_convolution_one_by_one() -> None:
     layer = Layer("c.weight", None, (6, 2, 3), groups=2)
     pushed = push(layer)
