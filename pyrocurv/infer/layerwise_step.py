@@ -192,7 +192,8 @@ class LayerwiseRule:
             if is_due:
                 updated = _observe(updated, sample, spec, Particle(index, count))
             sums.add(sample)
-        if is_due and settings.temperature.is_automatic:
+        is_watched = settings.temperature.is_automatic or posterior.temperature.is_first_pass
+        if is_due and is_watched:
             updated = count_determined(spec, updated, sums.batch_fraction)
         elif not is_due and spec.decays_at(posterior.step):
             updated = refresh(spec, updated, sums.batch_fraction)
@@ -203,7 +204,7 @@ class LayerwiseRule:
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
         seen = update.posterior.temperature.after(
-            sample.temperature, update.nll / sums.num_data, sums.batch_fraction
+            sample.temperature, update.nll / sums.num_data, sums.batch_fraction, sums.num_data
         )
         after = replace(update.posterior, temperature=seen)
         return replace(update, posterior=after), sums.auxiliary

@@ -11,8 +11,8 @@ computed at every estimate of the curvature; before the first nothing is sampled
 weights a share counts too, as much as is left of the initial curvature e: so T starts low, where it
 would only slow the run down.
 
-While the loss at the samples has not fallen since the first step, T falls too: by 10 after each
-pass over the data, of 50 steps at least.
+If the loss at the samples has not fallen by 2 % since the first step, and the samples cost as much,
+T falls by 10, after each pass over the data of 50 steps at least.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ class TemperatureState:
     steps: int = 0
     passes: float = 0.0
     is_first_pass: bool = True
+    is_stalled: bool = False  # the loss of the last pass is where it started
 
-    def after(self, value: float, nll: float, batch_fraction: float) -> TemperatureState:
+    def after(
+        self, value: float, nll: float, batch_fraction: float, num_data: float
+    ) -> TemperatureState:
         """With one more step at T = `value`: its loss per datum, on B/N of the data."""
         if self.start is None:
             return replace(self, value=value, start=nll)
@@ -58,9 +61,13 @@ class TemperatureState:
         )
         if new.passes < 1 or new.steps < MIN_STEPS:
             return new
-        has_learned = new.total / new.steps < self.start - (1 - PROGRESS) * abs(self.start)
-        factor = self.factor if has_learned else self.factor / 10
-        return TemperatureState(value, self.determined, factor, self.start, is_first_pass=False)
+        progress = (1 - PROGRESS) * abs(self.start)
+        is_stalled = new.total / new.steps > self.start - progress
+        is_noise = value * self.determined / (2 * num_data) > progress
+        return TemperatureState(
+            value, self.determined, self.factor / 10 if is_stalled and is_noise else self.factor,
+            self.start, is_first_pass=False, is_stalled=is_stalled,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,12 +96,14 @@ class TemperatureRule:
 
 def warn_at_chance(before: TemperatureState, after: TemperatureState, is_automatic: bool) -> None:
     """Say once, after the first pass over the data, that the loss has not fallen."""
-    if before.is_first_pass and not after.is_first_pass and after.factor < before.factor:
-        remedy = (
-            "the temperature is reduced" if is_automatic
-            else 'the posterior may be too wide: try temperature="auto", or a lower one'
+    if not (before.is_first_pass and after.is_stalled):
+        return
+    remedy = "try another learning rate"
+    if after.factor < before.factor:
+        remedy = "the temperature is reduced" if is_automatic else (
+            'the posterior may be too wide: try temperature="auto", or a lower one'
         )
-        warn_user(
-            "after one pass over the data the loss at samples of the posterior is where it "
-            f"started; {remedy}; otherwise try another learning rate"
-        )
+    warn_user(
+        "after one pass over the data the loss at samples of the posterior is where it started: "
+        + remedy
+    )

@@ -148,11 +148,11 @@ def test_the_temperature_rises_linearly(given: float | str) -> None:
 # ---- a run without progress ---------------------------------------------------------------------
 
 
-def run(losses: list[float], fraction: float) -> list[TemperatureState]:
-    """The states after each step."""
+def run(losses: list[float], fraction: float, num_data: float = 1) -> list[TemperatureState]:
+    """The states after each step; the samples cost 0.35 / N nats per datum."""
     state, result = TemperatureState(determined=7.0), []
     for loss in losses:
-        state = state.after(0.1, loss, fraction)
+        state = state.after(0.1, loss, fraction, num_data)
         result.append(state)
     return result
 
@@ -206,6 +206,15 @@ def test_a_run_at_chance_warns_once(is_automatic: bool, remedy: str) -> None:
     (warning,) = caught
     assert "after one pass over the data the loss" in str(warning.message)
     assert remedy in str(warning.message)
+
+
+def test_noise_that_costs_little_is_not_reduced() -> None:
+    """0.35 / 7 and 0.35 / 8 nats, and 2 % of the loss are 0.046."""
+    assert run([2.3] * 51, 0.1, 7)[-1].factor == 0.1
+    states = run([2.3] * 51, 0.1, 8)
+    assert states[-1].factor == 1 and states[-1].is_stalled
+    with pytest.warns(UserWarning, match="where it started: try another learning rate"):
+        warn_at_chance(states[-2], states[-1], True)
 
 
 def test_a_run_that_learns_does_not_warn() -> None:
