@@ -324,6 +324,7 @@ def test_counts(
             assert (updates, interval) == {3: (44, 3), "schedule": (23, 10)}[every]
 
 
+@pytest.mark.filterwarnings("ignore:after one pass over the data")  # random targets
 @pytest.mark.parametrize("kind", ["hessian", "fisher"])
 def test_layers_of_every_make(kind: str) -> None:
     """Groups, columns, units, a truncated side, and rows of one example only."""
@@ -459,6 +460,7 @@ class Changing(Sides):
         return dist.Normal(zero, scale).expand(shape).to_event(len(shape))
 
 
+@pytest.mark.filterwarnings("ignore:after one pass over the data")  # random targets
 def test_a_block_keeps_its_units_until_its_next_estimate() -> None:
     model = Changing()
     curvature = Curvature("ggn", every="auto", initial=0.0)
