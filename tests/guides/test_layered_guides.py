@@ -113,7 +113,7 @@ def test_no_weight_is_left_out(name: str, structure: str) -> None:
     *lines, last = guide.summary().splitlines()
     assert {line.split()[0] for line in lines[1:]} == names
     total = f"{sum(family.block.size for family in guide.blocks):,}"
-    assert last == f"{total} of {total} parameters have a posterior"
+    assert last == f"{total} of {total} parameters have a posterior, at temperature 0.1"
     assert torch.linalg.eigvalsh(guide.posterior.precision.dense()).min() > 0
     fresh, file = GUIDES[structure](model), io.BytesIO()
     torch.save(guide.state_dict(), file)
