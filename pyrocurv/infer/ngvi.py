@@ -235,9 +235,9 @@ class NGVI:
             self._posterior = update.posterior
 
         commit(update, self._store, undo, assign)
-        warn_at_chance(
-            posterior.temperature, update.posterior.temperature, self.temperature == AUTO
-        )
+        if self.num_particles != 0:
+            is_automatic = self.temperature == AUTO and self._is_sampled_network
+            warn_at_chance(posterior.temperature, update.posterior.temperature, is_automatic)
         return update.loss
 
     def _ready(self) -> tuple[UpdateRule, Posterior]:

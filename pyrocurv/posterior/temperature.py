@@ -11,8 +11,8 @@ computed at every estimate of the curvature; before the first nothing is sampled
 weights a share counts too, as much as is left of the initial curvature e: so T starts low, where it
 would only slow the run down.
 
-If the loss at the samples has not fallen by 2 % since the first step, and the samples cost as much,
-T falls by 10, after each pass over the data of 50 steps at least.
+`NGVI`, which sees the loss, divides T by 10 after a pass over the data, of 50 steps at least, in
+which the loss at the samples was where it started (2 % below to 50 % above), if they cost as much.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ HIGHEST, LOWEST = 0.1, 0.005  # by the rule
 FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
+DIVERGED = 1.5  # of it; a loss above is that of a network that was trained before
 
 
 @serializable
@@ -61,8 +62,8 @@ class TemperatureState:
         )
         if new.passes < 1 or new.steps < MIN_STEPS:
             return new
-        progress = (1 - PROGRESS) * abs(self.start)
-        is_stalled = new.total / new.steps > self.start - progress
+        progress, change = (1 - PROGRESS) * abs(self.start), new.total / new.steps - self.start
+        is_stalled = -progress < change < (DIVERGED - 1) * abs(self.start)
         is_noise = value * self.determined / (2 * num_data) > progress
         return TemperatureState(
             value, self.determined, self.factor / 10 if is_stalled and is_noise else self.factor,
@@ -98,7 +99,7 @@ def warn_at_chance(before: TemperatureState, after: TemperatureState, is_automat
     """Say once, after the first pass over the data, that the loss has not fallen."""
     if not (before.is_first_pass and after.is_stalled):
         return
-    remedy = "try another learning rate"
+    remedy = "unless the network was trained before, try another learning rate"
     if after.factor < before.factor:
         remedy = "the temperature is reduced" if is_automatic else (
             'the posterior may be too wide: try temperature="auto", or a lower one'

@@ -169,11 +169,11 @@ def test_the_factor_falls_by_ten_once_in_a_pass_without_progress(
 
 
 @pytest.mark.parametrize("start", [2.3, -0.8])
-@pytest.mark.parametrize(("fall", "factor"), [(0.03, 1.0), (0.01, 0.1), (-0.5, 0.1)])
+@pytest.mark.parametrize(("fall", "factor"), [(0.03, 1.0), (0.01, 0.1), (-0.4, 0.1), (-0.6, 1.0)])
 def test_the_mean_loss_of_a_pass_is_compared_with_the_first(
     start: float, fall: float, factor: float
 ) -> None:
-    """It has to be below by a fiftieth of the first, though single steps may be anywhere."""
+    """Below by a fiftieth of the first, or above by half: of a network that was trained before."""
     noise = torch.linspace(-5, 5, 50).tolist()
     losses = [start, *(start - fall * abs(start) + value for value in noise)]
     assert run(losses, 0.05)[-1].factor == pytest.approx(factor)
@@ -213,7 +213,7 @@ def test_noise_that_costs_little_is_not_reduced() -> None:
     assert run([2.3] * 51, 0.1, 7)[-1].factor == 0.1
     states = run([2.3] * 51, 0.1, 8)
     assert states[-1].factor == 1 and states[-1].is_stalled
-    with pytest.warns(UserWarning, match="where it started: try another learning rate"):
+    with pytest.warns(UserWarning, match="where it started: unless .* try another learning rate"):
         warn_at_chance(states[-2], states[-1], True)
 
 
