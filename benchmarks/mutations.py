@@ -94,7 +94,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "posterior/muon": [
         ("max(1.0, outputs / inputs) ** 0.5", "max(1.0, outputs / inputs)",
-         f"{UPDATES}muon_takes_a_convolution_as_one_matrix"),
+         f"{UPDATES}tall_matrices_move_further"),
         ("gradient if root is None else gradient / root", "gradient",
          f"{UPDATES}whitened_muon"),
         ("vector = vector / self._root", "vector = vector * self._root",
@@ -110,7 +110,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "posterior/temperature": [
         ("HIGHEST * ratio * ratio", "HIGHEST * ratio", f"{TEMPERATURE}the_automatic_temperature"),
-        ("self.factor if has_learned", "self.factor / 10 if has_learned",
+        ("if is_stalled and is_noise", "if is_noise",
          f"{TEMPERATURE}progress_after_the_first_pass_keeps_the_factor"),
         ("new.passes < 1 or", "new.passes < 2 or",
          f"{TEMPERATURE}the_factor_falls_by_ten_once_in_a_pass_without_progress"),

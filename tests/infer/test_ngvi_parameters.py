@@ -15,6 +15,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from toys import (
     EXACT,
+    NATURAL,
     NUM_DATA,
     norm_net,
     regression_data,
@@ -58,7 +59,9 @@ def test_the_trust_region_is_that_of_the_base_learning_rate() -> None:
     start(*data)
     changes = []
     for factor in (1.0, 0.25):
-        ngvi = NGVI(model, KFACGuide(model), lr=0.5, curvature=EXACT, kl_clip=1e-4, momentum=0.0)
+        ngvi = NGVI(
+            model, KFACGuide(model), lr=0.5, curvature=EXACT, kl_clip=1e-4, momentum=0.0, **NATURAL
+        )
         torch.optim.lr_scheduler.LambdaLR(ngvi.optimizer, lambda _, factor=factor: factor)
         ngvi.step(*data)
         changes.append(ngvi.guide.posterior.loc - start.posterior.loc)

@@ -13,7 +13,13 @@ from pyrocurv.layers import Layer
 from pyrocurv.layers.block import make_blocks
 from pyrocurv.posterior.adam import DECAY, EPSILON, SoapUpdate
 from pyrocurv.posterior.mean_update import Direction, Push
-from pyrocurv.posterior.muon import ADAM_SHARE, MAX_SIDE, MuonUpdate, WhitenedMuonUpdate
+from pyrocurv.posterior.muon import (
+    ADAM_SHARE,
+    MAX_SIDE,
+    MuonUpdate,
+    WhitenedMuonUpdate,
+    muon_scale,
+)
 from pyrocurv.posterior.orthogonalization import COEFFICIENTS, STEPS, orthogonalize
 from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
@@ -164,6 +170,10 @@ def test_muon_orthogonalizes_weights_and_leaves_biases_to_adam(structure: str) -
     bias = ADAM_SHARE * gradients["a.bias"] / (last["a.bias"].abs() + EPSILON)
     torch.testing.assert_close(expected["a.bias"], bias, rtol=1e-9, atol=1e-9)
     assert direction.rate == NUMBERS.lr and direction.energy_rate is None
+
+
+def test_tall_matrices_move_further() -> None:
+    assert [muon_scale(8, 2), muon_scale(4, 4), muon_scale(2, 8)] == [2.0, 1.0, 1.0]
 
 
 def test_muon_takes_a_convolution_as_one_matrix() -> None:
