@@ -304,8 +304,10 @@ def soap(net: nn.Module, lr: float, task: Task) -> list[torch.optim.Optimizer]:
     return [SOAP(net.parameters(), lr=lr, precondition_frequency=10)]
 
 
-def second_order(net: nn.Module, lr: float, task: Task) -> list[torch.optim.Optimizer]:
-    return [SecondOrderOptimizer(net, lr, **OURS["second-order"][task.kind])]
+def second_order(
+    net: nn.Module, lr: float, task: Task, **options: Any
+) -> list[torch.optim.Optimizer]:
+    return [SecondOrderOptimizer(net, lr, **OURS["second-order"][task.kind], **options)]
 
 
 def schedule_free(task: Task, lr: float) -> Run:
@@ -380,6 +382,12 @@ METHODS: dict[str, Callable[[Task, float], Run]] = {
     "adamw": plain(adamw), "schedule-free": schedule_free, "sgd": plain(sgd), "muon": plain(muon),
     "soap": plain(soap), "ivon": ivon, "second-order": plain(second_order), "ngvi": ngvi,
 }
+VARIANTS: dict[str, dict[str, Any]] = {  # of "second-order", if named in --methods
+    "second-order-whitened": {"update": "whitened-muon"},
+    "second-order-decay": {"update": "whitened-muon", "weight_decay": 3e-3},
+}
+METHODS |= {name: plain(partial(second_order, **options)) for name, options in VARIANTS.items()}
+RATES |= {name: RATES["second-order"] for name in VARIANTS}
 PEERS = {"schedule-free": AdamWScheduleFree, "soap": SOAP, "ivon": IVON}
 
 
@@ -602,7 +610,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--out", type=Path, default=Path("optimizers.jsonl"), help="the file of results")
     option("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    option("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    option("--methods", nargs="+", choices=METHODS,
+           default=[method for method in METHODS if method not in VARIANTS])
     option("--lrs", nargs="+", type=float, help="learning rates in place of the grid")
     option("--data-root", default="data", help="folder of FashionMNIST/raw")
     option("--test", action="store_true", help="train at the best rates, and score the test data")

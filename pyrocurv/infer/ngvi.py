@@ -36,7 +36,7 @@ from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel
 from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
-from pyrocurv.optim.mean_updates import Update, as_mean_update
+from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.posterior.mean_update import NATURAL
 from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
@@ -83,8 +83,9 @@ class NGVI:
             "soap", Adam in the eigenbasis of the curvature's factors; or a callable from parameters
             (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
             own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
-            the gradient of the tempered objective and end at the same posterior. "auto" is
-            "natural" without samples or without a network, else "whitened-muon".
+            the gradient of the tempered objective and have its fixed points, where the steps of
+            fixed length, those of both muons, come to rest as `lr` falls to 0. "auto" is "natural"
+            without samples or without a network, else "whitened-muon".
         average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
             training continues from the iterate.
         optim: the optimizer of everything without a natural gradient, the parameters of the model
@@ -147,7 +148,7 @@ class NGVI:
         kl_clip: float | str | None = AUTO,
         num_particles: int | str = AUTO,
         antithetic: bool = True,
-        update: Update = AUTO,
+        update: UpdateChoice = AUTO,
         average: bool | str = AUTO,
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
@@ -167,6 +168,7 @@ class NGVI:
         self.average: bool = values.pop("average")
         self.temperature, self.kl_warmup, self.antithetic = temperature, kl_warmup, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
+        self._has_network = has_network(model)
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
         self._mean_update = as_mean_update(update, automatic)
         self._is_automatic_update = update == AUTO
@@ -255,7 +257,7 @@ class NGVI:
     @property
     def _is_sampled_network(self) -> bool:
         """Whether "auto" stands for what networks need, whose posterior is sampled."""
-        return has_network(self.model) and self.num_particles != 0 and not self._prefers_joint
+        return self._has_network and self.num_particles != 0 and not self._prefers_joint
 
     def _settings(self, rule: UpdateRule) -> StepSettings:
         temperature, mean_update = self.temperature, self._mean_update

@@ -23,7 +23,7 @@ from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters, check_params
 from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
-from pyrocurv.optim.mean_updates import Update, as_mean_update, check_update
+from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update, check_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
@@ -62,7 +62,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
         class_dim: int | None, curvature: str | Curvature, structure: StructureChoice,
-        update: Update, fallback_lr: float, defaults: Group,
+        update: UpdateChoice, fallback_lr: float, defaults: Group,
     ) -> None:
         check_module("net", net)
         check_differentiable(net.modules())
@@ -132,6 +132,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
         raise TypeError(f"{type(self).__name__} defines no hyperparameters")
+
+    def _number_of(self, group: Group) -> int:
+        return next(n for n, other in enumerate(self.param_groups) if other is group)
 
     def _in_context(
         self, posterior: Posterior, layout: ParameterBlocks, store: ParameterStore

@@ -16,10 +16,10 @@ from pyrocurv.posterior.muon import MuonUpdate, WhitenedMuonUpdate
 from pyrocurv.runtime.undo import Undo
 
 UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdate(), SoapUpdate())}
-Update = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+UpdateChoice = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def as_mean_update(update: Update, automatic: str = "whitened-muon") -> MeanUpdate:
+def as_mean_update(update: UpdateChoice, automatic: str = "whitened-muon") -> MeanUpdate:
     """The rule of that name, `automatic` for "auto", or of the optimizer that a callable makes.
 
     Raises ValueError for an unknown name, TypeError for anything else.
@@ -50,7 +50,8 @@ def check_update(saved: str, here: str, owner: str) -> None:
 class TorchUpdate(MeanUpdate):
     """A `torch.optim.Optimizer` steps copies of the means, in the shapes of their weights.
 
-    Its learning rate follows the schedule of the caller's, in proportion.
+    It has a parameter group for each of the caller's, whose learning rate follows the schedule of
+    that one, in proportion.
     """
 
     name = "torch"
@@ -74,7 +75,7 @@ class TorchUpdate(MeanUpdate):
         factor = numbers.lr / numbers.base_lr if numbers.base_lr else 1.0
         return [
             AuxiliaryParameter(
-                name, self._parameter(name, mean), gradients[name], "means", {}, factor
+                name, self._parameter(name, mean), gradients[name], numbers.group, {}, factor
             )
             for name, mean in block.views(push.state.mean).items()
         ]

@@ -15,7 +15,7 @@ from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
-from pyrocurv.optim.mean_updates import Update
+from pyrocurv.optim.mean_updates import UpdateChoice
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
@@ -108,7 +108,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
-        update: Update = AUTO,
+        update: UpdateChoice = AUTO,
         momentum: float = 0.9,
         damping: float = 3e-3,
         weight_decay: float = 0.0,
@@ -152,7 +152,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         return _decay(group["weight_decay"], like.dtype, like.device, is_kronecker)
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
-        return Hyperparameters.of(group, 1, 1)
+        return Hyperparameters.of(group, 1, 1, self._number_of(group))
 
 
 @functools.lru_cache(maxsize=64)

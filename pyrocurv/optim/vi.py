@@ -19,7 +19,7 @@ from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
-from pyrocurv.optim.mean_updates import Update, as_mean_update
+from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
@@ -62,7 +62,7 @@ class VIOptimizer(CurvatureOptimizer):
     Args:
         net, params, likelihood, class_dim, curvature, structure, update, momentum, damping,
             kl_clip, fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a
-            posterior.
+            posterior, and update="auto" is "whitened-muon".
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean; "auto" as for `NGVI`.
@@ -119,7 +119,7 @@ class VIOptimizer(CurvatureOptimizer):
         class_dim: int | None = None,
         curvature: str | Curvature = "fisher",
         structure: StructureChoice = "kfac",
-        update: Update = AUTO,
+        update: UpdateChoice = AUTO,
         prior_precision: float | str = "fan_in",
         prior: Any = None,
         temperature: float | str = AUTO,
@@ -282,7 +282,9 @@ class VIOptimizer(CurvatureOptimizer):
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
         rule = TemperatureRule(group["temperature"], self.kl_warmup)
         temperature = rule(self._num_data, self._posterior.temperature, self._posterior.step)
-        return Hyperparameters.of(group, self._num_data, temperature)
+        return Hyperparameters.of(
+            group, self._num_data, temperature, self._number_of(group)
+        )
 
     def _prior(self, block: Block, store: ParameterStore) -> BlockPrior:
         return self._priors.of(block, self._recorder.inner, store)

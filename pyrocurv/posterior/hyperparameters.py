@@ -23,14 +23,17 @@ class Hyperparameters:
     kl_clip: float | None
     num_data: float
     temperature: float
+    group: int = 0  # which of the caller's groups they are from
 
     @staticmethod
-    def of(group: Mapping[str, Any], num_data: float, temperature: float) -> Hyperparameters:
+    def of(
+        group: Mapping[str, Any], num_data: float, temperature: float, number: int = 0
+    ) -> Hyperparameters:
         """From a parameter group, whose learning rate a scheduler may have changed."""
         base = group.get("initial_lr", group["lr"])
         return Hyperparameters(
             group["lr"], base, group["momentum"], group["damping"], group["kl_clip"], num_data,
-            temperature,
+            temperature, number,
         )
 
     @property

@@ -4,8 +4,9 @@ With m the momentum of the gradient per datum at the samples, β its decay, δ t
 
     h = m / (1-βᵗ) + (δT/N)(M - M₀),   M ← M - η d(h)
 
-Any d that is a descent direction has the fixed points of E_q[loss] + T KL(q ‖ prior): the posterior
-does not depend on the rule, only how fast it is reached. The natural gradient is
+Any d that vanishes with h alone has the fixed points of E_q[loss] + T KL(q ‖ prior): the rule
+decides how fast one is reached. Directions of fixed length, as those of orthogonalized momentum,
+come to rest there as the learning rate η falls to 0. The natural gradient is
 
     d = ν (C + e + δT/N + damping)⁻¹ h,   ν one trust region over all blocks
 
@@ -96,13 +97,11 @@ class MeanUpdate:
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
         """The direction of each block; nothing is changed that `keep` does not keep."""
-        add_priors(pushes)
         solved = solutions(
             [push.state.preconditioner for push in pushes],
             [push.scaled_gradient for push in pushes],
         )
-        pairs = zip(pushes, solved, strict=True)
-        return [natural_direction(push, solution) for push, solution in pairs]
+        return [*map(_natural_direction, pushes, solved)]
 
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what `directions` changes."""
@@ -133,9 +132,7 @@ def add_priors(pushes: Sequence[Push]) -> None:
             vars(push)["scaled_gradient"] = total
 
 
-def natural_direction(push: Push, solution: LazySolution | None = None) -> Direction:
+def _natural_direction(push: Push, solution: LazySolution) -> Direction:
     """The natural gradient of one block, in the trust region."""
     numbers, correction = push.state.hyperparameters, push.bias_correction
-    if solution is None:
-        solution = push.state.preconditioner.solution(push.scaled_gradient)
     return Direction(push.state, solution, numbers.lr / correction, numbers.base_lr / correction)

@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from pyrocurv.posterior.adam import adam_direction
-from pyrocurv.posterior.mean_update import Direction, MeanUpdate, Push, natural_direction
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.orthogonalization import orthogonalize
 from pyrocurv.structures import KroneckerEigen
 
@@ -87,18 +88,23 @@ class WhitenedMuonUpdate(MeanUpdate):
         whitened = [_Whitened.of(push) for push in pushes]
         groups = [[] if item is None else item.matrices for item in whitened]
         signs = iter(orthogonalize([matrix for group in groups for matrix in group]))
+        natural = [not item and _is_natural(p) for p, item in zip(pushes, whitened, strict=True)]
+        solved = iter(NATURAL.directions([*compress(pushes, natural)]))
         return [
-            _unwhitened_direction(push) if item is None
+            next(solved) if is_natural else _adam_direction(push) if item is None
             else item.direction(torch.stack([next(signs) for _ in group]))
-            for push, item, group in zip(pushes, whitened, groups, strict=True)
+            for push, item, group, is_natural in zip(pushes, whitened, groups, natural, strict=True)
         ]
 
 
-def _unwhitened_direction(push: Push) -> Direction:
-    """That of a block without a matrix to be whitened: Adam's for scales and embeddings."""
+def _is_natural(push: Push) -> bool:
+    """Whether a block that is not whitened is neither scales nor embeddings, which are Adam's."""
+    block = push.state.block
+    return block.layers[0].is_matrix or not block.structure.is_kronecker
+
+
+def _adam_direction(push: Push) -> Direction:
     state = push.state
-    if state.block.layers[0].is_matrix or not state.block.structure.is_kronecker:
-        return natural_direction(push)
     vector, moment = adam_direction(push.gradient, push.last_gradient, state.second_moment)
     new = replace(state, second_moment=moment)
     return Direction.of(push, ADAM_SHARE * vector, state.hyperparameters.lr, new)

@@ -24,6 +24,7 @@ from pyrocurv.curvature.running_average import (
     zero_curvature,
 )
 from pyrocurv.layers.block import Block
+from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.natural_gradient import posterior_precision, price_hessian_update
 from pyrocurv.posterior.prior import BlockPrior
@@ -184,8 +185,12 @@ def _determined(state: BlockState, initial: float) -> Tensor:
     """tr((N/T) C Λ⁻¹) = P - tr(Λ₀ Λ⁻¹) - e N/T tr Λ⁻¹, with Λ₀ the prior's precision."""
     prior, root = state.prior.gaussian, state.curvature.root
     shift = initial * state.hyperparameters.likelihood_weight * (1 if root is None else root**2)
-    rest = prior.expected_distance(prior.loc, state.precision)
-    return state.block.size - rest - (shift * state.precision.inverse_diag()).sum()
+    inverse = state.precision.inverse_diag()
+    if isinstance(prior, CorrelatedPrior):
+        rest = prior.expected_distance(prior.loc, state.precision) + (shift * inverse).sum()
+    else:
+        rest = ((prior.diagonal + shift) * inverse).sum()
+    return state.block.size - rest
 
 
 def price_estimates(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.layers import packing
-from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, add_priors
 from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scale
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.runtime.foreach import magnitudes
@@ -115,7 +115,9 @@ def step(
     """
     posterior = evaluation.posterior
     pushed = _pushes(posterior, evaluation.gradients, mean_update.uses_momentum)
-    directions = mean_update.directions([push for push in pushed if push is not None])
+    pushes = [push for push in pushed if push is not None]
+    add_priors(pushes)
+    directions = mean_update.directions(pushes)
     nll = evaluation.loss if evaluation.nll is None else evaluation.nll
     loss, data_loss, *dots = _finite(
         [evaluation.loss, nll, *(direction.solution.dot for direction in directions)],

@@ -4,12 +4,13 @@ With s the eigenvalues of the curvature per datum, N data and δ the precision o
 
     γ = Σ s / (s + e + δT/N),   T = 0.1 (N/γ)², but within [0.005, 0.1]
 
-γ is the number of weights that the data determine (MacKay 1992, "Bayesian interpolation"), and a
-sample costs about T γ / (2N) nats per datum more than the mean. Where there are fewer such weights
-than data, T is 0.1; a network that can fit its data exactly gets a narrower posterior. γ is
-computed at every estimate of the curvature; before the first nothing is sampled. Of the other
-weights a share counts too, as much as is left of the initial curvature e: so T starts low, where it
-would only slow the run down.
+or tr((N/T) C Λ⁻¹) where curvature and prior have other eigenvectors, is the number of weights that
+the data determine (MacKay 1992, "Bayesian interpolation"); it is exact for a linear model if the
+structure of C is. A sample costs about T γ / (2N) nats per datum more than the mean, exactly that
+where the loss is quadratic. Where there are fewer such weights than data, T is 0.1; a network that
+can fit its data exactly gets a narrower posterior. γ is computed at every estimate of the
+curvature; before the first nothing is sampled. Of the other weights a share counts too, as much as
+is left of the initial curvature e: so T starts low, where it would only slow the run down.
 
 `NGVI`, which sees the loss, divides T by 10 after a pass over the data, of 50 steps at least, in
 which the loss at the samples was where it started (2 % below to 50 % above), if they cost as much.

@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from toys import (
     truth,
 )
 
+from pyrocurv.curvature import Curvature
 from pyrocurv.guides import FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
@@ -181,6 +184,42 @@ def test_optimizers_learn_and_are_resumed_bit_for_bit(kind: str, update: str) ->
         assert torch.equal(a, b)
     train(whole, x, y, 20)
     assert F.cross_entropy(whole.net.eval()(x), y) < before
+
+
+@each_update
+@pytest.mark.parametrize("kind", ["vi", "second-order"])
+def test_halves_of_a_batch_accumulate(kind: str, update: str) -> None:
+    """Two halves, each loss divided by 2, are the whole batch; without batch norm."""
+    x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
+    found = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        options: dict[str, Any] = {"curvature": Curvature("ggn"), "update": UPDATES[update]}
+        make: Any = partial(VIOptimizer, num_data=32) if kind == "vi" else SecondOrderOptimizer
+        optimizer = make(net, **options)
+        for _ in range(4):
+            optimizer.zero_grad()
+            with getattr(optimizer, "sampled_params", nullcontext)():
+                for rows in torch.arange(16).chunk(parts):
+                    (F.cross_entropy(net(x[rows]), y[rows]) / parts).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+
+
+@each_update
+def test_groups_have_learning_rates_of_their_own(update: str) -> None:
+    """A layer in a group of rate 0 stays; "torch" has a rate of its own, in proportion to it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    still = {"params": net[0].parameters(), "lr": 0.0, "initial_lr": 0.1}
+    optimizer = VIOptimizer(
+        net, 32, params=[still, {"params": net[2].parameters()}], update=UPDATES[update]
+    )
+    before = [layer.weight.detach().clone() for layer in (net[0], net[2])]
+    train(optimizer, torch.randn(16, 4), torch.randint(3, (16,)), 3)
+    assert torch.equal(net[0].weight, before[0]) and not torch.equal(net[2].weight, before[1])
 
 
 @pytest.mark.parametrize("kind", ["vi", "second-order"])
