@@ -9,8 +9,9 @@ All methods take turns in one process on one thread: in each round a block of st
 cycles of the curvature (`every=20`), and each block's CPU time is divided by that of Adam's block
 in the same round, so that a loaded machine slows both sides of a ratio alike. "x Adam" is the
 median over the rounds; "sum" is the ratio of all time, in which the eigendecompositions (every 200
-steps) have their due weight. NGVI runs with the library's defaults and temperature 0.1, on noisy
-blobs that can be learnt but not by heart. Then the parts of an NGVI step.
+steps) have their due weight. NGVI runs with the library's defaults and temperature 0.1, "natural"
+is "kfac" with `update="natural"`, on noisy blobs that can be learnt but not by heart. Then the
+parts of an NGVI step.
 
 A GPU waits for the launches, not for the arithmetic, of a small network. `--dispatches` counts the
 operations that PyTorch dispatches in a quiet step, one in which no curvature is due, by a
@@ -49,7 +50,7 @@ except ImportError:
 NUM_DATA = 12_800
 CYCLE = 20  # steps from one curvature estimate to the next
 GUIDES = {"kfac": KFACGuide, "ekfac": EKFACGuide, "diagonal": DiagonalGuide}
-METHODS = ("adam", "sgd", *GUIDES, "second-order", "vi", "ivon")
+METHODS = ("adam", "sgd", *GUIDES, "natural", "second-order", "vi", "ivon")
 TARGETS = {
     "lenet": {"kfac": 1.25, "diagonal": 1.15, "second-order": 1.2}, "mlp": {"kfac": 1.8},
     "resnet18": {"kfac": 1.5},
@@ -127,9 +128,11 @@ def vi_step(net: nn.Module) -> Step:
 
 
 def make_step(method: str, net: nn.Module) -> Step:
-    if method in GUIDES:
+    if method in (*GUIDES, "natural"):
         model = pyrocurv.nn.Classifier(pyrocurv.nn.bayesianize(net), num_data=NUM_DATA)
-        return NGVI(model, GUIDES[method](model), temperature=0.1).step
+        guide = GUIDES.get(method, KFACGuide)(model)
+        options = {"update": "natural"} if method == "natural" else {}
+        return NGVI(model, guide, temperature=0.1, **options).step
     if method == "ivon":
         return ivon_step(net)
     if method == "second-order":
