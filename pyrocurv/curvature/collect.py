@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from functools import singledispatch
+from functools import reduce, singledispatch
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,16 +20,21 @@ from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall, MixedRowsCall, OpCall
 from pyrocurv.layers.structure_spec import KroneckerSpec, StructureSpec
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Dense, Diagonal, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
 class ForwardPass(NamedTuple):
-    """The likelihood terms of a forward pass over `rows` examples, and the calls of its layers."""
+    """The likelihood terms of a forward pass over `rows` examples, and the calls of its layers.
+
+    The examples are those of this process, one of the `workers`.
+    """
 
     terms: Sequence[LikelihoodTerm]
     calls: Sequence[LayerCall]
     rows: int
+    workers: Workers = ALONE
 
     def with_mixed_rows(self) -> ForwardPass:
         """With a backward pass for each example where as many rows affect other examples.
@@ -50,6 +55,7 @@ class BlockStatistics(Protocol):
     """One block's curvature, a SUM over the examples, in whichever structure is asked for.
 
     `layers` are the inputs and output gradients of its layers. For a block of one layer,
+    `kronecker` has G ⊗ A for each use of its matrix, G a sum over examples and A a mean;
     `eigenvalues` is the mean over the eigenspaces of a basis, and `output_factor` is G if it is
     not to be computed from `layers`; both are scaled by a prior.
     """
@@ -58,7 +64,7 @@ class BlockStatistics(Protocol):
     def layers(self) -> Sequence[Sequence[LayerStatistics]]: ...
     def dense(self) -> Dense: ...
     def diagonal(self) -> Diagonal: ...
-    def kronecker(self, sharing: str) -> Kronecker: ...
+    def kronecker(self, sharing: str) -> list[Kronecker]: ...
     def eigenvalues(
         self, basis: KroneckerEigen, scaling: KroneckerScaling | None = None
     ) -> KroneckerEigen: ...
@@ -90,7 +96,12 @@ def _(structure: structure_spec.Diagonal, statistics: BlockStatistics) -> Struct
 
 @assemble.register
 def _(structure: KroneckerSpec, statistics: BlockStatistics) -> Structure:
-    return statistics.kronecker(structure.sharing)
+    return nearest_product(statistics.kronecker(structure.sharing))
+
+
+def nearest_product(uses: Sequence[Kronecker]) -> Kronecker:
+    """The nearest Kronecker product to the sum over all uses of a matrix."""
+    return reduce(Kronecker.nearest_kronecker_sum, uses)
 
 
 def collect(

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
+from pyrocurv.curvature.collect import (
+    BlockStatistics,
+    ForwardPass,
+    assemble,
+    collect,
+    nearest_product,
+)
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.likelihood import (
     Likelihood,
@@ -29,7 +35,7 @@ from pyrocurv.layers.structure_selection import (
     check_structure,
     select_structures,
 )
-from pyrocurv.layers.structure_spec import EKFAC, KFAC, StructureSpec
+from pyrocurv.layers.structure_spec import EKFAC, KFAC, KroneckerSpec, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
@@ -45,7 +51,7 @@ def _matrix(structure: StructureSpec, block: Block, statistics: BlockStatistics)
 
 @_matrix.register
 def _(structure: KFAC, block: Block, statistics: BlockStatistics) -> Structure:
-    factors = statistics.kronecker(structure.sharing)
+    factors = _factors(structure, statistics)
     if structure.rank != "auto":
         return factors.eigen(block.ranks, structure.cuts)
     return Kronecker(*map(cut, (factors.output, factors.input), structure.cuts))
@@ -54,7 +60,11 @@ def _(structure: KFAC, block: Block, statistics: BlockStatistics) -> Structure:
 @_matrix.register
 def _(structure: EKFAC, block: Block, statistics: BlockStatistics) -> Structure:
     ranks = None if structure.rank == "auto" else block.ranks
-    return statistics.eigenvalues(statistics.kronecker(structure.sharing).eigen(ranks))
+    return statistics.eigenvalues(_factors(structure, statistics).eigen(ranks))
+
+
+def _factors(structure: KroneckerSpec, statistics: BlockStatistics) -> Kronecker:
+    return nearest_product(statistics.kronecker(structure.sharing))
 
 
 @outside_inference_mode

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -139,15 +139,16 @@ class HessianStatistics:
                 return outputs.diagonal()
         return self._in_weights.diagonal()
 
-    def kronecker(self, sharing: str) -> Kronecker:
-        """G ⊗ A; the nearest product to the sum where a matrix is also used transposed."""
+    def kronecker(self, sharing: str) -> list[Kronecker]:
+        """G ⊗ A of each use."""
+        count = self.graph.examples.size
         if self._is_per_unit:
-            return self._in_weights.kronecker(self.graph.examples.count)
-        factors = []
-        for transposed, outputs in self._in_outputs.items():
-            product = outputs.kronecker(sharing)
-            factors.append(Kronecker(product.input, product.output) if transposed else product)
-        return reduce(Kronecker.nearest_kronecker_sum, factors)
+            return [self._in_weights.kronecker(count)]
+        products = [outputs.kronecker(sharing) for outputs in self._in_outputs.values()]
+        return [
+            Kronecker(x.input * count, x.output / count) if transposed else x
+            for transposed, x in zip(self._in_outputs, products, strict=True)
+        ]
 
     def eigenvalues(
         self, basis: KroneckerEigen, scaling: KroneckerScaling | None = None

@@ -100,6 +100,13 @@ class LayerStatistics:
         p, r = (root[..., None, None, :] for root in scaling.roots)
         return LayerStatistics(self.a / r, self.g / p, self.position_mask)
 
+    def num_inputs(self, sharing: str) -> Tensor | int:
+        """How many examples A is a mean over, by the positions that are not masked."""
+        batch_size = self.a.shape[-3]
+        if self.position_mask is None or sharing != "expand":
+            return batch_size
+        return self.position_mask.to(self.a).mean() * batch_size
+
     def factors(self) -> Kronecker:
         """G = sum_kns g gᵀ / S and A = sum_ns a aᵀ / B."""
         batch_size, positions = self.a.shape[-3:-1]
@@ -141,11 +148,10 @@ class GradientStatistics:
         """diag C, exactly."""
         return Diagonal(torch.cat([_squares(layer) for layer in self.layers]))
 
-    def kronecker(self, sharing: str) -> Kronecker:
-        """G ⊗ A; the nearest product to the sum where a matrix is also used transposed."""
+    def kronecker(self, sharing: str) -> list[Kronecker]:
+        """G ⊗ A of each use."""
         (layer,) = self.layers
-        factors = [use.share_weights(sharing).factors() for use in layer]
-        return functools.reduce(Kronecker.nearest_kronecker_sum, factors)
+        return [use.share_weights(sharing).factors() for use in layer]
 
     def eigenvalues(
         self, basis: KroneckerEigen, scaling: KroneckerScaling | None = None

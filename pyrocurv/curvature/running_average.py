@@ -6,8 +6,9 @@ so a step that fails has no effect. All structures here are a mean over examples
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
+from pyrocurv.curvature.pooled_statistics import is_truncated, no_statistics, pool
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, product
 from pyrocurv.curvature.update_interval import UpdateInterval
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
@@ -140,18 +143,40 @@ def update_curvature(
     """
     if not due:
         return []
-    rows = forward.rows if spec.batch is None else min(spec.batch, forward.rows)
-    count, statistics = collect(spec, [block for block, *_ in due], forward, rows)
-    if count == 0:
+    rows, statistics = _collect_all(spec, due, forward)
+    if rows == 0:
         if any(average.count == 0 for _, average, _ in due):
             raise ValueError("the mask leaves no example to compute the first curvature from")
         return [average for _, average, _ in due]
     with torch.no_grad():  # `map` lets go of the statistics of a block before the next ones
-        return [*map(partial(_update_due, spec, step, rows, particle), due, statistics)]
+        update_one = partial(_update_due, spec, step, rows, particle, forward.workers)
+        return [*map(update_one, due, statistics)]
+
+
+def _collect_all(
+    spec: Curvature, due: Sequence[DueBlock], forward: ForwardPass
+) -> tuple[float, Iterable[BlockStatistics]]:
+    """The statistics of each block, and the number of rows; 0 if a mask leaves no example.
+
+    They are those of all workers, each of which takes its part of the examples of an estimate.
+    """
+    workers, blocks = forward.workers, [one.block for one in due]
+    limit = forward.rows if spec.batch is None else math.ceil(spec.batch / workers.size)
+    rows = min(limit, forward.rows)
+    if workers.is_alone:
+        count, statistics = collect(spec, blocks, forward, rows)
+        return rows if count else 0, statistics
+    like = due[0].average.curvature.diag()
+    with workers.local_noise(like.device):
+        count, found = collect(spec, blocks, forward, rows)
+        local = [*found] if count else no_statistics(blocks, like)
+        total, total_rows = workers.sums([*like.new_tensor([count, rows])])
+        pooled = pool(blocks, local, workers) if total else ()
+    return float(total_rows) if total else 0, pooled
 
 
 def _update_due(
-    spec: Curvature, step: int, rows: int, particle: Particle, due: DueBlock,
+    spec: Curvature, step: int, rows: float, particle: Particle, workers: Workers, due: DueBlock,
     statistics: BlockStatistics,
 ) -> RunningCurvature:
     """`update`, with the next interval of the block."""
@@ -159,12 +184,13 @@ def _update_due(
     refresh = particle.is_last and (
         particle.count(old) in BASIS_WARMUP or spec.is_basis_due(step, old.interval)
     )
-    new = update(due, statistics, rows, spec.decay, refresh, particle)
+    new = update(due, statistics, rows, spec.decay, refresh, particle, workers)
     if spec.every != "auto" or not particle.is_last:
         return new
     if new is old:
         return replace(old, interval=old.interval.postpone(step))
-    return replace(new, interval=old.interval.after_estimate(step, statistics.layers))
+    interval = old.interval.after_estimate(step, statistics.layers, workers)
+    return replace(new, interval=interval)
 
 
 def has_statistics(spec: Curvature, block: Block, calls: Sequence[LayerCall]) -> bool:
@@ -192,10 +218,10 @@ def zero_curvature(
 
 
 def update(
-    due: DueBlock, statistics: BlockStatistics, rows: int, decay: float, refresh: bool,
-    particle: Particle = SINGLE_PARTICLE,
+    due: DueBlock, statistics: BlockStatistics, rows: float, decay: float, refresh: bool,
+    particle: Particle = SINGLE_PARTICLE, workers: Workers = ALONE,
 ) -> RunningCurvature:
-    """The average of a block with one more estimate, a sum over `rows` examples.
+    """The average of a block with one more estimate, a sum over `rows` examples of all workers.
 
     `refresh` asks for new eigenvectors of Kronecker factors; truncated factors have new ones at
     every estimate. When the scaling changes, the eigenvalues of EK-FAC are kept. An estimate that
@@ -208,8 +234,8 @@ def update(
         old, count=count, factors=None, truncated_factors=None, scaling=scaling,
         positions=positions,
     )
-    if _is_truncated(block, statistics):
-        return _update_truncated(due, new, statistics, rows, weight)
+    if is_truncated(block, statistics):
+        return _update_truncated(due, new, statistics, rows, weight, workers)
     value = assemble(block.structure, statistics).scale(1 / rows)
     if not bool(torch.isfinite(value.trace())):
         return _left_out(old)
@@ -263,19 +289,9 @@ def _left_out(average: RunningCurvature) -> RunningCurvature:
 # ---- truncated factors --------------------------------------------------------------------------
 
 
-def _is_truncated(block: Block, statistics: BlockStatistics) -> bool:
-    """Whether truncated factors are averaged, for which the complete ones are never formed."""
-    layer = block.layers[0]
-    if not block.structure.is_kronecker or block.ranks == layer.matrix_shape or layer.lead:
-        return False
-    if block.kronecker.cuts != (1, 1):
-        return False
-    (uses,) = statistics.layers
-    return len(uses) == 1 and len(uses[0].a) == 1  # not used transposed
-
-
 def _update_truncated(
-    due: DueBlock, new: RunningCurvature, statistics: BlockStatistics, rows: int, weight: float
+    due: DueBlock, new: RunningCurvature, statistics: BlockStatistics, rows: float, weight: float,
+    workers: Workers,
 ) -> RunningCurvature:
     """`update` with truncated factors; G is a mean over positions, A a sum."""
     block, old, scaling = due
@@ -286,15 +302,17 @@ def _update_truncated(
     matrix = statistics.output_factor(sharing, scaling)  # [O, O]
     if matrix is not None:
         matrix = matrix / rows
-    if not bool(torch.isfinite(a.sum() + (g if matrix is None else matrix).sum())):
+    (total,) = workers.sums([a.sum() + (g if matrix is None else matrix).sum()])
+    if not bool(torch.isfinite(total)):
         return _left_out(old)
     output, input = _truncated_factors(due, g, a)
     try:
         if matrix is None:
-            output = output.average(g, 1 / (rows * a.shape[1]), weight)
+            output = output.average(g, 1 / (rows * a.shape[1]), weight, workers)
         else:
             output = output.average_matrix(matrix, weight)
-        input = input.average(a, 1 / len(a), weight)  # masks may have left fewer than `rows`
+        count = workers.sum(len(a), a)  # masks may have left fewer than `rows`
+        input = input.average(a, 1 / count, weight, workers)
     except torch.linalg.LinAlgError as error:
         if old.count == 0:
             raise
@@ -306,6 +324,8 @@ def _update_truncated(
         return new
     if matrix is None:
         eigenvalues = mean_squares(layer.a[0], layer.g, basis)
+        (spectrum,) = workers.sums([eigenvalues.spectrum])
+        eigenvalues = replace(eigenvalues, spectrum=spectrum)
     else:
         eigenvalues = statistics.eigenvalues(basis, scaling)
     return replace(new, curvature=average(old.known, eigenvalues.scale(1 / rows), weight))

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import KroneckerEigen
 from pyrocurv.structures.linalg import eigh_psd
 from pyrocurv.structures.serialization import serializable
@@ -54,14 +55,17 @@ class TruncatedFactor:
         mean = (self.diagonal.sum() - self.values.sum()).clamp(min=0) / rest
         return torch.cat([self.values, mean[None]])
 
-    def average(self, x: Tensor, scale: float, weight: float) -> TruncatedFactor:
-        """(1 - weight) A + weight · scale · Σ x xᵀ, for x [N, S, n].
+    def average(
+        self, x: Tensor, scale: float, weight: float, workers: Workers = ALONE
+    ) -> TruncatedFactor:
+        """(1 - weight) A + weight · scale · Σ x xᵀ, for x [N, S, n] of all workers.
 
         If there are more than `MAX_ROWS` rows, some positions of each example are drawn, from
         torch's global generator, and scaled to the trace of all rows; the diagonal is of all rows.
         """
-        diagonal = x.square().sum((0, 1)) * scale
-        rows = _subsample(x)
+        (diagonal,) = workers.sums([x.square().sum((0, 1)) * scale])
+        with workers.local_noise(x.device):
+            rows = workers.rows(_subsample(x, MAX_ROWS // workers.size))
         norm = rows.square().sum()
         share = torch.where(norm > 0, diagonal.sum() / norm, norm)
         past = ((1 - weight) * self.values).sqrt()[:, None] * self.basis.mT
@@ -95,10 +99,10 @@ def product(output: TruncatedFactor, input: TruncatedFactor) -> KroneckerEigen:
     return KroneckerEigen(output.basis, input.basis, spectrum)
 
 
-def _subsample(x: Tensor) -> Tensor:
+def _subsample(x: Tensor, limit: int) -> Tensor:
     """Rows [M, n] of x [N, S, n]: all of them, or equally many random positions of each example."""
     examples, positions = x.shape[:2]
-    count = max(1, MAX_ROWS // examples)
+    count = max(1, limit // max(1, examples))
     if positions <= count:
         return x.flatten(0, 1)
     chosen = torch.rand(examples, positions, device=x.device).topk(count).indices

@@ -26,12 +26,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import cycle
+from itertools import chain, cycle
 
 import torch
 from torch import Tensor
 
 from pyrocurv.curvature.layer_statistics import LayerStatistics
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures.serialization import serializable
 
 START, SHORTEST, LONGEST = 20, 5, 500  # intervals, in steps
@@ -77,7 +78,7 @@ class UpdateInterval:
         return replace(self, due=(step // self.interval + 1) * self.interval)
 
     def after_estimate(
-        self, step: int, layers: Sequence[Sequence[LayerStatistics]]
+        self, step: int, layers: Sequence[Sequence[LayerStatistics]], workers: Workers = ALONE
     ) -> UpdateInterval:
         """The interval after an estimate at `step` from these statistics of the block's layers.
 
@@ -85,10 +86,17 @@ class UpdateInterval:
         single example has no halves, and does not change the interval.
         """
         new = replace(self, last=step)
-        if layers[0][0].a.shape[-3] > 1:
+        half = layers[0][0].a.shape[-3] // 2
+        pairs = [
+            sums for layer in layers for statistics in layer
+            for sums in (_second_moments(statistics.a), _traces(statistics.g))
+        ]
+        (count,), *sums = workers.sums([pairs[0][0].new_tensor([half]), *chain(*pairs)])
+        if half or not workers.is_alone and count:
+            means = [total / count for total in sums]
             new = new._with_moments([
-                halves for layer in layers for statistics in layer
-                for halves in (_second_moment(statistics.a), _log_trace(statistics.g))
+                pair if pair[0].dim() else (_log(pair[0]), _log(pair[1]))
+                for pair in zip(means[::2], means[1::2], strict=True)
             ])
         return new.postpone(step)
 
@@ -170,21 +178,23 @@ def _halves(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[0::2], rows[1::2]
 
 
-def _second_moment(a: Tensor) -> tuple[Tensor, Tensor]:
-    """A from both halves of the rows, in at most 64 fixed random directions of the inputs."""
+def _second_moments(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ a aᵀ of both halves of the rows, in at most 64 fixed random directions of the inputs."""
     rows = a.movedim(-3, 0).flatten(1, -2)  # [B, *, I]
     if rows.shape[-1] > NUM_DIRECTIONS:
         rows = rows @ _directions(rows.shape[-1]).to(rows)
     first, second = (half.flatten(0, 1) for half in _halves(rows))
-    count = len(rows) // 2
-    return first.mT @ first / count, second.mT @ second / count
+    return first.mT @ first, second.mT @ second
 
 
-def _log_trace(g: Tensor) -> tuple[Tensor, Tensor]:
-    """ln tr G from both halves of the examples."""
+def _traces(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ |g|² of both halves of the examples."""
     first, second = _halves(g.square().sum((-2, -1)).flatten(0, -2).sum(0))
-    tiny = torch.finfo(g.dtype).tiny
-    return first.mean().clamp(min=tiny).log(), second.mean().clamp(min=tiny).log()
+    return first.sum(), second.sum()
+
+
+def _log(trace: Tensor) -> Tensor:
+    return trace.clamp(min=torch.finfo(trace.dtype).tiny).log()
 
 
 @lru_cache(maxsize=64)

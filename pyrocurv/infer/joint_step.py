@@ -22,6 +22,7 @@ from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
+from pyrocurv.infer.pooling import pool
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.joint_update import ill_conditioned, log_density, update_joint
@@ -92,7 +93,8 @@ class JointRule:
         rate, num_particles = self._defaults(settings)
         z = torch.stack([*_antithetic_normals(num_particles, state, settings.antithetic)])
         samples = (state.mean + state.precision.rsqrt(z)).detach().requires_grad_()
-        with twice_differentiable():
+        workers = settings.workers
+        with workers.local_noise(samples.device), twice_differentiable():
             energies, run, temperature = _energies(
                 samples, posterior, settings, model, vectorize
             )
@@ -103,13 +105,17 @@ class JointRule:
             raise ValueError("the log joint does not depend on the latents")
         hessian = mean_hessian(gradient, samples, isinstance(state.precision, Diagonal))
         log_q = log_density(state.precision, z.square().sum(-1))
-        loss = (energies.detach() + temperature * log_q).mean()
+        (loss, slope, hessian), auxiliary, _ = pool(
+            [(energies.detach() + temperature * log_q).mean(), gradient.detach().sum(0), hessian],
+            run.auxiliary([None if g is None else g.detach() for g in rest]),
+            1.0 if workers.is_alone else run.batch / run.num_data,
+            1.0 if workers.is_alone else run.num_data, workers,
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {posterior.step}: the loss is {loss.item()}")
         state = replace(state, hyperparameters=Hyperparameters.of(settings.group, 1, 1))
         moved = update_joint(state, hessian / temperature, rate, posterior.step)
-        gradients = state.block.unpack(gradient.detach().sum(0) / temperature)
-        auxiliary = run.auxiliary([None if g is None else g.detach() for g in rest])
+        gradients = state.block.unpack(slope / temperature)
         seen = replace(posterior.temperature, value=temperature)
         evaluation = Evaluation(
             replace(posterior, blocks=(moved,), temperature=seen), loss, gradients,
@@ -134,7 +140,9 @@ class JointRule:
             temperature = settings.temperature_of(run, posterior)
             log_q = log_density(state.precision, square)
             losses.append(run.negative_log_joint(temperature).detach() + temperature * log_q)
-        return float(torch.stack(losses).mean()), temperature
+        loss, workers = torch.stack(losses).mean(), settings.workers
+        weight = 1.0 if workers.is_alone else run.batch / run.num_data
+        return workers.mean(loss, weight), temperature
 
     def _defaults(self, settings: StepSettings) -> tuple[float, int]:
         """Rate of the precision's step and number of samples; careful if a latent has bounds."""

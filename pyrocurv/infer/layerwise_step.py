@@ -8,7 +8,7 @@ The KL divergence is exact in the sampled weights; its gradient enters the step 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.running_average import Particle
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
+from pyrocurv.infer.pooling import pool
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.mean_update import MeanUpdate
@@ -37,6 +38,7 @@ from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed
 from pyrocurv.posterior.state import Perturbation, Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
 from pyrocurv.posterior.temperature import TemperatureRule
+from pyrocurv.runtime.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,23 @@ class StepSettings:
     antithetic: bool
     average: bool
     mean_update: MeanUpdate
+    workers: Workers
+    sample_parallel: bool
 
     def temperature_of(self, run: ModelRun, posterior: Posterior) -> float:
         """T of the posterior's step, which may depend on the data of a run."""
         num_data = run.num_data if self.temperature.is_automatic else 1
         return self.temperature(num_data, posterior.temperature, posterior.step)
+
+    def draw(self, sampler: Sampler) -> list[Perturbation]:
+        """The next perturbation: the same for all workers, or one for each."""
+        return sampler.draw_of(self.workers) if self.sample_parallel else sampler.draw()
+
+    def noise(self, posterior: Posterior, has_latents: bool) -> AbstractContextManager[None]:
+        """For what a run of the model draws, of each worker its own unless they are latents."""
+        device = posterior.blocks[0].mean.device
+        workers = self.workers
+        return workers.same_noise(device) if has_latents else workers.local_noise(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +102,18 @@ def _with_context(posterior: Posterior, sampled: Posterior) -> Posterior:
 
 
 def _observe(
-    posterior: Posterior, sample: Sample, spec: Curvature, particle: Particle
+    posterior: Posterior, sample: Sample, spec: Curvature, particle: Particle, workers: Workers
 ) -> Posterior:
     """The posterior with the curvature of a run, whose ops were captured, averaged in."""
-    if not bool(torch.isfinite(sample.nll)):
-        raise FloatingPointError(f"step {posterior.step}: the loss is {sample.nll.item()}")
+    nll, batch = workers.sums([sample.nll.detach(), sample.nll.new_tensor(sample.batch_fraction)])
+    if not bool(torch.isfinite(nll)):
+        raise FloatingPointError(f"step {posterior.step}: the loss is {nll.item()}")
     run = sample.run
     run.check_per_example_density(spec.kind)
-    forward = ForwardPass(run.likelihood_terms, run.calls, run.primary_likelihood.rows)
-    return update_curvature(spec, posterior, forward, sample.batch_fraction, particle)
+    rows = run.primary_likelihood.rows
+    forward = ForwardPass(run.likelihood_terms, run.calls, rows, workers)
+    fraction = sample.batch_fraction if workers.is_alone else float(batch)
+    return update_curvature(spec, posterior, forward, fraction, particle)
 
 
 class SampleSums:
@@ -137,6 +154,19 @@ class SampleSums:
         self.nlls.append(sample.nll.detach())
         self.num_data = run.num_data
         self.batch_fraction = sample.batch_fraction
+
+    def pool(self, workers: Workers) -> None:
+        """Take the means over all workers."""
+        losses = [torch.stack(self.losses), torch.stack(self.nlls)] if not workers.is_alone else []
+        values, self.auxiliary, self.batch_fraction = pool(
+            [*losses, *self.weights.values(), *self.price.values()], self.auxiliary,
+            self.batch_fraction, self.num_data, workers,
+        )
+        if losses:
+            self.losses, self.nlls = ([*x.unbind()] for x in values[:2])
+            means = iter(values[2:])
+            for named in (self.weights, self.price):
+                named.update({name: next(means) for name in named})
 
     def _add_price(self, sample: Sample, weights: Mapping[str, Tensor]) -> None:
         pairs = zip(sample.posterior.blocks, sample.perturbations or (), strict=True)
@@ -186,12 +216,14 @@ class LayerwiseRule:
         sums, updated = SampleSums(spec, count), posterior
         for index in range(count):
             at_mean = posterior.step == 0 or not settings.num_particles
-            perturbations = None if at_mean else sampler.draw()
+            perturbations = None if at_mean else settings.draw(sampler)
             sample = self._run(posterior, perturbations, settings, model, is_due)
             updated = _with_context(updated, sample.posterior) if index else sample.posterior
             if is_due:
-                updated = _observe(updated, sample, spec, Particle(index, count))
+                particle = Particle(index, count)
+                updated = _observe(updated, sample, spec, particle, settings.workers)
             sums.add(sample)
+        sums.pool(settings.workers)
         is_watched = settings.temperature.is_automatic or posterior.temperature.is_first_pass
         if is_due and is_watched:
             updated = count_determined(spec, updated, sums.batch_fraction)
@@ -201,6 +233,7 @@ class LayerwiseRule:
         evaluation = Evaluation(
             updated.with_mirrors(sampler.mirrors), mean(sums.losses), sums.weights,
             [parameter.gradient for parameter in sums.auxiliary], mean(sums.nlls),
+            settings.workers,
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
         seen = update.posterior.temperature.after(
@@ -219,7 +252,8 @@ class LayerwiseRule:
             perturbations = sampler.draw() if settings.num_particles else None
             sample = self._run(posterior, perturbations, settings, model)
             losses.append(sample.loss())
-        return float(torch.stack(losses).mean()), sample.temperature
+        loss = torch.stack(losses).mean()
+        return settings.workers.mean(loss, sample.batch_fraction), sample.temperature
 
     def _run(
         self, posterior: Posterior, perturbations: list[Perturbation] | None,
@@ -228,7 +262,8 @@ class LayerwiseRule:
         """Run the model at one sample; with `capture` its ops are recorded for the curvature."""
         weights = perturbed_weights(posterior.blocks, perturbations)
         twice = capture and self._spec.kind == "hessian"
-        with model.network(), twice_differentiable() if twice else nullcontext():
+        noise = settings.noise(posterior, has_latents=bool(self._store.guide.fallback_sites))
+        with noise, model.network(), twice_differentiable() if twice else nullcontext():
             run = model(require_grad(weights), capture)
         temperature = settings.temperature_of(run, posterior)
         numbers = Hyperparameters.of(settings.group, run.num_data, temperature)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import pyro
 import torch
 from pyro.optim import PyroOptim
 
@@ -38,17 +39,18 @@ from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signa
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.posterior.mean_update import NATURAL
-from pyrocurv.posterior.state import Posterior
+from pyrocurv.posterior.state import Posterior, checksums
 from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import outside_inference_mode
-from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
+from pyrocurv.runtime.module_state import float_buffers, preserve_module_state, save_buffers
 from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_values, reading_state
+from pyrocurv.runtime.validation import check_flag, check_values, reading_state
+from pyrocurv.runtime.workers import CHECK_EVERY, Workers
 from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 
@@ -95,6 +97,12 @@ class NGVI:
         on_nonfinite: if a loss or a gradient is not finite, "raise" a FloatingPointError, or
             "skip" the step and count it in `.skipped`. Either way posterior, momentum and random
             numbers stay unchanged.
+        process_group: the processes that train the posterior together, each on its batches of the
+            data of all: a group of `torch.distributed`, by default that of `init_process_group`, if
+            it was called; None for this process alone. All of them have to call `step` and
+            `evaluate_loss`. The first step starts from the weights of rank 0.
+        sample_parallel: whether each of these processes has a sample of the posterior of its own,
+            in antithetic pairs of ranks, in place of one for all.
 
     "auto" stands for momentum 0.9, damping 0.003, kl_clip 0.001, one sample and no average for
     networks; the first step is taken at the mean. A `FullGuide` with curvature="hessian", and a
@@ -152,6 +160,8 @@ class NGVI:
         average: bool | str = AUTO,
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
         on_nonfinite: str = "raise",
+        process_group: Any = AUTO,
+        sample_parallel: bool = False,
     ) -> None:
         check_guide(guide)
         check_options(model, temperature, kl_warmup, antithetic, on_nonfinite)
@@ -168,6 +178,10 @@ class NGVI:
         self.average: bool = values.pop("average")
         self.temperature, self.kl_warmup, self.antithetic = temperature, kl_warmup, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
+        check_flag("sample_parallel", sample_parallel)
+        Workers.of(process_group)  # raises for what is none
+        self.process_group, self.sample_parallel = process_group, sample_parallel
+        self._is_synchronized = False
         self._has_network = has_network(model)
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
         self._mean_update = as_mean_update(update, automatic)
@@ -215,7 +229,9 @@ class NGVI:
         self._store.keep(undo)
         self._mean_update.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
+        workers = Workers.of(self.process_group)
         self._store.setup(undo, self._stream, args, kwargs, self._prefers_joint)
+        self._synchronize(workers)
         validation = only_data_validated() if self._posterior else nullcontext()
         rule, posterior = self._ready()
         like = self.guide.blocks[0].raw_loc
@@ -223,7 +239,8 @@ class NGVI:
               disable_autocast(like.device) as network):
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             posterior = self._store.load(posterior.to(like))
-            update, auxiliary = rule.update(posterior, self._settings(rule), model)
+            update, auxiliary = rule.update(posterior, self._settings(rule, workers), model)
+            workers.average_(float_buffers(modules(self.model)))
             if not rule.is_joint:
                 self._dataset_size.note(update.posterior.blocks[0].hyperparameters.num_data)
             factor = self.optimizer.lr_factor
@@ -237,6 +254,8 @@ class NGVI:
             self._posterior = update.posterior
 
         commit(update, self._store, undo, assign)
+        if update.posterior.step % CHECK_EVERY == 1:
+            workers.check_equal(checksums(self._store.load(update.posterior)), posterior.step)
         if self.num_particles != 0:
             is_automatic = self.temperature == AUTO and self._is_sampled_network
             warn_at_chance(posterior.temperature, update.posterior.temperature, is_automatic)
@@ -259,7 +278,19 @@ class NGVI:
         """Whether "auto" stands for what networks need, whose posterior is sampled."""
         return self._has_network and self.num_particles != 0 and not self._prefers_joint
 
-    def _settings(self, rule: UpdateRule) -> StepSettings:
+    def _synchronize(self, workers: Workers) -> None:
+        """Before the first step of several processes: the state of rank 0 for all."""
+        if workers.is_alone or self._is_synchronized:
+            return
+        self._stream.load_state_dict(workers.broadcast(self._stream.state_dict()))
+        weights = [family.raw_loc.detach() for family in self.guide.blocks]
+        modules_of = [*modules(self.model), *modules(self.guide)]
+        parameters = {id(p): p.detach() for m in modules_of for p in m.parameters(recurse=False)}
+        store = {id(p): p.detach() for _, p in pyro.get_param_store().named_parameters()}
+        workers.broadcast_([*weights, *{**parameters, **store}.values()])
+        self._is_synchronized = True
+
+    def _settings(self, rule: UpdateRule, workers: Workers) -> StepSettings:
         temperature, mean_update = self.temperature, self._mean_update
         if temperature == AUTO and (rule.is_joint or not self._is_sampled_network):
             temperature = 1.0
@@ -268,7 +299,7 @@ class NGVI:
         return StepSettings(
             self.curvature, self.optimizer.param_groups[0],
             TemperatureRule(temperature, self.kl_warmup), self.num_particles,
-            self.antithetic, self.average, mean_update,
+            self.antithetic, self.average, mean_update, workers, self.sample_parallel,
         )
 
     # ---- watching and saving --------------------------------------------------------------------
@@ -294,7 +325,8 @@ class NGVI:
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
-                return Loss.at(*rule.negative_elbo(current, self._settings(rule), model))
+                settings = self._settings(rule, Workers.of(self.process_group))
+                return Loss.at(*rule.negative_elbo(current, settings, model))
 
     def update_counts(self) -> dict[str, UpdateCount]:
         """How often each block's curvature was estimated, and its present interval in steps.

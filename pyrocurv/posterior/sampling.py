@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrocurv.posterior.natural_gradient import sampled_kl
 from pyrocurv.posterior.prior import kl
 from pyrocurv.posterior.state import BlockState, Perturbation
+from pyrocurv.runtime.workers import Workers
 from pyrocurv.structures.stack import samples_
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
@@ -37,6 +38,18 @@ class Sampler:
         if self.antithetic:
             self.mirrors = drawn
         return drawn
+
+    @torch.no_grad()
+    def draw_of(self, workers: Workers) -> list[Perturbation]:
+        """A perturbation of this one of the workers; if `antithetic`, every second one mirrors the
+        one before it.
+        """
+        if workers.is_alone or not self.blocks:
+            return self.draw()
+        number, is_mirrored = divmod(workers.rank, 2) if self.antithetic else (workers.rank, False)
+        with workers.noise(self.blocks[0].mean.device, number):
+            drawn = _perturbations(self.blocks)
+        return [perturbation.mirrored() for perturbation in drawn] if is_mirrored else drawn
 
 
 def mirrors(blocks: Sequence[BlockState]) -> list[Perturbation] | None:

@@ -120,3 +120,14 @@ class Posterior:
             lambda state: state if state.averaged_precision is not None
             else replace(state, mean=torch.empty(0).to(state.mean))
         )
+
+
+@torch.no_grad()
+def checksums(posterior: Posterior) -> dict[str, Tensor]:
+    """Numbers {block name: scalar} that differ where the states of blocks do."""
+    return {
+        state.block.name: torch.stack([
+            state.mean.double().sum(), state.momentum.double().abs().sum(),
+            state.precision.trace().double(),
+        ]).sum() for state in posterior.blocks
+    }

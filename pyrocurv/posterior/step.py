@@ -20,6 +20,7 @@ from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scal
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo, complete
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Solution
 
 
@@ -32,6 +33,7 @@ class Evaluation:
     gradients: dict[str, Tensor]  # {name: gradient per datum [*shape]}; `step` empties it
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
     nll: Tensor | None = None  # the loss without the KL divergence
+    workers: Workers = ALONE  # who share out the work on matrices
 
 
 @dataclass(frozen=True, eq=False)

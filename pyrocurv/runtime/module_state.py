@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyrocurv.runtime.foreach import copies
 from pyrocurv.runtime.undo import complete
@@ -26,6 +26,15 @@ def save_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
             buffer.copy_(value)
 
     return restore
+
+
+def float_buffers(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The persistent buffers of the modules that hold real numbers."""
+    return [
+        buffer for module in modules for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+        and buffer.is_floating_point()
+    ]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ the user's program draws.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -24,19 +25,24 @@ class RandomStream:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.states: dict[str, Tensor] = {}  # by type of device
+        self.num_sections = 0
 
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
         """Draw from this stream inside; an exception leaves the stream where it was before."""
+        global _current
         # not torch.random.fork_rng: in torch 2.6 the state of MPS does not take a device
         devices = {torch.device("cpu"), device}  # whose generators a computation may draw from
         global_states = {one: _get_state(one) for one in devices}
+        outer, _current, sections = _current, self, self.num_sections
         try:
             for one in devices:
                 _set_state(one, self._state(one))
             yield
             self.states = {one.type: _get_state(one) for one in devices}
+            sections = self.num_sections
         finally:
+            _current, self.num_sections = outer, sections
             for one, state in global_states.items():
                 _set_state(one, state)
 
@@ -47,12 +53,32 @@ class RandomStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"seed": self.seed, "states": dict(self.states)}
+        return {
+            "seed": self.seed, "states": dict(self.states), "num_sections": self.num_sections,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.seed = state["seed"]
         self.states = {name: value.cpu() for name, value in state["states"].items()}
+        self.num_sections = state["num_sections"]
+
+
+_current: RandomStream | None = None  # that is drawn from
+
+
+@contextmanager
+def section(device: torch.device, number: int) -> Iterator[None]:
+    """Draw from a stream that the present stream and a number determine.
+
+    Each section is another one. The present stream stays as it is, whatever is drawn inside.
+    """
+    stream = _current or RandomStream()
+    stream.num_sections += 1
+    name = f"{stream.seed} {stream.num_sections} {number}"
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    with RandomStream(seed)(device):
+        yield
 
 
 def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[None]:

@@ -1,0 +1,240 @@
+"""The processes that train one posterior together, as a group of `torch.distributed`.
+
+Each has a copy of the posterior and its share of the data. What they compute from the data is
+summed, one flat bucket at a time, so that all take the same step. Work on matrices that all have,
+as an eigendecomposition, is shared out by its cost, and the results are sent to the others.
+A process alone communicates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pyrocurv.runtime.rng import section
+
+AUTO = "auto"
+CHECK_EVERY = 100  # steps
+
+
+@dataclass(frozen=True, eq=False)
+class Workers:
+    """A process group of `torch.distributed`, or None for this process alone.
+
+    All processes of a group have to call the same methods, with tensors of the same shapes.
+    """
+
+    group: Any = None
+
+    @staticmethod
+    def of(group: Any) -> Workers:
+        """Those of a group; "auto" is the default group, if there is one.
+
+        Raises TypeError for anything else, ValueError for a group without this process.
+        """
+        if group == AUTO:
+            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if group is None:
+            return ALONE
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group={group!r}: 'auto', None for this process alone, or a process group "
+                "of torch.distributed is needed"
+            )
+        return Workers(group) if dist.get_world_size(group) > 1 else ALONE
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """The number of this one."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def is_alone(self) -> bool:
+        return self.group is None
+
+    # ---- data of all ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of each tensor over the processes, all in one bucket for each dtype."""
+        if self.is_alone or not tensors:
+            return [*tensors]
+        results: dict[int, Tensor] = {}
+        for bucket in _buckets(tensors):
+            flat = bucket.flat(tensors)
+            dist.all_reduce(flat, group=self.group)
+            results.update(bucket.unflatten(flat, tensors))
+        return [results[index] for index in range(len(tensors))]
+
+    @torch.no_grad()
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if not self.is_alone:
+            for x, total in zip(tensors, self.sums(tensors), strict=True):
+                x.copy_(total / self.size)
+
+    def mean(self, value: Tensor, weight: float) -> float:
+        """The mean of a scalar by weights."""
+        if self.is_alone:
+            return float(value)
+        total, weights = self.sums([value * weight, value.new_tensor(weight)])
+        return float(total / weights)
+
+    def sum(self, value: float, like: Tensor) -> float:
+        """The sum of a number; synchronizes with the device of `like`."""
+        if self.is_alone:
+            return value
+        (total,) = self.sums([torch.tensor([value], dtype=torch.float64).to(_wide(like))])
+        return float(total)
+
+    @torch.no_grad()
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows [B, ...] of all processes, of as many as each of them has."""
+        if self.is_alone:
+            return x
+        counts = [int(row) for row in self.stacked(torch.tensor([len(x)], device=x.device))]
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = self.stacked(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @torch.no_grad()
+    def stacked(self, x: Tensor) -> Tensor:
+        """The tensors [*shape] of all processes, [size, *shape]."""
+        if self.is_alone:
+            return x[None]
+        gathered = x.new_empty(self.size, *x.shape)
+        dist.all_gather([*gathered.unbind()], x.contiguous(), group=self.group)
+        return gathered
+
+    # ---- one for all ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Copy the tensors of the process of rank `source` into those of the others."""
+        if self.is_alone:
+            return
+        for bucket in _buckets(tensors):
+            flat = bucket.flat(tensors)
+            dist.broadcast(flat, group_src=source, group=self.group)
+            for index, value in bucket.unflatten(flat, tensors).items():
+                tensors[index].copy_(value)
+
+    def broadcast(self, value: Any) -> Any:
+        """A plain value of the process of rank 0, pickled."""
+        if self.is_alone:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group_src=0, group=self.group)
+        return values[0]
+
+    def shared_out(
+        self, costs: Sequence[float], outputs: Sequence[Sequence[Tensor]],
+        compute: Callable[[Sequence[int]], None],
+    ) -> None:
+        """Have each process fill the outputs of its items, and send them to the others.
+
+        `outputs` are the tensors of each item, `compute` fills those of the items of given numbers.
+        """
+        owners = assign(costs, self.size)
+        compute([item for item, owner in enumerate(owners) if owner == self.rank])
+        for rank in range(self.size):
+            tensors = [x for item, owner in enumerate(owners) if owner == rank
+                       for x in outputs[item]]
+            self.broadcast_(tensors, rank)
+
+    # ---- random numbers -------------------------------------------------------------------------
+
+    def local_noise(self, device: torch.device) -> AbstractContextManager[None]:
+        """Draw numbers of this process's own inside, from torch's global generator.
+
+        The stream that all share stays as it is.
+        """
+        return self.noise(device, self.rank)
+
+    def same_noise(self, device: torch.device) -> AbstractContextManager[None]:
+        """Draw the same numbers inside, of which the processes may take differently many."""
+        return self.noise(device, 0)
+
+    def noise(self, device: torch.device, number: int) -> AbstractContextManager[None]:
+        """Draw from the stream of a number inside, which all processes may use."""
+        return nullcontext() if self.is_alone else section(device, number)
+
+    # ---- agreement ------------------------------------------------------------------------------
+
+    def check_equal(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Raise RuntimeError, on all processes, where a number differs between them.
+
+        `values` are scalars by the names of what they belong to.
+        """
+        if self.is_alone or not values:
+            return
+        numbers = self.stacked(torch.stack([x.double() for x in values.values()])).cpu()
+        bits = numbers.view(torch.int64)
+        differs = bits != bits[0]
+        if bool(differs.any()):
+            names = [name for name, x in zip(values, differs.any(0), strict=True) if bool(x)]
+            ranks = [str(rank) for rank, x in enumerate(differs.any(1)) if bool(x)]
+            raise RuntimeError(
+                f"step {step}: {', '.join(names)} of rank{'s' * (len(ranks) > 1)} "
+                f"{', '.join(ranks)} {'differ' if len(ranks) > 1 else 'differs'} from rank 0: "
+                "something has changed parameters or state on some of the ranks alone"
+            )
+
+
+ALONE = Workers()
+
+
+def assign(costs: Sequence[float], size: int) -> tuple[int, ...]:
+    """The rank that computes each item: always the one with the least to do, expensive ones first.
+
+    Example:
+        >>> assign([1.0, 8.0, 4.0, 4.0], 2)
+        (1, 0, 1, 1)
+    """
+    loads, owners = [0.0] * size, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        owners[item] = loads.index(min(loads))
+        loads[owners[item]] += costs[item]
+    return tuple(owners)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """The numbers of tensors of one dtype on one device."""
+
+    members: Sequence[int]
+
+    def flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensors[index].reshape(-1) for index in self.members])
+
+    def unflatten(self, flat: Tensor, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        parts = flat.split([tensors[index].numel() for index in self.members])
+        return {
+            index: part.view(tensors[index].shape)
+            for index, part in zip(self.members, parts, strict=True)
+        }
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[_Bucket]:
+    groups: dict[Any, list[int]] = {}
+    for index, x in enumerate(tensors):
+        groups.setdefault((x.dtype, x.device), []).append(index)
+    return [_Bucket(members) for members in groups.values()]
+
+
+def _wide(like: Tensor) -> Tensor:
+    """A tensor on the device of `like`, in double precision where the device has it."""
+    return torch.empty(0, device=like.device, dtype=torch.float32 if like.device.type == "mps"
+                       else torch.float64)
