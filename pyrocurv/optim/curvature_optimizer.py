@@ -32,7 +32,7 @@ from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
-from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.state import BlockState, Posterior, checksums
 from pyrocurv.posterior.step import Evaluation, commit, step
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.inference_mode import check_differentiable
@@ -44,10 +44,12 @@ from pyrocurv.runtime.validation import (
     check_positive,
     reading_state,
 )
+from pyrocurv.runtime.workers import CHECK_EVERY
 
 PICKLED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",
     "_network", "_stream", "_auxiliary", "_posterior", "_fallback_lr", "_mean_update",
+    "_is_synchronized",
 )
 
 
@@ -79,7 +81,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             ForwardRecorder(net), structure, type(self).__name__, self.fallback_description,
             self.has_untraced_blocks,
         )
-        self._stream = RandomStream()
+        self._stream, self._is_synchronized = RandomStream(), False
         self._posterior = Posterior(0, ())
         self._schedule_recording()
 
@@ -177,9 +179,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     ) -> tuple[ParameterBlocks, Posterior]:
         """The posterior with one more estimate of the blocks that are due and were used.
 
-        Passes that do not fit together, as of two lengths, are parts of it by their examples.
+        Passes that do not fit together, as of two lengths, are parts of it by their examples. Of
+        several workers, who may have other parts, each takes its first.
         """
-        for group in group_compatible(passes):
+        groups = group_compatible(passes)
+        if not self._recorder.workers.is_alone:
+            groups = [replace(groups[0], share=1.0)]
+        for group in groups:
             part = replace(particle, before=group.before, share=group.share)
             with self._stream(store.device), self._network.forward_pass(
                 layout, group, self._likelihood, store, self.has_samples
@@ -222,7 +228,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             for name, gradient in gradients.items() if name in blocked
         }
         loss = torch.zeros((), device=store.device)
-        evaluation = Evaluation(posterior, loss, means, [*rest.values()])
+        workers = self._recorder.workers
+        evaluation = Evaluation(posterior, loss, means, [*rest.values()], workers=workers)
         self._mean_update.keep(undo)
         update = step(self._posterior, evaluation, mean_update=self._mean_update)
         not_seen = {name: name for name in rest if name not in layout.names}
@@ -235,6 +242,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._schedule_recording()
 
         commit(update, store, undo, assign)
+        if update.posterior.step % CHECK_EVERY == 1:
+            workers.check_equal(checksums(store.load(update.posterior)), posterior.step)
+
+    def _synchronize(self) -> None:
+        """Before the first step or sample of several workers: the random numbers of rank 0."""
+        if not (self._is_synchronized or self._recorder.workers.is_alone):
+            state = self._recorder.workers.broadcast(self._stream.state_dict())
+            self._stream.load_state_dict(state)
+            self._is_synchronized = True
 
     # ---- watching and saving --------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from pyrocurv.layers.capture import Capture
@@ -25,6 +26,7 @@ from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.outputs import named_outputs
 from pyrocurv.runtime.undo import complete
 from pyrocurv.runtime.validation import is_out_of_memory
+from pyrocurv.runtime.workers import ALONE, Workers
 
 
 @dataclass(eq=False)
@@ -56,14 +58,32 @@ class ForwardRecorder:
     @property
     def inner(self) -> nn.Module:
         """The network itself, under what compiles or distributes it."""
-        net = self.net
-        while True:
-            under = getattr(net, "_orig_mod", None) or (
-                net.module if isinstance(net, nn.parallel.DistributedDataParallel) else None
-            )
-            if under is None:
-                return net
-            net = under
+        *_, inner = self._wrappers()
+        return inner
+
+    @property
+    def workers(self) -> Workers:
+        """The processes of `DistributedDataParallel`, where it is around the network."""
+        for net in self._wrappers():
+            if isinstance(net, DistributedDataParallel):
+                return Workers.of(net.process_group)
+        return ALONE
+
+    @property
+    def is_synchronized(self) -> bool:
+        """Whether the next backward pass gives the gradients of all workers, not in `no_sync`."""
+        return all(
+            net.require_backward_grad_sync for net in self._wrappers()
+            if isinstance(net, DistributedDataParallel)
+        )
+
+    def _wrappers(self) -> Iterator[nn.Module]:
+        """What compiles or distributes the network, from the outside, and the network itself."""
+        net: Any = self.net
+        while net is not None:
+            yield net
+            is_parallel = isinstance(net, DistributedDataParallel)
+            net = getattr(net, "_orig_mod", None) or (net.module if is_parallel else None)
 
     def listen(self) -> None:
         """Hook into the network; nothing else of it is touched."""
@@ -177,7 +197,9 @@ class _Backward:
         if task not in self.tasks:
             self.tasks[task] = {}
             finish = partial(self.finish, task, recorder.versions())
-            torch.autograd.Variable._execution_engine.queue_callback(finish)
+            if not recorder.workers.is_alone:  # after that of DistributedDataParallel
+                finish = partial(_at_the_end, finish)
+            _at_the_end(finish)
         if self.recorded.inputs is not None:
             rows = gradient.detach()[: self.recorded.inputs.batch].clone()
             self.tasks[task][name] = rows
@@ -187,6 +209,11 @@ class _Backward:
         gradients, recorder = self.tasks.pop(task), self.recorder()
         if recorder is not None and recorder.versions() != before:
             recorder.add(self.recorded, gradients)
+
+
+def _at_the_end(callback: Callable[[], None]) -> None:
+    """Call it after the backward pass that runs now, as the last so far."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 class _WeakHook:

@@ -46,9 +46,14 @@ class ParameterStore:
     _views: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def like(self) -> nn.Parameter:
+        """The first parameter."""
+        return next(iter(self.named.values()))[0]
+
+    @property
     def device(self) -> torch.device:
         """The device of the first parameter."""
-        return next(iter(self.named.values()))[0].device
+        return self.like.device
 
     def first(self, block: Block) -> tuple[nn.Parameter, Group]:
         """A block's first parameter, and the group of all its parameters."""

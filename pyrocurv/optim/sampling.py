@@ -20,6 +20,7 @@ from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
+from pyrocurv.runtime.workers import ALONE, Workers
 
 
 @dataclass(eq=False)
@@ -36,11 +37,11 @@ class Sample:
     @staticmethod
     def draw(
         spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore, antithetic: bool,
-        mirrors: list[Perturbation] | None,
+        mirrors: list[Perturbation] | None, workers: Workers = ALONE,
     ) -> Sample:
-        """From torch's global generator; the mean itself without a block."""
+        """From torch's global generator, one for each of the workers; the mean without a block."""
         sampler = Sampler(blocks, antithetic, mirrors)
-        return Sample(spec, sampler, store, sampler.draw() if blocks else None)
+        return Sample(spec, sampler, store, sampler.draw_of(workers) if blocks else None)
 
     @contextmanager
     def in_parameters(self) -> Iterator[None]:

@@ -132,6 +132,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             check_callable("closure", closure, "a callable that returns the loss")
             with torch.enable_grad():
                 loss = closure()
+        self._synchronize()
         with Undo() as undo:
             undo.keep_attributes(*self._mutable)
             passes, store = self._recorder.pop_passes(), self._store()

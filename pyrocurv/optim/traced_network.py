@@ -81,7 +81,7 @@ class TracedNetwork:
             layout, calls = self.layout_with(layout, trace, store)
             if inputs.examples is not None:
                 calls = calls_by_example(calls, output, inputs.batch)
-            yield layout, ForwardPass(terms, calls, inputs.batch)
+            yield layout, ForwardPass(terms, calls, inputs.batch, self.recorder.workers)
 
     def layout_with(
         self, layout: ParameterBlocks, trace: Trace, store: ParameterStore

@@ -30,7 +30,11 @@ from pyrocurv.optim.sampling import (
     sum_gradients,
 )
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
-from pyrocurv.posterior.precision import count_determined, update_from_sample_gradients
+from pyrocurv.posterior.precision import (
+    count_determined,
+    update_from_sample_gradients,
+    uses_sample_gradients,
+)
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.posterior.summary import at_temperature
@@ -39,7 +43,8 @@ from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.outputs import stacked
 from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_callable, check_integer
+from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
+from pyrocurv.runtime.workers import ALONE
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -75,6 +80,8 @@ class VIOptimizer(CurvatureOptimizer):
         augmentation: N counts so many times, for data that random transformations multiply.
         num_samples: how often `step(closure)` calls the closure, and what `predict` draws.
         antithetic: use each noise a second time with its sign turned.
+        sample_parallel: under `DistributedDataParallel`, whether each rank has a sample of its own,
+            in antithetic pairs, in place of one for all.
 
     How wide the posterior is at the start is `Curvature(initial=...)`. What no supported op
     consumes gets independent Gaussians, from gradients.
@@ -102,7 +109,10 @@ class VIOptimizer(CurvatureOptimizer):
 
     has_untraced_blocks = has_samples = True
     fallback_description = "independent Gaussians, from gradients"
-    settings = ("num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "_priors")
+    settings = (
+        "num_data", "num_samples", "antithetic", "augmentation", "kl_warmup", "sample_parallel",
+        "_priors",
+    )
     _samples: EvaluationSum | None = None  # of the next step
     _sample: Sample | None = None  # that the parameters are
     _num_particles = 1  # samples of a step that give its curvature
@@ -131,7 +141,10 @@ class VIOptimizer(CurvatureOptimizer):
         num_samples: int = 1,
         antithetic: bool = True,
         fallback_lr: float = 2e-3,
+        sample_parallel: bool = False,
     ) -> None:
+        check_flag("sample_parallel", sample_parallel)
+        self.sample_parallel = sample_parallel
         check_run_settings(num_data, num_samples, kl_warmup, augmentation, antithetic)
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
@@ -173,13 +186,17 @@ class VIOptimizer(CurvatureOptimizer):
         """
         if self._sample is not None:
             raise RuntimeError("sampled_params() inside another one")
+        self._synchronize()
         store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
         with Undo() as undo:
             undo.keep_attributes(self._likelihood, self._network, self._stream)
             undo.keep(self._recorder.pop_passes)
             with self._stream(store.device):
-                sample = Sample.draw(self.curvature, blocks, store, self.antithetic, mirrored)
+                workers = self._recorder.workers if self.sample_parallel else ALONE
+                sample = Sample.draw(
+                    self.curvature, blocks, store, self.antithetic, mirrored, workers
+                )
             self._recorder.pop_passes()
             self._sample = sample
             try:
@@ -200,7 +217,8 @@ class VIOptimizer(CurvatureOptimizer):
         """The samples with one more, whose weights the parameters still have."""
         samples, store = self._samples, sample.store
         if samples is None:
-            batch_size = num_examples(passes)
+            self._check_sample_gradients()
+            batch_size = round(self._recorder.workers.sum(num_examples(passes), store.like))
             check_batch_size(batch_size, self.num_data, self.augmentation)
             decayed = self._decayed(store, batch_size / self._num_data)
             samples = EvaluationSum(0, batch_size, undo, self.layout, decayed, None, {})
@@ -216,6 +234,21 @@ class VIOptimizer(CurvatureOptimizer):
                 )
             samples = replace(samples, layout=layout, posterior=posterior)
         return samples.add(sample, self._likelihood.total_weight)
+
+    def _check_sample_gradients(self) -> None:
+        """Raise where a curvature from sample gradients would not be that of all workers."""
+        if self._recorder.workers.is_alone:
+            return
+        names = [
+            state.block.name for state in self._posterior.blocks
+            if uses_sample_gradients(self.curvature, state.block)
+        ]
+        if names and (self.sample_parallel or not self._recorder.is_synchronized):
+            cause = "sample_parallel=True" if self.sample_parallel else "no_sync()"
+            raise RuntimeError(
+                f"the curvature of {', '.join(names)} comes from the gradients of the samples, "
+                f"which are those of all ranks: not with {cause}"
+            )
 
     # ---- the step -------------------------------------------------------------------------------
 

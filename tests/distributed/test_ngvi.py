@@ -87,7 +87,8 @@ def test_kinds(ranks: Any, kind: str, guide: str) -> None:
 
 @pytest.mark.parametrize("update", ["natural", "whitened-muon", "muon", "soap"])
 def test_updates(ranks: Any, update: str) -> None:
-    check(ranks, [16, 16], "kfac", curvature=Curvature("fisher", every=1, batch=None), update=update)
+    curvature = Curvature("fisher", every=1, batch=None)
+    check(ranks, [16, 16], "kfac", curvature=curvature, update=update)
 
 
 def test_unequal_batches_of_three_ranks(ranks: Any) -> None:
