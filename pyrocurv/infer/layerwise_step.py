@@ -22,7 +22,7 @@ from pyrocurv.curvature.running_average import Particle
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
-from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.mean_update import MeanUpdate
 from pyrocurv.posterior.precision import (
     count_determined,
@@ -37,11 +37,15 @@ from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed
 from pyrocurv.posterior.state import Perturbation, Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
 from pyrocurv.posterior.temperature import TemperatureRule
+from pyrocurv.runtime.validation import check_integer
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of one step; `group` is the parameter group that schedulers change."""
+    """Settings of one step; `group` is the parameter group that schedulers change.
+
+    Raises ValueError for a number of samples that is none.
+    """
 
     curvature: Curvature
     group: Mapping[str, Any]
@@ -50,6 +54,9 @@ class StepSettings:
     antithetic: bool
     average: bool
     mean_update: MeanUpdate
+
+    def __post_init__(self) -> None:
+        check_integer("num_particles", self.num_particles, 0, AUTO)
 
     def temperature_of(self, run: ModelRun, posterior: Posterior) -> float:
         """T of the posterior's step, which may depend on the data of a run."""

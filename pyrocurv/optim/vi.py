@@ -274,6 +274,12 @@ class VIOptimizer(CurvatureOptimizer):
                 self._samples = pending
                 self._stream.load_state_dict(stream)
 
+    def _store(self) -> ParameterStore:
+        check_run_settings(
+            self.num_data, self.num_samples, self.kl_warmup, self.augmentation, self.antithetic
+        )
+        return super()._store()
+
     @property
     def _num_data(self) -> float:
         """N, including augmentation."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_integer, check_positive
 from pyrocurv.structures.serialization import serializable
 
 HIGHEST, LOWEST = 0.1, 0.005  # by the rule
@@ -76,11 +77,15 @@ class TemperatureState:
 class TemperatureRule:
     """A temperature as the user gave it, "auto" included.
 
-    It rises linearly over the first `warmup` steps.
+    It rises linearly over the first `warmup` steps. Raises ValueError for one out of its range.
     """
 
     given: float | str
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.given, AUTO)
+        check_integer("kl_warmup", self.warmup, 0)
 
     @property
     def is_automatic(self) -> bool:
