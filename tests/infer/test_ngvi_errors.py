@@ -340,7 +340,7 @@ CHANGED = [
 def test_settings_that_are_changed_later_are_checked(
     guide: Any, options: dict[str, Any], steps: int
 ) -> None:
-    """Also at the first step, and by `evaluate_loss`. The step is refused, and the next is taken."""
+    """Also at the first step, and by `evaluate_loss`; the next step is taken."""
     x, y = class_data()
     model = classifier()
     ngvi = NGVI(model, guide(model), **options)
