@@ -12,8 +12,9 @@ can fit its data exactly gets a narrower posterior. γ is computed at every esti
 curvature; before the first nothing is sampled. Of the other weights a share counts too, as much as
 is left of the initial curvature e: so T starts low, where it would only slow the run down.
 
-`NGVI`, which sees the loss, divides T by 10 after a pass over the data, of 50 steps at least, in
-which the loss at the samples was where it started (2 % below to 50 % above), if they cost as much.
+T is divided by 10 after a pass over the data, of 50 steps at least, in which the loss at the
+samples was where it started (2 % below to 50 % above), if they cost as much. `VIOptimizer` reads
+that loss off its gradient in the output; with a callable as likelihood only a closure tells it.
 """
 
 from __future__ import annotations
