@@ -59,6 +59,7 @@ from pyrocurv.infer import NGVI
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, parse_structure
+from pyrocurv.runtime.workers import ALONE
 from pyrocurv.structures import Kronecker, KroneckerEigen
 from pyrocurv.structures.rescaled import KroneckerScaling
 
@@ -640,9 +641,10 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         term = lambda f, y=y: LikelihoodTerm(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
         running = running or running_average.zero_curvature(seen.block, x, None)
-        running = running_average.update(
+        begun = running_average.begin_update(
             running_average.DueBlock(seen.block, running, None), seen, len(x), 0.9, True
         )
+        (running,) = running_average.finish_updates([begun], len(x), ALONE)
         parts.append(assembled(seen).dense() / len(x))
     assert running is not None
     for part in parts:
