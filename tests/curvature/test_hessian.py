@@ -675,7 +675,8 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         due = running_average.DueBlock(seen.block, zero, scaling)
         with monkeypatch.context() as patch:
             patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
-            running = running_average.update(due, seen, len(x), 0.9, True)
+            begun = running_average.begin_update(due, seen, len(x), 0.9, True)
+            (running,) = running_average.finish_updates([begun], len(x), ALONE)
         expected = factors.eigen((2, 2)).psd()
         if isinstance(spec, EKFAC):
             expected = one.eigenvalues(expected, scaling)
@@ -683,7 +684,8 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         assert running.factors is None
         # the first sample of several that the layer has a part in
         late = running_average.Particle(2, 4)
-        again = running_average.update(due, seen, len(x), 0.9, True, late)
+        begun = running_average.begin_update(due, seen, len(x), 0.9, True, late)
+        (again,) = running_average.finish_updates([begun], len(x), ALONE)
         assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)
 
 
