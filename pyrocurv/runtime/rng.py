@@ -73,8 +73,12 @@ def section(device: torch.device, process: int | None = None) -> Iterator[None]:
     """Draw from a stream that the present one determines, and the number of a process if given.
 
     Each section is another one. The present stream stays as it is, whatever is drawn inside.
+    Outside of a stream it is torch's global generator.
     """
-    stream = _current or RandomStream()
+    stream = _current
+    if stream is None:
+        yield
+        return
     shared, own = stream.num_sections
     stream.num_sections = (shared + 1, own) if process is None else (shared, own + 1)
     name = f"{stream.seed} {stream.num_sections[process is not None]} {process}"
