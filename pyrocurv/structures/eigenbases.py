@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,8 @@ class _Side(NamedTuple):
 
     @property
     def cost(self) -> float:
-        return self.matrix.numel() * self.matrix.shape[-1]
+        """n³ for each of the matrices."""
+        return eigh_cost(self.matrix.shape)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """NaN in the shapes of the result of `leading`."""
@@ -71,6 +73,11 @@ def eigenbases(several: Sequence[Factors], workers: Workers = ALONE) -> list[Kro
         for (output, output_values), (input, input_values), first, second
         in zip(found[::2], found[1::2], sums[::2], sums[1::2], strict=True)
     ]
+
+
+def eigh_cost(shape: Sequence[int]) -> float:
+    """What an eigendecomposition of matrices [..., n, n] costs, up to a factor."""
+    return math.prod(shape) * shape[-1]
 
 
 def _decompose(sides: Sequence[_Side]) -> list[tuple[Tensor, Tensor] | None]:
