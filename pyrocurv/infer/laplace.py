@@ -41,6 +41,7 @@ from pyrocurv.runtime.validation import (
     check_loader,
     check_values,
 )
+from pyrocurv.runtime.workers import AUTO, Workers
 
 
 class Laplace:
@@ -56,6 +57,10 @@ class Laplace:
         curvature: a kind, or a `Curvature` of which `kind` and `num_samples` are used. All data are
             read. "ggn" and "fisher" are positive semi-definite; a "hessian" is projected to its
             positive part.
+        process_group: the processes that fit together, each with its part of the data in its
+            loader: a group of `torch.distributed`, by default that of `init_process_group`, if it
+            was called; None for this process alone. All of them have to call `fit` and
+            `tune_prior`, with the same mean, and have the same posterior and evidence after it.
 
     Latents of the fallback guide (a noise scale, say) stay at their medians. The approximation is
     that of the weights given them, and the evidence does not re-fit them: a K-FAC evidence counts
@@ -63,7 +68,7 @@ class Laplace:
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
-        ValueError: an unknown curvature.
+        ValueError: an unknown curvature, or a process group without this process.
 
     Reference: MacKay 1992; Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806.
 
@@ -79,10 +84,13 @@ class Laplace:
     """
 
     def __init__(
-        self, model: Callable[..., Any], guide: StructuredGuide, curvature: str | Curvature = "ggn"
+        self, model: Callable[..., Any], guide: StructuredGuide,
+        curvature: str | Curvature = "ggn", process_group: Any = AUTO,
     ) -> None:
         check_guide(guide)
         check_callable("model", model, "a Pyro model, a callable,")
+        Workers.of(process_group)  # raises for what is none
+        self.process_group = process_group
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
@@ -101,15 +109,22 @@ class Laplace:
 
         Args:
             loader: every datum once, in batches of the model's arguments: tuples, or mappings of
-                keywords. "ekfac" iterates it twice, so an iterator will not do.
+                keywords. "ekfac" iterates it twice, so an iterator will not do. Of several
+                processes, each reads its own part, of any size but 0. A `DistributedSampler` is
+                right only if the number of processes divides that of the data, as it repeats or
+                drops some otherwise: take `Subset(data, range(rank, len(data), world_size))`.
 
         Raises, before anything is changed:
-            ValueError: the number of data is not the size of the plate; what `NGVI.step` raises at
-                its first call.
+            ValueError: the number of data, of all processes, is not the size of the plate, or they
+                have different means or models; what `NGVI.step` raises at its first call.
+            RuntimeError: another process has raised an exception.
             FloatingPointError: a likelihood or a curvature is not finite.
         """
         check_loader("loader", loader)
-        fitted, log_likelihood = sum_curvature(self.model, self.guide, self.curvature, loader)
+        workers = Workers.of(self.process_group)
+        fitted, log_likelihood = sum_curvature(
+            self.model, self.guide, self.curvature, loader, workers
+        )
         self._write(fitted)
         self._log_likelihood = log_likelihood
         return self
@@ -181,6 +196,7 @@ class Laplace:
                 "which has its width from data"
             )
         factors = maximize_evidence(self._fitted, per == "layer").to(self._fitted[0].loc)
+        Workers.of(self.process_group).broadcast_([factors])
         self._write(with_prior_scales(self._fitted, factors))
         precisions: dict[str, Tensor] = {}
         layers = [layer for fitted in self._fitted for layer in fitted.block.layers]

@@ -75,10 +75,21 @@ def section(device: torch.device, number: int) -> Iterator[None]:
     """
     stream = _current or RandomStream()
     stream.num_sections += 1
-    name = f"{stream.seed} {stream.num_sections} {number}"
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-    with RandomStream(seed)(device):
+    with RandomStream(derived_seed(stream.seed, stream.num_sections, number))(device):
         yield
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that numbers determine."""
+    name = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+def next_seed() -> int:
+    """The seed that a `RandomStream` made now would have; draws nothing."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[None]:
