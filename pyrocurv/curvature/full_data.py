@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +69,10 @@ class CurvatureSum:
         (statistics,) = no_statistics([self.block], like)
         return map_tensors(assemble(self.block.structure, statistics), torch.zeros_like)
 
-    def with_known(self, value: Structure | Tensor, count: int) -> CurvatureSum:
+    def with_known(self, value: Any, count: int) -> CurvatureSum:
         """With another average, over `count` examples."""
-        if self.basis is not None and isinstance(value, Tensor):
-            value = replace(self.basis, spectrum=value)
-        return replace(self, mean=value, count=count)
+        mean = value if self.basis is None else replace(self.basis, spectrum=value)
+        return replace(self, mean=mean, count=count)
 
     def second_pass(self) -> CurvatureSum:
         """An empty sum in the eigenbasis of this one."""
@@ -124,9 +124,14 @@ def pool(sums: Sequence[CurvatureSum], like: Tensor, workers: Workers) -> list[C
     if not total:
         return [*sums]
     tensors: list[Tensor] = []
+
+    def collected(x: Tensor) -> Tensor:
+        tensors.append(x)
+        return x
+
     averages = [one.zeros(like) if one.known is None else one.known for one in sums]
     for value in averages:
-        map_tensors(value, lambda x: tensors.append(x) or x)
+        map_tensors(value, collected)
     pooled = iter(workers.sums(torch._foreach_mul(tensors, sums[0].count / total)))
     return [
         one.with_known(map_tensors(value, lambda _: next(pooled)), total)

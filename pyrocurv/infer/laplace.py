@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.handlers.modules import module_tensors
 from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import LINKS, predict
@@ -31,6 +32,7 @@ from pyrocurv.infer.marginal_likelihood import (
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.runtime.agreement import SAME_INPUTS, check_same
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
@@ -213,7 +215,8 @@ class Laplace:
     @one_thread_at_a_time
     @outside_inference_mode
     def predict(
-        self, *args: Any, link: str = "auto", num_samples: int = 256, **kwargs: Any
+        self, *args: Any, link: str = "auto", num_samples: int = 256, process_group: Any = None,
+        **kwargs: Any,
     ) -> Distribution:
         """The predictive distribution of the network linearized at the guide's mean.
 
@@ -229,6 +232,9 @@ class Laplace:
                 MacKay's approximation, which is good for two classes, and for every pair of more,
                 which doubts too much. "auto": "mc" from three classes on, otherwise "probit".
             num_samples: the number of draws, in antithetic pairs (an odd number is rounded up).
+            process_group: shares draws of the weights out over processes that have the same model,
+                posterior and inputs, all of which call this: a group of `torch.distributed`, or
+                "auto" for that of `init_process_group`. Other predictions each computes in full.
 
         The covariance of the outputs takes a backward pass for each output of an example. Draws
         take no more than `num_samples` passes for any number of outputs. Neither does a posterior
@@ -237,7 +243,8 @@ class Laplace:
         Raises:
             ValueError: an unknown `link`, or a `num_samples` that is not a positive integer;
                 another likelihood (see `linear_predictor` in
-                `pyrocurv.infer.linearized_predictive`), several observed sites, or none.
+                `pyrocurv.infer.linearized_predictive`), several observed sites, or none; processes
+                with other inputs or posteriors.
             RuntimeError: the guide is not initialized, or neither fitted nor trained.
         """
         check_choice("link", link, LINKS)
@@ -248,7 +255,11 @@ class Laplace:
         self.guide._ready_blocks()
         if not self.guide.is_laplace and self.guide.has_initial_scale:
             raise RuntimeError("fit(loader) comes first: the guide still has its initial scale")
-        return predict(self.model, self.guide, args, kwargs, link, num_samples)
+        workers = Workers.of(process_group)
+        if not workers.is_alone:
+            tensors = {**module_tensors(self.guide), **module_tensors(self.model)}
+            check_same(workers, {"the inputs": (args, kwargs), **tensors}, SAME_INPUTS)
+        return predict(self.model, self.guide, args, kwargs, link, num_samples, workers)
 
 
 def _scalar_if_equal(value: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,7 +38,8 @@ from pyrocurv.runtime.workers import Workers
 Stream = Callable[[torch.device], AbstractContextManager[None]]
 
 
-class DataPass(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DataPass:
     """What one pass over the loader of this process gives."""
 
     totals: Sequence[CurvatureSum] = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyrocurv.runtime.rng import RandomStream, derived_seed
+from pyrocurv.runtime.rng import RandomStream, derived_seed, next_seed
 from pyrocurv.runtime.workers import Workers
 
 MAX_NAMES = 3  # in an error message
+SAME_INPUTS = (
+    "to share the samples out, all ranks need the same posterior and inputs; with "
+    "process_group=None each predicts its own"
+)
 
 
 def gather(workers: Workers, value: Any) -> list[Any]:
@@ -43,10 +48,9 @@ def raise_together(workers: Workers, where: str) -> Iterator[None]:
     except Exception as error:
         gather(workers, f"{type(error).__name__}: {error}")
         raise
-    errors = gather(workers, None)
-    for rank, error in enumerate(errors):
-        if error is not None:
-            raise RuntimeError(f"{where} failed on rank {rank}: {error}")
+    for rank, message in enumerate(gather(workers, None)):
+        if message is not None:
+            raise RuntimeError(f"{where} failed on rank {rank}: {message}")
 
 
 def check_same(workers: Workers, values: Mapping[str, Any], remedy: str) -> None:
@@ -80,7 +84,7 @@ def _fingerprints(values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
             elif isinstance(x, (int, float, str, bytes)):
                 plain[name].append(str(zlib.crc32(repr(x).encode())))
     return {
-        name: (*plain[name], *(x.item().hex() for x in sums[name])) for name in values
+        name: (*plain[name], *(float(x).hex() for x in sums[name])) for name in values
     }
 
 
@@ -106,7 +110,41 @@ def own_stream(
     return RandomStream(derived_seed(seed, workers.rank))
 
 
-def own_range(workers: Workers, total: int) -> range:
-    """Which of `total` items are this process's: equally many, in the order of the ranks."""
-    start, stop = (total * rank // workers.size for rank in (workers.rank, workers.rank + 1))
-    return range(start, stop)
+@dataclass(frozen=True)
+class SharedSamples:
+    """The `total` samples that processes share out evenly, in the order of the ranks.
+
+    All draw all samples, from torch's global generators, so that these are the same with any number
+    of processes. What else is drawn at a sample is of each process's own, inside `noise`.
+    """
+
+    workers: Workers
+    total: int
+    noise: Callable[[torch.device], AbstractContextManager[None]]
+
+    @staticmethod
+    def of(workers: Workers, total: int) -> SharedSamples:
+        """Those of the next samples, before any is drawn."""
+        seed = 0 if workers.is_alone else next_seed()
+        return SharedSamples(workers, total, own_stream(workers, seed))
+
+    @property
+    def own(self) -> range:
+        """The numbers of the samples of this process."""
+        size, rank = self.workers.size, self.workers.rank
+        return range(self.total * rank // size, self.total * (rank + 1) // size)
+
+    @property
+    def evaluated(self) -> range:
+        """Those that it evaluates: one at least, as the results have a shape."""
+        return self.own or range(1)
+
+    def evaluated_of(self, numbers: range) -> range:
+        """Those of the numbers that it evaluates, counted from the first of `numbers`."""
+        start = max(self.evaluated.start, numbers.start)
+        stop = max(start, min(self.evaluated.stop, numbers.stop))
+        return range(start - numbers.start, stop - numbers.start)
+
+    def gather(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The results [total, ...] from those that this process has evaluated, [evaluated, ...]."""
+        return {name: self.workers.rows(x[: len(self.own)]) for name, x in values.items()}
