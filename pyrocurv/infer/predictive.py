@@ -114,6 +114,7 @@ class Predictive(pyro.infer.Predictive):
         num_samples: int | None = None,
         return_sites: Collection[str] | None = (),
         parallel: bool = False,
+        *,
         process_group: Any = None,
     ) -> None:
         check_callable("model", model, "a Pyro model, a callable,")
