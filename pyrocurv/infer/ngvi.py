@@ -266,7 +266,7 @@ class NGVI:
         if self._rule is None:
             self._rule = choose_rule(self.curvature, self._store, self._prefers_joint)
         if self._posterior is None:
-            return self._rule, self._rule.init(self.optimizer.param_groups[0])
+            return self._rule, self._rule.init(self.optimizer.group)
         if self._loaded is not None:
             check_blocks(self._posterior, self._store.blocks)
             check_signature(self._loaded, RunSignature.of(self._rule, self.guide))
@@ -284,10 +284,10 @@ class NGVI:
             return
         self._stream.load_state_dict(workers.broadcast(self._stream.state_dict()))
         weights = [family.raw_loc.detach() for family in self.guide.blocks]
-        modules_of = [*modules(self.model), *modules(self.guide)]
-        parameters = {id(p): p.detach() for m in modules_of for p in m.parameters(recurse=False)}
-        store = {id(p): p.detach() for _, p in pyro.get_param_store().named_parameters()}
-        workers.broadcast_([*weights, *{**parameters, **store}.values()])
+        tensors = [*weights, *(p for _, p in pyro.get_param_store().named_parameters())]
+        for module in (*modules(self.model), *modules(self.guide)):
+            tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        workers.broadcast_([*{id(x): x.detach() for x in tensors}.values()])
         self._is_synchronized = True
 
     def _settings(self, rule: UpdateRule, workers: Workers) -> StepSettings:
@@ -297,7 +297,7 @@ class NGVI:
         if self._is_automatic_update and rule.is_joint:
             mean_update = NATURAL
         return StepSettings(
-            self.curvature, self.optimizer.param_groups[0],
+            self.curvature, self.optimizer.group,
             TemperatureRule(temperature, self.kl_warmup), self.num_particles,
             self.antithetic, self.average, mean_update, workers, self.sample_parallel,
         )
@@ -319,7 +319,7 @@ class NGVI:
         if self.guide.prototype_trace is None:
             self.guide.setup(args, kwargs, self._prefers_joint)
         rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
-        posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
+        posterior = self._posterior or rule.init(self.optimizer.group)
         device = self.guide.blocks[0].raw_loc.device
         with disable_autocast(device) as network, rewind_rng_on_error(device):
             model = BatchModel(self.model, self.guide, network, args, kwargs)

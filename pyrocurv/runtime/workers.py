@@ -139,7 +139,7 @@ class Workers:
         dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
 
-    def shared_out(
+    def share_out(
         self, costs: Sequence[float], outputs: Sequence[Sequence[Tensor]],
         compute: Callable[[Sequence[int]], None],
     ) -> None:
@@ -164,8 +164,8 @@ class Workers:
         return self.noise(device, self.rank)
 
     def same_noise(self, device: torch.device) -> AbstractContextManager[None]:
-        """Draw the same numbers inside, of which the processes may take differently many."""
-        return self.noise(device, 0)
+        """Draw the same numbers inside, whoever takes how many and however many there are."""
+        return section(device)
 
     def noise(self, device: torch.device, number: int) -> AbstractContextManager[None]:
         """Draw from the stream of a number inside, which all processes may use."""
