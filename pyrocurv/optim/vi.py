@@ -26,7 +26,7 @@ from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
 from pyrocurv.optim.sampling import (
     EvaluationSum,
     Sample,
-    at_samples,
+    predict_at_samples,
     sum_gradients,
 )
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
@@ -40,11 +40,9 @@ from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.posterior.summary import at_temperature
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.inference_mode import outside_inference_mode
-from pyrocurv.runtime.outputs import stacked
-from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
-from pyrocurv.runtime.workers import ALONE
+from pyrocurv.runtime.workers import ALONE, Workers
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -370,20 +368,28 @@ class VIOptimizer(CurvatureOptimizer):
         return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()
-    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Any:
+    def predict(
+        self, *args: Any, num_samples: int | None = None, process_group: Any = None, **kwargs: Any
+    ) -> Any:
         """Outputs of the network at samples of the posterior, [num_samples, ...].
 
         Takes the network's arguments; draws from torch's global generator. Call `net.eval()` first
         if the network behaves differently in training. Before the first step it is the network
-        itself. In other outputs each tensor is stacked. Raises ValueError for less than one sample.
+        itself. In other outputs each tensor is stacked.
+
+        Args:
+            process_group: shares the samples out over processes, as for `Predictive`.
+
+        Raises ValueError for less than one sample, or for processes with other inputs.
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
-        sampler = Sampler(self._posterior.blocks, self.antithetic)
-        store = self._store()
-        with self.use_mean(), rewind_rng_on_error(store.device):
-            outputs = at_samples(sampler, count, store, lambda: self.net(*args, **kwargs))
-        return stacked(outputs)
+        workers = Workers.of(process_group)
+        sampler, store = Sampler(self._posterior.blocks, self.antithetic), self._store()
+        with self.use_mean():
+            return predict_at_samples(
+                sampler, count, store, self._recorder.local, args, kwargs, workers
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)

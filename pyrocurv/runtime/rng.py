@@ -81,10 +81,22 @@ def section(device: torch.device, process: int | None = None) -> Iterator[None]:
         return
     shared, own = stream.num_sections
     stream.num_sections = (shared + 1, own) if process is None else (shared, own + 1)
-    name = f"{stream.seed} {stream.num_sections[process is not None]} {process}"
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-    with RandomStream(seed)(device):
+    number = stream.num_sections[process is not None]
+    with RandomStream(derived_seed(stream.seed, number, process))(device):
         yield
+
+
+def derived_seed(*numbers: int | None) -> int:
+    """A seed that numbers determine."""
+    name = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+def next_seed() -> int:
+    """The seed that a `RandomStream` made now would have; draws nothing."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[None]:
