@@ -201,7 +201,7 @@ def assign(costs: Sequence[float], size: int) -> tuple[int, ...]:
 
     Example:
         >>> assign([1.0, 8.0, 4.0, 4.0], 2)
-        (1, 0, 1, 1)
+        (0, 0, 1, 1)
     """
     loads, owners = [0.0] * size, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
