@@ -44,7 +44,7 @@ from pyrocurv.runtime.outputs import stacked
 from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
-from pyrocurv.runtime.workers import ALONE
+from pyrocurv.runtime.workers import ALONE, naming_step
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -189,7 +189,7 @@ class VIOptimizer(CurvatureOptimizer):
         self._synchronize()
         store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
-        with Undo() as undo:
+        with naming_step(self._posterior.step), Undo() as undo:
             undo.keep_attributes(self._likelihood, self._network, self._stream)
             undo.keep(self._recorder.pop_passes)
             with self._stream(store.device):
@@ -263,7 +263,7 @@ class VIOptimizer(CurvatureOptimizer):
         if closure is not None:
             check_callable("closure", closure, "a callable that returns the loss")
         try:
-            with Undo() as undo:
+            with naming_step(self._posterior.step), Undo() as undo:
                 undo.keep_attributes(*self._mutable)
                 loss = None if closure is None else self._sample_closure(closure)
                 samples, self._samples = self._samples, None

@@ -34,7 +34,7 @@ MAKES = ["ngvi", "ngvi-diag", "second-order", "vi"]
 class Run:
     """A model and what trains it, on this rank's part of each batch."""
 
-    def __init__(self, make: str, rank: int, size: int) -> None:
+    def __init__(self, make: str, rank: int, size: int, **options: Any) -> None:
         torch.manual_seed(rank + 7)  # a new program has other weights, until it has loaded
         network = net()
         if make.startswith("ngvi"):
@@ -48,8 +48,8 @@ class Run:
             wrapped: nn.Module = DistributedDataParallel(network) if size > 1 else network
             self.net = wrapped
             self.engine = (
-                VIOptimizer(wrapped, num_data=96, curvature=CURVATURE, structure="ekfac")
-                if make == "vi" else SecondOrderOptimizer(wrapped, curvature=CURVATURE)
+                VIOptimizer(wrapped, num_data=96, curvature=CURVATURE, **options)
+                if make == "vi" else SecondOrderOptimizer(wrapped, curvature=CURVATURE, **options)
             )
             self.objects = {"net": wrapped, "optimizer": self.engine}
             schedule = ExponentialLR(self.engine, 0.9)
