@@ -24,6 +24,7 @@ from pyrocurv.layers import Layer
 from pyrocurv.layers.autograd_graph import ancestors
 from pyrocurv.layers.batch_axis import mark_wrong_batch_axis
 from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.module_types import has_synchronized_norm
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.distributions import as_normal, unwrap
 from pyrocurv.runtime.module_state import preserve_module_state
@@ -155,7 +156,8 @@ def _trace_layers(
 ) -> Trace:
     """The layers of the weights at these values."""
     weights = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-    capture, replay = Capture(weights), ReplayMessenger(weights, partial=True)
+    capture = Capture(weights, has_synchronized_norm(modules(model)))
+    replay = ReplayMessenger(weights, partial=True)
     with (
         torch.enable_grad(), isolated_rng(device_of(values.values())),
         preserve_module_state(modules(model)),

@@ -37,7 +37,7 @@ def check_support(site: TraceSite) -> None:
     support, value = _support(fn), site["value"]
     if support is None or _varies(support) or value.requires_grad:
         return
-    if any(mask is False for mask in masks):
+    if any(mask is False for mask in masks) or _is_between(support, value):
         return
     with torch.no_grad():
         outside = ~support.check(value)
@@ -50,6 +50,19 @@ def check_support(site: TraceSite) -> None:
         f"site {site['name']!r} is {type(fn).__name__}, with data in {support}, but "
         f"{int(outside.sum())} of its data are not: {_first(examples)}"
     )
+
+
+def _is_between(support: Any, value: Tensor) -> bool:
+    """Whether integers are known to be between constant bounds, from their extremes."""
+    bounds = [getattr(support, name, None) for name in BOUNDS]
+    is_number = all(isinstance(bound, (int, float)) for bound in bounds)
+    is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not (is_number and is_integer and value.numel()):
+        return False
+    if torch._C._functorch.is_batchedtensor(value):
+        return False
+    low, high = torch.stack(value.aminmax()).tolist()
+    return bool(bounds[0] <= low and high <= bounds[1])
 
 
 def support_event(value: Tensor, checked: Tensor) -> torch.Size:

@@ -288,10 +288,10 @@ class NGVI:
             return
         self._stream.load_state_dict(workers.broadcast(self._stream.state_dict()))
         weights = [family.raw_loc.detach() for family in self.guide.blocks]
-        modules_of = [*modules(self.model), *modules(self.guide)]
-        parameters = {id(p): p.detach() for m in modules_of for p in m.parameters(recurse=False)}
-        store = {id(p): p.detach() for _, p in pyro.get_param_store().named_parameters()}
-        workers.broadcast_([*weights, *{**parameters, **store}.values()])
+        tensors = [*weights, *(p for _, p in pyro.get_param_store().named_parameters())]
+        for module in (*modules(self.model), *modules(self.guide)):
+            tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        workers.broadcast_([*{id(x): x.detach() for x in tensors}.values()])
         self._is_synchronized = True
 
     def _settings(self, rule: UpdateRule, workers: Workers) -> StepSettings:

@@ -40,10 +40,11 @@ class Capture(TorchFunctionMode):
     """Records the supported ops on the tracked tensors {name: tensor}, and other uses of them.
 
     Enter it around the forward pass and call `trace()` after it. Ops that no gradient flows
-    through, as those of a statistic for the log, do not count.
+    through, as those of a statistic for the log, do not count. A batch norm in training mode is
+    seen; that over several processes is no op of its own, see `has_synchronized_norm`.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor]) -> None:
+    def __init__(self, tracked: Mapping[str, Tensor], has_batch_coupling: bool = False) -> None:
         super().__init__()
         self._bases = {**tracked}
         self._tracked: dict[int, TrackedTensor] = {}  # by the id of the tensor
@@ -55,7 +56,7 @@ class Capture(TorchFunctionMode):
         self._reused: set[int] = set()  # ids of records whose output had another use
         self._nodes: dict[int, bool] = {}  # see `Trace`
         self._sequence_first_batch: int | None = None
-        self._has_batch_coupling = False
+        self._has_batch_coupling = has_batch_coupling
         for name, tensor in tracked.items():
             self._track(TrackedTensor(name, tensor, tensor))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -20,6 +22,11 @@ def fan_in(module: nn.Module) -> int:
         return 1
     matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
     return max(matrices, default=1)
+
+
+def has_synchronized_norm(modules: Iterable[nn.Module]) -> bool:
+    """Whether a batch norm in training mode takes its statistics over several processes."""
+    return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules)
 
 
 def has_layer_norm(net: nn.Module) -> bool:

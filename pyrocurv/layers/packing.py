@@ -41,7 +41,7 @@ def lerp(
     moved: dict[int, Tensor] = {}
     for members in _alike(blocks, vectors):
         chosen = [blocks[index] for index in members]
-        results = _cut(join([vectors[index] for index in members]).clone(), chosen)
+        results = _cut(torch.cat([vectors[index] for index in members]), chosen)
         targets = _views(chosen, results)
         torch._foreach_lerp_([*targets.values()], [values[name] for name in targets], weight)
         moved.update(zip(members, results, strict=True))

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from pyrocurv.layers.capture import Capture
+from pyrocurv.layers.module_types import has_synchronized_norm
 from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass, num_rows
 from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.outputs import named_outputs
@@ -153,10 +154,11 @@ class ForwardRecorder:
     ) -> Iterator[tuple[Any, Capture]]:
         """The output of another pass and its capture; buffers are put back at the end."""
         restore = save_buffers(self.inner.modules())
+        capture = Capture(tracked, has_synchronized_norm(self.inner.modules()))
         self._is_still = True
         try:
             with torch.enable_grad():
-                with torch.compiler.set_stance("force_eager"), Capture(tracked) as capture:
+                with torch.compiler.set_stance("force_eager"), capture:
                     output = self._output(inputs)
                 yield output, capture
         finally:

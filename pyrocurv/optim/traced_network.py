@@ -67,10 +67,12 @@ class TracedNetwork:
         With `is_scaled` a GradScaler may not have unscaled the gradients yet.
         """
         inputs, recorded = group.merged()
+        workers = self.recorder.workers
         tracked: dict[str, Tensor] = {n: p for n, (p, _) in store.named.items() if p.requires_grad}
         with (
             disable_autocast(store.device),
             twice_differentiable() if likelihood.kind == "hessian" else nullcontext(),
+            workers.local_noise(store.device),
             self.recorder.rerun(inputs, tracked) as (output, capture),
         ):
             size = LossSize(group.total, inputs.batch, self.recorder.shrinkage(), is_scaled)
@@ -81,7 +83,7 @@ class TracedNetwork:
             layout, calls = self.layout_with(layout, trace, store)
             if inputs.examples is not None:
                 calls = calls_by_example(calls, output, inputs.batch)
-            yield layout, ForwardPass(terms, calls, inputs.batch, self.recorder.workers)
+            yield layout, ForwardPass(terms, calls, inputs.batch, workers)
 
     def layout_with(
         self, layout: ParameterBlocks, trace: Trace, store: ParameterStore

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import compress
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pyrocurv.posterior.adam import adam_direction
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
-from pyrocurv.posterior.orthogonalization import orthogonalize
-from pyrocurv.structures import KroneckerEigen
+from pyrocurv.posterior.orthogonalization import matrix_norms, orthogonalize
+from pyrocurv.structures import KroneckerEigen, LazySolution
+from pyrocurv.structures.stack import operands
 
 ADAM_SHARE = 0.1  # of the learning rate
 RIDGE = 1.0  # ρ
@@ -85,16 +87,25 @@ class WhitenedMuonUpdate(MeanUpdate):
     default_lr = 0.03
 
     def directions(self, pushes: Sequence[Push]) -> list[Direction]:
-        whitened = [_Whitened.of(push) for push in pushes]
-        groups = [[] if item is None else item.matrices for item in whitened]
-        signs = iter(orthogonalize([matrix for group in groups for matrix in group]))
-        natural = [not item and _is_natural(p) for p, item in zip(pushes, whitened, strict=True)]
+        bases = [_input_basis(push) for push in pushes]
+        natural = [not basis and _is_natural(p) for p, basis in zip(pushes, bases, strict=True)]
         solved = iter(NATURAL.directions([*compress(pushes, natural)]))
+        whitened = iter(_whitened_directions(
+            [*compress(pushes, bases)], [basis for basis in bases if basis]
+        ))
         return [
-            next(solved) if is_natural else _adam_direction(push) if item is None
-            else item.direction(torch.stack([next(signs) for _ in group]))
-            for push, item, group, is_natural in zip(pushes, whitened, groups, natural, strict=True)
+            next(solved) if is_natural else next(whitened) if basis else _adam_direction(push)
+            for push, basis, is_natural in zip(pushes, bases, natural, strict=True)
         ]
+
+
+def _input_basis(push: Push) -> KroneckerEigen | None:
+    """The curvature of a block whose matrices are whitened; None without a factor, or too wide."""
+    curvature, layer = push.state.curvature, push.state.block.layers[0]
+    basis = curvature.curvature
+    if not (isinstance(basis, KroneckerEigen) and layer.is_matrix):
+        return None
+    return basis if min(basis.shape[-2:]) <= MAX_SIDE or curvature.positions > 1 else None
 
 
 def _is_natural(push: Push) -> bool:
@@ -110,42 +121,43 @@ def _adam_direction(push: Push) -> Direction:
     return Direction.of(push, ADAM_SHARE * vector, state.hyperparameters.lr, new)
 
 
-@dataclass(frozen=True, eq=False)
-class _Whitened:
-    """A block whose matrices are whitened, with its curvature in the eigenbasis."""
+def _whitened_directions(
+    pushes: Sequence[Push], bases: Sequence[KroneckerEigen]
+) -> list[Direction]:
+    """Those of all blocks; equal shapes are stacked."""
+    if not pushes:
+        return []
+    stacked = operands(bases, [_over_root(push, push.scaled_gradient) for push in pushes])
+    matrices = [cast(KroneckerEigen, operand.matrix) for operand in stacked]
+    h = [operand.vector.view(basis.shape) for basis, operand in zip(matrices, stacked, strict=True)]
+    signs = orthogonalize(_whiten(matrices, h))
+    moved = _whiten(matrices, signs)
+    norms = matrix_norms(moved)
+    torch._foreach_div_(moved, torch._foreach_div(norms, [_norm(*x.shape[-2:]) for x in moved]))
+    found: dict[int, Direction] = {}
+    for operand, matrix, norm in zip(stacked, moved, norms, strict=True):
+        sums = operand.split_dots(norm.view(-1) if norm.dim() else norm)
+        parts = operand.split(matrix.reshape(-1))
+        for index, vector, total in zip(operand.members, parts, sums, strict=True):
+            push = pushes[index]
+            lr = push.state.hyperparameters.lr
+            if push.state.curvature.root is None:
+                found[index] = Direction(push.state, LazySolution(total, (vector,)), lr)
+            else:
+                found[index] = Direction.of(push, _over_root(push, vector), lr)
+    return [found[index] for index in range(len(pushes))]
 
-    push: Push
-    basis: KroneckerEigen
 
-    @staticmethod
-    def of(push: Push) -> _Whitened | None:
-        """None for a block without an input factor, or too wide."""
-        curvature, layer = push.state.curvature, push.state.block.layers[0]
-        basis = curvature.curvature
-        if not (isinstance(basis, KroneckerEigen) and layer.is_matrix):
-            return None
-        is_narrow = min(basis.shape[-2:]) <= MAX_SIDE or curvature.positions > 1
-        return _Whitened(push, basis) if is_narrow else None
+def _whiten(bases: Sequence[KroneckerEigen], matrices: Sequence[Tensor]) -> list[Tensor]:
+    return [basis.whiten_input(x, RIDGE) for basis, x in zip(bases, matrices, strict=True)]
 
-    @property
-    def _root(self) -> Tensor | None:
-        return self.push.state.curvature.root
 
-    @property
-    def matrices(self) -> list[Tensor]:
-        """h W [O, I] of each group, up to its scale."""
-        gradient, root = self.push.scaled_gradient, self._root
-        gradient = gradient if root is None else gradient / root
-        matrix = self.basis.whiten_input(gradient.view(self.basis.shape), RIDGE)
-        return [*matrix.view(-1, *matrix.shape[-2:])]
+def _over_root(push: Push, vector: Tensor) -> Tensor:
+    """A vector [P] over the scale of the weights that the curvature belongs to."""
+    root = push.state.curvature.root
+    return vector if root is None else vector / root
 
-    def direction(self, signs: Tensor) -> Direction:
-        """From the orthogonalized matrices of all groups [Γ, O, I]."""
-        matrix = self.basis.whiten_input(signs.view(self.basis.shape), RIDGE)
-        outputs, inputs = self.basis.shape[-2:]
-        norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-        size = min(outputs, inputs) ** 0.5 * muon_scale(outputs, inputs)
-        vector = (matrix * (size / norm.clamp(min=torch.finfo(norm.dtype).tiny))).reshape(-1)
-        if self._root is not None:
-            vector = vector / self._root
-        return Direction.of(self.push, vector, self.push.state.hyperparameters.lr)
+
+def _norm(outputs: int, inputs: int) -> float:
+    """The norm of Muon's step of a matrix."""
+    return min(outputs, inputs) ** 0.5 * muon_scale(outputs, inputs)

@@ -109,5 +109,5 @@ def sampled_kl(
     pairs = zip(priors, precisions, strict=True)
     positive = [precision.logdet() for precision in precisions]
     negative = [prior.logdet(precision.size) for prior, precision in pairs]
-    total = torch.stack([*positive, *distances]).sum()
-    return (total - torch.stack([*negative, *squared_norms]).sum()) / 2
+    opposite = torch._foreach_neg([*negative, *squared_norms])
+    return torch.stack([*positive, *distances, *opposite]).sum() / 2

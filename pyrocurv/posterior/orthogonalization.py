@@ -1,29 +1,48 @@
 """The nearest matrices with orthonormal rows or columns, by a Newton-Schulz iteration.
 
-    X ← X / |X|,   X ← (a I + b XXᵀ + c (XXᵀ)²) X,   five times
+    X ← X / |X|,   X ← (aₜ I + bₜ XXᵀ + cₜ (XXᵀ)²) X,   t = 1 … 4
 
-keeps the singular vectors of X and takes all but its smallest singular values to about 1. It needs
-products of matrices alone, of the smaller side, in a dtype that is fast on the device.
+keeps the singular vectors of X and takes singular values from 0.0025 to 1 into [0.7, 1.2], as five
+steps with one polynomial do from 0.0015. Every iterate is P X with P, and its Gram matrix P XXᵀ P,
+polynomials of XXᵀ, so that X itself, which may be wide, is multiplied twice in all. Gram matrices
+of many sizes are iterated together, as diagonal blocks of a few matrices of one size.
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Björck & Bowie 1971,
-"An iterative algorithm for computing the best estimate of an orthogonal matrix".
+The Gram matrix has the squared condition number, and the iteration amplifies eigenvalues that are
+negative by rounding: the error is at most 1e-3 in single precision, but in half precision it would
+diverge. There X is iterated itself.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Each polynomial is
+the nearest to 1 on the interval to which the last has taken the singular values, widened by 1 %
+for rounding errors: Amsel et al. 2025, "The Polar Express: Optimal matrix sign methods and their
+application to the Muon algorithm", arXiv:2505.16932.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # those of Jordan et al.: steep at 0, then in [0.7, 1.2]
-STEPS = 5
+from pyrocurv.structures.kronecker_eigen import matmul
+from pyrocurv.structures.linalg import at_least_single
+
+COEFFICIENTS = (  # a, b, c; the last polynomial times 0.95, for values around 1
+    (8.3220, -24.1199, 17.5304), (4.0389, -2.9479, 0.5448),
+    (3.5819, -2.6309, 0.5100), (2.5116, -1.8698, 0.4313),
+)
+MAX_SHARED = 256  # rows of a Gram matrix whose products cost a GPU less than their launches
+MAX_PADDING, MIN_SIDE = 1.5, 64  # up to which multiple, or number, of its rows one is padded
 
 
 def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """About U Vᵀ for each matrix U S Vᵀ [n, m]; zeros for zeros.
+    """About U Vᵀ for each matrix U S Vᵀ, [n, m] or a stack [k, n, m]; zeros for zeros.
 
-    Matrices of one shape are iterated together, those in float32 in bfloat16 unless on a CPU.
+    On a GPU matrices of more than 256 rows and columns are iterated in bfloat16.
 
     Example:
         >>> import torch
@@ -31,49 +50,122 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
         >>> bool((torch.linalg.svdvals(x) - 1).abs().max() < 0.35)
         True
     """
-    groups: dict[torch.Size, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        groups.setdefault(matrix.shape, []).append(index)
-    results: dict[int, Tensor] = {}
-    for members in groups.values():
-        stacked = torch.stack([matrices[index] for index in members])
-        results.update(zip(members, _polar_factor(stacked).unbind(), strict=True))
-    return [results[index] for index in range(len(matrices))]
+    if not matrices:
+        return []
+    wide = [x if x.shape[-2] <= x.shape[-1] else x.mT for x in map(at_least_single, matrices)]
+    wide = [*torch._foreach_div(wide, matrix_norms(wide))]
+    for group in _groups(tuple((x.shape[:-1], x.dtype, x.device) for x in wide)):
+        members = [wide[place.index] for place in group.places]
+        is_fast_in_half = members[0].device.type != "cpu" and members[0].dtype == torch.float32
+        if is_fast_in_half and group.side > MAX_SHARED:
+            done = [_iterate(x.bfloat16()).to(x.dtype) for x in members]
+        else:
+            done = _iterate_grams(group, members)
+        for place, x in zip(group.places, done, strict=True):
+            wide[place.index] = x
+    return [
+        (x if x.shape == matrix.shape else x.mT).to(matrix.dtype)
+        for x, matrix in zip(wide, matrices, strict=True)
+    ]
 
 
-def _polar_factor(matrix: Tensor) -> Tensor:
-    """`orthogonalize` of matrices [k, n, m]."""
-    is_wide = matrix.shape[-2] <= matrix.shape[-1]
-    x = matrix if is_wide else matrix.mT
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
-    x = x / norm.clamp(min=torch.finfo(x.dtype).tiny)
-    if x.device.type != "cpu" and x.dtype == torch.float32:
-        x = x.bfloat16()
-    x = _through_gram(x) if x.shape[-1] >= 2 * x.shape[-2] else _iterate(x)
-    x = x.to(matrix.dtype)
-    return x if is_wide else x.mT
+def matrix_norms(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The Frobenius norm of each matrix, (), or those of a stack, [k, 1, 1]; never zero."""
+    counts = [len(x) if x.dim() > 2 else 0 for x in matrices]
+    pairs = zip(matrices, counts, strict=True)
+    norms = torch._foreach_norm([*chain(*(x.unbind() if k else (x,) for x, k in pairs))])
+    info = torch.finfo(norms[0].dtype)
+    torch._foreach_clamp_min_(norms, info.tiny / info.eps)
+    values = iter(norms)
+    return [
+        torch.stack([next(values) for _ in range(k)]).view(k, 1, 1) if k else next(values)
+        for k in counts
+    ]
 
 
 def _iterate(x: Tensor) -> Tensor:
-    a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x
 
 
-def _through_gram(x: Tensor) -> Tensor:
-    """The same for X [k, n, m] with m far larger than n: X is multiplied twice in all.
+# ---- Gram matrices ------------------------------------------------------------------------------
 
-    Every iterate is P X with P, and the Gram matrix P X Xᵀ P, polynomials of X Xᵀ.
-    """
-    a, b, c = COEFFICIENTS
-    gram = torch.bmm(x, x.mT)
-    product: Tensor | None = None
-    for index in range(STEPS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = factor if product is None else torch.bmm(factor, product)
-        if index < STEPS - 1:
-            gram = torch.bmm(torch.bmm(factor, gram), factor)
-    return x if product is None else torch.bmm(product, x)
+
+def _iterate_grams(group: _Group, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The same for X [n, m] or [k, n, m], from the blocks of Gram matrices [K, s, s]."""
+    grams = matrices[0].new_zeros(len(group.filled), group.side, group.side)
+    torch._foreach_copy_(group.blocks(grams), [matmul(x, x.mT) for x in matrices])
+    return [*map(matmul, group.blocks(_factor(grams)), matrices)]
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """P [K, s, s] of the Gram matrices XXᵀ, of which the iteration ends at P X."""
+    (a, b, c), *others = COEFFICIENTS
+    change = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    product = torch.add(change, identity, alpha=a)
+    for a_next, b, c in others:
+        half = torch.baddbmm(gram, change, gram, beta=a)
+        gram = torch.baddbmm(half, change, half, beta=a)
+        change, a = torch.baddbmm(gram, gram, gram, beta=b, alpha=c), a_next
+        product = torch.baddbmm(product, change, product, beta=a)
+    return product
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the k blocks of a stack lie: at one row of k matrices that follow each other."""
+
+    index: int
+    shape: tuple[int, ...]  # [n, n] or [k, n, n]
+    first: int
+    row: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Gram matrices that are iterated together, as diagonal blocks of matrices of `side` rows."""
+
+    side: int
+    filled: list[int] = field(default_factory=list)  # rows of each matrix that are taken
+    places: list[_Place] = field(default_factory=list)
+
+    def place(self, index: int, shape: tuple[int, ...], is_last: bool) -> bool:
+        """Find room for the blocks of a stack; in new matrices if it is the last group."""
+        *stack, rows = shape
+        count = stack[0] if stack else 1
+        largest = min(MAX_SHARED, max(MIN_SIDE, MAX_PADDING * rows))
+        may_grow = not self.places or is_last and self.side <= largest
+        for first in range(len(self.filled) + may_grow):
+            taken = self.filled[first : first + count]
+            row = max(taken, default=0)
+            if row + rows <= self.side and (may_grow or len(taken) == count):
+                self.filled[first : first + count] = [row + rows] * count
+                self.places.append(_Place(index, (*shape, rows), first, row))
+                return True
+        return False
+
+    def blocks(self, matrices: Tensor) -> list[Tensor]:
+        """The blocks in matrices [K, s, s], as views."""
+        s = self.side
+        return [
+            matrices.as_strided(
+                place.shape, (s * s, s, 1)[-len(place.shape):],
+                place.first * s * s + place.row * (s + 1),
+            ) for place in self.places
+        ]
+
+
+@lru_cache
+def _groups(kinds: tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]) -> list[_Group]:
+    """Places for Gram matrices of these shapes [(k,) n], dtypes and devices, the largest first."""
+    groups: dict[Any, list[_Group]] = {}
+    for index in sorted(range(len(kinds)), key=lambda index: -kinds[index][0][-1]):
+        shape, *kind = kinds[index]
+        alike = groups.setdefault((*kind,), [])
+        if not any(group.place(index, shape, group is alike[-1]) for group in alike):
+            alike.append(_Group(shape[-1]))
+            alike[-1].place(index, shape, True)
+    return [group for alike in groups.values() for group in alike]

@@ -25,7 +25,7 @@ class RandomStream:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.states: dict[str, Tensor] = {}  # by type of device
-        self.num_sections = 0
+        self.num_sections = (0, 0)  # of all processes, and of single ones
 
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
@@ -54,28 +54,30 @@ class RandomStream:
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {
-            "seed": self.seed, "states": dict(self.states), "num_sections": self.num_sections,
+            "seed": self.seed, "states": dict(self.states),
+            "num_sections": list(self.num_sections),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
         self.seed = state["seed"]
         self.states = {name: value.cpu() for name, value in state["states"].items()}
-        self.num_sections = state["num_sections"]
+        self.num_sections = tuple(state["num_sections"])
 
 
 _current: RandomStream | None = None  # that is drawn from
 
 
 @contextmanager
-def section(device: torch.device, number: int) -> Iterator[None]:
-    """Draw from a stream that the present stream and a number determine.
+def section(device: torch.device, process: int | None = None) -> Iterator[None]:
+    """Draw from a stream that the present one determines, and the number of a process if given.
 
     Each section is another one. The present stream stays as it is, whatever is drawn inside.
     """
     stream = _current or RandomStream()
-    stream.num_sections += 1
-    name = f"{stream.seed} {stream.num_sections} {number}"
+    shared, own = stream.num_sections
+    stream.num_sections = (shared + 1, own) if process is None else (shared, own + 1)
+    name = f"{stream.seed} {stream.num_sections[process is not None]} {process}"
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
     with RandomStream(seed)(device):
         yield

@@ -199,8 +199,8 @@ class Workers:
         return self.noise(device, self.rank)
 
     def same_noise(self, device: torch.device) -> AbstractContextManager[None]:
-        """Draw the same numbers inside, of which the processes may take differently many."""
-        return self.noise(device, 0)
+        """Draw the same numbers inside, whoever takes how many and however many there are."""
+        return section(device)
 
     def noise(self, device: torch.device, number: int) -> AbstractContextManager[None]:
         """Draw from the stream of a number inside, which all processes may use."""

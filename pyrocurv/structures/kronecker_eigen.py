@@ -282,28 +282,29 @@ class KroneckerEigen(Structure):
         return torch.where(mean > 0, trace / mean, torch.ones_like(trace))
 
     def whiten_input(self, x: Tensor, ridge: float) -> Tensor:
-        """X (A + ridge · I)^-½ for X [..., O, I], with A the input factor, scaled to a mean of 1.
+        """X (A + ridge · I)^-½ for X [..., O, I], up to a positive factor for each group.
 
-        A is the trace of M over the outputs, for G ⊗ A that of G times A.
+        A is the trace of M over the outputs, scaled to a mean of 1: for G ⊗ A it is A so scaled.
         """
         if ridge not in self._whitening:
             self._whitening[ridge] = self._whiten(ridge)
-        core, rest = self._whitening[ridge]
-        if rest is None:
+        core = self._whitening[ridge]
+        if not self._truncated[1]:
             return matmul(x, core)
-        return torch.addcmul(matmul(matmul(x, core), self.transposed[1]), rest, x)
+        add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
+        return add_product(x, matmul(x, core), self.transposed[1])
 
     @cached_property
-    def _whitening(self) -> dict[float, tuple[Tensor, Tensor | None]]:
+    def _whitening(self) -> dict[float, Tensor]:
         return {}
 
-    def _whiten(self, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """B and r with (A + ridge · I)^-½ = B Vᵀ + r, or B itself if V is complete."""
+    def _whiten(self, ridge: float) -> Tensor:
+        """B with (A + ridge · I)^-½ = r (I + B Vᵀ), or B itself if V is complete."""
         root, v = (self._input_factor + ridge).rsqrt(), self.input_basis
         if not self._truncated[1]:
-            return (v * root.unsqueeze(-2)) @ v.mT, None
-        rest = root[..., v.shape[-1] :].unsqueeze(-2)
-        return v * (root[..., : v.shape[-1]].unsqueeze(-2) - rest), rest
+            return (v * root.unsqueeze(-2)) @ v.mT
+        leading, rest = root.split((v.shape[-1], 1), -1)
+        return v * (leading / rest - 1).unsqueeze(-2)
 
     def change_basis(
         self, output_basis: Tensor, input_basis: Tensor,

@@ -18,7 +18,7 @@ EXTRA, KRYLOV_POWERS, MAX_RESTARTS = 16, 7, 20  # of the Krylov space for leadin
 
 def at_least_single(tensor: Tensor) -> Tensor:
     """A tensor of half precision, which LAPACK does not have, in single precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

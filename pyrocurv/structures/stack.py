@@ -18,8 +18,8 @@ from pyrocurv.structures.kronecker_eigen import KroneckerEigen, matmul
 
 
 @dataclass(frozen=True, eq=False)
-class _Operand:
-    """A vector, and a matrix or the stack of several; `members` are their positions."""
+class Operand:
+    """A vector [P], and a matrix or the stack of several; `members` are their positions."""
 
     members: Sequence[int]
     sizes: Sequence[int]
@@ -43,9 +43,9 @@ class _Operand:
 def solutions(matrices: Sequence[Structure], vectors: Sequence[Tensor]) -> list[LazySolution]:
     """`Structure.solution` of each matrix and vector."""
     found: dict[int, LazySolution] = {}
-    operands = _operands(matrices, vectors)
-    complete = [operand for operand in operands if _is_complete(operand.matrix)]
-    for operand in operands:
+    stacked = operands(matrices, vectors)
+    complete = [operand for operand in stacked if _is_complete(operand.matrix)]
+    for operand in stacked:
         if _is_complete(operand.matrix):
             continue
         if len(operand.members) == 1:
@@ -59,16 +59,16 @@ def solutions(matrices: Sequence[Structure], vectors: Sequence[Tensor]) -> list[
     return [found[index] for index in range(len(matrices))]
 
 
-def _complete_solutions(operands: Sequence[_Operand]) -> dict[int, LazySolution]:
+def _complete_solutions(stacked: Sequence[Operand]) -> dict[int, LazySolution]:
     """Those of complete eigenbases, whose eigenvalues are applied to all at once."""
-    matrices = [cast(KroneckerEigen, operand.matrix) for operand in operands]
+    matrices = [cast(KroneckerEigen, operand.matrix) for operand in stacked]
     projected = [
-        matrix.project(operand.vector) for matrix, operand in zip(matrices, operands, strict=True)
+        matrix.project(operand.vector) for matrix, operand in zip(matrices, stacked, strict=True)
     ]
     scaled = torch._foreach_div(projected, [matrix.spectrum for matrix in matrices])
     products = torch._foreach_mul(projected, scaled)
     found: dict[int, LazySolution] = {}
-    for operand, matrix, k, product in zip(operands, matrices, scaled, products, strict=True):
+    for operand, matrix, k, product in zip(stacked, matrices, scaled, products, strict=True):
         dots = operand.split_dots(product.sum((-2, -1)))
         left, right = matrix.output_basis, matmul(k, matrix.transposed[1])
         if left.dim() == 2:
@@ -83,7 +83,7 @@ def _complete_solutions(operands: Sequence[_Operand]) -> dict[int, LazySolution]
 def samples_(matrices: Sequence[Structure], noise: Sequence[Tensor]) -> list[Tensor]:
     """`Structure.rsqrt_` of each matrix and vector."""
     found: dict[int, Tensor] = {}
-    for operand in _operands(matrices, noise):
+    for operand in operands(matrices, noise):
         drawn = operand.matrix.rsqrt_(operand.vector)
         found.update(zip(operand.members, operand.split(drawn), strict=True))
     return [found[index] for index in range(len(matrices))]
@@ -93,17 +93,18 @@ def _is_complete(matrix: Structure) -> bool:
     return isinstance(matrix, KroneckerEigen) and matrix.is_complete
 
 
-def _operands(matrices: Sequence[Structure], vectors: Sequence[Tensor]) -> list[_Operand]:
-    operands = []
+def operands(matrices: Sequence[Structure], vectors: Sequence[Tensor]) -> list[Operand]:
+    """Each matrix and vector, those of Kronecker factors of equal shape as one."""
+    stacked = []
     for members in _groups(matrices):
         chosen = [matrices[index] for index in members]
         parts = [vectors[index] for index in members]
         is_one = len(members) == 1
-        operands.append(_Operand(
+        stacked.append(Operand(
             members, [matrix.size for matrix in chosen], chosen[0] if is_one else _stack(chosen),
             parts[0] if is_one else torch.cat(parts),
         ))
-    return operands
+    return stacked
 
 
 def _groups(matrices: Sequence[Structure]) -> list[list[int]]:

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
@@ -93,3 +94,56 @@ def test_updates(ranks: Any, update: str) -> None:
 
 def test_unequal_batches_of_three_ranks(ranks: Any) -> None:
     check(ranks, [16, 12, 3], "ekfac", curvature=Curvature("fisher", every=1, batch=None))
+
+
+class WithLatents(nn.Module):
+    """Regression with a learned noise scale, whose latent the fallback guide has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1)
+        self.net = bayesianize(nn.Sequential(*layers))
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        mean = self.net(x).squeeze(-1) + self.offset
+        with pyro.plate("data", N, subsample=x):
+            pyro.sample("obs", dist.Normal(mean, scale), obs=y)
+        return mean
+
+
+def train_latents(rank: int | None, sizes: list[int], process_group: Any = "auto") -> Any:
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    x = torch.randn(STEPS, sum(sizes), 2, 4)
+    y = x.flatten(2).sum(-1)
+    model = WithLatents()
+    guide = KFACGuide(model)
+    engine = NGVI(
+        model, guide, curvature=Curvature("ggn", every=1, batch=None), num_particles=2,
+        process_group=process_group,
+    )
+    start = sum(sizes[:rank]) if rank else 0
+    rows = slice(None) if rank is None else slice(start, start + sizes[rank])
+    losses = [engine.step(a[rows], b[rows]) for a, b in zip(x, y, strict=True)]
+    torch.set_default_dtype(torch.float32)
+    state = {n: p.detach().clone() for n, p in guide.named_parameters()}
+    return losses, state, model.offset.detach().clone()
+
+
+def test_fallback_guide_and_parameters(ranks: Any) -> None:
+    sizes = [12, 16, 4]
+    losses, state, offset = train_latents(None, sizes)
+    assert len(state) > 3
+    for found, of_guide, of_model in ranks(3).run(train_latents, sizes):
+        torch.testing.assert_close(found, losses, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(of_model, offset, rtol=1e-10, atol=1e-10)
+        for name, value in state.items():
+            torch.testing.assert_close(of_guide[name], value, rtol=1e-10, atol=1e-10)
+
+
+def test_process_group_none_trains_alone(ranks: Any) -> None:
+    results = ranks(2).run(train_latents, [16, 16], None)
+    assert results[0][0] != results[1][0]

@@ -1,11 +1,13 @@
 """The directions of the mean, on dense float64 matrices."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from test_step import LAYERS, NUMBERS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.running_average import RunningCurvature
@@ -20,7 +22,7 @@ from pyrocurv.posterior.muon import (
     WhitenedMuonUpdate,
     muon_scale,
 )
-from pyrocurv.posterior.orthogonalization import COEFFICIENTS, STEPS, orthogonalize
+from pyrocurv.posterior.orthogonalization import COEFFICIENTS, _iterate, orthogonalize
 from pyrocurv.posterior.precision import init_block
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.posterior.state import BlockState
@@ -39,11 +41,24 @@ def positive(size: int) -> Tensor:
 def polar(matrix: Tensor) -> Tensor:
     """The iteration's scalar polynomial on the singular values."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    s = s / s.norm()
-    a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
+    s = polar_values(s / s.norm(dim=-1, keepdim=True))
+    return (u * s.unsqueeze(-2)) @ v
+
+
+def polar_values(s: Tensor) -> Tensor:
+    for a, b, c in COEFFICIENTS:
         s = a * s + b * s**3 + c * s**5
-    return u @ torch.diag(s) @ v
+    return s
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def push(layer: Layer, structure: str = "kfac", roots: bool = False, step: int = 3) -> Push:
@@ -106,9 +121,54 @@ def test_singular_vectors_are_kept_and_values_near_one(shape: tuple[int, int]) -
 
 
 def test_matrices_of_several_shapes_come_back_in_their_order() -> None:
-    matrices = [torch.randn(shape) for shape in ((3, 4), (2, 2), (3, 4), (4, 3))]
+    shapes = (3, 4), (2, 2), (80, 90), (2, 3, 4), (4, 70, 60), (4, 3), (2, 300, 300)
+    matrices = [torch.randn(shape) for shape in shapes]
     for result, matrix in zip(orthogonalize(matrices), matrices, strict=True):
         torch.testing.assert_close(result, polar(matrix), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 200)])
+def test_ill_conditioned_matrices_in_single_precision(
+    shape: tuple[int, int], smallest: float
+) -> None:
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    for values in (torch.logspace(0, -6, 24), torch.tensor([1.0] + 23 * [smallest])):
+        matrix = 1e-12 * (u * values) @ v
+        (result,) = orthogonalize([matrix.float()])
+        error = torch.linalg.matrix_norm(result.double() - polar(matrix), 2)
+        assert error < 2e-3
+
+
+def test_matrices_of_half_precision_are_iterated_in_single_precision() -> None:
+    matrix = torch.randn(6, 30, dtype=torch.bfloat16)
+    (result,) = orthogonalize([matrix])
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.double(), polar(matrix.double()), rtol=2**-7, atol=1e-3)
+
+
+def test_iterates_in_half_precision_stay_bounded() -> None:
+    u, _, v = torch.linalg.svd(torch.randn(64, 256), full_matrices=False)
+    for smallest in (1e-3, 0.0):
+        values = torch.tensor([1.0] + 63 * [smallest])
+        result = _iterate((u * (values / values.norm()) @ v).bfloat16())
+        assert torch.linalg.matrix_norm(result.double(), 2) < 1.3
+
+
+def test_singular_values_end_in_a_band() -> None:
+    values = torch.cat([torch.logspace(-6, 0, 2000), torch.tensor([0.0025, 1.0])])
+    result = polar_values(values)
+    assert 0.70 < result[values >= 0.0025].min() and result.max() < 1.20
+    assert bool((result > 250 * values)[values < 1e-3].all())
+
+
+def test_launches_do_not_grow_with_the_number_of_matrices() -> None:
+    counts = []
+    for number in (2, 12):
+        with Counter() as counter:
+            orthogonalize([torch.randn(number, 6, 9), torch.randn(number, 5, 30)])
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
 
 
 def test_a_zero_matrix_stays_zero() -> None:
@@ -146,7 +206,11 @@ def test_inputs_are_whitened(ranks: tuple[int, int]) -> None:
     values, vectors = torch.linalg.eigh(factor + 0.7 * torch.eye(4))
     root = vectors @ torch.diag(values.rsqrt()) @ vectors.mT
     x = torch.randn(3, 4)
-    torch.testing.assert_close(basis.whiten_input(x, 0.7), x @ root, rtol=1e-9, atol=1e-10)
+    result, expected = basis.whiten_input(x, 0.7), x @ root  # equal up to a factor
+    torch.testing.assert_close(
+        result / result.norm(), expected / expected.norm(), rtol=1e-9, atol=1e-10
+    )
+    assert bool((result * expected).sum() > 0)
 
 
 def test_nothing_is_known_of_the_inputs_before_an_estimate() -> None:
@@ -212,6 +276,17 @@ def test_whitened_muon_takes_the_positive_part_of_a_hessian() -> None:
 
     assert basis.spectrum.sum() < 0 < basis.spectrum.max()
     torch.testing.assert_close(direction(basis), direction(basis.psd()), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], Layer("c.weight", None, (6, 2, 3), groups=2)])
+def test_whitened_muon_of_blocks_of_equal_shape(layer: Layer) -> None:
+    pushes = [push(layer), push(LAYERS[0], roots=True), push(layer), push(layer, "diag")]
+    together = WhitenedMuonUpdate().directions(pushes)
+    for one, found in zip(pushes, together, strict=True):
+        (alone,) = WhitenedMuonUpdate().directions([one])
+        torch.testing.assert_close(vector(found), vector(alone), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.solution.dot, alone.solution.dot)
+        assert found.state is alone.state
 
 
 def test_whitened_muon_takes_the_groups_of_a_convolution_one_by_one() -> None:
