@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from test_ngvi import target
 from pyrocurv import checkpoint
 
 DIES_IN = 2  # the step
+TORCHRUN_TIMEOUT = 150.0  # seconds
 
 
 def states(run: Run) -> dict[str, torch.Tensor]:
@@ -130,3 +133,25 @@ def test_no_process_is_left_behind(ranks: Any, how: str) -> None:
     with pytest.raises(pytest.fail.Exception, match="did not finish"):
         pool.run(sleep_or_die, how, timeout=2)
     assert not any(process.is_alive() for process in pool.processes)
+
+
+def test_torchrun_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    script, path = Path(__file__).with_name("killed_once.py"), tmp_path / "run.pt"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "--max-restarts", "1", str(script), "--smoke", "--checkpoint", str(path),
+    ]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as launcher:
+        try:
+            out, err = launcher.communicate(timeout=TORCHRUN_TIMEOUT)
+        finally:
+            launcher.terminate()  # which ends the ranks too
+    assert launcher.returncode == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[-1] for line in lines if line[0] == "ngvi,"] == ["1", "2"]
+    assert [line[0] for line in lines] == ["ngvi,", "epoch", "1", "ngvi,", "epoch", "2"]
+    assert "SIGKILL" in err or "a process of the group has died" in err
