@@ -98,7 +98,7 @@ def ngvi(
     torch.manual_seed(0)
     model, guide, options = make()
     trainer = NGVI(model, guide, **options)
-    y = {classifier: Y, averaging: Y, unknown_noise: X[:, :1], without_network: X[:, 0]}[make]
+    y = {unknown_noise: X[:, :1], without_network: X[:, 0]}.get(make, Y)
     for _ in range(steps):
         trainer.step(X, y)
     if at_last is not None:
@@ -146,10 +146,10 @@ def optimizer_state(optimizer: Any, net: nn.Module) -> dict[str, Any]:
     }
 
 
-def second_order(steps: int) -> Case:
+def second_order(steps: int, **options: Any) -> Case:
     torch.manual_seed(0)
     net = Network()
-    optimizer = SecondOrderOptimizer(net, curvature=EVERY_OTHER, weight_decay=0.1)
+    optimizer = SecondOrderOptimizer(net, curvature=EVERY_OTHER, weight_decay=0.1, **options)
     F.cross_entropy(net(X), Y).backward()
     for _ in range(steps):
         optimizer.step()
@@ -161,10 +161,11 @@ def second_order(steps: int) -> Case:
 class Variational:
     """A `VIOptimizer` after some steps."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, **options: Any) -> None:
         torch.manual_seed(0)
         self.net = Network()
-        self.optimizer = VIOptimizer(self.net, 12, curvature=EVERY_OTHER, num_samples=2)
+        options = {"curvature": EVERY_OTHER, "num_samples": 2, **options}
+        self.optimizer = VIOptimizer(self.net, 12, **options)
         for _ in range(steps):
             self.sample()
             self.optimizer.step()
@@ -207,8 +208,8 @@ class Variational:
         return contents({**state, "optimizer": self.optimizer.state_dict()})
 
 
-def variational(steps: int, call: str) -> Case:
-    case = Variational(steps)
+def variational(steps: int, call: str, **options: Any) -> Case:
+    case = Variational(steps, **options)
     if call == "closure":
         step = case.optimizer.step
         return Case(lambda: step(case.closure), case.posterior_state)
@@ -311,5 +312,32 @@ def test_so_do_two_interrupts(name: str) -> None:
         every = max(1, min(24 * stride, count // 4))
         numbers = range(1, count + 1)
         return [(n, n + 1) for n in numbers if n % every == 0 or n > count - TAIL // 3]
+
+    assert interrupt(make, ops)["old"]
+
+
+# ---- every step of the mean ---------------------------------------------------------------------
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("update", ["muon", "soap", sgd])
+@pytest.mark.parametrize("kind", ["NGVI", "second order", "variational"])
+def test_so_do_interrupts_of_the_other_steps_of_the_mean(kind: str, update: Any) -> None:
+    """A few, and those of the commit; the state has the moments of the update."""
+    def updated() -> tuple[Any, Any, dict[str, Any]]:
+        model, guide, options = classifier()
+        return model, guide, {**options, "update": update}
+
+    make = {
+        "NGVI": lambda: ngvi(updated, 1),
+        "second order": lambda: second_order(1, update=update),
+        "variational": lambda: variational(1, "step", update=update),
+    }[kind]
+
+    def ops(count: int) -> list[tuple[int]]:
+        return [(n,) for n in [*range(2, count - 6, max(1, count // 6)), *range(count - 5, count)]]
 
     assert interrupt(make, ops)["old"]

@@ -9,6 +9,7 @@ import torch
 from pyro.optim import PyroOptim
 
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter, gradients
+from pyrocurv.optim.checks import check_hyperparameters
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
@@ -36,7 +37,7 @@ JOINT: dict[str, Any] = {
 class ScheduledHyperparameters(torch.optim.Optimizer):
     """Holds the hyperparameters that `torch.optim.lr_scheduler` may change; `NGVI` steps.
 
-    Raises ValueError for a hyperparameter out of its range.
+    Raises ValueError for a hyperparameter out of its range, also for one that is changed later.
     """
 
     def __init__(
@@ -50,10 +51,18 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
         super().__init__([torch.zeros(())], values)
 
     @property
+    def group(self) -> dict[str, Any]:
+        """The hyperparameters as they are now."""
+        (group,) = self.param_groups
+        check_hyperparameters(group)
+        return group
+
+    @property
     def lr_factor(self) -> float:
         """The learning rate relative to that without a schedule."""
         (group,) = self.param_groups
-        return group["lr"] / group.get("initial_lr", group["lr"])
+        base = group.get("initial_lr", group["lr"])
+        return group["lr"] / base if base else 1.0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Called by `NGVI.step` with its commit, so that schedulers count the steps."""

@@ -23,7 +23,7 @@ from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.infer.pooling import pool
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
-from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.mean_update import MeanUpdate
 from pyrocurv.posterior.precision import (
     count_determined,
@@ -38,12 +38,16 @@ from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed
 from pyrocurv.posterior.state import Perturbation, Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
 from pyrocurv.posterior.temperature import TemperatureRule
+from pyrocurv.runtime.validation import check_integer
 from pyrocurv.runtime.workers import Workers
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of one step; `group` is the parameter group that schedulers change."""
+    """Settings of one step; `group` is the parameter group that schedulers change.
+
+    Raises ValueError for a number of samples that is none.
+    """
 
     curvature: Curvature
     group: Mapping[str, Any]
@@ -54,6 +58,9 @@ class StepSettings:
     mean_update: MeanUpdate
     workers: Workers
     sample_parallel: bool
+
+    def __post_init__(self) -> None:
+        check_integer("num_particles", self.num_particles, 0, AUTO)
 
     def temperature_of(self, run: ModelRun, posterior: Posterior) -> float:
         """T of the posterior's step, which may depend on the data of a run."""

@@ -270,7 +270,7 @@ class NGVI:
         if self._rule is None:
             self._rule = choose_rule(self.curvature, self._store, self._prefers_joint)
         if self._posterior is None:
-            return self._rule, self._rule.init(self.optimizer.param_groups[0])
+            return self._rule, self._rule.init(self.optimizer.group)
         if self._loaded is not None:
             check_blocks(self._posterior, self._store.blocks)
             check_signature(self._loaded, RunSignature.of(self._rule, self.guide))
@@ -301,7 +301,7 @@ class NGVI:
         if self._is_automatic_update and rule.is_joint:
             mean_update = NATURAL
         return StepSettings(
-            self.curvature, self.optimizer.param_groups[0],
+            self.curvature, self.optimizer.group,
             TemperatureRule(temperature, self.kl_warmup), self.num_particles,
             self.antithetic, self.average, mean_update, workers, self.sample_parallel,
         )
@@ -323,7 +323,7 @@ class NGVI:
         if self.guide.prototype_trace is None:
             self.guide.setup(args, kwargs, self._prefers_joint)
         rule = self._rule or choose_rule(self.curvature, self._store, self._prefers_joint)
-        posterior = self._posterior or rule.init(self.optimizer.param_groups[0])
+        posterior = self._posterior or rule.init(self.optimizer.group)
         device = self.guide.blocks[0].raw_loc.device
         with disable_autocast(device) as network, rewind_rng_on_error(device):
             model = BatchModel(self.model, self.guide, network, args, kwargs)

@@ -27,6 +27,7 @@ from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update, check_upda
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
+from pyrocurv.optim.sampling import EvaluationSum
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
@@ -210,12 +211,13 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _move(
         self, layout: ParameterBlocks, posterior: Posterior, store: ParameterStore, undo: Undo,
-        num_samples: int = 1,
+        samples: EvaluationSum | None = None,
     ) -> None:
-        """Step from the parameters' gradients, which are sums over `num_samples` samples.
+        """Step from the parameters' gradients, which are sums over the samples if there are some.
 
         `undo` keeps what else the step has changed.
         """
+        num_samples = 1 if samples is None else samples.count
         posterior = store.load(self._in_context(posterior, layout, store))
         gradients = {n: p.grad for n, (p, _) in store.named.items() if p.grad is not None}
         blocked = {name for block in layout.blocks for name in block.tensors}
@@ -229,16 +231,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         }
         loss = torch.zeros((), device=store.device)
         workers = self._recorder.workers
-        evaluation = Evaluation(posterior, loss, means, [*rest.values()], workers=workers)
+        nll = None if samples is None else samples.mean_loss
+        evaluation = Evaluation(posterior, loss, means, [*rest.values()], nll, workers)
         self._mean_update.keep(undo)
         update = step(self._posterior, evaluation, mean_update=self._mean_update)
+        after = update.posterior if samples is None else samples.after(update)
         not_seen = {name: name for name in rest if name not in layout.names}
         self._network.warn_once(not_seen, "not used yet in a pass that gave a curvature")
         self._auxiliary.keep(undo, auxiliary)
         self._auxiliary.step(auxiliary, 1 / num_samples)
 
         def assign() -> None:
-            self._network.layout, self._posterior = layout, update.posterior
+            self._network.layout, self._posterior = layout, after
             self._schedule_recording()
 
         commit(update, store, undo, assign)

@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.module_types import has_synchronized_norm
+from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass, num_rows
 from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.outputs import named_outputs
@@ -36,13 +37,15 @@ class ForwardRecorder:
 
     A pass counts if a backward pass through it has accumulated into the `.grad` of one of them. One
     whose gradient is in the inputs alone, as of an attack, does not, nor does one inside of a
-    `torch.func` transform. `batch_size` examples of each are kept; None is all, 0 none.
+    `torch.func` transform. `batch_size` examples of each are kept; None is all, 0 none. With a
+    `likelihood` the loss of each is computed in its backward pass.
     """
 
     net: nn.Module
     batch_size: int | None = 0
     parameters: Sequence[Tensor] = ()
     passes: list[RecordedPass] = field(default_factory=list)
+    likelihood: LossLikelihood | None = None
 
     def __post_init__(self) -> None:
         self._inputs: ForwardInputs | None = None
@@ -51,7 +54,8 @@ class ForwardRecorder:
         self.listen()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("net", "batch_size", "parameters")}
+        names = "net", "batch_size", "parameters", "likelihood"
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # hooks into a network that is a copy too
@@ -165,7 +169,6 @@ class ForwardRecorder:
             self._is_still = False
             complete(restore)
 
-
     def _output(self, inputs: ForwardInputs) -> Any:
         try:
             return inputs.call(self.inner)
@@ -189,6 +192,9 @@ class _Backward:
             name: x.detach()[: inputs.batch].clone() for name, x in heads.items()
         }
         self.recorded = RecordedPass(inputs, len(next(iter(heads.values()))), rows)
+        self.logits: tuple[str, Tensor, int] | None = None  # that the loss is of, and their version
+        if recorder.likelihood and (path := recorder.likelihood.logits_name(heads)) is not None:
+            self.logits = path, heads[path].detach(), heads[path]._version
         for name, head in heads.items():
             head.register_hook(partial(self.on_gradient, name))
 
@@ -205,6 +211,10 @@ class _Backward:
         if self.recorded.inputs is not None:
             rows = gradient.detach()[: self.recorded.inputs.batch].clone()
             self.tasks[task][name] = rows
+        if self.logits is not None and recorder.likelihood:
+            path, logits, version = self.logits
+            if path == name and logits._version == version and gradient.shape == logits.shape:
+                self.recorded.loss = recorder.likelihood.mean_loss(logits, gradient.detach())
 
     def finish(self, task: int, before: Sequence[Any]) -> None:
         """At the end of a backward pass: it counts if a gradient was accumulated."""

@@ -22,11 +22,12 @@ from pyrocurv.optim.loss_weights import (
     LossReading,
     LossSize,
     find_class_dim,
+    mean_nll,
     read,
     read_distribution,
     tolerance,
 )
-from pyrocurv.optim.recorded_pass import OutputGradients
+from pyrocurv.optim.recorded_pass import MeanLoss, OutputGradients
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.outputs import logits_of, named_outputs, replaced
 from pyrocurv.runtime.user_warnings import warn_user
@@ -93,9 +94,9 @@ class LossLikelihood:
                 raise FloatingPointError("the network's output is not finite")
         if not isinstance(self.likelihood, str):
             return self._terms_of_callable(output, recorded, size)
-        least = 2 if self.likelihood == "categorical" else 1
-        name = logits_of(recorded.gradients or outputs, least)
+        name = self.logits_name(recorded.gradients or outputs)
         if name is None:
+            least = 2 if self.likelihood == "categorical" else 1
             raise ValueError(
                 f"likelihood={self.likelihood!r} wants an output of {least} axes or more, the "
                 f"batch first, got {_shape(output)}"
@@ -108,6 +109,19 @@ class LossLikelihood:
             return [self._term(fitted, size.of(fitted), None)]
         before = self._classes_last(recorded.outputs[name], gradient)
         return [self._read(fitted, before, self._classes_last(gradient, gradient), size)]
+
+    def logits_name(self, outputs: Mapping[str, Tensor]) -> str | None:
+        """The path of the output that a named likelihood is of; None for a callable."""
+        least = 2 if self.likelihood == "categorical" else 1
+        return logits_of(outputs, least) if isinstance(self.likelihood, str) else None
+
+    @torch.no_grad()
+    def mean_loss(self, output: Tensor, gradient: Tensor) -> MeanLoss:
+        """The mean negative log likelihood, by the gradient of the loss in the output."""
+        output, gradient = (self._classes_last(x, gradient) for x in (output, gradient))
+        classes = gradient.shape[-1] if self.likelihood == "categorical" else 1
+        value = mean_nll(str(self.likelihood), output, gradient)
+        return MeanLoss(value, gradient.numel() // classes)
 
     def _classes_last(self, x: Tensor, gradient: Tensor | None) -> Tensor:
         if self.likelihood != "categorical":
@@ -127,7 +141,7 @@ class LossLikelihood:
     ) -> LikelihoodTerm:
         """The term of a named likelihood, from the output before and the gradient in it."""
         size = size.of(fitted)
-        if problem := _mismatch(str(self.likelihood), gradient):
+        if problem := _mismatch(str(self.likelihood), before, gradient):
             self._warn("mismatch", problem)
         reading = read(str(self.likelihood), before, gradient, size)
         if problem:
@@ -215,14 +229,17 @@ def _shape(output: Any) -> Any:
     return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
 
 
-def _mismatch(likelihood: str, gradient: Tensor) -> str:
+def _mismatch(likelihood: str, output: Tensor, gradient: Tensor) -> str:
     """What is wrong with a loss that cannot be the likelihood's, by its gradient in the output.
 
     That of a cross entropy sums to 0 over the classes, weighted or smoothed as it may be; that of
-    the others does so by chance alone.
+    the others does so by chance alone. Where a class is all but certain it is made of rounding.
     """
     if gradient.dim() < 2 or gradient.shape[-1] < 2:
         return ""
+    if likelihood == "categorical":
+        is_certain = output.float().softmax(-1).amax(-1, keepdim=True) > 1 - tolerance(gradient)
+        gradient = torch.where(is_certain, 0, gradient)
     share = gradient.sum(-1).norm() / gradient.norm()
     if likelihood == "categorical" and bool(share > 0.1):
         return (

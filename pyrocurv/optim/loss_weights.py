@@ -148,6 +148,23 @@ def read_bernoulli(
     return LossReading(target, mask, weight, UNCERTAIN)
 
 
+def mean_nll(likelihood: str, output: Tensor, gradient: Tensor) -> Tensor:
+    """The mean negative log likelihood [] of the entries that have a gradient; targets as `read`.
+
+    Without a synchronization. The weights of the loss are not in it.
+    """
+    output, g = _single(output, gradient)
+    if likelihood == "categorical":
+        mask, target = (g != 0).any(-1), g.argmin(-1, keepdim=True)
+        values = output.logsumexp(-1) - output.gather(-1, target).squeeze(-1)
+    elif likelihood == "bernoulli":
+        mask, values = g != 0, torch.nn.functional.softplus(torch.where(g < 0, -output, output))
+    else:
+        mask = g != 0
+        values = (g * mask.sum()).square() / 2 + math.log(2 * math.pi) / 2
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
 def _single(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 

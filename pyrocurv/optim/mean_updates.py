@@ -14,6 +14,7 @@ from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.muon import MuonUpdate, WhitenedMuonUpdate
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.workers import ALONE, Workers
 
 UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdate(), SoapUpdate())}
 UpdateChoice = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -63,7 +64,9 @@ class TorchUpdate(MeanUpdate):
         self._parameters: dict[str, nn.Parameter] = {}
 
     @torch.no_grad()
-    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
+    def directions(
+        self, pushes: Sequence[Push], workers: Workers = ALONE
+    ) -> list[Direction]:
         moving = [parameter for push in pushes for parameter in self._load(push)]
         self._optimizer.step(moving)
         return [self._direction(push) for push in pushes]

@@ -86,6 +86,22 @@ def num_rows(args: Any, kwargs: Any) -> int | None:
     return next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), None)
 
 
+class MeanLoss(NamedTuple):
+    """The mean negative log likelihood [] of some entries (examples, tokens, numbers), in nats."""
+
+    value: Tensor
+    entries: int
+
+
+def mean_loss(losses: Sequence[MeanLoss]) -> MeanLoss:
+    """The mean over all entries of one or more."""
+    if len(losses) == 1:
+        return losses[0]
+    entries = sum(loss.entries for loss in losses)
+    values = [loss.value * (loss.entries / entries) for loss in losses]
+    return MeanLoss(torch.stack(values).sum(), entries)
+
+
 @dataclass(eq=False)
 class RecordedPass:
     """A forward pass that counts: its inputs if kept, and its outputs and gradients in them."""
@@ -94,6 +110,7 @@ class RecordedPass:
     batch: int
     outputs: Mapping[str, Tensor] = field(default_factory=dict)  # of the examples that are kept
     gradients: dict[str, Tensor] = field(default_factory=dict)  # as far as the loss has come
+    loss: MeanLoss | None = None  # if it is watched
 
 
 def num_examples(passes: Iterable[RecordedPass]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +15,11 @@ from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.loss_weights import LEAST_SCALE
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
+from pyrocurv.optim.recorded_pass import MeanLoss, RecordedPass, mean_loss
 from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
+from pyrocurv.posterior.step import Update
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -89,8 +91,11 @@ class EvaluationSum:
     mirrors: list[Perturbation] | None  # for the next sample
     price: Mapping[str, Tensor]  # {block: sum of Λ ε ∘ g}
     gradient_norm: Tensor | None = None  # of the last sample, if the curvature relies on it
+    losses: tuple[MeanLoss, ...] = ()  # of all passes, as far as they are known
 
-    def add(self, sample: Sample, total_weight: float) -> EvaluationSum:
+    def add(
+        self, sample: Sample, passes: Iterable[RecordedPass], total_weight: float
+    ) -> EvaluationSum:
         """With one more sample, whose weights and gradients the parameters have."""
         price = sample.price_estimates()
         sums = {
@@ -103,7 +108,36 @@ class EvaluationSum:
             gradient_norm=gradient_norm(
                 sample.spec, sample.sampler.blocks, sample.store, total_weight
             ),
+            losses=(*self.losses, *(one.loss for one in passes if one.loss is not None)),
         )
+
+    def with_loss(
+        self, value: Tensor | None, store: ParameterStore, workers: Workers
+    ) -> EvaluationSum:
+        """With the mean loss of a closure, if none is known, and that of all workers."""
+        losses = self.losses
+        if not losses and value is not None:
+            entries = self.batch_size * self.count // workers.size
+            losses = (MeanLoss(value.to(store.device), entries),)
+        if not workers.is_alone:
+            losses = _pooled(losses, store.like, workers)
+        return replace(self, losses=losses)
+
+    @property
+    def mean_loss(self) -> Tensor | None:
+        """The mean negative log likelihood [], if it is known."""
+        return mean_loss(self.losses).value if self.losses else None
+
+    def after(self, update: Update) -> Posterior:
+        """The posterior after a step, whose temperature follows the loss."""
+        posterior = update.posterior
+        if not (self.losses and posterior.blocks):
+            return posterior
+        num_data = posterior.blocks[0].hyperparameters.num_data
+        temperature = max(state.hyperparameters.temperature for state in posterior.blocks)
+        fraction = sum(loss.entries for loss in self.losses) / (self.count * num_data)
+        seen = posterior.temperature.after(temperature, update.nll, fraction, num_data)
+        return replace(posterior, temperature=seen)
 
     def check_scale(
         self, spec: Curvature, store: ParameterStore, likelihood: LossLikelihood
@@ -124,6 +158,16 @@ class EvaluationSum:
     def mean_price(self) -> dict[str, Tensor]:
         """{block: mean of Λ ε ∘ g}."""
         return {name: total / self.count for name, total in self.price.items()}
+
+
+def _pooled(
+    losses: tuple[MeanLoss, ...], like: Tensor, workers: Workers
+) -> tuple[MeanLoss, ...]:
+    """The mean loss of all workers; none if it is not known to all."""
+    value, entries = mean_loss(losses) if losses else (like.new_zeros(()), 0)
+    numbers = like.new_tensor([float(bool(losses)), entries])
+    total, (known, count) = workers.sums([value.detach().to(like) * entries, numbers])
+    return (MeanLoss(total / count, int(count)),) if known == workers.size and count else ()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from pyrocurv.posterior.precision import (
 from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.posterior.summary import at_temperature
-from pyrocurv.posterior.temperature import TemperatureRule
+from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.outputs import stacked
 from pyrocurv.runtime.rng import rewind_rng_on_error
@@ -74,8 +74,9 @@ class VIOptimizer(CurvatureOptimizer):
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
         prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
-        temperature: T multiplies the KL term; 1 is the ELBO. "auto" follows the curvature, see
-            `pyrocurv.posterior.temperature`. A group may have its own.
+        temperature: T multiplies the KL term; 1 is the ELBO. "auto" follows the curvature and the
+            loss, see `pyrocurv.posterior.temperature`. A callable as `likelihood` needs
+            `step(closure)` for the latter. A group may have its own.
         kl_warmup: steps over which T rises linearly to its value.
         augmentation: N counts so many times, for data that random transformations multiply.
         num_samples: how often `step(closure)` calls the closure, and what `predict` draws.
@@ -228,12 +229,12 @@ class VIOptimizer(CurvatureOptimizer):
                 samples.layout, samples.posterior, passes, store,
                 samples.batch_size / self._num_data, Particle(samples.count, self._num_particles),
             )
-            if any(group["temperature"] == AUTO for group in self.param_groups):
+            if self._is_watched:
                 posterior = count_determined(
                     self.curvature, posterior, samples.batch_size / self._num_data
                 )
             samples = replace(samples, layout=layout, posterior=posterior)
-        return samples.add(sample, self._likelihood.total_weight)
+        return samples.add(sample, passes, self._likelihood.total_weight)
 
     def _check_sample_gradients(self) -> None:
         """Raise where a curvature from sample gradients would not be that of all workers."""
@@ -262,6 +263,7 @@ class VIOptimizer(CurvatureOptimizer):
             raise RuntimeError("step() inside sampled_params(): leave it first")
         if closure is not None:
             check_callable("closure", closure, "a callable that returns the loss")
+        before = self._posterior.temperature
         try:
             with naming_step(self._posterior.step), Undo() as undo:
                 undo.keep_attributes(*self._mutable)
@@ -272,10 +274,12 @@ class VIOptimizer(CurvatureOptimizer):
                         "step() without a sample: run forward and backward inside `with "
                         "optimizer.sampled_params():`, calling the network itself"
                     )
+                samples = samples.with_loss(loss, self._store(), self._recorder.workers)
                 self._step_from(samples, undo)
         except FloatingPointError:
             self._drop_samples()
             raise
+        warn_at_chance(before, self._posterior.temperature, self._is_automatic)
         return loss
 
     def _step_from(self, samples: EvaluationSum, undo: Undo) -> None:
@@ -286,7 +290,20 @@ class VIOptimizer(CurvatureOptimizer):
             self.curvature, posterior, samples.mean_price, fraction
         )
         posterior = posterior.with_mirrors(samples.mirrors)
-        self._move(samples.layout, posterior, store, undo, samples.count)
+        self._move(samples.layout, posterior, store, undo, samples)
+
+    @property
+    def _is_automatic(self) -> bool:
+        return any(group["temperature"] == AUTO for group in self.param_groups)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether the loss and γ matter for the temperature, or for a warning."""
+        return self._is_automatic or self._posterior.temperature.is_first_pass
+
+    def _schedule_recording(self) -> None:
+        super()._schedule_recording()
+        self._recorder.likelihood = self._likelihood if self._is_watched else None
 
     def _drop_samples(self) -> None:
         """Forget the samples, as if their noise had not been drawn."""
@@ -306,6 +323,12 @@ class VIOptimizer(CurvatureOptimizer):
             if self._samples is None:
                 self._samples = pending
                 self._stream.load_state_dict(stream)
+
+    def _store(self) -> ParameterStore:
+        check_run_settings(
+            self.num_data, self.num_samples, self.kl_warmup, self.augmentation, self.antithetic
+        )
+        return super()._store()
 
     @property
     def _num_data(self) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyrocurv.posterior.mean_update import Direction, MeanUpdate, Push
 from pyrocurv.posterior.state import SecondMoment
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Diagonal, KroneckerEigen, Structure
 
 DECAY, EPSILON = 0.99, 1e-8
@@ -47,7 +48,9 @@ class SoapUpdate(MeanUpdate):
     name = "soap"
     default_lr = 0.003
 
-    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
+    def directions(
+        self, pushes: Sequence[Push], workers: Workers = ALONE
+    ) -> list[Direction]:
         return [_soap_direction(push) for push in pushes]
 
 

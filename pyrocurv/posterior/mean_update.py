@@ -26,6 +26,7 @@ from torch import Tensor
 from pyrocurv.posterior.natural_gradient import regularized_gradient
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import LazySolution
 from pyrocurv.structures.stack import solutions
 
@@ -95,8 +96,13 @@ class MeanUpdate:
     default_lr = 0.02  # of a posterior
     uses_momentum = True  # False: the rule has a momentum of its own
 
-    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
-        """The direction of each block; nothing is changed that `keep` does not keep."""
+    def directions(
+        self, pushes: Sequence[Push], workers: Workers = ALONE
+    ) -> list[Direction]:
+        """The direction of each block; nothing is changed that `keep` does not keep.
+
+        The workers, who have the same blocks, may share out what takes long.
+        """
         solved = solutions(
             [push.state.preconditioner for push in pushes],
             [push.scaled_gradient for push in pushes],

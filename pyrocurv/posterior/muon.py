@@ -27,6 +27,7 @@ from torch import Tensor
 from pyrocurv.posterior.adam import adam_direction
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.orthogonalization import matrix_norms, orthogonalize
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import KroneckerEigen, LazySolution
 from pyrocurv.structures.stack import operands
 
@@ -40,14 +41,16 @@ class MuonUpdate(MeanUpdate):
 
     name = "muon"
 
-    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
+    def directions(
+        self, pushes: Sequence[Push], workers: Workers = ALONE
+    ) -> list[Direction]:
         views = [push.state.block.views(push.scaled_gradient) for push in pushes]
         matrices = {
             layer.weight: view[layer.weight].flatten(1)
             for push, view in zip(pushes, views, strict=True)
             for layer in push.state.block.layers if layer.is_matrix
         }
-        signs = dict(zip(matrices, orthogonalize([*matrices.values()]), strict=True))
+        signs = dict(zip(matrices, _orthogonalized([*matrices.values()], workers), strict=True))
         return [_muon_direction(push, signs) for push in pushes]
 
 
@@ -86,12 +89,14 @@ class WhitenedMuonUpdate(MeanUpdate):
     name = "whitened-muon"
     default_lr = 0.03
 
-    def directions(self, pushes: Sequence[Push]) -> list[Direction]:
+    def directions(
+        self, pushes: Sequence[Push], workers: Workers = ALONE
+    ) -> list[Direction]:
         bases = [_input_basis(push) for push in pushes]
         natural = [not basis and _is_natural(p) for p, basis in zip(pushes, bases, strict=True)]
         solved = iter(NATURAL.directions([*compress(pushes, natural)]))
         whitened = iter(_whitened_directions(
-            [*compress(pushes, bases)], [basis for basis in bases if basis]
+            [*compress(pushes, bases)], [basis for basis in bases if basis], workers
         ))
         return [
             next(solved) if is_natural else next(whitened) if basis else _adam_direction(push)
@@ -121,10 +126,52 @@ def _adam_direction(push: Push) -> Direction:
     return Direction.of(push, ADAM_SHARE * vector, state.hyperparameters.lr, new)
 
 
+def _orthogonalized(matrices: Sequence[Tensor], workers: Workers) -> list[Tensor]:
+    """`orthogonalize`, shared out."""
+    if workers.is_alone:
+        return orthogonalize(matrices)
+    results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in matrices]
+
+    def compute(items: Sequence[int]) -> None:
+        for item, sign in zip(items, orthogonalize([matrices[i] for i in items]), strict=True):
+            results[item].copy_(sign)
+
+    workers.share_out([product_cost(x.shape) for x in matrices], [(x,) for x in results], compute)
+    return results
+
+
+def product_cost(shape: Sequence[int]) -> float:
+    """The multiplications of the Gram matrix of [..., n, m]: those of all products are as many
+    times a number.
+    """
+    return math.prod(shape) * min(shape[-2:])
+
+
 def _whitened_directions(
-    pushes: Sequence[Push], bases: Sequence[KroneckerEigen]
+    pushes: Sequence[Push], bases: Sequence[KroneckerEigen], workers: Workers
 ) -> list[Direction]:
-    """Those of all blocks; equal shapes are stacked."""
+    """Those of all blocks, shared out."""
+    if workers.is_alone or not pushes:
+        return _whitened(pushes, bases)
+    vectors = [torch.empty_like(push.scaled_gradient) for push in pushes]
+    dots = [vector.new_empty(()) for vector in vectors]
+
+    def compute(items: Sequence[int]) -> None:
+        own = _whitened([pushes[item] for item in items], [bases[item] for item in items])
+        for item, direction in zip(items, own, strict=True):
+            vectors[item].copy_(*direction.solution.factors)
+            dots[item].copy_(direction.solution.dot)
+
+    costs = [product_cost(x.shape) + math.prod(x.shape) * x.shape[-1] for x in bases]
+    workers.share_out(costs, [*zip(vectors, dots, strict=True)], compute)
+    return [
+        Direction(push.state, LazySolution(dot, (vector,)), push.state.hyperparameters.lr)
+        for push, vector, dot in zip(pushes, vectors, dots, strict=True)
+    ]
+
+
+def _whitened(pushes: Sequence[Push], bases: Sequence[KroneckerEigen]) -> list[Direction]:
+    """Those of some blocks; equal shapes are stacked."""
     if not pushes:
         return []
     stacked = operands(bases, [_over_root(push, push.scaled_gradient) for push in pushes])

@@ -119,7 +119,7 @@ def step(
     pushed = _pushes(posterior, evaluation.gradients, mean_update.uses_momentum)
     pushes = [push for push in pushed if push is not None]
     add_priors(pushes)
-    directions = mean_update.directions(pushes)
+    directions = mean_update.directions(pushes, evaluation.workers)
     nll = evaluation.loss if evaluation.nll is None else evaluation.nll
     loss, data_loss, *dots = _finite(
         [evaluation.loss, nll, *(direction.solution.dot for direction in directions)],

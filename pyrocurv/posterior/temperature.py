@@ -12,8 +12,9 @@ can fit its data exactly gets a narrower posterior. γ is computed at every esti
 curvature; before the first nothing is sampled. Of the other weights a share counts too, as much as
 is left of the initial curvature e: so T starts low, where it would only slow the run down.
 
-`NGVI`, which sees the loss, divides T by 10 after a pass over the data, of 50 steps at least, in
-which the loss at the samples was where it started (2 % below to 50 % above), if they cost as much.
+T is divided by 10 after a pass over the data, of 50 steps at least, in which the loss at the
+samples was where it started (2 % below to 50 % above), if they cost as much. `VIOptimizer` reads
+that loss off its gradient in the output; with a callable as likelihood only a closure tells it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_integer, check_positive
 from pyrocurv.structures.serialization import serializable
 
 HIGHEST, LOWEST = 0.1, 0.005  # by the rule
@@ -76,11 +78,15 @@ class TemperatureState:
 class TemperatureRule:
     """A temperature as the user gave it, "auto" included.
 
-    It rises linearly over the first `warmup` steps.
+    It rises linearly over the first `warmup` steps. Raises ValueError for one out of its range.
     """
 
     given: float | str
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive("temperature", self.given, AUTO)
+        check_integer("kl_warmup", self.warmup, 0)
 
     @property
     def is_automatic(self) -> bool:

@@ -162,7 +162,7 @@ class Workers:
             dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
 
-    def shared_out(
+    def share_out(
         self, costs: Sequence[float], outputs: Sequence[Sequence[Tensor]],
         compute: Callable[[Sequence[int]], None],
     ) -> None:

@@ -209,14 +209,15 @@ def test_halves_of_a_batch_accumulate(kind: str, update: str) -> None:
 
 
 @each_update
-def test_groups_have_learning_rates_of_their_own(update: str) -> None:
+@pytest.mark.parametrize("kind", ["vi", "second-order"])
+def test_groups_have_learning_rates_of_their_own(kind: str, update: str) -> None:
     """A layer in a group of rate 0 stays; "torch" has a rate of its own, in proportion to it."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     still = {"params": net[0].parameters(), "lr": 0.0, "initial_lr": 0.1}
-    optimizer = VIOptimizer(
-        net, 32, params=[still, {"params": net[2].parameters()}], update=UPDATES[update]
-    )
+    groups = [still, {"params": net[2].parameters()}]
+    make: Any = partial(VIOptimizer, num_data=32) if kind == "vi" else SecondOrderOptimizer
+    optimizer = make(net, params=groups, update=UPDATES[update])
     before = [layer.weight.detach().clone() for layer in (net[0], net[2])]
     train(optimizer, torch.randn(16, 4), torch.randint(3, (16,)), 3)
     assert torch.equal(net[0].weight, before[0]) and not torch.equal(net[2].weight, before[1])

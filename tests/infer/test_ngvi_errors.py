@@ -32,7 +32,7 @@ from toys import (
 )
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.guides import KFACGuide
+from pyrocurv.guides import FullGuide, KFACGuide
 from pyrocurv.infer import NGVI, Laplace, log_predictive_density
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
@@ -322,6 +322,57 @@ def test_bad_arguments(name: str) -> None:
     model = regressor()
     with pytest.raises(error, match=message):
         NGVI(model, KFACGuide(model), **options)
+
+
+CHANGED = [
+    *((name, value) for name in ("lr", "momentum", "damping", "kl_clip", "temperature")
+      for value in (math.inf, math.nan, -1.0, "much")),
+    ("initial_lr", math.inf), ("kl_warmup", 1.5), ("num_particles", -1),
+]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize(("guide", "options"), [
+    (KFACGuide, {"update": "natural"}), (KFACGuide, {"update": "soap"}),
+    (KFACGuide, {"update": lambda p: torch.optim.SGD(p, lr=0.1)}),
+    (FullGuide, {"curvature": "hessian"}),
+])
+def test_settings_that_are_changed_later_are_checked(
+    guide: Any, options: dict[str, Any], steps: int
+) -> None:
+    """Also at the first step, and by `evaluate_loss`; the next step is taken."""
+    x, y = class_data()
+    model = classifier()
+    ngvi = NGVI(model, guide(model), **options)
+    ngvi.guide(x, y)
+    for _ in range(steps):
+        ngvi.step(x, y)
+    before = everything(ngvi)
+    for name, value in CHANGED:
+        where = ngvi.optimizer.param_groups[0] if name in ("lr", "momentum", "damping", "kl_clip",
+                                                           "initial_lr") else vars(ngvi)
+        has_been = dict(where)
+        where[name] = value
+        for call in (ngvi.step, ngvi.evaluate_loss):
+            with pytest.raises(ValueError, match=f"{name}={value!r}: .* is needed"):
+                call(x, y)
+        where.clear()
+        where.update(has_been)
+        assert identical(before, everything(ngvi)), name
+    ngvi.step(x, y)
+
+
+def test_a_learning_rate_of_zero_moves_no_mean() -> None:
+    """As at the end of a schedule, or set by hand; the noise has a learning rate of its own."""
+    x, y = regression_data()
+    model = regressor(noise=None)
+    ngvi = NGVI(model, KFACGuide(model))
+    ngvi.step(x, y)
+    before = {name: value.clone() for name, value in ngvi.guide.median().items()}
+    ngvi.optimizer.param_groups[0]["lr"] = 0.0
+    ngvi.step(x, y)
+    after = ngvi.guide.median()
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("net."))
 
 
 def test_a_guide_of_another_kind() -> None:

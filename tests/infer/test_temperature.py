@@ -215,6 +215,113 @@ def test_a_run_at_chance_is_colder_after_each_pass_and_resumed_bit_for_bit(saved
     assert identical(everything(other), everything(ngvi))
 
 
+def categorical(logits: Tensor) -> torch.distributions.Distribution:
+    return torch.distributions.Categorical(logits=logits)
+
+
+class Chance:
+    """A `VIOptimizer` that hardly moves, and the loop around it."""
+
+    def __init__(self, loop: str, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        self.twin, self.loop = copy.deepcopy(self.net), loop
+        if "own" in loop:
+            options["likelihood"] = categorical
+        torch.manual_seed(1)
+        self.optimizer = VIOptimizer(self.net, NUM_DATA, lr=1e-9, **options)
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Of the temperature that is returned."""
+        parts = [*zip(x.chunk(2), y.chunk(2), strict=True)] if self.loop == "halves" else [(x, y)]
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            losses = [F.cross_entropy(self.net(a), b) / len(parts) for a, b in parts]
+            for loss in losses:
+                loss.backward()
+            return torch.stack(losses).sum().detach()
+
+        if "closure" in self.loop:
+            self.optimizer.step(closure)
+        else:
+            with self.optimizer.sampled_params():
+                closure()
+            self.optimizer.step()
+        return self.optimizer._posterior.blocks[0].hyperparameters.temperature
+
+
+@pytest.mark.usefixtures("short_passes")
+@pytest.mark.parametrize(("loop", "temperature"), [
+    ("plain", "auto"), ("closure", "auto"), ("halves", "auto"), ("plain", 3.0),
+    ("closure of one's own likelihood", "auto"),
+])
+def test_an_optimizer_at_chance_is_as_cold_as_ngvi(loop: str, temperature: Any) -> None:
+    """It reads the loss off the gradient in the output; or a closure has returned it."""
+    x, y = class_data()
+    chance = Chance(loop, temperature=temperature)
+    model = Classifier(bayesianize(chance.twin), NUM_DATA)
+    torch.manual_seed(1)
+    ngvi = NGVI(model, KFACGuide(model), lr=1e-9, temperature=temperature)
+    with pytest.warns(UserWarning, match=CHANCE) as caught:
+        for _ in range(14):
+            expected = ngvi.evaluate_loss(x, y).temperature
+            ngvi.step(x, y)
+            assert chance.step(x, y) == pytest.approx(expected, rel=1e-6)
+    assert [str(one.message) for one in caught] == 2 * [str(caught[0].message)]
+    assert expected == pytest.approx(0.01, rel=0.2) if temperature == "auto" else expected == 3
+
+
+@pytest.mark.usefixtures("short_passes")
+def test_without_a_closure_the_loss_of_ones_own_likelihood_is_unknown() -> None:
+    """Then the temperature is by the curvature alone, without a warning, an error here."""
+    chance = Chance("own")
+    temperatures = [chance.step(*class_data()) for _ in range(14)]
+    assert min(temperatures) > 0.05
+
+
+@pytest.mark.usefixtures("short_passes")
+@pytest.mark.parametrize("saved_at", [3, 8])
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_optimizer_at_chance_is_resumed_bit_for_bit(saved_at: int, copied: bool) -> None:
+    x, y = class_data()
+    first, second = Chance("plain"), Chance("plain")
+    with pytest.warns(UserWarning, match=CHANCE):
+        for step in range(14):
+            if step == saved_at:
+                torch.save([first.net.state_dict(), first.optimizer.state_dict()],
+                           buffer := io.BytesIO())
+                net_state, state = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+                second.net.load_state_dict(net_state)
+                second.optimizer.load_state_dict(state)
+                second = copy.deepcopy(first) if copied else second
+            expected = first.step(x, y)
+            if step >= saved_at:
+                assert second.step(x, y) == expected
+    for a, b in zip(first.net.parameters(), second.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("short_passes")
+def test_an_optimizer_at_chance_is_rescued() -> None:
+    """A deep network and few data: with T at 0.005 the loss is 0.5 after 50 steps."""
+    torch.manual_seed(0)
+    hidden = [nn.Sequential(nn.Linear(size, 40), nn.Tanh()) for size in (60, 40, 40, 40, 40)]
+    net = nn.Sequential(*hidden, nn.Linear(40, 2))
+    x = torch.randn(16, 60)
+    y, losses = ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long(), []
+    optimizer = VIOptimizer(net, 16)
+    with pytest.warns(UserWarning, match=f"{CHANCE}.*the temperature is reduced"):
+        for _ in range(50):
+            optimizer.zero_grad()
+            with optimizer.sampled_params():
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(losses[5:15]) > 6.5 and sum(losses[-5:]) < 1
+
+
 @pytest.mark.usefixtures("short_passes")
 def test_a_run_at_chance_keeps_a_given_temperature_and_warns_once() -> None:
     x, y = class_data()

@@ -64,26 +64,26 @@ def equal(before: list[Any], after: list[Any]) -> bool:
 
 # ---- settings -----------------------------------------------------------------------------------
 
-SETTINGS = {"lr": torch.inf, "damping": torch.inf, "momentum": torch.nan, "kl_clip": torch.inf}
-OF_ONE = {"second order": {"weight_decay": torch.inf},
-          "variational": {"temperature": torch.inf, "prior_precision": torch.nan}}
-ALL = [(name, key, value) for name in OF_ONE for key, value in {**SETTINGS, **OF_ONE[name]}.items()]
+SETTINGS = ["lr", "damping", "momentum", "kl_clip"]
+OF_ONE = {"second order": ["weight_decay"], "variational": ["temperature", "prior_precision"]}
+ALL = [(name, key, value) for name, keys in OF_ONE.items() for key in [*SETTINGS, *keys]
+       for value in (torch.inf, torch.nan, -1.0)]
 
 
 @pytest.mark.parametrize(("name", "key", "value"), ALL)
 def test_settings_are_finite(name: str, key: str, value: float) -> None:
     """When they are given, in a group that is added, and when they are changed by hand."""
     net = network()
-    with pytest.raises(ValueError, match=f"{key}="):
+    with pytest.raises(ValueError, match=f"{key}={value}: .* is needed"):
         MAKE[name](net, **{key: value})
     optimizer = MAKE[name](net, params=net[0].parameters())
-    with pytest.raises(ValueError, match=f"{key}="):
+    with pytest.raises(ValueError, match=f"{key}={value}: .* is needed"):
         optimizer.add_param_group({"params": [*net[2].parameters()], key: value})
     optimizer = MAKE[name](net)
     backward(net, optimizer)
     before = state(net, optimizer)
     optimizer.param_groups[0][key] = value
-    with pytest.raises(ValueError, match=f"{key}="):
+    with pytest.raises(ValueError, match=f"{key}={value}: .* is needed"):
         optimizer.step()
     assert equal(before, state(net, optimizer))
 
@@ -108,6 +108,22 @@ def test_settings_of_the_optimizer_are_finite(options: dict[str, float]) -> None
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}="):
         VIOptimizer(network(), N, **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("kl_warmup", -1), ("augmentation", torch.inf), ("num_data", 0), ("num_samples", 1.5),
+])
+def test_settings_of_the_optimizer_that_are_changed_later_are_checked(
+    name: str, value: float
+) -> None:
+    net = network()
+    optimizer = MAKE["variational"](net)
+    backward(net, optimizer)
+    before = state(net, optimizer)
+    setattr(optimizer, name, value)
+    with pytest.raises(ValueError, match=f"{name}={value}: .* is needed"):
+        optimizer.step()
+    assert equal(before, state(net, optimizer))
 
 
 # ---- steps --------------------------------------------------------------------------------------

@@ -843,6 +843,19 @@ def test_a_loss_that_is_not_of_the_likelihood_is_noticed(
     assert said == is_seen * [True]
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_network_that_fits_its_data_is_not_taken_for_another_likelihood(classes: int) -> None:
+    """Its gradients are of the size of rounding; a warning is an error here."""
+    net, y = nn.Linear(classes, classes), torch.arange(16) % classes
+    with torch.no_grad():
+        net.weight.copy_(torch.eye(classes))
+    optimizer = SecondOrderOptimizer(net, lr=1e-6, curvature=Curvature("fisher", every=1))
+    for size in (14.0, 17.0, 20.0):
+        optimizer.zero_grad()
+        F.cross_entropy(net(size * F.one_hot(y, classes).float()), y).backward()
+        optimizer.step()
+
+
 def test_one_class_is_none() -> None:
     net = nn.Linear(5, 1)
     optimizer = SecondOrderOptimizer(net)
