@@ -38,17 +38,18 @@ BATCH = {"lenet": 256, "resnet": 256, "gpt": 32}
 NETS: dict[str, Callable[[], nn.Module]] = {"lenet": LeNet5, "resnet": ResNet, "gpt": GPT}
 
 
-class TokenModel(PyroModule):
-    """A categorical distribution for each of N tokens."""
+class Tokens(PyroModule):
+    """Every token is an example, as in `transformer.py`."""
 
-    def __init__(self, net: nn.Module, num_data: int) -> None:
+    def __init__(self, net: nn.Module, sequences: int) -> None:
         super().__init__()
-        self.net, self.num_data = net, num_data
+        self.net, self.sequences = net, sequences
 
     def forward(self, x: Tensor, y: Tensor) -> None:
-        logits = self.net(x).flatten(0, 1)
-        with pyro.plate("data", self.num_data, subsample=logits[:, 0]):
-            pyro.sample("y", distributions.Categorical(logits=logits), obs=y.flatten())
+        rows = torch.arange(len(x))
+        with pyro.plate("sequences", self.sequences, subsample=rows, dim=-2):
+            with pyro.plate("positions", x.shape[1], dim=-1):
+                pyro.sample("next", distributions.Categorical(logits=self.net(x)), obs=y)
 
 
 def make(name: str, group: Any) -> Callable[[Tensor, Tensor], Any]:
@@ -56,7 +57,7 @@ def make(name: str, group: Any) -> Callable[[Tensor, Tensor], Any]:
     torch.manual_seed(0)
     if name == "gpt":
         net = pyrocurv.nn.bayesianize(GPT(), layers=[nn.Linear])
-        model: Any = TokenModel(net, 1_000_000)
+        model: Any = Tokens(net, 16_000)
     else:
         net = pyrocurv.nn.bayesianize(NETS[name]())
         model = pyrocurv.nn.Classifier(net, num_data=12_800)
