@@ -46,10 +46,10 @@ class Tokens(PyroModule):
         self.net, self.sequences = net, sequences
 
     def forward(self, x: Tensor, y: Tensor) -> None:
-        rows = torch.arange(len(x))
+        logits, rows = self.net(x), torch.arange(len(x))
         with pyro.plate("sequences", self.sequences, subsample=rows, dim=-2):
             with pyro.plate("positions", x.shape[1], dim=-1):
-                pyro.sample("next", distributions.Categorical(logits=self.net(x)), obs=y)
+                pyro.sample("next", distributions.Categorical(logits=logits), obs=y)
 
 
 def make(name: str, group: Any) -> Callable[[Tensor, Tensor], Any]:
