@@ -253,7 +253,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         commit(update, store, undo, assign)
         if update.posterior.step % CHECK_EVERY == 1:
-            workers.check_equal(checksums(store.load(update.posterior)), posterior.step)
+            others = {parameter.name: parameter.tensor for parameter in auxiliary}
+            sums = checksums(store.load(update.posterior), others)
+            workers.check_equal(sums, posterior.step)
 
     def _synchronize(self) -> None:
         """Before the first step or sample of several workers: the random numbers of rank 0."""

@@ -42,7 +42,7 @@ from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
-from pyrocurv.runtime.workers import ALONE, Workers
+from pyrocurv.runtime.workers import ALONE, Workers, naming_step
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -188,7 +188,7 @@ class VIOptimizer(CurvatureOptimizer):
         self._synchronize()
         store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
-        with Undo() as undo:
+        with naming_step(self._posterior.step), Undo() as undo:
             undo.keep_attributes(self._likelihood, self._network, self._stream)
             undo.keep(self._recorder.pop_passes)
             with self._stream(store.device):
@@ -263,7 +263,7 @@ class VIOptimizer(CurvatureOptimizer):
             check_callable("closure", closure, "a callable that returns the loss")
         before = self._posterior.temperature
         try:
-            with Undo() as undo:
+            with naming_step(self._posterior.step), Undo() as undo:
                 undo.keep_attributes(*self._mutable)
                 loss = None if closure is None else self._sample_closure(closure)
                 samples, self._samples = self._samples, None
