@@ -37,7 +37,7 @@ from pyrocurv.posterior.muon import MAX_SIDE
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.structures import automatic_ranks
 
-SHARES_EIGENBASES = False  # whether each is computed by one process, and sent to the others
+SHARES_EIGENBASES = True  # whether each is computed by one process, and sent to the others
 POLAR_STEPS = 4  # of an orthogonalization
 EIGH = 9  # flops of an eigendecomposition, times n³
 INT, DOUBLE = 8, 8  # bytes
