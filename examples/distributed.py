@@ -115,7 +115,13 @@ def process_group() -> Iterator[tuple[int, int, torch.device]]:
     if "RANK" not in os.environ:
         yield 0, 1, device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # torchrun keeps one store over restarts, which has the addresses of the processes before
+    store, rank, size = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
+        store=dist.PrefixStore(attempt, store),
+    )
     yield dist.get_rank(), dist.get_world_size(), device
     dist.destroy_process_group()
 

@@ -20,7 +20,7 @@ from test_ngvi import target
 from pyrocurv import checkpoint
 
 DIES_IN = 2  # the step
-TORCHRUN_TIMEOUT = 150.0  # seconds
+TORCHRUN_TIMEOUT = 300.0  # seconds
 
 
 def states(run: Run) -> dict[str, torch.Tensor]:
