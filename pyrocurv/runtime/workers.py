@@ -8,8 +8,8 @@ A process alone communicates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,25 @@ from pyrocurv.runtime.rng import section
 
 AUTO = "auto"
 CHECK_EVERY = 100  # steps
+
+
+class LostProcessError(RuntimeError):
+    """A process of the group does not answer."""
+
+    step: int | None = None  # in which that was noticed
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Have the error of a lost process say in which step it was missed."""
+    try:
+        yield
+    except LostProcessError as error:
+        if error.step is not None:
+            raise
+        named = LostProcessError(f"step {step}: {error}")
+        named.step = step
+        raise named from error.__cause__
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +92,8 @@ class Workers:
         results: dict[int, Tensor] = {}
         for bucket in _buckets(tensors):
             flat = bucket.flat(tensors)
-            dist.all_reduce(flat, group=self.group)
+            with self._talking():
+                dist.all_reduce(flat, group=self.group)
             results.update(bucket.unflatten(flat, tensors))
         return [results[index] for index in range(len(tensors))]
 
@@ -115,7 +135,8 @@ class Workers:
         if self.is_alone:
             return x[None]
         gathered = x.new_empty(self.size, *x.shape)
-        dist.all_gather([*gathered.unbind()], x.contiguous(), group=self.group)
+        with self._talking():
+            dist.all_gather([*gathered.unbind()], x.contiguous(), group=self.group)
         return gathered
 
     # ---- one for all ----------------------------------------------------------------------------
@@ -127,7 +148,8 @@ class Workers:
             return
         for bucket in _buckets(tensors):
             flat = bucket.flat(tensors)
-            dist.broadcast(flat, group_src=source, group=self.group)
+            with self._talking():
+                dist.broadcast(flat, group_src=source, group=self.group)
             for index, value in bucket.unflatten(flat, tensors).items():
                 tensors[index].copy_(value)
 
@@ -136,7 +158,8 @@ class Workers:
         if self.is_alone:
             return value
         values = [value]
-        dist.broadcast_object_list(values, group_src=0, group=self.group)
+        with self._talking():
+            dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
 
     def share_out(
@@ -153,6 +176,18 @@ class Workers:
             tensors = [x for item, owner in enumerate(owners) if owner == rank
                        for x in outputs[item]]
             self.broadcast_(tensors, rank)
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Say what it means when a collective operation fails."""
+        try:
+            yield
+        except RuntimeError as error:  # neither gloo nor NCCL has a class of errors for it
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LostProcessError(
+                f"rank {self.rank} cannot reach all of the {self.size} processes: a process of the "
+                f"group has died, has left, or takes no part in this step ({reason})"
+            ) from error
 
     # ---- random numbers -------------------------------------------------------------------------
 
@@ -201,7 +236,7 @@ def assign(costs: Sequence[float], size: int) -> tuple[int, ...]:
 
     Example:
         >>> assign([1.0, 8.0, 4.0, 4.0], 2)
-        (1, 0, 1, 1)
+        (0, 0, 1, 1)
     """
     loads, owners = [0.0] * size, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
