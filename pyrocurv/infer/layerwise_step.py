@@ -96,7 +96,8 @@ class Sample:
     def loss(self) -> Tensor:
         """N nll + T (log q - log p), in nats."""
         divergence = estimate_kl(self.posterior.blocks, self.run.weights, self.perturbations)
-        return self.nll.detach() + self.temperature * divergence
+        with torch.no_grad():
+            return torch.add(self.nll, divergence, alpha=self.temperature)
 
 
 def _with_context(posterior: Posterior, sampled: Posterior) -> Posterior:
@@ -140,8 +141,8 @@ class SampleSums:
         """Take the gradients of one more sample."""
         run = sample.run
         computed = torch.autograd.grad(
-            sample.nll / (run.num_data * self._count), [*run.weights.values(), *run.params],
-            allow_unused=True,
+            sample.nll, [*run.weights.values(), *run.params],
+            sample.nll.new_full((), 1 / (run.num_data * self._count)), allow_unused=True,
         )
         weights = {
             name: torch.zeros_like(weight) if gradient is None else gradient

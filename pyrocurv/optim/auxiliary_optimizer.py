@@ -15,6 +15,7 @@ from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
 
 Make = Callable[..., torch.optim.Optimizer]
+FUSED = "cpu", "cuda"  # devices on which Adam steps all tensors in one kernel
 
 
 class AuxiliaryParameter(NamedTuple):
@@ -77,6 +78,9 @@ class AuxiliaryOptimizer:
         with gradients([*self._known.values()], moving, scale):
             self._follow_moves()
             self._apply_schedule(parameters)
+            for options in () if self._make else self._optimizer.param_groups:
+                if options["fused"] is not None:  # whose kernel reads memory in order
+                    options["fused"] = all(x.is_contiguous() for x in options["params"])
             self._optimizer.step()
         self._check_finite(self._optimizer, [p.tensor for p in moving])
 
@@ -162,6 +166,8 @@ class AuxiliaryOptimizer:
                 added.update(saved["options"])
                 self._optimizer.state[parameter.tensor] = saved["state"]
                 self._moved_to = []
+        if not self._make:
+            added["fused"] = _can_fuse(tensors) or None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint: {parameter name: its options and state}."""
@@ -189,6 +195,12 @@ class AuxiliaryOptimizer:
         self._loaded = dict(state)
 
 
+def _can_fuse(tensors: Sequence[Tensor]) -> bool:
+    return all(
+        x.is_floating_point() and x.is_contiguous() and x.device.type in FUSED for x in tensors
+    )
+
+
 def _grouped(
     parameters: Iterable[AuxiliaryParameter]
 ) -> dict[Hashable, list[AuxiliaryParameter]]:
@@ -210,7 +222,10 @@ def gradients(
         for parameter in moving:
             gradient = parameter.gradient
             if gradient is not None:
-                parameter.tensor.grad = gradient if scale == 1 else gradient * scale
+                gradient = gradient if scale == 1 else gradient * scale
+                is_strided = gradient.layout == torch.strided
+                is_in_order = is_strided and parameter.tensor.is_contiguous()
+                parameter.tensor.grad = gradient.contiguous() if is_in_order else gradient
         yield
     finally:
         for tensor, gradient in zip(known, before, strict=True):

@@ -96,7 +96,8 @@ def _iterate(x: Tensor) -> Tensor:
 def _iterate_grams(group: _Group, matrices: Sequence[Tensor]) -> list[Tensor]:
     """The same for X [n, m] or [k, n, m], from the blocks of Gram matrices [K, s, s]."""
     grams = matrices[0].new_zeros(len(group.filled), group.side, group.side)
-    torch._foreach_copy_(group.blocks(grams), [matmul(x, x.mT) for x in matrices])
+    for x, block in zip(matrices, group.blocks(grams), strict=True):
+        matmul(x, x.mT, out=block)
     return [*map(matmul, group.blocks(_factor(grams)), matrices)]
 
 

@@ -59,13 +59,23 @@ def mirrors(blocks: Sequence[BlockState]) -> list[Perturbation] | None:
 
 
 def _perturbations(blocks: Sequence[BlockState]) -> list[Perturbation]:
-    drawn = [
-        torch.randn(state.precision.size, dtype=state.mean.dtype, device=state.mean.device)
-        for state in blocks
-    ]
+    drawn = _noise(blocks)
     norms = torch._foreach_norm(drawn)
     directions = samples_([state.precision for state in blocks], drawn)
     return [*map(Perturbation, directions, torch._foreach_mul(norms, norms))]
+
+
+def _noise(blocks: Sequence[BlockState]) -> list[Tensor]:
+    """Standard normal vectors [P_b], those of one device and dtype by one draw."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, state in enumerate(blocks):
+        groups.setdefault((state.mean.device, state.mean.dtype), []).append(index)
+    found: dict[int, Tensor] = {}
+    for (device, dtype), members in groups.items():
+        sizes = [blocks[index].precision.size for index in members]
+        drawn = torch.randn(sum(sizes), dtype=dtype, device=device)
+        found.update(zip(members, drawn.split(sizes), strict=True))
+    return [found[index] for index in range(len(blocks))]
 
 
 def perturbed_weights(

@@ -98,6 +98,11 @@ class KroneckerEigen(Structure):
     def _inverse_root(self) -> _SpectralParts:
         return self._parts(self.spectrum.rsqrt())
 
+    @property
+    def inverse_root(self) -> Tensor:
+        """The inverse square roots of the eigenvalues of complete bases, [..., s, r]."""
+        return self._inverse_root.core
+
     def _parts(self, c: Tensor) -> _SpectralParts:
         """Of eigenvalues c [..., s, r], each side with one more entry if it is truncated."""
         s, r = self.output_basis.shape[-1], self.input_basis.shape[-1]
@@ -332,7 +337,8 @@ class KroneckerEigen(Structure):
         return KroneckerEigen(other.output_basis, other.input_basis, spectrum)
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, without the views that this takes for two batches of matrices."""
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, without the views that this takes for two batches of matrices; into `out`, if given.
+    """
     is_batch = a.dim() == b.dim() == 3 and len(a) == len(b)
-    return torch.bmm(a, b) if is_batch else a @ b
+    return torch.bmm(a, b, out=out) if is_batch else torch.matmul(a, b, out=out)

@@ -83,10 +83,24 @@ def _complete_solutions(stacked: Sequence[Operand]) -> dict[int, LazySolution]:
 def samples_(matrices: Sequence[Structure], noise: Sequence[Tensor]) -> list[Tensor]:
     """`Structure.rsqrt_` of each matrix and vector."""
     found: dict[int, Tensor] = {}
-    for operand in operands(matrices, noise):
-        drawn = operand.matrix.rsqrt_(operand.vector)
-        found.update(zip(operand.members, operand.split(drawn), strict=True))
+    stacked = operands(matrices, noise)
+    complete = [operand for operand in stacked if _is_complete(operand.matrix)]
+    drawn = iter(_complete_samples_(complete) if complete else ())
+    for operand in stacked:
+        is_complete = _is_complete(operand.matrix)
+        vector = next(drawn) if is_complete else operand.matrix.rsqrt_(operand.vector)
+        found.update(zip(operand.members, operand.split(vector), strict=True))
     return [found[index] for index in range(len(matrices))]
+
+
+def _complete_samples_(stacked: Sequence[Operand]) -> list[Tensor]:
+    """Those of complete eigenbases, whose standard deviations are applied to all at once."""
+    matrices = [cast(KroneckerEigen, operand.matrix) for operand in stacked]
+    noise = [o.vector.view(matrix.shape) for matrix, o in zip(matrices, stacked, strict=True)]
+    torch._foreach_mul_(noise, [matrix.inverse_root for matrix in matrices])
+    for matrix, z in zip(matrices, noise, strict=True):
+        matmul(matmul(matrix.output_basis, z), matrix.transposed[1], out=z)
+    return [operand.vector for operand in stacked]
 
 
 def _is_complete(matrix: Structure) -> bool:
