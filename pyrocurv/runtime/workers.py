@@ -61,7 +61,9 @@ class Workers:
             group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if group is None:
             return ALONE
-        if not isinstance(group, dist.ProcessGroup):
+        if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group: this process is not in the group")
+        if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
             raise TypeError(
                 f"process_group={group!r}: 'auto', None for this process alone, or a process group "
                 "of torch.distributed is needed"

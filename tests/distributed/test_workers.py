@@ -121,6 +121,21 @@ def test_a_network_in_ddp_is_no_pyro_model(ranks: Any) -> None:
         assert "net.module" in message
 
 
+def outsider(rank: int) -> str:
+    group = dist.new_group([0, 1])
+    if rank < 2:
+        assert Workers.of(group).size == 2
+        return ""
+    with pytest.raises(ValueError) as error:
+        Workers.of(group)
+    return str(error.value)
+
+
+def test_a_group_without_this_process(ranks: Any) -> None:
+    *_, message = ranks(3).run(outsider)
+    assert "not in the group" in message
+
+
 def bayesian_ddp(rank: int) -> str:
     with pytest.raises(ValueError) as error:
         bayesianize(DistributedDataParallel(nn.Linear(2, 2)))
