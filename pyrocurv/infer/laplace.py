@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import LINKS, predict
@@ -32,6 +33,7 @@ from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
@@ -83,6 +85,7 @@ class Laplace:
     ) -> None:
         check_guide(guide)
         check_callable("model", model, "a Pyro model, a callable,")
+        check_unsharded("model", modules(model))
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:

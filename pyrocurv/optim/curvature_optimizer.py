@@ -38,6 +38,7 @@ from pyrocurv.posterior.step import Evaluation, commit, step
 from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
 from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
     check_is,
@@ -68,6 +69,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         update: UpdateChoice, fallback_lr: float, defaults: Group,
     ) -> None:
         check_module("net", net)
+        check_unsharded("net", net.modules())
         check_differentiable(net.modules())
         check_positive("fallback_lr", fallback_lr)
         self.curvature = as_curvature(curvature)
