@@ -30,6 +30,7 @@ from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
 
 BASIS_WARMUP = (1, 2, 4, 8, 16)  # estimates with an eigendecomposition at any interval
+NO_EXAMPLE = "the mask leaves no example to compute the first curvature from"
 S = TypeVar("S", bound=Structure)
 
 
@@ -146,7 +147,7 @@ def update_curvature(
     rows, statistics = _collect_all(spec, due, forward)
     if rows == 0:
         if any(average.count == 0 for _, average, _ in due):
-            raise ValueError("the mask leaves no example to compute the first curvature from")
+            raise ValueError(NO_EXAMPLE)
         return [average for _, average, _ in due]
     with torch.no_grad():  # `map` lets go of the statistics of a block before the next ones
         update_one = partial(_update_due, spec, step, rows, particle, forward.workers)
@@ -180,10 +181,7 @@ def _update_due(
     statistics: BlockStatistics,
 ) -> RunningCurvature:
     """`update`, with the next interval of the block."""
-    old = due.average
-    refresh = particle.is_last and (
-        particle.count(old) in BASIS_WARMUP or spec.is_basis_due(step, old.interval)
-    )
+    old, refresh = due.average, is_basis_due(spec, step, due.average, particle)
     new = update(due, statistics, rows, spec.decay, refresh, particle, workers)
     if spec.every != "auto" or not particle.is_last:
         return new
@@ -191,6 +189,15 @@ def _update_due(
         return replace(old, interval=old.interval.postpone(step))
     interval = old.interval.after_estimate(step, statistics.layers, workers)
     return replace(new, interval=interval)
+
+
+def is_basis_due(
+    spec: Curvature, step: int, average: RunningCurvature, particle: Particle
+) -> bool:
+    """Whether an estimate has an eigendecomposition of Kronecker factors."""
+    return particle.is_last and (
+        particle.count(average) in BASIS_WARMUP or spec.is_basis_due(step, average.interval)
+    )
 
 
 def has_statistics(spec: Curvature, block: Block, calls: Sequence[LayerCall]) -> bool:

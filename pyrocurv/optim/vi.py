@@ -19,6 +19,7 @@ from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
+from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
@@ -29,6 +30,7 @@ from pyrocurv.optim.sampling import (
     at_samples,
     sum_gradients,
 )
+from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.precision import (
     count_determined,
@@ -231,7 +233,8 @@ class VIOptimizer(CurvatureOptimizer):
             )
             if self._is_watched:
                 posterior = count_determined(
-                    self.curvature, posterior, samples.batch_size / self._num_data
+                    self.curvature, posterior, samples.batch_size / self._num_data,
+                    self._network.owners,
                 )
             samples = replace(samples, layout=layout, posterior=posterior)
         return samples.add(sample, passes, self._likelihood.total_weight)
@@ -357,13 +360,23 @@ class VIOptimizer(CurvatureOptimizer):
         store = self._store()
         blocks = store.load(self._in_context(self._posterior, self.layout, store)).blocks
         terms = [kl(state.mean, state.precision, state.prior.gaussian) for state in blocks]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        total = torch.stack(terms).sum() if terms else torch.zeros(())
+        return self._network.owners.sums([total])[0]
 
     def summary(self) -> str:
         """As that of `SecondOrderOptimizer`, and the temperature of the last step."""
         blocks = self._posterior.blocks
         temperature = blocks[0].hyperparameters.temperature if blocks else None
         return super().summary() + at_temperature(temperature)
+
+    def _kinds(self, net: nn.Module) -> tuple[type[TracedNetwork], type[ForwardRecorder]]:
+        kinds = super()._kinds(net)
+        if self.sample_parallel and kinds[0] is not TracedNetwork:
+            raise ValueError(
+                "sample_parallel=True of a network that fully_shard has sharded: its ranks have "
+                "parts of one sample; use DistributedDataParallel"
+            )
+        return kinds
 
     def weight_gaussians(self) -> list[WeightGaussian]:
         """The posterior in independent parts, for `prior=`."""
@@ -379,8 +392,8 @@ class VIOptimizer(CurvatureOptimizer):
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
-        sampler = Sampler(self._posterior.blocks, self.antithetic)
         store = self._store()
+        sampler = Sampler(self._posterior.blocks, self.antithetic, noise=store.noise)
         with self.use_mean(), rewind_rng_on_error(store.device):
             outputs = at_samples(sampler, count, store, lambda: self.net(*args, **kwargs))
         return stacked(outputs)

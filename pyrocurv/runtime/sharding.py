@@ -7,7 +7,8 @@ imported the modules of PyTorch for it has none: nothing is imported here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,12 @@ REMEDY = (
 
 def is_dtensor(value: Any) -> bool:
     """Whether a tensor is distributed."""
-    return isinstance(value, _known("torch.distributed.tensor", "DTensor"))
+    return isinstance(value, dtensor_type())
+
+
+def dtensor_type() -> Any:
+    """The class of distributed tensors, or no class where none can be."""
+    return _known("torch.distributed.tensor", "DTensor")
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -33,6 +39,63 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def local(x: Any) -> Any:
     """The rows of a distributed tensor that are here, in its memory; any other tensor itself."""
     return x.to_local() if is_dtensor(x) else x
+
+
+def whole(x: Any) -> Any:
+    """A distributed tensor gathered, which all processes have to ask for; any other itself."""
+    return x.full_tensor() if is_dtensor(x) else x
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Let go of parameters that `fully_shard` has gathered: those of a root stay until a backward
+    pass, whatever is written into the shards.
+    """
+    for module in modules:
+        if isinstance(module, _known(FSDP, "FSDPModule")):
+            module.reshard()
+
+
+@contextmanager
+def without_gathering(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Without the hooks of `fully_shard`, for a pass with other parameters."""
+    replaced = [
+        (hooks, key, hook) for module in modules if is_fully_sharded(module)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in hooks.items()
+        if getattr(hook, "__module__", "").startswith(FSDP)
+    ]
+    try:
+        for hooks, key, _ in replaced:
+            hooks[key] = _nothing
+        yield
+    finally:
+        for hooks, key, hook in replaced:
+            hooks[key] = hook
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of a hook."""
+
+
+def check_shards(net: nn.Module) -> Any:
+    """The process group whose processes have the rows of all parameters.
+
+    Raises ValueError for parameters that are sharded in another way than by one `fully_shard`.
+    """
+    meshes: dict[Any, None] = {}
+    for name, p in net.named_parameters():
+        mesh: Any = getattr(p, "device_mesh", None)
+        placements: Any = getattr(p, "placements", None)
+        if mesh is None or mesh.ndim != 1 or not placements[0].is_shard(0):
+            found = f"placements {placements} on {mesh}" if mesh else "not sharded"
+            raise ValueError(
+                f"net: {name} is {found}; fully_shard(net) shards the rows of all parameters over "
+                f"the ranks of one mesh of one dimension. Otherwise, {REMEDY}"
+            )
+        meshes[mesh] = None
+    if len(meshes) != 1:
+        raise ValueError(f"net: the parameters are on {len(meshes)} meshes, and not on one")
+    return next(iter(meshes)).get_group()
 
 
 def check_unsharded(what: str, modules: Iterable[nn.Module], remedy: str = REMEDY) -> None:
