@@ -303,16 +303,29 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return parameter_table(self.layout, self._store().named)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters, in plain values and tensors."""
+        """Everything but the parameters, in plain values and tensors.
+
+        Of a network that `fully_shard` has sharded, what this rank has; it continues on the same
+        rank of as many. See `full_state_dict`.
+        """
         return {
             **super().state_dict(),
             **posterior_state(type(self).__name__, self.layout, self._posterior),
+            **self._network.sharding(self.layout),
             "update": self._mean_update.name,
             "update_state": self._mean_update.state_dict(),
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
             **self._likelihood.state_dict(),
         }
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state of all ranks of a network that `fully_shard` has sharded, which all ask for.
+
+        On rank 0; {} on the others. It continues on any number of ranks, or in one process. Of any
+        other network it is `state_dict()`.
+        """
+        return self._network.full_state(self.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, given the network as it was then.
@@ -324,15 +337,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        layout, posterior = read_posterior(state_dict, self._network, self._store())
-        check_update(state_dict["update"], self._mean_update.name, type(self).__name__)
         with Undo() as undo:
             undo.keep_attributes(*self._mutable)
+            layout, posterior = read_posterior(state_dict, self._network, self._store())
+            check_update(state_dict["update"], self._mean_update.name, type(self).__name__)
             self._mean_update.keep(undo)
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
             self._network.layout, self._posterior = layout, posterior
             self._mean_update.load_state_dict(state_dict["update_state"])
-            self._auxiliary.load_state_dict(state_dict["auxiliary"])
+            saved = self._network.placed(state_dict["auxiliary"], self._store())
+            self._auxiliary.load_state_dict(saved)
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
             self._likelihood.load_state_dict(state_dict)

@@ -14,11 +14,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from pyrocurv.curvature.owned_statistics import Owners
 from pyrocurv.layers import Layer
@@ -30,18 +32,20 @@ from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameter
 from pyrocurv.optim.recorded_pass import ForwardInputs
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.precision import Average
-from pyrocurv.posterior.state import BlockState
+from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Update, apply
 from pyrocurv.runtime.sharding import (
     REMEDY,
     check_shards,
     local,
+    placed_like,
     reshard,
     whole,
     without_gathering,
 )
 from pyrocurv.runtime.undo import complete
 from pyrocurv.runtime.workers import ALONE, Workers, assign
+from pyrocurv.structures.serialization import from_state, to_state
 
 
 class ShardedRecorder(ForwardRecorder):
@@ -236,6 +240,71 @@ class ShardedNetwork(TracedNetwork):
         rank = self.owners.rank
         return [block for block in layout.blocks if self.ranks[block.name] == rank]
 
+    def _assign(self, known: Sequence[Block], new: Sequence[Block]) -> None:
+        """Give owners to new blocks."""
+        loads = [0.0] * self.owners.size
+        for block in known:
+            loads[self.ranks[block.name]] += cost(block)
+        owners = assign([*map(cost, new)], self.owners.size, loads)
+        self.ranks.update(zip((block.name for block in new), owners, strict=True))
+
+    def sharding(self, layout: ParameterBlocks) -> dict[str, Any]:
+        return {"sharding": {
+            "rank": self.owners.rank, "size": self.owners.size,
+            "blocks": [to_state(block) for block in layout.blocks],
+            "owners": [self.ranks[block.name] for block in layout.blocks],
+        }}
+
+    def full_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        state = {key: value for key, value in state.items() if key != "sharding"}
+        state["auxiliary"] = tree_map(whole, state["auxiliary"])
+        parts = self.owners.gather_objects((state["posterior"], state["update_state"]))
+        if not parts:
+            return {}
+        posteriors = [from_state(posterior) for posterior, _ in parts]
+        found = {s.block.name: s for posterior in posteriors for s in posterior.blocks}
+        blocks = tuple(found[block.name] for block in self.layout.blocks)
+        state["posterior"] = to_state(replace(posteriors[0], blocks=blocks))
+        state["update_state"] = {n: value for _, one in parts for n, value in one.items()}
+        return state
+
+    def placed(self, auxiliary: Mapping[str, Any], store: ParameterStore) -> Mapping[str, Any]:
+        return {
+            name: tree_map(partial(placed_like, store.named[name][0]), saved)
+            for name, saved in auxiliary.items()
+        }
+
+    def restored(
+        self, layout: ParameterBlocks, posterior: Posterior, state: Mapping[str, Any]
+    ) -> tuple[ParameterBlocks, Posterior]:
+        """Those of this rank's state, or its part of a state of all ranks."""
+        sharding, workers = state.get("sharding"), self.owners
+        if sharding is not None:
+            here = (workers.rank, workers.size)
+            if here != (sharding["rank"], sharding["size"]):
+                raise ValueError(
+                    f"the state is of rank {sharding['rank']} of {sharding['size']}, this is rank "
+                    f"{here[0]} of {here[1]}: use full_state_dict() for another number of ranks"
+                )
+            blocks = tuple(from_state(block) for block in sharding["blocks"])
+            layers = {x: block.structure for block in blocks for x in block.layers}
+            layout = ParameterBlocks({**layers, **layout.layers}, blocks)
+            self.ranks = {b.name: r for b, r in zip(blocks, sharding["owners"], strict=True)}
+            return layout, posterior
+        for block in layout.blocks:
+            check_supported(block)
+            if len(block.layers) > 1:
+                raise ValueError(
+                    f"the state is of a network that was not sharded, where {block.name} is one "
+                    "block: the blocks of a sharded one are layers"
+                )
+        self.ranks = {}
+        self._assign((), layout.blocks)
+        own = {*self.own(layout)}
+        return layout, replace(
+            posterior, blocks=tuple(s for s in posterior.blocks if s.block in own)
+        )
+
     def extended(
         self, layout: ParameterBlocks, layers: Sequence[Layer], store: ParameterStore
     ) -> ParameterBlocks:
@@ -253,11 +322,7 @@ class ShardedNetwork(TracedNetwork):
         ]
         for block in blocks:
             check_supported(block)
-        loads = [0.0] * self.owners.size
-        for block in layout.blocks[:known]:
-            loads[self.ranks[block.name]] += cost(block)
-        owners = assign([*map(cost, blocks)], self.owners.size, loads)
-        self.ranks.update(zip((block.name for block in blocks), owners, strict=True))
+        self._assign(layout.blocks[:known], blocks)
         layout = replace(layout, blocks=(*layout.blocks[:known], *blocks))
         if 0 < len(layout.blocks) < self.owners.size:
             raise ValueError(

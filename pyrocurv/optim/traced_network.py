@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from pyrocurv.optim.parameter_blocks import (
 from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameters
 from pyrocurv.optim.recorded_pass import PassGroup
 from pyrocurv.posterior.precision import Average
+from pyrocurv.posterior.state import Posterior
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -74,6 +76,32 @@ class TracedNetwork:
     def covering(self, store: ParameterStore, layout: ParameterBlocks) -> ParameterStore:
         """The store, for the blocks of a layout."""
         return store
+
+    def sharding(self, layout: ParameterBlocks) -> dict[str, Any]:
+        """For a state: who has which blocks, if not everyone has all."""
+        return {}
+
+    def full_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state with the blocks of all processes, on rank 0."""
+        return state
+
+    def placed(self, auxiliary: Mapping[str, Any], store: ParameterStore) -> Mapping[str, Any]:
+        """The saved moments of the parameters without a block, placed as these are."""
+        return auxiliary
+
+    def restored(
+        self, layout: ParameterBlocks, posterior: Posterior, state: Mapping[str, Any]
+    ) -> tuple[ParameterBlocks, Posterior]:
+        """The layout, and the part of a saved posterior that this process has.
+
+        Raises ValueError for one that others have parts of.
+        """
+        if (sharding := state.get("sharding")) is not None:
+            raise ValueError(
+                f"the state is of rank {sharding['rank']} of the {sharding['size']} of a sharded "
+                f"network, this {self.owner} has a network that is not: use full_state_dict()"
+            )
+        return layout, posterior
 
     def average(self, layout: ParameterBlocks, store: ParameterStore) -> Average:
         """What averages one more estimate into the blocks that are due."""

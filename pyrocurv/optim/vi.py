@@ -158,6 +158,11 @@ class VIOptimizer(CurvatureOptimizer):
                 "prior_precision": prior_precision, "temperature": temperature,
             },
         )
+        if prior is not None and not self._network.owners.is_alone:
+            raise ValueError(
+                "prior: not for a network that fully_shard has sharded, only prior_precision=; use "
+                "DistributedDataParallel"
+            )
         self._priors = DefaultPriors(prior, self._recorder.inner)
         if self.curvature.uses_sample_gradients:
             self._init_untraced()
@@ -379,7 +384,15 @@ class VIOptimizer(CurvatureOptimizer):
         return kinds
 
     def weight_gaussians(self) -> list[WeightGaussian]:
-        """The posterior in independent parts, for `prior=`."""
+        """The posterior in independent parts, for `prior=`.
+
+        Raises ValueError for a network that `fully_shard` has sharded, whose ranks have some each.
+        """
+        if not self._network.owners.is_alone:
+            raise ValueError(
+                "prior: a VIOptimizer of a network that fully_shard has sharded has the posterior "
+                "of a part of its weights on each rank: use DistributedDataParallel"
+            )
         return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 FSDP = "torch.distributed.fsdp"
 REMEDY = (
@@ -44,6 +44,15 @@ def local(x: Any) -> Any:
 def whole(x: Any) -> Any:
     """A distributed tensor gathered, which all processes have to ask for; any other itself."""
     return x.full_tensor() if is_dtensor(x) else x
+
+
+def placed_like(like: Any, value: Any) -> Any:
+    """A whole tensor in the shards of a distributed one of its shape; other values themselves."""
+    is_whole = isinstance(value, Tensor) and value.dim() and not is_dtensor(value)
+    if not (is_whole and is_dtensor(like)):
+        return value
+    distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+    return distribute(value.to(like.device), like.device_mesh, like.placements)
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:

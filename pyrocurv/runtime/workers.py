@@ -151,6 +151,16 @@ class Workers:
         dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The plain values of all processes at rank 0, pickled; nothing on the others."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.gather_object(
+            value, values if self.rank == 0 else None, group_dst=0, group=self.group
+        )
+        return values if self.rank == 0 else []
+
     def share_out(
         self, costs: Sequence[float], outputs: Sequence[Sequence[Tensor]],
         compute: Callable[[Sequence[int]], None],

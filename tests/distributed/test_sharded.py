@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -15,11 +16,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.utils._pytree import tree_leaves
 
 from pyrocurv.curvature import Curvature, estimate
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI, Laplace
-from pyrocurv.layers.structure_spec import Diagonal
+from pyrocurv.layers.structure_spec import KFAC, Diagonal
 from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
 
@@ -91,7 +93,6 @@ def run(rank: int | None, kind: str, options: dict[str, Any], is_traced: bool) -
                 network(a[rows])  # which leaves the parameters of the root gathered
     assert torch.equal(torch.get_rng_state(), before)
     optimizer.summary()
-    network.zero_grad()
     if rank is not None:
         network.reshard()
     states = {
@@ -121,6 +122,178 @@ def check(ranks: Any, kind: str, is_traced: bool = True, **options: Any) -> None
 @pytest.mark.parametrize("structure", ["diag", "kfac", "ekfac"])
 def test_structures(ranks: Any, kind: str, structure: str) -> None:
     check(ranks, kind, structure=structure)
+
+
+@pytest.mark.parametrize("kind", ["second-order", "vi"])
+@pytest.mark.parametrize("curvature", ["ggn", "empirical"])
+def test_kinds(ranks: Any, kind: str, curvature: str) -> None:
+    check(ranks, kind, curvature=Curvature(curvature, every=1, batch=None))
+
+
+@pytest.mark.parametrize("kind", ["second-order", "vi"])
+@pytest.mark.parametrize("update", ["natural", "whitened-muon", "soap", torch.optim.Adam])
+def test_updates(ranks: Any, kind: str, update: Any) -> None:
+    options = {"weight_decay": 0.01} if kind == "second-order" else {}
+    curvature = Curvature("fisher", every=1, batch=None)
+    check(ranks, kind, update=update, curvature=curvature, structure="ekfac", **options)
+
+
+def test_intervals_by_the_drift_of_each_block(ranks: Any) -> None:
+    check(ranks, "vi", curvature=Curvature("ggn", every="auto", batch=None), update="natural")
+
+
+@pytest.mark.filterwarnings("ignore:.*consumed by no supported op")
+@pytest.mark.parametrize("kind", ["second-order", "vi"])
+def test_a_weight_without_a_layer(ranks: Any, kind: str) -> None:
+    check(ranks, kind, is_traced=False)
+
+
+def test_noise(ranks: Any) -> None:
+    check(ranks, "vi", curvature="noise", structure="diag")
+
+
+def sharded_net() -> nn.Module:
+    torch.manual_seed(0)
+    network = net(is_traced=False)
+    for index in (0, 4):
+        fully_shard(network[index])
+    return fully_shard(network)
+
+
+def loop(network: nn.Module, optimizer: Any, steps: range, rank: int, size: int) -> None:
+    """Steps on this rank's part of batches that the number of a step determines."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(ROWS * SIZE, 2, 4, generator=generator)
+        y = torch.randint(3, (ROWS * SIZE,), generator=generator)
+        half = len(x) // size
+        rows = slice(half * rank, half * (rank + 1))
+        optimizer.zero_grad()
+        with getattr(optimizer, "sampled_params", nullcontext)():
+            F.cross_entropy(network(x[rows]), y[rows]).backward()
+        optimizer.step()
+
+
+OPTIONS: dict[str, Any] = {
+    "curvature": Curvature("ggn", every=1, batch=None), "structure": "ekfac", "update": "soap",
+}
+
+
+def resume(rank: int, kind: str) -> Any:
+    """A run, the same resumed by each rank, and by what rank 0 has of all."""
+    network = sharded_net()
+    optimizer = make(network, kind, OPTIONS)
+    loop(network, optimizer, range(2), rank, SIZE)
+    state = copy.deepcopy(optimizer.state_dict())
+    full = copy.deepcopy(optimizer.full_state_dict())
+    assert bool(full) == (rank == 0)
+    weights = whole(network)
+    loop(network, optimizer, range(2, 4), rank, SIZE)
+    after = whole(network)
+    everything = [full]
+    torch.distributed.broadcast_object_list(everything)
+    for saved in (state, everything[0]):
+        other = sharded_net()
+        resumed = make(other, kind, OPTIONS)
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
+        resumed.load_state_dict(saved)
+        loop(other, resumed, range(2, 4), rank, SIZE)
+        found = whole(other)
+        differ = [name for name, value in after.items() if not torch.equal(found[name], value)]
+        assert not differ, saved is state
+    return weights, everything[0], after, state
+
+
+@pytest.mark.filterwarnings("ignore:.*consumed by no supported op")
+@pytest.mark.parametrize("kind", ["second-order", "vi"])
+def test_states_resume(ranks: Any, kind: str) -> None:
+    """On the same ranks bit for bit, and in one process from the state of all."""
+    (weights, full, after, own), _ = ranks(SIZE).run(resume, kind)
+    network = net(is_traced=False)
+    network.load_state_dict(weights)
+    optimizer = make(network, kind, OPTIONS)
+    with pytest.raises(ValueError, match="state is of rank 0 of the 2"):
+        optimizer.load_state_dict(own)
+    optimizer.load_state_dict(full)
+    loop(network, optimizer, range(2, 4), 0, 1)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=2e-4, atol=2e-5)
+
+
+def numbers(optimizer: Any) -> int:
+    """How many numbers the state of an optimizer has here."""
+    state = optimizer.state_dict()
+    leaves = tree_leaves({key: value for key, value in state.items() if key != "stream"})
+    return sum(getattr(x, "to_local", lambda x=x: x)().numel() for x in leaves
+               if isinstance(x, torch.Tensor) and x.dim())
+
+
+def keep(rank: int) -> Any:
+    """Numbers kept, predictions, an error of one rank alone, and settings that are refused."""
+    network = sharded_net()
+    optimizer = make(network, "vi", OPTIONS)
+    loop(network, optimizer, range(2), rank, SIZE)
+    x = torch.randn(7, 2, 4, generator=torch.Generator().manual_seed(0))
+    mean = whole(network)
+    torch.manual_seed(5 + rank)  # each has noise of its own, of its own blocks
+    draws = optimizer.predict(x, num_samples=64)
+    with optimizer.sampled_params():
+        sample = whole(network)
+        with optimizer.use_mean():
+            inside = whole(network)
+    unchanged = [
+        all(torch.equal(found[n], mean[n]) for n in mean) for found in (whole(network), inside)
+    ]
+    moved = any(not torch.equal(sample[n], mean[n]) for n in mean)
+    kept, kl = numbers(optimizer), float(optimizer.kl())
+    optimizer.zero_grad()
+    with optimizer.sampled_params():
+        F.cross_entropy(network(x), torch.zeros(7, dtype=torch.long)).backward()
+    bias = network[4].bias.grad.to_local()
+    if rank:
+        bias.fill_(torch.nan)
+    error = ""
+    try:
+        optimizer.step()
+    except FloatingPointError as caught:
+        error = str(caught)
+    after = whole(network)
+    unchanged.append(all(torch.equal(after[n], mean[n]) for n in mean))
+    refused = {
+        "hessian": lambda: SecondOrderOptimizer(network, curvature="hessian"),
+        "sample_parallel": lambda: VIOptimizer(network, 96, sample_parallel=True),
+        "prior": lambda: VIOptimizer(network, 96, prior=optimizer),
+        "weight_gaussians": optimizer.weight_gaussians,
+    }
+    for structure in ("full", "block", KFAC(rank=2)):
+        def step(structure: Any = structure) -> None:
+            loop(network, SecondOrderOptimizer(network, structure=structure), range(1), rank, SIZE)
+
+        refused[f"structure {structure}"] = step
+    messages = {name: message(run) for name, run in refused.items()}
+    return kept, kl, draws, unchanged, moved, error, messages
+
+
+@pytest.mark.filterwarnings("ignore:.*consumed by no supported op")
+def test_what_ranks_keep(ranks: Any) -> None:
+    results = ranks(SIZE).run(keep)
+    torch.manual_seed(0)
+    alone = net(is_traced=False)
+    optimizer = make(alone, "vi", OPTIONS)
+    loop(alone, optimizer, range(2), 0, 1)
+    everything = numbers(optimizer)
+    for kept, kl, draws, unchanged, moved, error, messages in results:
+        assert kept < 0.75 * everything
+        assert kl == pytest.approx(float(optimizer.kl()), rel=1e-3)
+        torch.testing.assert_close(draws, results[0][2])
+        assert draws.std(0).min() > 1e-3
+        assert unchanged == [True, True, True] and moved
+        assert "a gradient is not finite" in error
+        assert all(messages.values()), messages
+        assert all("DistributedDataParallel" in text for name, text in messages.items()
+                   if "KFAC" not in name)
 
 
 def message(run: Callable[[], Any]) -> str:
