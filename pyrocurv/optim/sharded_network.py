@@ -40,6 +40,7 @@ from pyrocurv.runtime.sharding import (
     local,
     placed_like,
     reshard,
+    sums_gradients,
     whole,
     without_gathering,
 )
@@ -59,6 +60,15 @@ class ShardedRecorder(ForwardRecorder):
     def workers(self) -> Workers:
         """The processes that have the shards."""
         return self._workers
+
+    @property
+    def is_synchronized(self) -> bool:
+        """Whether the next backward pass gives the gradients of all ranks."""
+        return sums_gradients(self.inner.modules())
+
+    def versions(self) -> list[Any]:
+        """As for any network; of a pass that leaves no gradient in the shards yet, a new value."""
+        return super().versions() if self.is_synchronized else [object()]
 
     @contextmanager
     def rerun(

@@ -64,6 +64,18 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             module.reshard()
 
 
+def sums_gradients(modules: Iterable[nn.Module]) -> bool:
+    """Whether a backward pass gives the gradients of all processes: `set_requires_gradient_sync`.
+    """
+    for module in modules:
+        if isinstance(module, _known(FSDP, "FSDPModule")):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            if any(group is not None and not group.reduce_grads for group in groups):
+                return False
+    return True
+
+
 @contextmanager
 def without_gathering(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Without the hooks of `fully_shard`, for a pass with other parameters."""
