@@ -53,7 +53,7 @@ import transformer
 from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI, Predictive
-from pyrocurv.nn import Classifier, bayesianize
+from pyrocurv.nn import Classifier, bayesianize, rescale_prior
 from pyrocurv.nn.networks import GPT, MLP, LeNet5, ResNet
 from pyrocurv.optim import SecondOrderOptimizer
 from step_cost import CYCLE, keep_memory, measure, table
@@ -74,14 +74,13 @@ Record = dict[str, Any]
 # what NGVI and SecondOrderOptimizer are given besides the learning rate
 OURS: dict[str, dict[str, dict[str, Any]]] = {
     "ngvi": {
-        "images": {},
+        "resnet": {"temperature": 0.03},
         "gpt": {
             "curvature": Curvature("fisher", batch=8),
             "optim": lambda parameters: torch.optim.AdamW(parameters, lr=4e-3),
         },
     },
     "second-order": {
-        "images": {},
         "gpt": {"structure": KFAC(rank=64), "curvature": Curvature("fisher", batch=8)},
     },
 }
@@ -115,10 +114,11 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {  # the grids
         "mlp": (0.01, 0.02, 0.04),
     },
     "ngvi": {
-        "gpt": (0.02, 0.03, 0.04), "resnet": (0.01, 0.02, 0.04), "lenet": (0.01, 0.02, 0.04),
+        "gpt": (0.02, 0.03, 0.04), "resnet": (0.03, 0.06, 0.08), "lenet": (0.01, 0.02, 0.04),
         "mlp": (0.01, 0.02, 0.04),
     },
 }
+PRIOR_SCALE = {"resnet": 0.5}  # of weights, relative to "fan_in"; a prior is a weight decay
 BETA2 = {"images": 0.999, "gpt": 0.99}  # of AdamW
 REST_LR = 3e-3  # of Muon's AdamW
 PARTS = {"1/4": 4, "1/2": 2, "end": 1}
@@ -161,10 +161,20 @@ def image_task(name: str, sets: dict[str, Batch], epochs: int) -> Task:
     num_data = len(train[1])
     return Task(
         name, {"resnet": ResNet, "lenet": LeNet5, "mlp": MLP}[name],
-        lambda net: Classifier(bayesianize(net), num_data=num_data), num_data,
+        lambda net: Classifier(with_prior(net, PRIOR_SCALE.get(name, 1.0)), num_data=num_data),
+        num_data,
         epochs * math.ceil(num_data / fashion_mnist.BATCH),
         lambda seed: fashion_mnist.batches(train, 10**6, seed), sets, samples=16,
     )
+
+
+def with_prior(net: nn.Module, scale: float) -> nn.Module:
+    """The network with priors of `scale` times the usual width for the weights of its layers."""
+    net = bayesianize(net)
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and scale != 1:
+            rescale_prior(net, f"{name}.weight", torch.tensor(scale))
+    return net
 
 
 def gpt_task(name: str, texts: dict[str, Tensor], steps: int, network: Any = GPT) -> Task:
@@ -307,7 +317,7 @@ def soap(net: nn.Module, lr: float, task: Task) -> list[torch.optim.Optimizer]:
 def second_order(
     net: nn.Module, lr: float, task: Task, **options: Any
 ) -> list[torch.optim.Optimizer]:
-    return [SecondOrderOptimizer(net, lr, **OURS["second-order"][task.kind], **options)]
+    return [SecondOrderOptimizer(net, lr, **OURS["second-order"].get(task.net, {}), **options)]
 
 
 def schedule_free(task: Task, lr: float) -> Run:
@@ -361,7 +371,7 @@ def ivon(task: Task, lr: float) -> Run:
 def ngvi(task: Task, lr: float) -> Run:
     model = task.bayesian(task.network())
     guide = KFACGuide(model, structure={"*": KFAC(rank=64)} if task.kind == "gpt" else None)
-    engine = NGVI(model, guide, lr=lr, **OURS["ngvi"][task.kind])
+    engine = NGVI(model, guide, lr=lr, **OURS["ngvi"].get(task.net, {}))
     schedule = LambdaLR(engine.optimizer, task.factor)
     predictive = Predictive(
         model, guide=guide, num_samples=task.samples, return_sites=("_RETURN",)

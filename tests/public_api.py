@@ -288,8 +288,9 @@ def _() -> Scene:
 @scene("infer.Laplace")
 def _() -> Scene:
     laplace = fitted()
-    arguments = {"model": laplace.model, "guide": laplace.guide, "curvature": "ggn"}
-
+    arguments = {
+        "model": laplace.model, "guide": laplace.guide, "curvature": "ggn", "process_group": None,
+    }
     watched = [laplace.model, laplace.guide]
     return Scene(infer.Laplace, arguments, watched, then=lambda made: made.fit([(X, Y)]))
 
@@ -318,7 +319,7 @@ def _() -> Scene:
 
     arguments = {
         "model": ngvi.model, "posterior_samples": None, "guide": ngvi.guide, "num_samples": 2,
-        "return_sites": ["_RETURN"], "parallel": False,
+        "return_sites": ["_RETURN"], "parallel": False, "process_group": None,
     }
     watched = [ngvi.model, ngvi.guide]
     return Scene(infer.Predictive, arguments, watched, then=lambda predict: predict(X))
@@ -346,7 +347,7 @@ def _() -> Scene:
     ngvi = trained()
     arguments = {
         "fit": lambda temperature: ngvi, "held_out": [(X, Y)], "temperatures": [1.0, 0.1],
-        "num_samples": 2,
+        "num_samples": 2, "process_group": None,
     }
     watched = [ngvi.model, ngvi.guide]
     return Scene(infer.choose_temperature, arguments, watched, words=WORDS)
@@ -357,6 +358,7 @@ def _() -> Scene:
     ngvi = trained()
     arguments = {
         "model": ngvi.model, "guide": ngvi.guide, "loader": [(X, Y)], "num_samples": 2,
+        "process_group": None,
     }
     watched = [ngvi.model, ngvi.guide]
     return Scene(infer.log_predictive_density, arguments, watched, words=WORDS)

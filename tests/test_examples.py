@@ -109,6 +109,18 @@ def test_laplace(example: Callable[..., list[str]]) -> None:
     assert header.startswith("method") and len(lines) == 5
 
 
+@pytest.mark.parametrize("method", ["ngvi", "second-order", "vi"])
+def test_distributed_as_a_plain_program(
+    method: str, tmp_path: Path, example: Callable[..., list[str]]
+) -> None:
+    options = ["--method", method, "--checkpoint", str(tmp_path / "run.pt")]
+    first, header, *lines = example("distributed", options)
+    assert first == f"{method}, 1 process, from epoch 1"
+    assert header.split() == ["epoch", "accuracy", "NLL"] and len(lines) == 2
+    first, _, *lines = example("distributed", options)
+    assert first == f"{method}, 1 process, from epoch 3" and not lines
+
+
 def test_the_digits_of_the_examples_are_those_of_the_benchmark() -> None:
     """So that settings chosen on the validation images of the one hold for the other."""
     ours, theirs = digits.load(), data.load("digits")

@@ -15,9 +15,9 @@ FLOORS = [  # no room imports another one of its floor
     {"curvature", "handlers"},
     {"posterior", "nn"},
     {"guides", "optim"},
-    {"infer", "plots"},
+    {"infer", "plots", "checkpoint"},
 ]
-TORCH_ONLY = {"structures", "runtime", "layers", "curvature", "posterior", "optim"}
+TORCH_ONLY = {"structures", "runtime", "layers", "curvature", "posterior", "optim", "checkpoint"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "pyrocurv").rglob("*.py")

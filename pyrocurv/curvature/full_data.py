@@ -9,15 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
+from pyrocurv.curvature.pooled_statistics import no_statistics
 from pyrocurv.curvature.running_average import average, eigenbasis
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
+from pyrocurv.runtime.workers import Workers
 from pyrocurv.structures import Dense, Kronecker, KroneckerEigen, Structure
 from pyrocurv.structures.rescaled import KroneckerScaling
+from pyrocurv.structures.serialization import map_tensors
 
 NO_EXAMPLE = "the mask leaves no example to compute the curvature from"
 
@@ -51,6 +56,23 @@ class CurvatureSum:
         total = self.count + count
         mean = average(self.mean, value.scale(weight / count), count / total)
         return replace(self, count=total, mean=mean)
+
+    @property
+    def known(self) -> Structure | Tensor | None:
+        """What is averaged: the mean, or the eigenvalues in the basis."""
+        return self.mean.spectrum if isinstance(self.mean, KroneckerEigen) else self.mean
+
+    def zeros(self, like: Tensor) -> Structure | Tensor:
+        """What `known` would be for data without curvature."""
+        if self.basis is not None:
+            return torch.zeros_like(self.basis.spectrum)
+        (statistics,) = no_statistics([self.block], like)
+        return map_tensors(assemble(self.block.structure, statistics), torch.zeros_like)
+
+    def with_known(self, value: Any, count: int) -> CurvatureSum:
+        """With another average, over `count` examples."""
+        mean = value if self.basis is None else replace(self.basis, spectrum=value)
+        return replace(self, mean=mean, count=count)
 
     def second_pass(self) -> CurvatureSum:
         """An empty sum in the eigenbasis of this one."""
@@ -90,3 +112,28 @@ def accumulate(
             total.add(block_statistics, count, num_data / forward.rows)
             for total, block_statistics in zip(sums, statistics, strict=True)
         ]
+
+
+@torch.no_grad()
+def pool(sums: Sequence[CurvatureSum], like: Tensor, workers: Workers) -> list[CurvatureSum]:
+    """The sums over the data of all workers, from those over the data of each."""
+    if workers.is_alone:
+        return [*sums]
+    (count,) = workers.sums([torch.tensor(sums[0].count, device=like.device)])
+    total = int(count)
+    if not total:
+        return [*sums]
+    tensors: list[Tensor] = []
+
+    def collected(x: Tensor) -> Tensor:
+        tensors.append(x)
+        return x
+
+    averages = [one.zeros(like) if one.known is None else one.known for one in sums]
+    for value in averages:
+        map_tensors(value, collected)
+    pooled = iter(workers.sums(torch._foreach_mul(tensors, sums[0].count / total)))
+    return [
+        one.with_known(map_tensors(value, lambda _: next(pooled)), total)
+        for one, value in zip(sums, averages, strict=True)
+    ]

@@ -26,13 +26,14 @@ from pyrocurv.curvature.running_average import (
     DueBlock,
     Particle,
     RunningCurvature,
+    begin_update,
+    finish_updates,
     is_basis_due,
-    update,
     zero_curvature,
 )
 from pyrocurv.curvature.spec import FIRST, Curvature
 from pyrocurv.layers.block import Block
-from pyrocurv.runtime.workers import Workers
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import KroneckerEigen
 from pyrocurv.structures.rescaled import KroneckerScaling
 
@@ -145,4 +146,5 @@ def _updated(
     statistics: OwnedStatistics,
 ) -> RunningCurvature:
     refresh = is_basis_due(spec, step, due.average, particle)
-    return update(due, statistics, rows, spec.decay, refresh, particle)
+    begun = begin_update(due, statistics, rows, spec.decay, refresh, particle)
+    return finish_updates([begun], rows, ALONE)[0]

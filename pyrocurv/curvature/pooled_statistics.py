@@ -90,6 +90,23 @@ def pool(
     return pooled
 
 
+def eigenvalues(
+    several: Sequence[tuple[BlockStatistics, KroneckerEigen, KroneckerScaling | None]],
+    workers: Workers,
+) -> list[KroneckerEigen]:
+    """The `eigenvalues` of each, of all processes, in one bucket."""
+    found = [
+        (
+            one.local if isinstance(one, PooledStatistics) and not workers.is_alone else one
+        ).eigenvalues(basis, scaling) for one, basis, scaling in several
+    ]
+    spectra = workers.sums([one.spectrum for one in found])
+    return [
+        KroneckerEigen(one.output_basis, one.input_basis, spectrum)
+        for one, spectrum in zip(found, spectra, strict=True)
+    ]
+
+
 def _wanted(block: Block, statistics: BlockStatistics) -> tuple[str, str] | None:
     """What the structure of a block is assembled from; None if that is not known yet."""
     if block.kind in ("full", "block"):

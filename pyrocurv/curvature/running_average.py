@@ -11,14 +11,19 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
-from pyrocurv.curvature.pooled_statistics import is_truncated, no_statistics, pool
+from pyrocurv.curvature.pooled_statistics import (
+    eigenvalues,
+    is_truncated,
+    no_statistics,
+    pool,
+)
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, product
 from pyrocurv.curvature.update_interval import UpdateInterval
@@ -26,6 +31,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures.eigenbases import Factors, eigenbases
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
 
@@ -149,9 +155,10 @@ def update_curvature(
         if any(average.count == 0 for _, average, _ in due):
             raise ValueError(NO_EXAMPLE)
         return [average for _, average, _ in due]
-    with torch.no_grad():  # `map` lets go of the statistics of a block before the next ones
-        update_one = partial(_update_due, spec, step, rows, particle, forward.workers)
-        return [*map(update_one, due, statistics)]
+    with torch.no_grad():
+        # `map` lets go of the statistics of a block before the next ones, if they are used up
+        begin = partial(_begin, spec, step, rows, particle, forward.workers)
+        return finish_updates([*map(begin, due, statistics)], rows, forward.workers)
 
 
 def _collect_all(
@@ -174,21 +181,6 @@ def _collect_all(
         total, total_rows = workers.sums([*like.new_tensor([count, rows])])
         pooled = pool(blocks, local, workers) if total else ()
     return float(total_rows) if total else 0, pooled
-
-
-def _update_due(
-    spec: Curvature, step: int, rows: float, particle: Particle, workers: Workers, due: DueBlock,
-    statistics: BlockStatistics,
-) -> RunningCurvature:
-    """`update`, with the next interval of the block."""
-    old, refresh = due.average, is_basis_due(spec, step, due.average, particle)
-    new = update(due, statistics, rows, spec.decay, refresh, particle, workers)
-    if spec.every != "auto" or not particle.is_last:
-        return new
-    if new is old:
-        return replace(old, interval=old.interval.postpone(step))
-    interval = old.interval.after_estimate(step, statistics.layers, workers)
-    return replace(new, interval=interval)
 
 
 def is_basis_due(
@@ -224,16 +216,45 @@ def zero_curvature(
     return RunningCurvature(0, KroneckerEigen(output_basis, input_basis, spectrum), scaling=scaling)
 
 
-def update(
+@dataclass(frozen=True, eq=False)
+class UpdatedAverage:
+    """The average of a block with one more estimate, as far as it does without new eigenvectors.
+
+    `factors` are those of a block that wants them; `weight` and `statistics` are for the
+    eigenvalues of a block that corrects them.
+    """
+
+    due: DueBlock
+    average: RunningCurvature
+    factors: Kronecker | None = None
+    weight: float = 0.0
+    statistics: BlockStatistics | None = None
+
+
+def _begin(
+    spec: Curvature, step: int, rows: float, particle: Particle, workers: Workers, due: DueBlock,
+    statistics: BlockStatistics,
+) -> UpdatedAverage:
+    """One more estimate, a sum over `rows` examples of all workers, and the next interval.
+
+    Truncated factors have new eigenvectors at every estimate. When the scaling changes, the
+    eigenvalues of EK-FAC are kept. An estimate that is not finite is left out, with a warning.
+    """
+    old, refresh = due.average, is_basis_due(spec, step, due.average, particle)
+    estimate = begin_update(due, statistics, rows, spec.decay, refresh, particle, workers)
+    if spec.every != "auto" or not particle.is_last:
+        return estimate
+    if estimate.average is old:
+        return replace(estimate, average=replace(old, interval=old.interval.postpone(step)))
+    interval = old.interval.after_estimate(step, statistics.layers, workers)
+    return replace(estimate, average=replace(estimate.average, interval=interval))
+
+
+def begin_update(
     due: DueBlock, statistics: BlockStatistics, rows: float, decay: float, refresh: bool,
     particle: Particle = SINGLE_PARTICLE, workers: Workers = ALONE,
-) -> RunningCurvature:
-    """The average of a block with one more estimate, a sum over `rows` examples of all workers.
-
-    `refresh` asks for new eigenvectors of Kronecker factors; truncated factors have new ones at
-    every estimate. When the scaling changes, the eigenvalues of EK-FAC are kept. An estimate that
-    is not finite is left out, with a warning.
-    """
+) -> UpdatedAverage:
+    """The same without the interval; `refresh` asks for new eigenvectors of Kronecker factors."""
     block, old, scaling = due
     count, weight = particle.count(old), particle.weight(old, decay)
     positions = statistics.layers[0][0].a.shape[-2]
@@ -242,19 +263,51 @@ def update(
         positions=positions,
     )
     if is_truncated(block, statistics):
-        return _update_truncated(due, new, statistics, rows, weight, workers)
+        new = _update_truncated(due, new, statistics, rows, weight, workers)
+        return UpdatedAverage(due, new)
     value = assemble(block.structure, statistics).scale(1 / rows)
     if not bool(torch.isfinite(value.trace())):
-        return _left_out(old)
+        return UpdatedAverage(due, _left_out(old))
     if not isinstance(value, Kronecker):
-        return replace(new, curvature=average(old.known, value, weight))
+        return UpdatedAverage(due, replace(new, curvature=average(old.known, value, weight)))
     factors = average(old.factors, value, weight)
-    basis = _basis(due, factors, refresh)
-    new = replace(new, curvature=basis, factors=factors)
-    if not block.structure.corrects_eigenvalues:
-        return new
-    eigenvalues = statistics.eigenvalues(basis, scaling).scale(1 / rows)
-    return replace(new, curvature=average(old.known, eigenvalues, weight))
+    new = replace(new, factors=factors)
+    corrected = statistics if block.structure.corrects_eigenvalues else None
+    last = _last_basis(due)
+    if last is None or refresh:
+        return UpdatedAverage(due, new, factors, weight, corrected)
+    new = replace(new, curvature=last)
+    if corrected is not None and workers.is_alone:  # whose rows are not needed any longer
+        spectrum = statistics.eigenvalues(last, scaling).scale(1 / rows)
+        return UpdatedAverage(due, replace(new, curvature=average(old.known, spectrum, weight)))
+    return UpdatedAverage(due, new, None, weight, corrected)
+
+
+def finish_updates(
+    begun: Sequence[UpdatedAverage], rows: float, workers: Workers
+) -> list[RunningCurvature]:
+    """With the eigenvectors of all blocks that want new ones, then the eigenvalues in them."""
+    bases = iter(eigenbases([
+        eigen_factors(one.due.block, one.factors, one.due.scaling)
+        for one in begun if one.factors is not None
+    ], workers))
+    averages = [
+        one.average if one.factors is None
+        else replace(one.average, curvature=_checked(next(bases), _last_basis(one.due)))
+        for one in begun
+    ]
+    corrected = [
+        (index, one.statistics) for index, one in enumerate(begun) if one.statistics is not None
+    ]
+    spectra = eigenvalues([
+        (statistics, cast(KroneckerEigen, averages[index].curvature), begun[index].due.scaling)
+        for index, statistics in corrected
+    ], workers)
+    for (index, _), spectrum in zip(corrected, spectra, strict=True):
+        one, known = begun[index], begun[index].due.average.known
+        curvature = average(known, spectrum.scale(1 / rows), one.weight)
+        averages[index] = replace(averages[index], curvature=curvature)
+    return averages
 
 
 def average(mean: S | None, value: S, weight: float) -> S:
@@ -262,28 +315,38 @@ def average(mean: S | None, value: S, weight: float) -> S:
     return value if mean is None else mean.lerp(value, weight)
 
 
+def eigen_factors(
+    block: Block, factors: Kronecker, scaling: KroneckerScaling | None
+) -> Factors:
+    """The factors, scaled by a prior, for the eigenbasis that the block's structure keeps."""
+    if (roots := _roots(scaling)) is not None:
+        factors = factors.rescaled(*roots)
+    return Factors(factors, block.ranks, block.kronecker.cuts)
+
+
 def eigenbasis(
     block: Block, factors: Kronecker, scaling: KroneckerScaling | None
 ) -> KroneckerEigen:
-    """The factors, scaled by a prior, in the eigenbasis that the block's structure keeps."""
-    if (roots := _roots(scaling)) is not None:
-        factors = factors.rescaled(*roots)
-    return factors.eigen(block.ranks, block.kronecker.cuts)
+    """The factors in that eigenbasis."""
+    product, ranks, num_blocks = eigen_factors(block, factors, scaling)
+    return product.eigen(ranks, num_blocks)
 
 
-def _basis(due: DueBlock, factors: Kronecker, refresh: bool) -> KroneckerEigen:
-    """The eigenbasis of the factors; the last one unless `refresh` asks for another."""
-    block, old, scaling = due
-    last = old.known if old.is_in(scaling) else None
-    if isinstance(last, KroneckerEigen) and not refresh:
-        return last
-    try:
-        return eigenbasis(block, factors, scaling).psd()
-    except torch.linalg.LinAlgError as error:
-        if not isinstance(last, KroneckerEigen):
-            raise
-        warnings.warn(f"the last eigenvectors are kept: {error}", stacklevel=3)
-        return last
+def _last_basis(due: DueBlock) -> KroneckerEigen | None:
+    """The eigenbasis of the average so far, in the scaling of the prior as it is now."""
+    last = due.average.known if due.average.is_in(due.scaling) else None
+    return last if isinstance(last, KroneckerEigen) else None
+
+
+def _checked(basis: KroneckerEigen | None, last: KroneckerEigen | None) -> KroneckerEigen:
+    """A new eigenbasis; the last one if its computation failed."""
+    if basis is not None:
+        return basis
+    failure = "eigh found no finite eigenvectors"
+    if last is None:
+        raise torch.linalg.LinAlgError(failure)
+    warnings.warn(f"the last eigenvectors are kept: {failure}", stacklevel=3)
+    return last
 
 
 def _left_out(average: RunningCurvature) -> RunningCurvature:

@@ -10,7 +10,7 @@ from typing import Any
 from pyro import poutine
 from pyro.poutine.messenger import _bound_partial
 from pyro.poutine.reparam_messenger import ReparamHandler
-from torch import nn
+from torch import Tensor, nn
 
 MAX_CONTAINER = 100  # items of a container that is searched for modules
 
@@ -43,6 +43,14 @@ def named_modules(model: Any) -> dict[str, nn.Module]:
         for name, module in root.named_modules():
             named.setdefault(name, module)
     return named
+
+
+def module_tensors(model: Any) -> dict[str, Tensor]:
+    """The parameters and buffers of a model's modules by name."""
+    return {
+        f"{path}.{name}".lstrip("."): x for path, module in named_modules(model).items()
+        for name, x in {**module._parameters, **module._buffers}.items() if x is not None
+    }
 
 
 def _roots(model: Any) -> Iterator[nn.Module]:

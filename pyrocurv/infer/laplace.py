@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.modules import module_tensors, modules
 from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import LINKS, predict
@@ -32,6 +32,7 @@ from pyrocurv.infer.marginal_likelihood import (
 from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.runtime.agreement import SAME_INPUTS, check_same
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
@@ -43,6 +44,7 @@ from pyrocurv.runtime.validation import (
     check_loader,
     check_values,
 )
+from pyrocurv.runtime.workers import AUTO, Workers
 
 
 class Laplace:
@@ -58,6 +60,10 @@ class Laplace:
         curvature: a kind, or a `Curvature` of which `kind` and `num_samples` are used. All data are
             read. "ggn" and "fisher" are positive semi-definite; a "hessian" is projected to its
             positive part.
+        process_group: the processes that fit together, each with its part of the data in its
+            loader: a group of `torch.distributed`, by default that of `init_process_group`, if it
+            was called; None for this process alone. All of them have to call `fit` and
+            `tune_prior`, with the same mean, and have the same posterior and evidence after it.
 
     Latents of the fallback guide (a noise scale, say) stay at their medians. The approximation is
     that of the weights given them, and the evidence does not re-fit them: a K-FAC evidence counts
@@ -65,7 +71,7 @@ class Laplace:
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
-        ValueError: an unknown curvature.
+        ValueError: an unknown curvature, or a process group without this process.
 
     Reference: MacKay 1992; Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806.
 
@@ -81,11 +87,14 @@ class Laplace:
     """
 
     def __init__(
-        self, model: Callable[..., Any], guide: StructuredGuide, curvature: str | Curvature = "ggn"
+        self, model: Callable[..., Any], guide: StructuredGuide,
+        curvature: str | Curvature = "ggn", process_group: Any = AUTO,
     ) -> None:
         check_guide(guide)
         check_callable("model", model, "a Pyro model, a callable,")
         check_unsharded("model", modules(model))
+        Workers.of(process_group)  # raises for what is none
+        self.process_group = process_group
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         if self.curvature.uses_sample_gradients:
@@ -104,15 +113,22 @@ class Laplace:
 
         Args:
             loader: every datum once, in batches of the model's arguments: tuples, or mappings of
-                keywords. "ekfac" iterates it twice, so an iterator will not do.
+                keywords. "ekfac" iterates it twice, so an iterator will not do. Of several
+                processes, each reads its own part, of any size but 0. A `DistributedSampler` is
+                right only if the number of processes divides that of the data, as it repeats or
+                drops some otherwise: take `Subset(data, range(rank, len(data), world_size))`.
 
         Raises, before anything is changed:
-            ValueError: the number of data is not the size of the plate; what `NGVI.step` raises at
-                its first call.
+            ValueError: the number of data, of all processes, is not the size of the plate, or they
+                have different means or models; what `NGVI.step` raises at its first call.
+            RuntimeError: another process has raised an exception.
             FloatingPointError: a likelihood or a curvature is not finite.
         """
         check_loader("loader", loader)
-        fitted, log_likelihood = sum_curvature(self.model, self.guide, self.curvature, loader)
+        workers = Workers.of(self.process_group)
+        fitted, log_likelihood = sum_curvature(
+            self.model, self.guide, self.curvature, loader, workers
+        )
         self._write(fitted)
         self._log_likelihood = log_likelihood
         return self
@@ -184,6 +200,7 @@ class Laplace:
                 "which has its width from data"
             )
         factors = maximize_evidence(self._fitted, per == "layer").to(self._fitted[0].loc)
+        Workers.of(self.process_group).broadcast_([factors])
         self._write(with_prior_scales(self._fitted, factors))
         precisions: dict[str, Tensor] = {}
         layers = [layer for fitted in self._fitted for layer in fitted.block.layers]
@@ -200,7 +217,8 @@ class Laplace:
     @one_thread_at_a_time
     @outside_inference_mode
     def predict(
-        self, *args: Any, link: str = "auto", num_samples: int = 256, **kwargs: Any
+        self, *args: Any, link: str = "auto", num_samples: int = 256, process_group: Any = None,
+        **kwargs: Any,
     ) -> Distribution:
         """The predictive distribution of the network linearized at the guide's mean.
 
@@ -216,6 +234,9 @@ class Laplace:
                 MacKay's approximation, which is good for two classes, and for every pair of more,
                 which doubts too much. "auto": "mc" from three classes on, otherwise "probit".
             num_samples: the number of draws, in antithetic pairs (an odd number is rounded up).
+            process_group: shares draws of the weights out over processes that have the same model,
+                posterior and inputs, all of which call this: a group of `torch.distributed`, or
+                "auto" for that of `init_process_group`. Other predictions each computes in full.
 
         The covariance of the outputs takes a backward pass for each output of an example. Draws
         take no more than `num_samples` passes for any number of outputs. Neither does a posterior
@@ -224,7 +245,8 @@ class Laplace:
         Raises:
             ValueError: an unknown `link`, or a `num_samples` that is not a positive integer;
                 another likelihood (see `linear_predictor` in
-                `pyrocurv.infer.linearized_predictive`), several observed sites, or none.
+                `pyrocurv.infer.linearized_predictive`), several observed sites, or none; processes
+                with other inputs or posteriors.
             RuntimeError: the guide is not initialized, or neither fitted nor trained.
         """
         check_choice("link", link, LINKS)
@@ -235,7 +257,11 @@ class Laplace:
         self.guide._ready_blocks()
         if not self.guide.is_laplace and self.guide.has_initial_scale:
             raise RuntimeError("fit(loader) comes first: the guide still has its initial scale")
-        return predict(self.model, self.guide, args, kwargs, link, num_samples)
+        workers = Workers.of(process_group)
+        if not workers.is_alone:
+            tensors = {**module_tensors(self.guide), **module_tensors(self.model)}
+            check_same(workers, {"the inputs": (args, kwargs), **tensors}, SAME_INPUTS)
+        return predict(self.model, self.guide, args, kwargs, link, num_samples, workers)
 
 
 def _scalar_if_equal(value: Tensor) -> Tensor:

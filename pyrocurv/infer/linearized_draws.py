@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from pyrocurv.curvature.output_covariance import PROGRESS_DELAY, OutputCovariance
 from pyrocurv.layers.block import Block
+from pyrocurv.runtime.agreement import raise_together
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Structure
 from pyrocurv.structures.linalg import at_least_single
 
@@ -83,25 +85,31 @@ def _log_sum(first: Tensor, second: Tensor, is_binary: bool) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class WeightDraws:
-    """`pairs` of draws of the weights; `output` has a graph that can be differentiated twice."""
+    """`pairs` of draws of the weights; `output` has a graph that can be differentiated twice.
+
+    The workers share the pairs out.
+    """
 
     blocks: Sequence[Block]
     precisions: Sequence[Structure]
     weights: Mapping[str, Tensor]
     output: Tensor
     pairs: int
+    workers: Workers = ALONE
 
     def log_mean(self, loc: Tensor, is_binary: bool = False) -> Tensor:
         """As `CovarianceDraws.log_mean`."""
         center = at_least_single(loc).unsqueeze(-1)
-        total = center.new_full((), -torch.inf)
-        for deviation in self.deviations():
-            change = deviation.reshape(center.shape)
-            total = torch.logaddexp(total, _log_sum(center + change, center - change, is_binary))
-        return total - math.log(2 * self.pairs)
+        total = center.new_full((len(loc), loc.shape[-1] + is_binary), -torch.inf)
+        with raise_together(self.workers, "predict"):
+            for deviation in self.deviations():
+                change = deviation.reshape(center.shape)
+                both = _log_sum(center + change, center - change, is_binary)
+                total = torch.logaddexp(total, both)
+        return self.workers.stacked(total).logsumexp(0) - math.log(2 * self.pairs)
 
     def deviations(self) -> Iterator[Tensor]:
-        """J ε in the shape of the output, for each draw ε ~ N(0, Λ⁻¹)."""
+        """J ε in the shape of the output, for each draw ε ~ N(0, Λ⁻¹) of this worker."""
         with torch.enable_grad():  # vᵀ J is linear in v, and its derivative in v is J
             v = torch.zeros_like(self.output, requires_grad=True)
             names = [*self.weights]
@@ -111,14 +119,19 @@ class WeightDraws:
             )
             rows = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
         generator = torch.Generator(self.output.device).manual_seed(SEED)
-        for _ in tqdm(range(self.pairs), "draws", disable=None, delay=PROGRESS_DELAY, leave=False):
+        numbers = range(self.pairs)
+        own = numbers[self.workers.rank::self.workers.size]
+        for number in tqdm(numbers, "draws", disable=None, delay=PROGRESS_DELAY, leave=False):
             epsilons: dict[str, Tensor] = {}
             for block, precision in zip(self.blocks, self.precisions, strict=True):
                 like = self.weights[next(iter(block.tensors))]
                 z = torch.randn(
                     block.size, dtype=like.dtype, device=like.device, generator=generator
                 )
-                epsilons.update(block.unpack(precision.rsqrt(z)))
+                if number in own:
+                    epsilons.update(block.unpack(precision.rsqrt(z)))
+            if number not in own:
+                continue
             used = [*rows]
             (change,) = torch.autograd.grad(
                 [rows[n] for n in used], [v], [epsilons[n] for n in used], retain_graph=True

@@ -48,6 +48,7 @@ from pyrocurv.layers.capture import Capture
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.module_state import eval_mode, still_frozen
 from pyrocurv.runtime.rng import isolated_rng
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import InverseDense
 from pyrocurv.structures.linalg import at_least_single
 
@@ -234,9 +235,9 @@ def _kappa(variance: Tensor) -> Tensor:
 
 def predict(
     model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any, link: str = "auto",
-    num_samples: int = 256,
+    num_samples: int = 256, workers: Workers = ALONE,
 ) -> Distribution:
-    """The predictive distribution for the model's arguments.
+    """The predictive distribution for the model's arguments; workers share draws of weights out.
 
     Raises ValueError for a model without a single likelihood, or one that is not registered.
     """
@@ -270,7 +271,7 @@ def predict(
         is_logits = isinstance(likelihood, Categorical)
         covariance = last_layer_covariance(blocks, precisions, outputs, calls, size, is_logits)
     if covariance is None and by_draws and outputs[0].numel() > pairs:
-        draws = WeightDraws(blocks, precisions, weights, outputs, pairs)
+        draws = WeightDraws(blocks, precisions, weights, outputs, pairs, workers)
         found = averaged(likelihood, event, draws)
     else:
         if covariance is None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 from pyrocurv.guides import MixtureGuide
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.infer.model_run import split_batch
 from pyrocurv.infer.ngvi import NGVI
+from pyrocurv.runtime.agreement import check_same
 from pyrocurv.runtime.validation import (
     MAX_INTEGER,
     check_callable,
@@ -24,7 +26,9 @@ from pyrocurv.runtime.validation import (
     is_integer,
     shown,
 )
+from pyrocurv.runtime.workers import Workers
 
+SAME_PLAN = "all of them have to train the same components, with as many batches on each"
 Training = NGVI | tuple[NGVI, Any]  # with its learning rate schedule, or None
 
 
@@ -52,14 +56,20 @@ def train_mixture(
             call with the same dict continues with the component that was not finished.
         progress: whether to show a progress bar, one for all components.
 
+    Where the `NGVI`s train with other processes (their `process_group`), each of these calls this
+    with the same seeds and its own loader, of as many batches, and has all components. To give each
+    process other seeds instead, make them with `process_group=None`. A `DistributedSampler` of the
+    loader is told the epoch, counted over all components.
+
     Returns:
         The guides of `seeds`, in their order, as a `MixtureGuide`; use it in `Predictive` with the
         model of any of them.
 
     Raises:
         TypeError: `make` does not return an NGVI.
-        ValueError: no seed, or a seed twice; an epoch without a batch; before any training, models
-            with parameters or statistics that are not latents (see `MixtureGuide`).
+        ValueError: no seed, or a seed twice; an epoch without a batch; processes with other seeds,
+            epochs or numbers of batches; before any training, models with parameters or statistics
+            that are not latents (see `MixtureGuide`).
 
     Example:
         >>> import torch, pyrocurv
@@ -82,15 +92,19 @@ def train_mixture(
     check_flag("progress", progress)
     finished = {} if finished is None else finished
     remaining = [seed for seed in all_seeds if seed not in finished]
-    total = None
-    if progress and isinstance(loader, Sized):
-        total = len(remaining) * epochs * len(loader)
+    length = _length(loader)
+    total = None if length is None or not progress else len(remaining) * epochs * length
     with tqdm(total=total, unit="batch", disable=not progress) as bar:
         for seed in remaining:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                training = make(seed)
-                finished[seed] = _train(training, loader, epochs, bar, seed, len(all_seeds) > 1)
+                training = _pair(make(seed))
+                if len(all_seeds) > 1:
+                    _check_model(training[0].model)
+                plan = {"seeds": remaining, "epochs": epochs, "batches": length}
+                check_same(Workers.of(training[0].process_group), plan, SAME_PLAN)
+                first = all_seeds.index(seed) * epochs
+                finished[seed] = _train(training, loader, range(first, first + epochs), bar, seed)
     return MixtureGuide([finished[seed].guide for seed in all_seeds])
 
 
@@ -107,15 +121,27 @@ def _seeds(seeds: Any) -> list[int]:
     return every
 
 
-def _train(
-    training: Training, loader: Iterable[Any], epochs: int, bar: tqdm, seed: int, is_mixed: bool
-) -> NGVI:
+def _length(loader: Iterable[Any]) -> int | None:
+    """The number of batches, if it is known."""
+    return len(loader) if isinstance(loader, Sized) else None
+
+
+def _pair(training: Training) -> tuple[NGVI, Any]:
     ngvi, schedule = training if isinstance(training, tuple) else (training, None)
     if not isinstance(ngvi, NGVI):
         raise TypeError(f"make: an NGVI, or (NGVI, schedule), is needed, got {type(ngvi).__name__}")
-    if is_mixed:
-        _check_model(ngvi.model)
-    for epoch in range(epochs):
+    return ngvi, schedule
+
+
+def _train(
+    training: tuple[NGVI, Any], loader: Iterable[Any], epochs: range, bar: tqdm, seed: int
+) -> NGVI:
+    ngvi, schedule = training
+    for epoch in epochs:
+        number = epoch - epochs.start + 1
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)  # another order
         losses = []
         for batch in loader:
             args, kwargs = split_batch(batch)
@@ -125,10 +151,10 @@ def _train(
             bar.update()
         if not losses:
             raise ValueError(
-                f"the loader has no batch in epoch {epoch + 1}: a DataLoader or a list is needed, "
+                f"the loader has no batch in epoch {number}: a DataLoader or a list is needed, "
                 "which can be iterated over several times"
             )
-        bar.set_postfix(seed=seed, epoch=epoch + 1, loss=sum(losses) / len(losses))
+        bar.set_postfix(seed=seed, epoch=number, loss=sum(losses) / len(losses))
     return ngvi
 
 

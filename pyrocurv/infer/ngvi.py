@@ -41,7 +41,12 @@ from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.posterior.mean_update import NATURAL
 from pyrocurv.posterior.state import Posterior, checksums
 from pyrocurv.posterior.step import commit
-from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
+from pyrocurv.posterior.summary import (
+    UpdateCount,
+    prior_errors,
+    update_counts,
+    work_assignment,
+)
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import outside_inference_mode
@@ -49,8 +54,8 @@ from pyrocurv.runtime.module_state import float_buffers, preserve_module_state, 
 from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_flag, check_values, reading_state
-from pyrocurv.runtime.workers import CHECK_EVERY, Workers
+from pyrocurv.runtime.validation import check_flag, check_integer, check_values, reading_state
+from pyrocurv.runtime.workers import CHECK_EVERY, Workers, naming_step
 from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
 
@@ -125,7 +130,9 @@ class NGVI:
             changed, what the guide raises at its first call, no observed site, data outside of the
             support of their likelihood (`pyro.enable_validation(False)` turns that off), a plate
             smaller than the batch in it, a latent that the guide does not have.
-        RuntimeError: a step while another thread trains or predicts.
+        RuntimeError: a step while another thread trains or predicts; a process of the group that
+            has died or left, or whose posterior differs from that of rank 0 (compared after the
+            first step and after each 100 further ones).
 
     Reference: Zhang et al. 2018, "Noisy natural gradient as variational inference",
     arXiv:1712.02390; Khan & Rue 2023, "The Bayesian learning rule", arXiv:2107.04562.
@@ -209,7 +216,7 @@ class NGVI:
         """
         self._follow_store()
         try:
-            with Undo() as undo:
+            with naming_step(self._posterior.step if self._posterior else 0), Undo() as undo:
                 return self._step(undo, args, kwargs)
         except FloatingPointError:
             if self.on_nonfinite == "raise":
@@ -255,7 +262,9 @@ class NGVI:
 
         commit(update, self._store, undo, assign)
         if update.posterior.step % CHECK_EVERY == 1:
-            workers.check_equal(checksums(self._store.load(update.posterior)), posterior.step)
+            others = {parameter.name: parameter.tensor for parameter in auxiliary}
+            sums = checksums(self._store.load(update.posterior), others)
+            workers.check_equal(sums, posterior.step)
         if self.num_particles != 0:
             is_automatic = self.temperature == AUTO and self._is_sampled_network
             warn_at_chance(posterior.temperature, update.posterior.temperature, is_automatic)
@@ -338,6 +347,16 @@ class NGVI:
         if self._posterior is None or self._rule is None or self._rule.is_joint:
             return {}
         return update_counts(self.curvature, self._posterior)
+
+    def work_assignment(self, num_ranks: int | None = None) -> dict[str, dict[str, int]]:
+        """Which rank computes what for all, by its cost: to be printed.
+
+        {"eigendecompositions": {"net.0 input": 1, ...}, "update": {"net.0": 0, ...}}, for the ranks
+        of the process group or for `num_ranks` of them. Empty before the first step.
+        """
+        size = Workers.of(self.process_group).size if num_ranks is None else num_ranks
+        check_integer("num_ranks", size, 1)
+        return work_assignment(self._mean_update, self._posterior or Posterior(0, ()), size)
 
     def prior_errors(self) -> dict[str, float]:
         """{block: |Λ - (N/T) C - Λ₀|, relative}, if the prior's Λ₀ is another task's posterior."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.modules import module_tensors, modules
 from pyrocurv.handlers.vectorized import (
     RETURN,
     RunResults,
@@ -29,8 +30,14 @@ from pyrocurv.handlers.vectorized import (
     concatenate,
     remember,
 )
+from pyrocurv.runtime.agreement import (
+    SAME_INPUTS,
+    SharedSamples,
+    check_same,
+    raise_together,
+)
 from pyrocurv.runtime.module_state import preserve_module_state, still_frozen
-from pyrocurv.runtime.rng import device_of, isolated_rng, rewind_rng_on_error
+from pyrocurv.runtime.rng import RandomStream, device_of, isolated_rng, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
@@ -43,6 +50,7 @@ from pyrocurv.runtime.validation import (
     check_tensor,
     check_values,
 )
+from pyrocurv.runtime.workers import Workers
 
 # entries of all latents drawn together: the model may return little, the draws are large
 MAX_ELEMENTS = 1 << 22
@@ -60,6 +68,13 @@ class Predictive(pyro.infer.Predictive):
             sites or, without a guide, all that are not in `posterior_samples`. None: all sites.
         parallel: Pyro runs the model inside a plate then. Here all samples run at once where
             possible, with either value.
+        process_group: shares the samples out over processes that have the same model, posterior and
+            inputs: a group of `torch.distributed`, or "auto" for that of `init_process_group`, if
+            it was called. All of them call it, and all have all samples. With the same seed on each
+            process the samples of the posterior are those of a single process; with other seeds
+            each evaluates its part of its own. What the model itself draws, as observations, comes
+            from a random stream for each process. Models that Pyro's own rules are needed for (in
+            a handler, or with a return value that is not a tensor) are run in full on each process.
 
     Called with the model's arguments it returns {site: [S, ...]} in Pyro's shapes, without
     gradients. The samples have the same distribution as Pyro's. The random numbers are others than
@@ -73,8 +88,9 @@ class Predictive(pyro.infer.Predictive):
 
     Raises:
         ValueError: a guide that is not initialized, and cannot be from these arguments; a guide
-            whose state belongs to another model.
+            whose state belongs to another model; processes with other inputs or posteriors.
         TypeError: `return_sites` is a string.
+        RuntimeError: another process has raised an exception.
         Exception: any error of Pyro's `Predictive` or of the model.
 
     Example:
@@ -98,6 +114,8 @@ class Predictive(pyro.infer.Predictive):
         num_samples: int | None = None,
         return_sites: Collection[str] | None = (),
         parallel: bool = False,
+        *,
+        process_group: Any = None,
     ) -> None:
         check_callable("model", model, "a Pyro model, a callable,")
         if guide is not None:
@@ -117,6 +135,8 @@ class Predictive(pyro.infer.Predictive):
             return_sites = [*return_sites]
         check_flag("parallel", parallel)
         super().__init__(model, posterior_samples, guide, num_samples, return_sites, parallel)
+        Workers.of(process_group)  # raises for what is none
+        self.process_group = process_group
         self._run_model, self._run_guide = VectorizedRunner(), VectorizedRunner()
         self._num_elements: dict[Any, int] = {}  # of one draw from the guide
         self._warned = False
@@ -128,16 +148,41 @@ class Predictive(pyro.infer.Predictive):
         check_values((*args, *kwargs.values()), "the model")
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
-        results = []
+        workers, results, first = Workers.of(self.process_group), [], 0
+        if not workers.is_alone:
+            check_same(workers, self._inputs(args, kwargs), SAME_INPUTS)
         with (self._preserve_module_state(), pyro.validation_enabled(False),
-              rewind_rng_on_error(device_of(args)), _finite_probabilities()):
+              rewind_rng_on_error(device_of(args)), _finite_probabilities(),
+              raise_together(workers, "Predictive")):
+            samples = SharedSamples.of(workers, self.num_samples)
             for values, n in self._draws(args, kwargs):
-                runs = self._run_model(self.model, values, n, args, kwargs, self._is_returned)
+                own = samples.evaluated_of(range(first, first + n))
+                first += n
+                if not own:
+                    continue
+                values = {name: value[own.start:own.stop] for name, value in values.items()}
+                with samples.noise(device_of(args)):
+                    runs = self._run_model(
+                        self.model, values, len(own), args, kwargs, self._is_returned
+                    )
                 self._check_shapes(values, runs)
                 if self._is_returned(RETURN) and RETURN not in runs.values:
                     return super().forward(*args, **kwargs)  # not a tensor: Pyro's own rules
                 results.append(runs)
-        return self._to_pyro_shapes(concatenate(results))
+        runs = concatenate(results)
+        if not workers.is_alone:
+            runs = replace(runs, values=samples.gather(runs.values))
+            RandomStream()  # the next call has other noise, also without a guide
+        return self._to_pyro_shapes(runs)
+
+    def _inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """What processes have to have in common, by name."""
+        return {
+            "the inputs": (args, kwargs), "posterior_samples": dict(self.posterior_samples),
+            "num_samples": self.num_samples,
+            **{f"the model's {name}": x for name, x in module_tensors(self.model).items()},
+            **{f"the guide's {name}": x for name, x in module_tensors(self.guide).items()},
+        }
 
     def _check_shapes(self, values: Mapping[str, Tensor], runs: RunResults) -> None:
         """Raise ValueError where one of our guides draws latents of another model's shapes."""

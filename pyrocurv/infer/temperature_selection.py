@@ -17,9 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
-from pyrocurv.handlers.modules import modules
-from pyrocurv.infer.model_run import ModelRun, require_grad, run_model, split_batch
+from pyrocurv.handlers.modules import module_tensors, modules
+from pyrocurv.infer.model_run import (
+    ModelRun,
+    require_grad,
+    run_model,
+    setup_guide,
+    split_batch,
+)
 from pyrocurv.infer.ngvi import NGVI
+from pyrocurv.runtime.agreement import check_same, gather, raise_together
 from pyrocurv.runtime.module_state import eval_mode, preserve_module_state
 from pyrocurv.runtime.rng import RandomStream, device_of, rewind_rng_on_error
 from pyrocurv.runtime.user_warnings import warn_user
@@ -32,6 +39,7 @@ from pyrocurv.runtime.validation import (
     check_loader,
     check_positive,
 )
+from pyrocurv.runtime.workers import AUTO, Workers
 
 Guide = StructuredGuide | MixtureGuide
 Trained = NGVI | tuple[Callable[..., Any], Guide]  # or a model and its guide
@@ -48,6 +56,7 @@ class SelectedTemperature(float):
 def choose_temperature(
     fit: Callable[[float], Trained], held_out: Iterable[Any],
     temperatures: Sequence[float] = TEMPERATURES, num_samples: int = 32, progress: bool = True,
+    process_group: Any = AUTO,
 ) -> SelectedTemperature:
     """The temperature whose posterior predicts held-out data best.
 
@@ -59,6 +68,8 @@ def choose_temperature(
         temperatures: the candidates.
         num_samples: of each posterior.
         progress: show a progress bar, on a terminal.
+        process_group: as for `log_predictive_density`. All processes call `fit`, and select the
+            same temperature by the held-out data of all of them.
 
     All posteriors are sampled with the same random numbers; treat differences below the standard
     error over the held-out data as ties. Warns if the best candidate is the lowest or highest and
@@ -98,12 +109,15 @@ def choose_temperature(
         raise ValueError("held_out: an iterator is exhausted after one temperature; use a list")
     check_integer("num_samples", num_samples, 1)
     check_flag("progress", progress)
+    workers = Workers.of(process_group)
     with rewind_rng_on_error(torch.device("cpu")):
         seed = RandomStream().seed  # the same draws from each posterior
         densities: dict[float, float] = {}
         bar = tqdm(temperatures, "temperatures", disable=None if progress else True)
         for temperature in bar:
-            density = _density(fit(temperature), held_out, num_samples, seed)
+            with raise_together(workers, f"fit({temperature})"):
+                trained = fit(temperature)
+            density = _density(trained, held_out, num_samples, seed, process_group)
             densities[temperature] = density
             bar.set_postfix(temperature=temperature, density=f"{density:.4f}")
     known = {t: density for t, density in densities.items() if math.isfinite(density)}
@@ -120,33 +134,47 @@ def choose_temperature(
     return choice
 
 
-def _density(trained: Trained, held_out: Iterable[Any], num_samples: int, seed: int) -> float:
+def _density(
+    trained: Trained, held_out: Iterable[Any], num_samples: int, seed: int, process_group: Any
+) -> float:
     pair = (trained.model, trained.guide) if isinstance(trained, NGVI) else trained
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"fit: an NGVI or (model, guide) is needed, got {type(pair).__name__}")
     model, guide = pair
     like = next(iter(guide.parameters()), torch.zeros(()))
     with RandomStream(seed)(like.device):
-        return log_predictive_density(model, guide, held_out, num_samples)
+        return log_predictive_density(model, guide, held_out, num_samples, process_group)
 
 
 @torch.no_grad()
 def log_predictive_density(
-    model: Callable[..., Any], guide: Guide, loader: Iterable[Any], num_samples: int = 32
+    model: Callable[..., Any], guide: Guide, loader: Iterable[Any], num_samples: int = 32,
+    process_group: Any = AUTO,
 ) -> float:
     """log 1/S Σ_s p(y_n | w_s) on average over the data of a loader, in nats.
 
     The data are the first axis of the likelihoods in plates, or of all if there is no plate;
     masked data are excluded, and a `poutine.scale` does not count. The components of a mixture take
-    turns. Draws from torch's global generator; the model is in eval mode.
+    turns. The samples w_s are the same for all data, from a seed that torch's global generator
+    gives, and do not depend on the batches; the model is in eval mode.
+
+    Args:
+        process_group: the processes that have the data together, each a part of them in its loader:
+            a group of `torch.distributed`, by default that of `init_process_group`, if it was
+            called; None for this process alone. All of them have to call this, with the same
+            posterior, and get the average over all data, at the samples of rank 0's seed. Data that
+            a `DistributedSampler` repeats, up to world_size - 1 of them, count twice: take
+            `Subset(data, range(rank, len(data), world_size))` to count each once.
 
     Raises ValueError for a Laplace approximation, whose samples are not meant for the network
-    itself, for a loader without data and for less than one sample.
+    itself, for a loader without data (of all processes together), for less than one sample, and for
+    processes with different posteriors; RuntimeError if another process has raised an exception.
     """
     check_callable("model", model, "a Pyro model, a callable,")
     check_is("guide", guide, (StructuredGuide, MixtureGuide), "one of pyrocurv.guides")
     check_loader("loader", loader)
     check_integer("num_samples", num_samples, 1)
+    workers = Workers.of(process_group)
     turns = [*islice(_turns(guide), num_samples)]
     if any(component.is_laplace for component in turns):
         raise ValueError(
@@ -154,19 +182,35 @@ def log_predictive_density(
             "pyrocurv.infer.Laplace(model, guide).predict(x), not samples"
         )
     total, count = 0.0, 0.0
-    for batch in loader:
-        args, kwargs = split_batch(batch)
-        with (eval_mode(modules(model)), preserve_module_state(modules(model)),
-              rewind_rng_on_error(device_of(args))):
-            runs = [_run(model, component, args, kwargs) for component in turns]
-        densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
-        counted = _counted(runs[0])
-        mean = torch.logsumexp(densities, 0) - math.log(num_samples)
-        total += float(mean[counted].double().sum())
-        count += float(counted.sum())
-    if not count:
-        raise ValueError("the loader gave no data")
+    with rewind_rng_on_error(torch.device("cpu")):
+        seed = workers.broadcast(RandomStream().seed)
+        with raise_together(workers, "log_predictive_density"):
+            for batch in loader:
+                density, size = _sum_of_batch(model, turns, *split_batch(batch), seed)
+                total, count = total + density, count + size
+        check_same(workers, {**module_tensors(guide), **module_tensors(model)},
+                   "all of them need the same posterior")
+        parts = gather(workers, (total, count))
+        total, count = (math.fsum(column) for column in zip(*parts, strict=True))
+        if not count:
+            raise ValueError("the loader gave no data")
     return total / count
+
+
+def _sum_of_batch(
+    model: Callable[..., Any], turns: Sequence[StructuredGuide], args: Any, kwargs: Any, seed: int
+) -> tuple[float, float]:
+    """The sum over the data of a batch, and their number."""
+    for component in turns:
+        setup_guide(component, args, kwargs)
+    device = turns[0].blocks[0].raw_loc.device if turns[0].blocks else device_of(args)
+    with (eval_mode(modules(model)), preserve_module_state(modules(model)),
+          RandomStream(seed)(device)):
+        runs = [_run(model, component, args, kwargs) for component in turns]
+    densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
+    counted = _counted(runs[0])
+    mean = torch.logsumexp(densities, 0) - math.log(len(turns))
+    return float(mean[counted].double().sum()), float(counted.sum())
 
 
 def _turns(guide: Guide) -> Iterator[StructuredGuide]:
@@ -178,8 +222,6 @@ def _turns(guide: Guide) -> Iterator[StructuredGuide]:
 
 def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any) -> ModelRun:
     """The model at one sample of the posterior."""
-    if guide.prototype_trace is None:
-        guide(*args, **kwargs)
     weights: dict[str, Tensor] = {}
     for family in guide.blocks:
         z = torch.randn_like(family.raw_loc)

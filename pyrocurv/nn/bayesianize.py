@@ -8,6 +8,7 @@ from typing import Any, cast
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyrocurv.layers.module_types import TRANSPOSED
@@ -79,6 +80,11 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
         []
     """
     check_module("net", net)
+    if any(isinstance(module, DistributedDataParallel) for module in net.modules()):
+        raise ValueError(
+            "net is in DistributedDataParallel: pass the network itself, net.module; NGVI averages "
+            "over the ranks of a process group"
+        )
     check_unsharded("net", net.modules())
     parts = read_posterior(prior)
     prior_fn = None if parts is not None else parse_prior(prior)

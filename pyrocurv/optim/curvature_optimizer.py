@@ -36,12 +36,18 @@ from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior, checksums
 from pyrocurv.posterior.step import Evaluation, commit, step
-from pyrocurv.posterior.summary import UpdateCount, prior_errors, update_counts
+from pyrocurv.posterior.summary import (
+    UpdateCount,
+    prior_errors,
+    update_counts,
+    work_assignment,
+)
 from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.sharding import check_unsharded, is_fully_sharded, reshard
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
+    check_integer,
     check_is,
     check_module,
     check_positive,
@@ -271,7 +277,9 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         commit(update, store, undo, assign)
         if update.posterior.step % CHECK_EVERY == 1:
-            workers.check_equal(checksums(store.load(update.posterior)), posterior.step)
+            others = {parameter.name: parameter.tensor for parameter in auxiliary}
+            sums = checksums(store.load(update.posterior), others)
+            workers.check_equal(sums, posterior.step)
 
     def _synchronize(self) -> None:
         """Before the first step or sample of several workers: the random numbers of rank 0."""
@@ -289,6 +297,12 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         step.
         """
         return update_counts(self.curvature, self._posterior)
+
+    def work_assignment(self, num_ranks: int | None = None) -> dict[str, dict[str, int]]:
+        """As that of `pyrocurv.infer.NGVI`, for the ranks of `DistributedDataParallel`."""
+        size = self._recorder.workers.size if num_ranks is None else num_ranks
+        check_integer("num_ranks", size, 1)
+        return work_assignment(self._mean_update, self._posterior, size)
 
     def prior_errors(self) -> dict[str, float]:
         """As `pyrocurv.infer.NGVI.prior_errors`, for `VIOptimizer(prior=...)`."""

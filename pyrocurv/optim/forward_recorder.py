@@ -69,6 +69,13 @@ class ForwardRecorder:
         return inner
 
     @property
+    def local(self) -> nn.Module:
+        """The network of this process, whose forward pass communicates nothing."""
+        nets = [*self._wrappers()]
+        is_parallel = [isinstance(net, DistributedDataParallel) for net in nets]
+        return nets[len(nets) - is_parallel[::-1].index(True)] if any(is_parallel) else self.net
+
+    @property
     def workers(self) -> Workers:
         """The processes of `DistributedDataParallel`, where it is around the network."""
         for net in self._wrappers():

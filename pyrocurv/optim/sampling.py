@@ -20,6 +20,14 @@ from pyrocurv.posterior.precision import price_estimates, uses_sample_gradients
 from pyrocurv.posterior.sampling import Sampler, perturbed_weights
 from pyrocurv.posterior.state import BlockState, Perturbation, Posterior
 from pyrocurv.posterior.step import Update
+from pyrocurv.runtime.agreement import (
+    SAME_INPUTS,
+    SharedSamples,
+    check_same,
+    raise_together,
+)
+from pyrocurv.runtime.outputs import named_outputs, replaced, stacked
+from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.sharding import whole
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
@@ -189,15 +197,28 @@ def at_sample(
         yield moved
 
 
-def at_samples(
-    sampler: Sampler, count: int, store: ParameterStore, run: Callable[[], Any]
-) -> list[Any]:
-    """What `run` gives at `count` samples; at the mean without a block."""
-    results = []
-    for _ in range(count):
-        with at_sample(sampler.blocks, sampler.draw() if sampler.blocks else None, store):
-            results.append(run())
-    return results
+def predict_at_samples(
+    sampler: Sampler, count: int, store: ParameterStore, network: Callable[..., Any],
+    args: Any, kwargs: Any, workers: Workers,
+) -> Any:
+    """The network's outputs at `count` samples, stacked; at the mean without a block.
+
+    The workers share the samples out. Raises ValueError if they have other inputs or parameters.
+    """
+    parameters = {name: p for name, (p, _) in store.named.items()}
+    check_same(workers, {"the inputs": (args, kwargs), **parameters}, SAME_INPUTS)
+    outputs = []
+    with rewind_rng_on_error(store.device), raise_together(workers, "predict"):
+        samples = SharedSamples.of(workers, count)
+        for number in range(count):
+            perturbations = sampler.draw() if sampler.blocks else None
+            if number in samples.evaluated:
+                with at_sample(sampler.blocks, perturbations, store), samples.noise(store.device):
+                    outputs.append(network(*args, **kwargs))
+    result = stacked(outputs)
+    if workers.is_alone:
+        return result
+    return replaced(result, samples.gather(named_outputs(result)))
 
 
 def sample_gradients(

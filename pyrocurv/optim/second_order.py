@@ -23,6 +23,7 @@ from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable
+from pyrocurv.runtime.workers import naming_step
 from pyrocurv.structures.rescaled import KroneckerScaling
 
 
@@ -132,8 +133,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             check_callable("closure", closure, "a callable that returns the loss")
             with torch.enable_grad():
                 loss = closure()
-        self._synchronize()
-        with Undo() as undo:
+        with naming_step(self._posterior.step), Undo() as undo:
+            self._synchronize()
             undo.keep_attributes(*self._mutable)
             passes, store = self._recorder.pop_passes(), self._store()
             layout, posterior = self.layout, self._decayed(store, 0.0)

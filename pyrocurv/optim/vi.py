@@ -27,7 +27,7 @@ from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
 from pyrocurv.optim.sampling import (
     EvaluationSum,
     Sample,
-    at_samples,
+    predict_at_samples,
     sum_gradients,
 )
 from pyrocurv.optim.traced_network import TracedNetwork
@@ -42,11 +42,9 @@ from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.posterior.summary import at_temperature
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.inference_mode import outside_inference_mode
-from pyrocurv.runtime.outputs import stacked
-from pyrocurv.runtime.rng import rewind_rng_on_error
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
-from pyrocurv.runtime.workers import ALONE
+from pyrocurv.runtime.workers import ALONE, Workers, naming_step
 
 
 class VIOptimizer(CurvatureOptimizer):
@@ -197,7 +195,7 @@ class VIOptimizer(CurvatureOptimizer):
         self._synchronize()
         store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
-        with Undo() as undo:
+        with naming_step(self._posterior.step), Undo() as undo:
             undo.keep_attributes(self._likelihood, self._network, self._stream)
             undo.keep(self._recorder.pop_passes)
             with self._stream(store.device):
@@ -273,7 +271,7 @@ class VIOptimizer(CurvatureOptimizer):
             check_callable("closure", closure, "a callable that returns the loss")
         before = self._posterior.temperature
         try:
-            with Undo() as undo:
+            with naming_step(self._posterior.step), Undo() as undo:
                 undo.keep_attributes(*self._mutable)
                 loss = None if closure is None else self._sample_closure(closure)
                 samples, self._samples = self._samples, None
@@ -396,20 +394,33 @@ class VIOptimizer(CurvatureOptimizer):
         return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()
-    def predict(self, *args: Any, num_samples: int | None = None, **kwargs: Any) -> Any:
+    def predict(
+        self, *args: Any, num_samples: int | None = None, process_group: Any = None, **kwargs: Any
+    ) -> Any:
         """Outputs of the network at samples of the posterior, [num_samples, ...].
 
         Takes the network's arguments; draws from torch's global generator. Call `net.eval()` first
         if the network behaves differently in training. Before the first step it is the network
-        itself. In other outputs each tensor is stacked. Raises ValueError for less than one sample.
+        itself. In other outputs each tensor is stacked.
+
+        Args:
+            process_group: shares the samples out over processes, as for `Predictive`.
+
+        Raises ValueError for less than one sample, or for processes with other inputs.
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
-        store = self._store()
+        workers, store = Workers.of(process_group), self._store()
+        if not (workers.is_alone or self._network.owners.is_alone):
+            raise ValueError(
+                "process_group: the ranks of a network that fully_shard has sharded have parts of "
+                "each sample, and cannot share samples out: use process_group=None"
+            )
         sampler = Sampler(self._posterior.blocks, self.antithetic, noise=store.noise)
-        with self.use_mean(), rewind_rng_on_error(store.device):
-            outputs = at_samples(sampler, count, store, lambda: self.net(*args, **kwargs))
-        return stacked(outputs)
+        with self.use_mean():
+            return predict_at_samples(
+                sampler, count, store, self._recorder.local, args, kwargs, workers
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)

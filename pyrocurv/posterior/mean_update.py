@@ -109,6 +109,10 @@ class MeanUpdate:
         )
         return [*map(_natural_direction, pushes, solved)]
 
+    def costs(self, states: Sequence[BlockState]) -> dict[str, float]:
+        """What is shared out among workers, in order: multiplications by block or tensor name."""
+        return {}
+
     def keep(self, undo: Undo) -> None:
         """Have `undo` keep what `directions` changes."""
 

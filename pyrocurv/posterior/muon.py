@@ -27,6 +27,7 @@ from torch import Tensor
 from pyrocurv.posterior.adam import adam_direction
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.orthogonalization import matrix_norms, orthogonalize
+from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import KroneckerEigen, LazySolution
 from pyrocurv.structures.stack import operands
@@ -52,6 +53,14 @@ class MuonUpdate(MeanUpdate):
         }
         signs = dict(zip(matrices, _orthogonalized([*matrices.values()], workers), strict=True))
         return [_muon_direction(push, signs) for push in pushes]
+
+    def costs(self, states: Sequence[BlockState]) -> dict[str, float]:
+        """Those of the products of each weight matrix."""
+        return {
+            layer.weight: product_cost((shape[0], math.prod(shape) // shape[0]))
+            for state in states for layer in state.block.layers if layer.is_matrix
+            for shape in (layer.tensors[layer.weight],)
+        }
 
 
 def _muon_direction(push: Push, signs: dict[str, Tensor]) -> Direction:
@@ -92,7 +101,7 @@ class WhitenedMuonUpdate(MeanUpdate):
     def directions(
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
-        bases = [_input_basis(push) for push in pushes]
+        bases = [_input_basis(push.state) for push in pushes]
         natural = [not basis and _is_natural(p) for p, basis in zip(pushes, bases, strict=True)]
         solved = iter(NATURAL.directions([*compress(pushes, natural)]))
         whitened = iter(_whitened_directions(
@@ -103,10 +112,15 @@ class WhitenedMuonUpdate(MeanUpdate):
             for push, basis, is_natural in zip(pushes, bases, natural, strict=True)
         ]
 
+    def costs(self, states: Sequence[BlockState]) -> dict[str, float]:
+        """Those of the products and the whitening of each block."""
+        return {state.block.name: _cost(basis) for state in states
+                if (basis := _input_basis(state))}
 
-def _input_basis(push: Push) -> KroneckerEigen | None:
+
+def _input_basis(state: BlockState) -> KroneckerEigen | None:
     """The curvature of a block whose matrices are whitened; None without a factor, or too wide."""
-    curvature, layer = push.state.curvature, push.state.block.layers[0]
+    curvature, layer = state.curvature, state.block.layers[0]
     basis = curvature.curvature
     if not (isinstance(basis, KroneckerEigen) and layer.is_matrix):
         return None
@@ -147,6 +161,11 @@ def product_cost(shape: Sequence[int]) -> float:
     return math.prod(shape) * min(shape[-2:])
 
 
+def _cost(basis: KroneckerEigen) -> float:
+    """That of the products, and of whitening the inputs."""
+    return product_cost(basis.shape) + math.prod(basis.shape) * basis.shape[-1]
+
+
 def _whitened_directions(
     pushes: Sequence[Push], bases: Sequence[KroneckerEigen], workers: Workers
 ) -> list[Direction]:
@@ -162,8 +181,7 @@ def _whitened_directions(
             vectors[item].copy_(*direction.solution.factors)
             dots[item].copy_(direction.solution.dot)
 
-    costs = [product_cost(x.shape) + math.prod(x.shape) * x.shape[-1] for x in bases]
-    workers.share_out(costs, [*zip(vectors, dots, strict=True)], compute)
+    workers.share_out([*map(_cost, bases)], [*zip(vectors, dots, strict=True)], compute)
     return [
         Direction(push.state, LazySolution(dot, (vector,)), push.state.hyperparameters.lr)
         for push, vector, dot in zip(pushes, vectors, dots, strict=True)

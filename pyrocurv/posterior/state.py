@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -123,9 +123,9 @@ class Posterior:
 
 
 @torch.no_grad()
-def checksums(posterior: Posterior) -> dict[str, Tensor]:
-    """Numbers {block name: scalar} that differ where the states of blocks do."""
-    return {
+def checksums(posterior: Posterior, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers {name: scalar} that differ where the states of blocks or other parameters do."""
+    return {name: x.detach().double().sum() for name, x in others.items()} | {
         state.block.name: torch.stack([
             state.mean.double().sum(), state.momentum.double().abs().sum(),
             state.precision.trace().double(),

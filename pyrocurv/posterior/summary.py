@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from pyrocurv.curvature import Curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
+from pyrocurv.posterior.mean_update import MeanUpdate
 from pyrocurv.posterior.precision import uses_sample_gradients
 from pyrocurv.posterior.state import Posterior
+from pyrocurv.runtime.workers import assign
+from pyrocurv.structures.eigenbases import eigh_cost
 from pyrocurv.structures.sums import relative_error
 
 
@@ -41,6 +44,26 @@ def prior_errors(spec: Curvature, posterior: Posterior) -> dict[str, float]:
             state.prior.gaussian.precision,
         )
         for state in posterior.blocks if isinstance(state.prior.gaussian, CorrelatedPrior)
+    }
+
+
+def work_assignment(
+    update: MeanUpdate, posterior: Posterior, num_ranks: int
+) -> dict[str, dict[str, int]]:
+    """{"eigendecompositions" or "update": {what: the rank that computes it for all}}.
+
+    Eigendecompositions are those of the factors of all blocks that are complete, in one step.
+    """
+    sides: dict[str, float] = {}
+    for state in posterior.blocks:
+        if state.curvature.factors is not None:
+            for side in ("output", "input"):
+                factor: Tensor = getattr(state.curvature.factors, side)
+                sides[f"{state.block.name} {side}"] = eigh_cost(factor.shape)
+    work = {"eigendecompositions": sides, "update": update.costs(posterior.blocks)}
+    return {
+        name: dict(zip(costs, assign([*costs.values()], num_ranks), strict=True))
+        for name, costs in work.items()
     }
 
 

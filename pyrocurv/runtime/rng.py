@@ -73,14 +73,30 @@ def section(device: torch.device, process: int | None = None) -> Iterator[None]:
     """Draw from a stream that the present one determines, and the number of a process if given.
 
     Each section is another one. The present stream stays as it is, whatever is drawn inside.
+    Outside of a stream it is torch's global generator.
     """
-    stream = _current or RandomStream()
+    stream = _current
+    if stream is None:
+        yield
+        return
     shared, own = stream.num_sections
     stream.num_sections = (shared + 1, own) if process is None else (shared, own + 1)
-    name = f"{stream.seed} {stream.num_sections[process is not None]} {process}"
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-    with RandomStream(seed)(device):
+    number = stream.num_sections[process is not None]
+    with RandomStream(derived_seed(stream.seed, number, process))(device):
         yield
+
+
+def derived_seed(*numbers: int | None) -> int:
+    """A seed that numbers determine."""
+    name = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+def next_seed() -> int:
+    """The seed that a `RandomStream` made now would have; draws nothing."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def isolated_rng(device: torch.device, seed: int = 0) -> AbstractContextManager[None]:

@@ -23,6 +23,25 @@ AUTO = "auto"
 CHECK_EVERY = 100  # steps
 
 
+class LostProcessError(RuntimeError):
+    """A process of the group does not answer."""
+
+    step: int | None = None  # in which that was noticed
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Have the error of a lost process say in which step it was missed."""
+    try:
+        yield
+    except LostProcessError as error:
+        if error.step is not None:
+            raise
+        named = LostProcessError(f"step {step}: {error}")
+        named.step = step
+        raise named from error.__cause__
+
+
 @dataclass(frozen=True, eq=False)
 class Workers:
     """A process group of `torch.distributed`, or None for this process alone.
@@ -73,7 +92,8 @@ class Workers:
         results: dict[int, Tensor] = {}
         for bucket in _buckets(tensors):
             flat = bucket.flat(tensors)
-            dist.all_reduce(flat, group=self.group)
+            with self._talking():
+                dist.all_reduce(flat, group=self.group)
             results.update(bucket.unflatten(flat, tensors))
         return [results[index] for index in range(len(tensors))]
 
@@ -85,7 +105,8 @@ class Workers:
         results: dict[int, Tensor] = {}
         for bucket in _buckets(tensors):
             flat = bucket.flat(tensors)
-            dist.reduce(flat, group_dst=target, group=self.group)
+            with self._talking():
+                dist.reduce(flat, group_dst=target, group=self.group)
             results.update(bucket.unflatten(flat, tensors))
         return [results[index] for index in range(len(tensors))]
 
@@ -127,7 +148,8 @@ class Workers:
         if self.is_alone:
             return x[None]
         gathered = x.new_empty(self.size, *x.shape)
-        dist.all_gather([*gathered.unbind()], x.contiguous(), group=self.group)
+        with self._talking():
+            dist.all_gather([*gathered.unbind()], x.contiguous(), group=self.group)
         return gathered
 
     # ---- one for all ----------------------------------------------------------------------------
@@ -139,7 +161,8 @@ class Workers:
             return
         for bucket in _buckets(tensors):
             flat = bucket.flat(tensors)
-            dist.broadcast(flat, group_src=source, group=self.group)
+            with self._talking():
+                dist.broadcast(flat, group_src=source, group=self.group)
             for index, value in bucket.unflatten(flat, tensors).items():
                 tensors[index].copy_(value)
 
@@ -148,7 +171,8 @@ class Workers:
         if self.is_alone:
             return value
         values = [value]
-        dist.broadcast_object_list(values, group_src=0, group=self.group)
+        with self._talking():
+            dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -156,9 +180,10 @@ class Workers:
         if self.is_alone:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.gather_object(
-            value, values if self.rank == 0 else None, group_dst=0, group=self.group
-        )
+        with self._talking():
+            dist.gather_object(
+                value, values if self.rank == 0 else None, group_dst=0, group=self.group
+            )
         return values if self.rank == 0 else []
 
     def share_out(
@@ -180,17 +205,32 @@ class Workers:
     def gather(self, x: Tensor, target: int) -> Tensor | None:
         """The tensors [*shape] of all processes, [size, *shape], at that of rank `target`."""
         if self.rank != target:
-            dist.gather(x, group_dst=target, group=self.group)
+            with self._talking():
+                dist.gather(x, group_dst=target, group=self.group)
             return None
         gathered = x.new_empty(self.size, *x.shape)
-        dist.gather(x, [*gathered.unbind()], group_dst=target, group=self.group)
+        with self._talking():
+            dist.gather(x, [*gathered.unbind()], group_dst=target, group=self.group)
         return gathered
 
     @torch.no_grad()
     def scatter_(self, x: Tensor, parts: Tensor | None, source: int) -> None:
         """Fill x [*shape] by the part of each process in [size, *shape], which `source` has."""
         pieces = None if parts is None else [*parts.unbind()]
-        dist.scatter(x, pieces, group_src=source, group=self.group)
+        with self._talking():
+            dist.scatter(x, pieces, group_src=source, group=self.group)
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Say what it means when a collective operation fails."""
+        try:
+            yield
+        except RuntimeError as error:  # neither gloo nor NCCL has a class of errors for it
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise LostProcessError(
+                f"rank {self.rank} cannot reach all of the {self.size} processes: a process of the "
+                f"group has died, has left, or takes no part in this step ({reason})"
+            ) from error
 
     # ---- random numbers -------------------------------------------------------------------------
 
@@ -230,7 +270,8 @@ class Workers:
             return
         kind = type(error) if type(error).__module__ == "builtins" else RuntimeError
         errors: list[Any] = [None] * self.size
-        dist.all_gather_object(errors, error and (kind, str(error)), group=self.group)
+        with self._talking():
+            dist.all_gather_object(errors, error and (kind, str(error)), group=self.group)
         if error is not None:
             raise error
         rank, (kind, text) = next((r, found) for r, found in enumerate(errors) if found)
@@ -268,7 +309,7 @@ def assign(
 
     Example:
         >>> assign([1.0, 8.0, 4.0, 4.0], 2)
-        (1, 0, 1, 1)
+        (0, 0, 1, 1)
     """
     loads, owners = [*loads] if loads else [0.0] * size, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):

@@ -162,8 +162,8 @@ class Kronecker(Structure):
         ranks = sizes if ranks is None else ranks
         _check_counts("ranks", ranks, sizes)
         _check_counts("num_blocks", num_blocks, None)
-        output_basis, output_values = _leading(self.output, ranks[0], num_blocks[0])
-        input_basis, input_values = _leading(self.input, ranks[1], num_blocks[1])
+        output_basis, output_values = leading(self.output, ranks[0], num_blocks[0])
+        input_basis, input_values = leading(self.input, ranks[1], num_blocks[1])
         return KroneckerEigen(output_basis, input_basis, outer(output_values, input_values))
 
 
@@ -212,16 +212,27 @@ def _check_counts(name: str, counts: Any, largest: tuple[int, int] | None) -> No
         raise ValueError(f"{name}={counts!r}: two positive integers{bound} are needed")
 
 
-def _leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+def is_krylov(factor: Tensor, rank: int) -> bool:
+    """Whether `rank` leading eigenvectors are computed alone."""
+    rows = factor.shape[-1]
+    return factor.dim() == 2 and rows > MIN_KRYLOV and rank <= rows // 32
+
+
+def leading(factor: Tensor, rank: int, num_blocks: int) -> tuple[Tensor, Tensor]:
     """Leading eigenvectors [..., n, rank], their eigenvalues and, if rank < n, the others' mean."""
     rows = factor.shape[-1]
-    if factor.dim() == 2 and num_blocks == 1 and rows > MIN_KRYLOV and rank <= rows // 32:
+    if num_blocks == 1 and is_krylov(factor, rank):
         values, basis = leading_eigh(factor, rank)
         rest = (factor.diagonal().sum() - values.sum())[None]
         mean = without_rounding(rest, rows, values.abs().amax()) / (rows - rank)
         return basis, torch.cat([values, mean])
     values, basis = eigh_blocks(factor, num_blocks)
-    others = rows - rank
+    return truncated(basis, values, rank)
+
+
+def truncated(basis: Tensor, values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The last `rank` of ascending eigenvectors, with the mean of the others' eigenvalues."""
+    others = values.shape[-1] - rank
     if others == 0:
         return basis, values
     mean = values[..., :others].mean(-1, keepdim=True)

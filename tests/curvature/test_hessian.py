@@ -59,6 +59,7 @@ from pyrocurv.infer import NGVI
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.capture import Capture
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, parse_structure
+from pyrocurv.runtime.workers import ALONE
 from pyrocurv.structures import Kronecker, KroneckerEigen
 from pyrocurv.structures.rescaled import KroneckerScaling
 
@@ -640,9 +641,10 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         term = lambda f, y=y: LikelihoodTerm(likelihood(f), y)  # noqa: E731
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
         running = running or running_average.zero_curvature(seen.block, x, None)
-        running = running_average.update(
+        begun = running_average.begin_update(
             running_average.DueBlock(seen.block, running, None), seen, len(x), 0.9, True
         )
+        (running,) = running_average.finish_updates([begun], len(x), ALONE)
         parts.append(assembled(seen).dense() / len(x))
     assert running is not None
     for part in parts:
@@ -673,7 +675,8 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         due = running_average.DueBlock(seen.block, zero, scaling)
         with monkeypatch.context() as patch:
             patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
-            running = running_average.update(due, seen, len(x), 0.9, True)
+            begun = running_average.begin_update(due, seen, len(x), 0.9, True)
+            (running,) = running_average.finish_updates([begun], len(x), ALONE)
         expected = factors.eigen((2, 2)).psd()
         if isinstance(spec, EKFAC):
             expected = one.eigenvalues(expected, scaling)
@@ -681,7 +684,8 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         assert running.factors is None
         # the first sample of several that the layer has a part in
         late = running_average.Particle(2, 4)
-        again = running_average.update(due, seen, len(x), 0.9, True, late)
+        begun = running_average.begin_update(due, seen, len(x), 0.9, True, late)
+        (again,) = running_average.finish_updates([begun], len(x), ALONE)
         assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)
 
 

@@ -12,13 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
-from pyrocurv.curvature.running_average import DueBlock, RunningCurvature, update, zero_curvature
+from pyrocurv.curvature.running_average import (
+    DueBlock,
+    RunningCurvature,
+    begin_update,
+    finish_updates,
+    zero_curvature,
+)
 from pyrocurv.curvature.truncated_factor import MAX_ROWS, TruncatedFactor, mean_squares
 from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.nn import Classifier, bayesianize
+from pyrocurv.runtime.workers import ALONE
 from pyrocurv.structures import KroneckerEigen
 from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import from_state, to_state
@@ -51,7 +58,10 @@ def step(
     block = Block((layer,), {"kfac": KFAC, "ekfac": EKFAC}[structure](rank=rank))
     running = running or zero_curvature(block, a, scaling)
     statistics = GradientStatistics([[LayerStatistics(a[None], g)]])
-    return update(DueBlock(block, running, scaling), statistics, rows, decay, refresh)
+    due = DueBlock(block, running, scaling)
+    begun = begin_update(due, statistics, rows, decay, refresh)
+    (updated,) = finish_updates([begun], rows, ALONE)
+    return updated
 
 
 def weights(count: int) -> list[float]:

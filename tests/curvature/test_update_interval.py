@@ -289,13 +289,13 @@ def data_of(model: Any) -> tuple[Tensor, Tensor]:
 def estimates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, ...]]]:
     """The layers of each block whenever its curvature is estimated."""
     seen: list[tuple[str, ...]] = []
-    update = running_average.update
+    update = running_average.begin_update
 
     def spy(due: Any, *rest: Any) -> Any:
         seen.append(tuple(layer.weight for layer in due.block.layers))
         return update(due, *rest)
 
-    monkeypatch.setattr(running_average, "update", spy)
+    monkeypatch.setattr(running_average, "begin_update", spy)
     yield seen
 
 

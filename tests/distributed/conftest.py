@@ -19,7 +19,9 @@ def ranks(pools: dict[int, Ranks]) -> Callable[[int], Ranks]:
     """ranks(size) is a group of that many processes."""
 
     def of(size: int) -> Ranks:
-        if size not in pools or not pools[size].is_alive:
+        if size in pools and not pools[size].is_alive:
+            pools.pop(size).stop()  # those that have outlived one of them
+        if size not in pools:
             pools[size] = Ranks(size)
         return pools[size]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120.0  # seconds, of one function
+TIMEOUT = 300.0  # seconds, of one function
 CONTEXT = get_context("spawn")
 
 

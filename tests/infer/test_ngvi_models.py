@@ -374,7 +374,9 @@ def test_a_model_that_draws_its_own_mini_batch() -> None:
                 plain(mean, y[plate.indices])
 
     model = Inside(plain)
-    ngvi = NGVI(model, KFACGuide(model), lr=0.2, kl_clip=None, curvature="ggn")
+    ngvi = NGVI(
+        model, KFACGuide(model), lr=0.2, kl_clip=None, curvature="ggn", update="natural"
+    )
     losses = [ngvi.step(x, y) for _ in range(80)]
     mean, covariance, evidence = truth(x, y, "unequal")
     assert len(set(losses)) == 80

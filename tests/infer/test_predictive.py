@@ -94,11 +94,11 @@ def posterior(n: int) -> dict[str, Tensor]:
 # ---- interface ----------------------------------------------------------------------------------
 
 
-def test_the_signature_is_that_of_pyro() -> None:
+def test_the_signature_is_that_of_pyro_and_a_group() -> None:
     def plain(thing: Any) -> list[tuple[str, Any]]:
         return [(p.name, p.default) for p in inspect.signature(thing).parameters.values()]
 
-    assert plain(Predictive) == plain(Theirs)
+    assert plain(Predictive) == [*plain(Theirs), ("process_group", None)]
     assert issubclass(Predictive, Theirs) and issubclass(Predictive, nn.Module)
 
 
