@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils._pytree import tree_leaves
 
+from pyrocurv import checkpoint
 from pyrocurv.curvature import Curvature, estimate
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI, Laplace
@@ -196,7 +197,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def resume(rank: int, kind: str) -> Any:
+def resume(rank: int, kind: str, path: str) -> Any:
     """A run, the same resumed by each rank, and by what rank 0 has of all."""
     network = sharded_net()
     optimizer = make(network, kind, OPTIONS)
@@ -205,29 +206,35 @@ def resume(rank: int, kind: str) -> Any:
     full = copy.deepcopy(optimizer.full_state_dict())
     assert bool(full) == (rank == 0)
     weights = whole(network)
+    checkpoint.save(path, {"net": network, "optimizer": optimizer}, sharded=True)
     loop(network, optimizer, range(2, 4), rank, SIZE)
     after = whole(network)
     everything = [full]
     torch.distributed.broadcast_object_list(everything)
-    for saved in (state, everything[0]):
+    for saved in (state, everything[0], None):
         other = sharded_net()
         resumed = make(other, kind, OPTIONS)
-        with torch.no_grad():
-            for name, p in other.named_parameters():
-                p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
-        resumed.load_state_dict(saved)
+        if saved is None:
+            checkpoint.load(path, {"net": other, "optimizer": resumed})
+        else:
+            with torch.no_grad():
+                for name, p in other.named_parameters():
+                    p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
+            resumed.load_state_dict(saved)
         loop(other, resumed, range(2, 4), rank, SIZE)
         found = whole(other)
-        differ = [name for name, value in after.items() if not torch.equal(found[name], value)]
-        assert not differ, saved is state
+        exact = {"rtol": 0.0, "atol": 0.0}  # but matrices come from a folder in another layout
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if saved is None else exact
+        for name, value in after.items():
+            torch.testing.assert_close(found[name], value, **tolerance)
     return weights, everything[0], after, state
 
 
 @pytest.mark.filterwarnings("ignore:.*consumed by no supported op")
 @pytest.mark.parametrize("kind", ["second-order", "vi"])
-def test_states_resume(ranks: Any, kind: str) -> None:
+def test_states_resume(ranks: Any, kind: str, tmp_path: Any) -> None:
     """On the same ranks bit for bit, and in one process from the state of all."""
-    (weights, full, after, own), _ = ranks(SIZE).run(resume, kind)
+    (weights, full, after, own), _ = ranks(SIZE).run(resume, kind, str(tmp_path / "run"))
     network = net(is_traced=False)
     network.load_state_dict(weights)
     optimizer = make(network, kind, OPTIONS)
