@@ -71,7 +71,7 @@ def save(
     if sharded and target.is_file():
         raise TypeError(f"path={str(target)!r} is a file: a folder is needed, or sharded=False")
     states = {
-        name: _inner(value).state_dict() if _has_state(value) else value
+        name: _state(value, workers) if _has_state(value) else value
         for name, value in objects.items()
     }
     kinds = {name: _has_state(value) for name, value in objects.items()}
@@ -142,6 +142,12 @@ def _has_state(value: Any) -> bool:
 
 def _inner(value: Any) -> Any:
     return value.module if isinstance(value, DistributedDataParallel) else value
+
+
+def _state(value: Any, workers: Workers) -> dict[str, Any]:
+    """The state of an object; of an optimizer whose ranks have a part each, that of all."""
+    state = _inner(value).state_dict()
+    return workers.broadcast(value.full_state_dict()) if "sharding" in state else state
 
 
 def _is_sharded(x: Tensor) -> bool:

@@ -39,6 +39,7 @@ from pyrocurv.layers.structure_spec import EKFAC, KFAC, KroneckerSpec, Structure
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.validation import check_inputs, check_module, check_tensor
 from pyrocurv.structures import BlockDiagonal, Kronecker, Structure, cut
 
@@ -145,6 +146,7 @@ def estimate(
     parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("net: no parameter of the network has requires_grad")
+    check_unsharded("net", net.modules())
     check_differentiable(net.modules())
     for name, value in (("x", x), ("y", y)):
         if isinstance(value, Tensor) and value.shape[:1] == (0,):

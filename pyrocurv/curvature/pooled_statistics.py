@@ -96,8 +96,9 @@ def eigenvalues(
 ) -> list[KroneckerEigen]:
     """The `eigenvalues` of each, of all processes, in one bucket."""
     found = [
-        (one.local if isinstance(one, PooledStatistics) else one).eigenvalues(basis, scaling)
-        for one, basis, scaling in several
+        (
+            one.local if isinstance(one, PooledStatistics) and not workers.is_alone else one
+        ).eigenvalues(basis, scaling) for one, basis, scaling in several
     ]
     spectra = workers.sums([one.spectrum for one in found])
     return [

@@ -36,6 +36,7 @@ from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import serializable
 
 BASIS_WARMUP = (1, 2, 4, 8, 16)  # estimates with an eigendecomposition at any interval
+NO_EXAMPLE = "the mask leaves no example to compute the first curvature from"
 S = TypeVar("S", bound=Structure)
 
 
@@ -152,7 +153,7 @@ def update_curvature(
     rows, statistics = _collect_all(spec, due, forward)
     if rows == 0:
         if any(average.count == 0 for _, average, _ in due):
-            raise ValueError("the mask leaves no example to compute the first curvature from")
+            raise ValueError(NO_EXAMPLE)
         return [average for _, average, _ in due]
     with torch.no_grad():
         # `map` lets go of the statistics of a block before the next ones, if they are used up
@@ -180,6 +181,15 @@ def _collect_all(
         total, total_rows = workers.sums([*like.new_tensor([count, rows])])
         pooled = pool(blocks, local, workers) if total else ()
     return float(total_rows) if total else 0, pooled
+
+
+def is_basis_due(
+    spec: Curvature, step: int, average: RunningCurvature, particle: Particle
+) -> bool:
+    """Whether an estimate has an eigendecomposition of Kronecker factors."""
+    return particle.is_last and (
+        particle.count(average) in BASIS_WARMUP or spec.is_basis_due(step, average.interval)
+    )
 
 
 def has_statistics(spec: Curvature, block: Block, calls: Sequence[LayerCall]) -> bool:
@@ -230,10 +240,7 @@ def _begin(
     Truncated factors have new eigenvectors at every estimate. When the scaling changes, the
     eigenvalues of EK-FAC are kept. An estimate that is not finite is left out, with a warning.
     """
-    old = due.average
-    refresh = particle.is_last and (
-        particle.count(old) in BASIS_WARMUP or spec.is_basis_due(step, old.interval)
-    )
+    old, refresh = due.average, is_basis_due(spec, step, due.average, particle)
     estimate = begin_update(due, statistics, rows, spec.decay, refresh, particle, workers)
     if spec.every != "auto" or not particle.is_last:
         return estimate

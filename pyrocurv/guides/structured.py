@@ -35,6 +35,7 @@ from pyrocurv.runtime import validation
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
 from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.rng import device_of, rewind_rng_on_error
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
@@ -125,6 +126,7 @@ class StructuredGuide(BlockwiseGuide):
             self._setup(args, kwargs, prefers_joint, requires_data)
 
     def _setup(self, args: Any, kwargs: Any, prefers_joint: bool, requires_data: bool) -> None:
+        check_unsharded("model", modules(self._base_model[0]))
         check_differentiable(modules(self._base_model[0]))
         prototype = trace_prototype(
             self.model, self._prototype_hide_fn, self.master is not None, tuple(args), kwargs,

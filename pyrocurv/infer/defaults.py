@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from pyro.optim import PyroOptim
 
+from pyrocurv.handlers.modules import modules
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter, gradients
 from pyrocurv.optim.checks import check_hyperparameters
 from pyrocurv.posterior.hyperparameters import AUTO
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
     check_callable,
@@ -90,6 +92,7 @@ def check_options(
 ) -> None:
     """Raise TypeError or ValueError for an argument of `NGVI` that is out of its range."""
     check_callable("model", model, "a Pyro model, a callable,")
+    check_unsharded("model", modules(model))
     check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
     check_positive("temperature", temperature, "auto")
     check_integer("kl_warmup", kl_warmup, 0)

@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
-from pyrocurv.handlers.modules import module_tensors
+from pyrocurv.handlers.modules import module_tensors, modules
 from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
 from pyrocurv.infer.linearized_predictive import LINKS, predict
@@ -34,6 +34,7 @@ from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.runtime.agreement import SAME_INPUTS, check_same
 from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
@@ -91,6 +92,7 @@ class Laplace:
     ) -> None:
         check_guide(guide)
         check_callable("model", model, "a Pyro model, a callable,")
+        check_unsharded("model", modules(model))
         Workers.of(process_group)  # raises for what is none
         self.process_group = process_group
         self.model, self.guide = model, guide

@@ -20,7 +20,7 @@ def fan_in(module: nn.Module) -> int:
         return weight.numel() // (weight.shape[1] * module.groups)
     if isinstance(module, (nn.Embedding, *NORMS)):
         return 1
-    matrices = [p[0].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+    matrices = [p.shape[1:].numel() for p in module.parameters(recurse=False) if p.dim() > 1]
     return max(matrices, default=1)
 
 

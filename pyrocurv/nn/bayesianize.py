@@ -22,6 +22,7 @@ from pyrocurv.nn.weight_priors import (
     parse_prior,
     set_prior,
 )
+from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_iterable, check_module, shown
 
@@ -84,6 +85,7 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
             "net is in DistributedDataParallel: pass the network itself, net.module; NGVI averages "
             "over the ranks of a process group"
         )
+    check_unsharded("net", net.modules())
     parts = read_posterior(prior)
     prior_fn = None if parts is not None else parse_prior(prior)
     chosen = _choose(net, layers, is_posterior=parts is not None)

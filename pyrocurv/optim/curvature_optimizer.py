@@ -29,6 +29,7 @@ from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
 from pyrocurv.optim.sampling import EvaluationSum
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
+from pyrocurv.optim.sharded_network import ShardedNetwork, ShardedRecorder
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
@@ -43,6 +44,7 @@ from pyrocurv.posterior.summary import (
 )
 from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.rng import RandomStream
+from pyrocurv.runtime.sharding import check_unsharded, is_fully_sharded, reshard
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
     check_integer,
@@ -83,14 +85,28 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         is_natural = not self.has_samples and not has_layer_norm(net)
         self._mean_update = as_mean_update(update, "natural" if is_natural else "whitened-muon")
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
+        network, recorder = self._kinds(net)
         super().__init__(check_params(params, net), defaults)
-        self._network = TracedNetwork(
-            ForwardRecorder(net), structure, type(self).__name__, self.fallback_description,
+        self._network = network(
+            recorder(net), structure, type(self).__name__, self.fallback_description,
             self.has_untraced_blocks,
         )
         self._stream, self._is_synchronized = RandomStream(), False
         self._posterior = Posterior(0, ())
         self._schedule_recording()
+
+    def _kinds(self, net: nn.Module) -> tuple[type[TracedNetwork], type[ForwardRecorder]]:
+        """What follows a network; ValueError for one that is sharded in a way that none does."""
+        if not any(map(is_fully_sharded, net.modules())):
+            check_unsharded("net", net.modules())
+            return TracedNetwork, ForwardRecorder
+        if self.curvature.kind == "hessian":
+            raise ValueError(
+                "curvature='hessian' of a network that fully_shard has sharded: use 'fisher', "
+                "'ggn' or 'empirical', or DistributedDataParallel"
+            )
+        reshard(net.modules())
+        return ShardedNetwork, ShardedRecorder
 
     @property
     def net(self) -> nn.Module:
@@ -158,7 +174,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def _is_due(self) -> bool:
         """Whether the next step takes an estimate."""
-        return not self.layout.blocks or is_any_due(self.curvature, self._posterior)
+        if not self.layout.blocks:
+            return True
+        is_due = is_any_due(self.curvature, self._posterior)
+        return self._network.owners.any(is_due, self._posterior.blocks[0].momentum)
 
     def _schedule_recording(self) -> None:
         """Have the recorder keep the examples that the next step needs."""
@@ -176,7 +195,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 self._hyperparameters(store.first(block)[1], layout), store.read(block),
                 batch_fraction,
             )
-            for block in layout.blocks[len(posterior.blocks):]
+            for block in self._network.own(layout)[len(posterior.blocks):]
         ]
         return replace(posterior, blocks=(*posterior.blocks, *states))
 
@@ -200,7 +219,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
                 posterior = self._with_new_blocks(posterior, layout, store, batch_fraction)
                 posterior = self._in_context(posterior, layout, store)
                 used = _used_blocks(posterior, forward.calls)
-                updated = update_curvature(self.curvature, used, forward, batch_fraction, part)
+                with self._network.owners.together(store.like):
+                    updated = update_curvature(
+                        self.curvature, used, forward, batch_fraction, part,
+                        self._network.average(layout, store),
+                    )
             new = {state.block.name: state for state in updated.blocks}
             posterior = posterior.map_blocks(partial(_replaced, new))
         return layout, posterior
@@ -224,6 +247,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         `undo` keeps what else the step has changed.
         """
         num_samples = 1 if samples is None else samples.count
+        store = self._network.covering(store, layout)
         posterior = store.load(self._in_context(posterior, layout, store))
         gradients = {n: p.grad for n, (p, _) in store.named.items() if p.grad is not None}
         blocked = {name for block in layout.blocks for name in block.tensors}
@@ -231,21 +255,21 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         auxiliary = store.auxiliary(
             {**dict.fromkeys(self._auxiliary.names), **rest}, self._fallback_lr
         )
-        means = {
-            name: gradient if num_samples == 1 else gradient / num_samples
-            for name, gradient in gradients.items() if name in blocked
-        }
+        means = store.gathered({n: g for n, g in gradients.items() if n in blocked})
+        if num_samples > 1:
+            means = {name: gradient / num_samples for name, gradient in means.items()}
         loss = torch.zeros((), device=store.device)
-        workers = self._recorder.workers
+        workers, owners = self._network.replicas, self._network.owners
         nll = None if samples is None else samples.mean_loss
-        evaluation = Evaluation(posterior, loss, means, [*rest.values()], nll, workers)
+        evaluation = Evaluation(posterior, loss, means, [*rest.values()], nll, workers, owners)
         self._mean_update.keep(undo)
         update = step(self._posterior, evaluation, mean_update=self._mean_update)
         after = update.posterior if samples is None else samples.after(update)
         not_seen = {name: name for name in rest if name not in layout.names}
         self._network.warn_once(not_seen, "not used yet in a pass that gave a curvature")
         self._auxiliary.keep(undo, auxiliary)
-        self._auxiliary.step(auxiliary, 1 / num_samples)
+        with owners.together(loss):
+            self._auxiliary.step(auxiliary, 1 / num_samples)
 
         def assign() -> None:
             self._network.layout, self._posterior = layout, after
@@ -293,16 +317,29 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         return parameter_table(self.layout, self._store().named)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters, in plain values and tensors."""
+        """Everything but the parameters, in plain values and tensors.
+
+        Of a network that `fully_shard` has sharded, what this rank has; it continues on the same
+        rank of as many. See `full_state_dict`.
+        """
         return {
             **super().state_dict(),
             **posterior_state(type(self).__name__, self.layout, self._posterior),
+            **self._network.sharding(self.layout),
             "update": self._mean_update.name,
             "update_state": self._mean_update.state_dict(),
             "auxiliary": self._auxiliary.state_dict(),
             "stream": self._stream.state_dict(),
             **self._likelihood.state_dict(),
         }
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state of all ranks of a network that `fully_shard` has sharded, which all ask for.
+
+        On rank 0; {} on the others. It continues on any number of ranks, or in one process. Of any
+        other network it is `state_dict()`.
+        """
+        return self._network.full_state(self.state_dict())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken, given the network as it was then.
@@ -314,15 +351,16 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
-        layout, posterior = read_posterior(state_dict, self._network, self._store())
-        check_update(state_dict["update"], self._mean_update.name, type(self).__name__)
         with Undo() as undo:
             undo.keep_attributes(*self._mutable)
+            layout, posterior = read_posterior(state_dict, self._network, self._store())
+            check_update(state_dict["update"], self._mean_update.name, type(self).__name__)
             self._mean_update.keep(undo)
             super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
             self._network.layout, self._posterior = layout, posterior
             self._mean_update.load_state_dict(state_dict["update_state"])
-            self._auxiliary.load_state_dict(state_dict["auxiliary"])
+            saved = self._network.placed(state_dict["auxiliary"], self._store())
+            self._auxiliary.load_state_dict(saved)
             self._network.warned = {*state_dict["auxiliary"]}
             self._stream.load_state_dict(state_dict["stream"])
             self._likelihood.load_state_dict(state_dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
@@ -64,7 +65,8 @@ def _normal(module: nn.Module, name: str, like: Tensor, precision: float | str) 
     """Independent normals over one parameter; scales of norm layers have mean 1, others 0."""
     value = fan_in(module) + 1 if isinstance(precision, str) else precision
     loc = float(isinstance(module, NORMS) and name.rpartition(".")[2] == "weight")
-    normal = Normal(like.new_full((), loc), like.new_full((), 1 / math.sqrt(value)))
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    normal = Normal(zero + loc, zero + 1 / math.sqrt(value))
     return normal.expand(like.shape)
 
 

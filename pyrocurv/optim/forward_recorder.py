@@ -26,6 +26,7 @@ from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.recorded_pass import ForwardInputs, RecordedPass, num_rows
 from pyrocurv.runtime.module_state import save_buffers
 from pyrocurv.runtime.outputs import named_outputs
+from pyrocurv.runtime.sharding import whole
 from pyrocurv.runtime.undo import complete
 from pyrocurv.runtime.validation import is_out_of_memory
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -50,6 +51,7 @@ class ForwardRecorder:
     def __post_init__(self) -> None:
         self._inputs: ForwardInputs | None = None
         self._is_still = False
+        self._runnable: Callable[..., Any] | None = None  # in place of the network
         self.gradient_norm: Tensor | None = None  # after the last backward pass, if rows are kept
         self.listen()
 
@@ -142,14 +144,14 @@ class ForwardRecorder:
             old = recorded.gradients.get(name)
             recorded.gradients[name] = gradient if old is None else old + gradient
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        self.gradient_norm = get_total_norm(grads) if recorded.inputs is not None else None
+        self.gradient_norm = whole(get_total_norm(grads)) if recorded.inputs is not None else None
 
     def shrinkage(self) -> float:
         """By how much the parameters' gradients have shrunk since the last backward pass."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if self.gradient_norm is None or not grads:
             return 1.0
-        ratio = float(self.gradient_norm / get_total_norm(grads))
+        ratio = float(self.gradient_norm / whole(get_total_norm(grads)))
         return ratio if 0 < ratio < math.inf else 1.0
 
     def versions(self) -> list[tuple[int, int] | None]:
@@ -178,7 +180,7 @@ class ForwardRecorder:
 
     def _output(self, inputs: ForwardInputs) -> Any:
         try:
-            return inputs.call(self.inner)
+            return inputs.call(self._runnable or self.inner)
         except (RuntimeError, IndexError, ValueError) as error:
             if inputs.limit is None or is_out_of_memory(error):
                 raise

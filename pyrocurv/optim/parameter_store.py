@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyrocurv.layers import packing
 from pyrocurv.layers.block import Block
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
+from pyrocurv.posterior.sampling import standard_normals
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Update, apply
 from pyrocurv.runtime.undo import complete
@@ -46,8 +47,8 @@ class ParameterStore:
     _views: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def like(self) -> nn.Parameter:
-        """The first parameter."""
+    def like(self) -> Tensor:
+        """The first parameter, or what of it is here."""
         return next(iter(self.named.values()))[0]
 
     @property
@@ -73,12 +74,31 @@ class ParameterStore:
         """The blocks with copies of the parameters as their means."""
         blocks = [state.block for state in states]
         names = [name for block in blocks for name in block.tensors]
-        means, views = packing.pack(blocks, {name: self.named[name][0] for name in names})
+        return self.with_values(states, {name: self.named[name][0] for name in names})
+
+    @torch.no_grad()
+    def with_values(
+        self, states: Sequence[BlockState], values: Mapping[str, Tensor]
+    ) -> list[BlockState]:
+        """The blocks with copies of {name: [*shape]} as their means."""
+        means, views = packing.pack([state.block for state in states], values)
         self._views.update(views)
         return [
             state.with_mean(mean, self._views_of(state))
             for state, mean in zip(states, means, strict=True)
         ]
+
+    def blocks_of(self, states: Sequence[BlockState]) -> Sequence[Block]:
+        """The blocks of states, here or on other ranks."""
+        return [state.block for state in states]
+
+    def gathered(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: [*shape]} of parameters in blocks: those that this process computes with."""
+        return values
+
+    def noise(self, states: Sequence[BlockState]) -> list[Tensor]:
+        """z ~ N(0, 1) [P] of each block."""
+        return standard_normals(states)
 
     def _views_of(self, state: BlockState) -> dict[str, Tensor] | None:
         """Those of the mean that was copied last, if it has some."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 
@@ -69,7 +69,7 @@ class ForwardInputs:
         ]
         return ForwardInputs(leaves, first.shape, first.rows, first.limit, first.autocast)
 
-    def call(self, net: nn.Module) -> Any:
+    def call(self, net: Callable[..., Any]) -> Any:
         """The network's output."""
         args, kwargs = tree_unflatten(self.leaves, self.shape)
         device = next((x.device.type for x in self.leaves if isinstance(x, Tensor)), "cpu")

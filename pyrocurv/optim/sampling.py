@@ -28,6 +28,7 @@ from pyrocurv.runtime.agreement import (
 )
 from pyrocurv.runtime.outputs import named_outputs, replaced, stacked
 from pyrocurv.runtime.rng import rewind_rng_on_error
+from pyrocurv.runtime.sharding import whole
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -50,7 +51,7 @@ class Sample:
         mirrors: list[Perturbation] | None, workers: Workers = ALONE,
     ) -> Sample:
         """From torch's global generator, one for each of the workers; the mean without a block."""
-        sampler = Sampler(blocks, antithetic, mirrors)
+        sampler = Sampler(blocks, antithetic, mirrors, store.noise)
         return Sample(spec, sampler, store, sampler.draw_of(workers) if blocks else None)
 
     @contextmanager
@@ -65,8 +66,7 @@ class Sample:
     def use_mean(self) -> Iterator[None]:
         """With the means in the parameters, and the sample again afterwards."""
         with self.store.restoring(self.store.with_means(self.means)):
-            for state in self.means:
-                self.store.write(state.mean_views)
+            self.store.write({n: x for state in self.means for n, x in state.mean_views.items()})
             torch.clear_autocast_cache()
             yield
 
@@ -78,11 +78,11 @@ class Sample:
             if uses_sample_gradients(self.spec, state.block)
         ]
         grown: dict[str, Tensor] = {}
-        for state, _ in pairs:
-            for name in state.block.tensors:
-                param, before = self.store.named[name][0], self.gradients.get(name)
-                now = torch.zeros_like(param) if param.grad is None else param.grad
-                grown[name] = now if before is None else now - before
+        for name in _names(self.spec, self.sampler.blocks, self.store):
+            param, before = self.store.named[name][0], self.gradients.get(name)
+            now = torch.zeros_like(param) if param.grad is None else param.grad
+            grown[name] = now if before is None else now - before
+        grown = self.store.gathered(grown)
         epsilons = {state.block.name: epsilon for state, epsilon in pairs}
         return price_estimates(self.spec, [state for state, _ in pairs], epsilons, grown)
 
@@ -225,12 +225,17 @@ def sample_gradients(
     spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore
 ) -> dict[str, Tensor]:
     """Copies of the gradients of blocks that are estimated from sample gradients."""
-    names = [
-        name for state in blocks if uses_sample_gradients(spec, state.block)
-        for name in state.block.tensors
-    ]
-    gradients = {name: store.named[name][0].grad for name in names}
+    gradients = {name: store.named[name][0].grad for name in _names(spec, blocks, store)}
     return {name: grad.clone() for name, grad in gradients.items() if grad is not None}
+
+
+def _names(
+    spec: Curvature, blocks: Sequence[BlockState], store: ParameterStore
+) -> list[str]:
+    return [
+        name for block in store.blocks_of(blocks) if uses_sample_gradients(spec, block)
+        for name in block.tensors
+    ]
 
 
 def gradient_norm(
@@ -243,7 +248,7 @@ def gradient_norm(
     gradients: list[Tensor] = [*sample_gradients(spec, blocks, store).values()]
     if total_weight >= LEAST_SCALE:
         gradients = [p.grad for p, _ in store.named.values() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else None
+    return whole(torch.nn.utils.get_total_norm(gradients)) if gradients else None
 
 
 def sum_gradients(

@@ -48,10 +48,11 @@ def read_posterior(
         layer: block.block.structure for block in posterior.blocks for layer in block.block.layers
     }
     layers |= {from_state(item["layer"]): item["as"] for item in state["left_out"]}
-    _check_layers(layers, network, store)
-    _check_moments(state["auxiliary"], store)
     layout = ParameterBlocks(layers, tuple(block.block for block in posterior.blocks))
-    return layout, posterior.to(next(iter(store.named.values()))[0])
+    layout, posterior = network.restored(layout, posterior, state)
+    _check_layers(layout.layers, network, store)
+    _check_moments(state["auxiliary"], store)
+    return layout, posterior.to(store.like)
 
 
 def _check_class(state: Mapping[str, Any], name: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.hessian import twice_differentiable
+from pyrocurv.curvature.running_average import update_curvature
 from pyrocurv.layers import Layer
+from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.trace import Trace
@@ -28,8 +31,11 @@ from pyrocurv.optim.parameter_blocks import (
 )
 from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameters
 from pyrocurv.optim.recorded_pass import PassGroup
+from pyrocurv.posterior.precision import Average
+from pyrocurv.posterior.state import Posterior
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.workers import ALONE, Workers
 
 
 @dataclass(eq=False)
@@ -52,6 +58,54 @@ class TracedNetwork:
     def modules(self) -> dict[str, nn.Module]:
         """The modules by name, under what compiles or distributes the network."""
         return dict(self.recorder.inner.named_modules())
+
+    @property
+    def replicas(self) -> Workers:
+        """The processes that have the same blocks."""
+        return self.recorder.workers
+
+    @property
+    def owners(self) -> Workers:
+        """The processes each of which has blocks of its own."""
+        return ALONE
+
+    def own(self, layout: ParameterBlocks) -> Sequence[Block]:
+        """The blocks whose state this process has."""
+        return layout.blocks
+
+    def covering(self, store: ParameterStore, layout: ParameterBlocks) -> ParameterStore:
+        """The store, for the blocks of a layout."""
+        return store
+
+    def sharding(self, layout: ParameterBlocks) -> dict[str, Any]:
+        """For a state: who has which blocks, if not everyone has all."""
+        return {}
+
+    def full_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state with the blocks of all processes, on rank 0."""
+        return state
+
+    def placed(self, auxiliary: Mapping[str, Any], store: ParameterStore) -> Mapping[str, Any]:
+        """The saved moments of the parameters without a block, placed as these are."""
+        return auxiliary
+
+    def restored(
+        self, layout: ParameterBlocks, posterior: Posterior, state: Mapping[str, Any]
+    ) -> tuple[ParameterBlocks, Posterior]:
+        """The layout, and the part of a saved posterior that this process has.
+
+        Raises ValueError for one that others have parts of.
+        """
+        if (sharding := state.get("sharding")) is not None:
+            raise ValueError(
+                f"the state is of rank {sharding['rank']} of the {sharding['size']} of a sharded "
+                f"network, this {self.owner} has a network that is not: use full_state_dict()"
+            )
+        return layout, posterior
+
+    def average(self, layout: ParameterBlocks, store: ParameterStore) -> Average:
+        """What averages one more estimate into the blocks that are due."""
+        return update_curvature
 
     def store(self, groups: Sequence[Group]) -> ParameterStore:
         """The parameters of the groups; ValueError for one that is not the network's."""

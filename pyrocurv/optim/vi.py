@@ -19,6 +19,7 @@ from pyrocurv.layers.weight_gaussian import WeightGaussian
 from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
+from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
@@ -29,6 +30,7 @@ from pyrocurv.optim.sampling import (
     predict_at_samples,
     sum_gradients,
 )
+from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.precision import (
     count_determined,
@@ -154,6 +156,11 @@ class VIOptimizer(CurvatureOptimizer):
                 "prior_precision": prior_precision, "temperature": temperature,
             },
         )
+        if prior is not None and not self._network.owners.is_alone:
+            raise ValueError(
+                "prior: not for a network that fully_shard has sharded, only prior_precision=; use "
+                "DistributedDataParallel"
+            )
         self._priors = DefaultPriors(prior, self._recorder.inner)
         if self.curvature.uses_sample_gradients:
             self._init_untraced()
@@ -229,7 +236,8 @@ class VIOptimizer(CurvatureOptimizer):
             )
             if self._is_watched:
                 posterior = count_determined(
-                    self.curvature, posterior, samples.batch_size / self._num_data
+                    self.curvature, posterior, samples.batch_size / self._num_data,
+                    self._network.owners,
                 )
             samples = replace(samples, layout=layout, posterior=posterior)
         return samples.add(sample, passes, self._likelihood.total_weight)
@@ -355,7 +363,8 @@ class VIOptimizer(CurvatureOptimizer):
         store = self._store()
         blocks = store.load(self._in_context(self._posterior, self.layout, store)).blocks
         terms = [kl(state.mean, state.precision, state.prior.gaussian) for state in blocks]
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+        total = torch.stack(terms).sum() if terms else torch.zeros(())
+        return self._network.owners.sums([total])[0]
 
     def summary(self) -> str:
         """As that of `SecondOrderOptimizer`, and the temperature of the last step."""
@@ -363,8 +372,25 @@ class VIOptimizer(CurvatureOptimizer):
         temperature = blocks[0].hyperparameters.temperature if blocks else None
         return super().summary() + at_temperature(temperature)
 
+    def _kinds(self, net: nn.Module) -> tuple[type[TracedNetwork], type[ForwardRecorder]]:
+        kinds = super()._kinds(net)
+        if self.sample_parallel and kinds[0] is not TracedNetwork:
+            raise ValueError(
+                "sample_parallel=True of a network that fully_shard has sharded: its ranks have "
+                "parts of one sample; use DistributedDataParallel"
+            )
+        return kinds
+
     def weight_gaussians(self) -> list[WeightGaussian]:
-        """The posterior in independent parts, for `prior=`."""
+        """The posterior in independent parts, for `prior=`.
+
+        Raises ValueError for a network that `fully_shard` has sharded, whose ranks have some each.
+        """
+        if not self._network.owners.is_alone:
+            raise ValueError(
+                "prior: a VIOptimizer of a network that fully_shard has sharded has the posterior "
+                "of a part of its weights on each rank: use DistributedDataParallel"
+            )
         return posterior_parts(self._posterior, self._store())
 
     @torch.no_grad()
@@ -384,8 +410,13 @@ class VIOptimizer(CurvatureOptimizer):
         """
         count = self.num_samples if num_samples is None else num_samples
         check_integer("num_samples", count, 1)
-        workers = Workers.of(process_group)
-        sampler, store = Sampler(self._posterior.blocks, self.antithetic), self._store()
+        workers, store = Workers.of(process_group), self._store()
+        if not (workers.is_alone or self._network.owners.is_alone):
+            raise ValueError(
+                "process_group: the ranks of a network that fully_shard has sharded have parts of "
+                "each sample, and cannot share samples out: use process_group=None"
+            )
+        sampler = Sampler(self._posterior.blocks, self.antithetic, noise=store.noise)
         with self.use_mean():
             return predict_at_samples(
                 sampler, count, store, self._recorder.local, args, kwargs, workers

@@ -6,7 +6,7 @@ the joint Gaussian of a whole model a retraction, see `joint_update`. Nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,12 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.natural_gradient import posterior_precision, price_hessian_update
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Diagonal
+
+Average = Callable[
+    [Curvature, int, Sequence[DueBlock], ForwardPass, Particle], list[RunningCurvature]
+]
 
 
 def uses_sample_gradients(spec: Curvature, block: Block) -> bool:
@@ -77,13 +82,13 @@ def is_any_due(spec: Curvature, posterior: Posterior) -> bool:
 
 def update_curvature(
     spec: Curvature, posterior: Posterior, forward: ForwardPass, batch_fraction: float,
-    particle: Particle = SINGLE_PARTICLE,
+    particle: Particle = SINGLE_PARTICLE, average: Average = running_average.update_curvature,
 ) -> Posterior:
     """Average one more estimate into the blocks that are due and were used in the forward pass.
 
     The initial curvature decays in all blocks, due or not; `batch_fraction` is B/N. Of several
-    samples in a step each is a `particle`. Raises FloatingPointError for a precision that is not
-    finite.
+    samples in a step each is a `particle`. Where processes have blocks of their own, `average` sums
+    over them. Raises FloatingPointError for a precision that is not finite.
     """
     due = {
         state.block: DueBlock(state.block, state.curvature, state.prior.scaling)
@@ -94,9 +99,7 @@ def update_curvature(
     new = {layer for block, state in due.items() if not state.average.count
            for layer in block.layers}
     check_input_scale(call for call in forward.calls if call.layer in new)
-    averages = running_average.update_curvature(
-        spec, posterior.step, [*due.values()], forward, particle
-    )
+    averages = average(spec, posterior.step, [*due.values()], forward, particle)
     updated = dict(zip(due, averages, strict=True))
     posterior = refresh(spec, posterior.map_blocks(
         lambda state: replace(state, curvature=updated.get(state.block, state.curvature))
@@ -166,17 +169,22 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
 
 
 @torch.no_grad()
-def count_determined(spec: Curvature, posterior: Posterior, batch_fraction: float) -> Posterior:
+def count_determined(
+    spec: Curvature, posterior: Posterior, batch_fraction: float, owners: Workers = ALONE
+) -> Posterior:
     """The posterior with γ, how many weights its data determine; synchronizes with its device.
+
+    Of `owners` each has blocks of its own.
 
     Of the others a share counts as well, as much as is left of the initial curvature.
     """
     initial = initial_curvature(spec, posterior.step, batch_fraction)
     if not posterior.blocks:
         return posterior
-    determined = float(torch.stack([_determined(b, initial) for b in posterior.blocks]).sum())
+    total = torch.stack([_determined(b, initial) for b in posterior.blocks]).sum()
+    determined = owners.sum(float(total), total)
     share = initial / spec.initial if spec.initial else 0.0
-    size = sum(state.block.size for state in posterior.blocks)
+    size = owners.sum(sum(state.block.size for state in posterior.blocks), total)
     determined += share * (size - determined)
     return replace(posterior, temperature=replace(posterior.temperature, determined=determined))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,19 +14,22 @@ from pyrocurv.runtime.workers import Workers
 from pyrocurv.structures.stack import samples_
 
 Weights = Mapping[str, Tensor]  # {name: [*shape]}
+Noise = Callable[[Sequence[BlockState]], list[Tensor]]
 
 
 class Sampler:
     """Draws perturbations of a posterior; if `antithetic`, every second one mirrors the last.
 
-    `mirrors` are perturbations that have been used once, one for each block, or None.
+    `mirrors` are perturbations that have been used once, one for each block, or None. `noise` draws
+    z [P] of each block.
     """
 
     def __init__(
         self, blocks: Sequence[BlockState], antithetic: bool,
-        mirrors: list[Perturbation] | None = None,
+        mirrors: list[Perturbation] | None = None, noise: Noise | None = None,
     ) -> None:
         self.blocks, self.antithetic, self.mirrors = blocks, antithetic, mirrors
+        self.noise = noise or standard_normals
 
     @torch.no_grad()
     def draw(self) -> list[Perturbation]:
@@ -34,7 +37,7 @@ class Sampler:
         mirrors, self.mirrors = self.mirrors, None
         if mirrors is not None:
             return [perturbation.mirrored() for perturbation in mirrors]
-        drawn = _perturbations(self.blocks)
+        drawn = _perturbations(self.blocks, self.noise)
         if self.antithetic:
             self.mirrors = drawn
         return drawn
@@ -48,7 +51,7 @@ class Sampler:
             return self.draw()
         number, is_mirrored = divmod(workers.rank, 2) if self.antithetic else (workers.rank, False)
         with workers.noise(self.blocks[0].mean.device, number):
-            drawn = _perturbations(self.blocks)
+            drawn = _perturbations(self.blocks, self.noise)
         return [perturbation.mirrored() for perturbation in drawn] if is_mirrored else drawn
 
 
@@ -58,15 +61,15 @@ def mirrors(blocks: Sequence[BlockState]) -> list[Perturbation] | None:
     return stored if blocks and len(stored) == len(blocks) else None
 
 
-def _perturbations(blocks: Sequence[BlockState]) -> list[Perturbation]:
-    drawn = _noise(blocks)
+def _perturbations(blocks: Sequence[BlockState], noise: Noise) -> list[Perturbation]:
+    drawn = noise(blocks)
     norms = torch._foreach_norm(drawn)
     directions = samples_([state.precision for state in blocks], drawn)
     return [*map(Perturbation, directions, torch._foreach_mul(norms, norms))]
 
 
-def _noise(blocks: Sequence[BlockState]) -> list[Tensor]:
-    """Standard normal vectors [P_b], those of one device and dtype by one draw."""
+def standard_normals(blocks: Sequence[BlockState]) -> list[Tensor]:
+    """z ~ N(0, 1) [P] of each block, those of one device and dtype by one draw."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, state in enumerate(blocks):
         groups.setdefault((state.mean.device, state.mean.dtype), []).append(index)

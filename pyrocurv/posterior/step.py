@@ -34,6 +34,7 @@ class Evaluation:
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
     nll: Tensor | None = None  # the loss without the KL divergence
     workers: Workers = ALONE  # who share out the work on matrices
+    owners: Workers = ALONE  # each of whom has blocks of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,23 +120,26 @@ def step(
     pushed = _pushes(posterior, evaluation.gradients, mean_update.uses_momentum)
     pushes = [push for push in pushed if push is not None]
     add_priors(pushes)
-    directions = mean_update.directions(pushes, evaluation.workers)
     nll = evaluation.loss if evaluation.nll is None else evaluation.nll
-    loss, data_loss, *dots = _finite(
-        [evaluation.loss, nll, *(direction.solution.dot for direction in directions)],
-        evaluation.auxiliary, posterior.step,
-    )
-    energy = sum(
+    owners = evaluation.owners
+    with owners.together(evaluation.loss):
+        directions = mean_update.directions(pushes, evaluation.workers)
+        loss, data_loss, *dots = _finite(
+            [evaluation.loss, nll, *(direction.solution.dot for direction in directions)],
+            evaluation.auxiliary, posterior.step,
+        )
+    energy = owners.sum(sum(
         dot * direction.energy_rate * direction.energy_rate  # a power would raise on overflow
         for dot, direction in zip(dots, directions, strict=True)
         if direction.energy_rate is not None
-    )
+    ), evaluation.loss)
     _clip_momenta(directions, energy)
     moves = []
-    for direction, dot in zip(directions, dots, strict=True):
-        move = _move(direction, energy)
-        _check_overflow(move, dot, posterior.step)
-        moves.append(_averaged(move, posterior.step) if average else move)
+    with owners.together(evaluation.loss):
+        for direction, dot in zip(directions, dots, strict=True):
+            move = _move(direction, energy)
+            _check_overflow(move, dot, posterior.step)
+            moves.append(_averaged(move, posterior.step) if average else move)
     moved = iter(moves)
     blocks = tuple(
         old if new is None else next(moved).state

@@ -8,13 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyrocurv.runtime.sharding import dtensor_type
+
 USUAL = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64
 
 
 @torch.no_grad()
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors; those of a usual dtype at once."""
-    usual = [x.dtype in USUAL and x.layout == torch.strided for x in tensors]
+    other = dtensor_type()
+    usual = [
+        x.dtype in USUAL and x.layout == torch.strided and not isinstance(x, other)
+        for x in tensors
+    ]
     chosen = [x for x, is_usual in zip(tensors, usual, strict=True) if is_usual]
     copied = iter(torch._foreach_mul(chosen, 1) if chosen else ())
     return [next(copied) if is_usual else x.clone()
@@ -23,7 +29,12 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def magnitudes(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """The largest magnitude, or NaN, in each tensor, in the dtype and on the device of `like`."""
+    """The largest magnitude, or NaN, in each tensor, in the dtype and on the device of `like`.
+
+    Of distributed tensors, in the rows that are here.
+    """
+    if (other := dtensor_type()) != ():
+        tensors = [x.to_local() if isinstance(x, other) else x for x in tensors]
     filled = [x if x.layout == torch.strided else x.sum() for x in tensors if x.numel()]
     norms = torch._foreach_norm(filled, math.inf) if filled else ()
     return [norm.to(like) for norm in norms]

@@ -100,6 +100,19 @@ class Workers:
         return [results[index] for index in range(len(tensors))]
 
     @torch.no_grad()
+    def sums_at(self, tensors: Sequence[Tensor], target: int) -> list[Tensor]:
+        """`sums` at the process of rank `target`; the others have no use for theirs."""
+        if self.is_alone:
+            return [*tensors]
+        results: dict[int, Tensor] = {}
+        for bucket in _buckets(tensors):
+            flat = bucket.flat(tensors)
+            with self._talking():
+                dist.reduce(flat, group_dst=target, group=self.group)
+            results.update(bucket.unflatten(flat, tensors))
+        return [results[index] for index in range(len(tensors))]
+
+    @torch.no_grad()
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""
         if not self.is_alone:
@@ -164,6 +177,17 @@ class Workers:
             dist.broadcast_object_list(values, group_src=0, group=self.group)
         return values[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The plain values of all processes at rank 0, pickled; nothing on the others."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._talking():
+            dist.gather_object(
+                value, values if self.rank == 0 else None, group_dst=0, group=self.group
+            )
+        return values if self.rank == 0 else []
+
     def share_out(
         self, costs: Sequence[float], outputs: Sequence[Sequence[Tensor]],
         compute: Callable[[Sequence[int]], None],
@@ -178,6 +202,25 @@ class Workers:
             tensors = [x for item, owner in enumerate(owners) if owner == rank
                        for x in outputs[item]]
             self.broadcast_(tensors, rank)
+
+    @torch.no_grad()
+    def gather(self, x: Tensor, target: int) -> Tensor | None:
+        """The tensors [*shape] of all processes, [size, *shape], at that of rank `target`."""
+        if self.rank != target:
+            with self._talking():
+                dist.gather(x, group_dst=target, group=self.group)
+            return None
+        gathered = x.new_empty(self.size, *x.shape)
+        with self._talking():
+            dist.gather(x, [*gathered.unbind()], group_dst=target, group=self.group)
+        return gathered
+
+    @torch.no_grad()
+    def scatter_(self, x: Tensor, parts: Tensor | None, source: int) -> None:
+        """Fill x [*shape] by the part of each process in [size, *shape], which `source` has."""
+        pieces = None if parts is None else [*parts.unbind()]
+        with self._talking():
+            dist.scatter(x, pieces, group_src=source, group=self.group)
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
@@ -210,6 +253,32 @@ class Workers:
 
     # ---- agreement ------------------------------------------------------------------------------
 
+    def any(self, value: bool, like: Tensor) -> bool:
+        """Whether it is true for one of the processes."""
+        return value if self.is_alone else self.sum(float(value), like) > 0
+
+    @contextmanager
+    def together(self, like: Tensor) -> Iterator[None]:
+        """Raise on all processes what is raised inside, where they do not communicate, on one."""
+        if self.is_alone:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if not self.any(error is not None, like):
+            return
+        kind = type(error) if type(error).__module__ == "builtins" else RuntimeError
+        errors: list[Any] = [None] * self.size
+        with self._talking():
+            dist.all_gather_object(errors, error and (kind, str(error)), group=self.group)
+        if error is not None:
+            raise error
+        rank, (kind, text) = next((r, found) for r, found in enumerate(errors) if found)
+        raise kind(f"rank {rank}: {text}")
+
     def check_equal(self, values: Mapping[str, Tensor], step: int) -> None:
         """Raise RuntimeError, on all processes, where a number differs between them.
 
@@ -233,14 +302,18 @@ class Workers:
 ALONE = Workers()
 
 
-def assign(costs: Sequence[float], size: int) -> tuple[int, ...]:
+def assign(
+    costs: Sequence[float], size: int, loads: Sequence[float] | None = None
+) -> tuple[int, ...]:
     """The rank that computes each item: always the one with the least to do, expensive ones first.
+
+    `loads` are what the ranks have to do already.
 
     Example:
         >>> assign([1.0, 8.0, 4.0, 4.0], 2)
         (0, 0, 1, 1)
     """
-    loads, owners = [0.0] * size, [0] * len(costs)
+    loads, owners = [*loads] if loads else [0.0] * size, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         owners[item] = loads.index(min(loads))
         loads[owners[item]] += costs[item]
