@@ -207,12 +207,11 @@ class ShardedStore(ParameterStore):
 
     def noise(self, states: Sequence[BlockState]) -> list[Tensor]:
         """z [P] of this rank's blocks; the numbers of all are drawn, whoever has them."""
-        own, drawn, like = {state.block for state in states}, [], self.like
-        for block in self._all.blocks:
-            z = torch.randn(block.size, dtype=like.dtype, device=like.device)
-            if block in own:
-                drawn.append(z)
-        return drawn
+        own, blocks, like = {state.block for state in states}, self._all.blocks, self.like
+        sizes = [block.size for block in blocks]
+        z = torch.randn(sum(sizes), dtype=like.dtype, device=like.device)  # as one process does
+        parts = zip(blocks, z.split(sizes), strict=True)
+        return [part.clone() for block, part in parts if block in own]
 
 
 @dataclass(eq=False)

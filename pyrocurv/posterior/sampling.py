@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrocurv.posterior.natural_gradient import sampled_kl
 from pyrocurv.posterior.prior import kl
 from pyrocurv.posterior.state import BlockState, Perturbation
+from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.workers import Workers
 from pyrocurv.structures.stack import samples_
 
@@ -64,7 +65,8 @@ def mirrors(blocks: Sequence[BlockState]) -> list[Perturbation] | None:
 def _perturbations(blocks: Sequence[BlockState], noise: Noise) -> list[Perturbation]:
     drawn = noise(blocks)
     norms = torch._foreach_norm(drawn)
-    directions = samples_([state.precision for state in blocks], drawn)
+    with disable_autocast(drawn[0].device):
+        directions = samples_([state.precision for state in blocks], drawn)
     return [*map(Perturbation, directions, torch._foreach_mul(norms, norms))]
 
 

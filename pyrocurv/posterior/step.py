@@ -18,6 +18,7 @@ from pyrocurv.layers import packing
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, add_priors
 from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scale
 from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo, complete
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -122,7 +123,7 @@ def step(
     add_priors(pushes)
     nll = evaluation.loss if evaluation.nll is None else evaluation.nll
     owners = evaluation.owners
-    with owners.together(evaluation.loss):
+    with owners.together(evaluation.loss), disable_autocast(evaluation.loss.device):
         directions = mean_update.directions(pushes, evaluation.workers)
         loss, data_loss, *dots = _finite(
             [evaluation.loss, nll, *(direction.solution.dot for direction in directions)],
