@@ -14,7 +14,7 @@ import pyro
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ngvi import net, target
+from test_ngvi_ranks import net, target
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ExponentialLR

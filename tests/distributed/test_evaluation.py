@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from test_ngvi import GUIDES, net, target
+from test_ngvi_ranks import GUIDES, net, target
 from torch import Tensor, nn
 
 from pyrocurv.curvature import Curvature

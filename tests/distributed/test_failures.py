@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import Ranks
 from test_checkpoints import ROWS, STEPS, Run, equal
-from test_ngvi import target
+from test_ngvi_ranks import target
 
 from pyrocurv import checkpoint
 
