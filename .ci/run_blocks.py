@@ -1,4 +1,4 @@
-"""Run the Python blocks of Markdown files, each on its own: `python run_blocks.py README.md ...`."""
+"""Run the Python blocks of Markdown files, each on its own: `run_blocks.py README.md ...`."""
 
 import re
 import sys
