@@ -18,7 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from snapshots import contents, modules_state
 from torch import Tensor, nn
 
-from pyrocurv import curvature, guides, infer, optim, plots, structures
+from pyrocurv import curvature, guides, infer, metrics, optim, plots, structures
 from pyrocurv import nn as models
 from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.nn import networks
@@ -479,6 +479,20 @@ def _() -> Scene:
         "structure": "kfac",
     }
     return Scene(curvature.estimate, arguments, [target], ("x",), WORDS)
+
+
+@scene("metrics.uncertainty", "metrics.uncertainty of normals")
+def _(name: str) -> Scene:
+    arguments = {"logits": torch.ones(4, 6, 3), "likelihood": "categorical", "dim": 0}
+    if "normals" in name:
+        arguments = {"mean": torch.ones(4, 6), "scale": torch.ones(4, 6), "dim": 0}
+    return Scene(metrics.uncertainty, arguments, words=("samples",))
+
+
+@scene("metrics.Uncertainty")
+def _() -> Scene:
+    parts = {name: torch.zeros(6) for name in ("total", "aleatoric", "epistemic")}
+    return Scene(metrics.Uncertainty, parts)
 
 
 @scene("plots.reliability")
