@@ -342,6 +342,14 @@ def _() -> Scene:
     return Scene(predict, {"x": X}, [ngvi.model, ngvi.guide], ("x",), words)
 
 
+@scene("infer.Predictive.loader")
+def _() -> Scene:
+    ngvi = trained()
+    predict = infer.Predictive(ngvi.model, guide=ngvi.guide, num_samples=2)
+    arguments = {"loader": [(X, Y)], "inputs": None, "device": "cpu", "progress": None}
+    return Scene(predict.loader, arguments, [ngvi.model, ngvi.guide], words=(*WORDS, "these inputs"))
+
+
 @scene("infer.choose_temperature")
 def _() -> Scene:
     ngvi = trained()

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import module_tensors, modules
+from pyrocurv.infer.loaders import progress_bar
 from pyrocurv.infer.model_run import (
     ModelRun,
     require_grad,
@@ -113,7 +113,7 @@ def choose_temperature(
     with rewind_rng_on_error(torch.device("cpu")):
         seed = RandomStream().seed  # the same draws from each posterior
         densities: dict[float, float] = {}
-        bar = tqdm(temperatures, "temperatures", disable=None if progress else True)
+        bar = progress_bar(progress and None, iterable=temperatures, desc="temperatures")
         for temperature in bar:
             with raise_together(workers, f"fit({temperature})"):
                 trained = fit(temperature)
