@@ -347,7 +347,8 @@ def _() -> Scene:
     ngvi = trained()
     predict = infer.Predictive(ngvi.model, guide=ngvi.guide, num_samples=2)
     arguments = {"loader": [(X, Y)], "inputs": None, "device": "cpu", "progress": None}
-    return Scene(predict.loader, arguments, [ngvi.model, ngvi.guide], words=(*WORDS, "these inputs"))
+    words = (*WORDS, "these inputs", "'obs'")
+    return Scene(predict.loader, arguments, [ngvi.model, ngvi.guide], words=words)
 
 
 @scene("infer.choose_temperature")
@@ -370,6 +371,28 @@ def _() -> Scene:
     }
     watched = [ngvi.model, ngvi.guide]
     return Scene(infer.log_predictive_density, arguments, watched, words=WORDS)
+
+
+@scene("infer.fit")
+def _() -> Scene:
+    ngvi = trained()
+    arguments = {
+        "ngvi": ngvi, "loader": [(X, Y)], "epochs": 1, "schedule": "cosine", "warmup": 0,
+        "num_samples": 2, "patience": None, "callbacks": [], "logger": None, "progress": False,
+    }
+    return Scene(infer.fit, arguments, [ngvi, ngvi.guide, ngvi.model], words=WORDS)
+
+
+@scene("infer.Epoch")
+def _() -> Scene:
+    arguments = {"epoch": 1, "step": 2, "loss": 1.0, "nll": 1.0, "kl": 1.0, "lr": 1.0,
+                 "temperature": 1.0}
+    return Scene(infer.Epoch, arguments)
+
+
+@scene("infer.History")
+def _() -> Scene:
+    return Scene(infer.History, {"epochs": (), "stopped_early": False})
 
 
 @scene("infer.train_mixture")

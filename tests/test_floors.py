@@ -14,8 +14,8 @@ FLOORS = [  # no room imports another one of its floor
     {"layers"},
     {"curvature", "handlers"},
     {"posterior", "nn"},
-    {"guides", "optim"},
-    {"infer", "plots", "checkpoint", "metrics"},
+    {"guides", "optim", "checkpoint"},
+    {"infer", "plots", "metrics"},
 ]
 TORCH_ONLY = {"structures", "runtime", "layers", "curvature", "posterior", "optim", "checkpoint",
               "metrics"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,6 +61,19 @@ def device_of_model(model: Callable[..., Any], guide: Any = None) -> torch.devic
     owners = [x for x in (guide, model) if x is not None]
     tensors = (x for owner in owners for x in module_tensors(owner).values())
     return next((x.device for x in tensors), None)
+
+
+@dataclass(frozen=True, eq=False)
+class OnDevice:
+    """A loader whose batches are moved to a device."""
+
+    loader: Iterable[Any]
+    device: torch.device | None
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            args, kwargs = arguments(batch, self.device)
+            yield kwargs or args
 
 
 def arguments(

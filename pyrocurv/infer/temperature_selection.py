@@ -140,7 +140,14 @@ def _density(
     pair = (trained.model, trained.guide) if isinstance(trained, NGVI) else trained
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"fit: an NGVI or (model, guide) is needed, got {type(pair).__name__}")
-    model, guide = pair
+    return density_at_seed(*pair, held_out, num_samples, seed, process_group)
+
+
+def density_at_seed(
+    model: Callable[..., Any], guide: Guide, held_out: Iterable[Any], num_samples: int, seed: int,
+    process_group: Any,
+) -> float:
+    """`log_predictive_density` at samples that a seed determines."""
     like = next(iter(guide.parameters()), torch.zeros(()))
     with RandomStream(seed)(like.device):
         return log_predictive_density(model, guide, held_out, num_samples, process_group)
