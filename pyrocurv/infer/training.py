@@ -26,7 +26,7 @@ from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.schedules import Schedule, check_schedule, make_schedule
 from pyrocurv.infer.temperature_selection import density_at_seed
 from pyrocurv.infer.training_state import Run, TrainingState
-from pyrocurv.runtime.agreement import check_same
+from pyrocurv.runtime.agreement import check_same, gather
 from pyrocurv.runtime.module_state import train_mode
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.validation import (
@@ -157,7 +157,7 @@ def fit(
                     log(epoch.as_dict())
                 wants_end = [callback(epoch) is True for callback in callbacks]
                 has_lost = patience is not None and run.epochs_since_best() >= patience
-                is_end = workers.any(any(wants_end) or has_lost, ngvi.guide.blocks[0].raw_loc)
+                is_end = any(gather(workers, any(wants_end) or has_lost))
                 is_early = is_end and len(run.history) < epochs
                 run.history = replace(run.history, stopped_early=is_early)
                 if path is not None:

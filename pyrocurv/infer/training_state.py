@@ -10,7 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyrocurv import checkpoint
@@ -100,7 +100,7 @@ class Run:
     def _loose_params(self) -> dict[str, Tensor]:
         """The unconstrained `pyro.param`s that Pyro's store has, and no module."""
         ngvi = self.state.ngvi
-        modules = [*root_modules(ngvi.model), ngvi.guide]
+        modules: list[nn.Module] = [*root_modules(ngvi.model), ngvi.guide]
         owned = {id(x) for m in modules for x in (*m.parameters(), *m.buffers())}
         params = pyro.get_param_store().named_parameters()
         return {name: x.detach() for name, x in params if id(x) not in owned}
@@ -113,7 +113,7 @@ class Run:
         Raises ValueError if a trained parameter belongs to no module.
         """
         names: set[str] = getattr(self.state.ngvi._auxiliary, "names", set())
-        if lost := sorted(names & self._loose_params().keys()):
+        if lost := [name for name in self._loose_params() if f"param {name}" in names]:
             raise ValueError(
                 f"checkpoint: {', '.join(lost)} is in Pyro's param store alone, and in no state "
                 "dict: make it a PyroParam of a module"
