@@ -337,6 +337,11 @@ class NGVI:
                 settings = self._settings(rule, Workers.of(self.process_group))
                 return Loss.at(*rule.negative_elbo(current, settings, model))
 
+    @property
+    def num_data(self) -> float | None:
+        """N, the size of the model's plate; None before the first step, and without a network."""
+        return self._dataset_size.num_data
+
     def update_counts(self) -> dict[str, UpdateCount]:
         """How often each block's curvature was estimated, and its present interval in steps.
 

@@ -146,6 +146,8 @@ class Predictive(pyro.infer.Predictive):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """{site: [S, ...]} for the model's arguments."""
         check_values((*args, *kwargs.values()), "the model")
+        if isinstance(self.guide, MixtureGuide):
+            self.guide.prepare(self.model)
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
         workers, results, first = Workers.of(self.process_group), [], 0

@@ -35,7 +35,11 @@ class Classifier(PyroModule):
 
     Args:
         net: a bayesianized network with outputs [B, C].
-        num_data: N, the number of training examples.
+        num_data: N, the number of training examples: the batches of an epoch hold that many. It
+            weighs the data against the prior, and no pass over the data corrects it. With data
+            augmentation it stays the number of distinct images, however many versions of each are
+            drawn: versions of one image say nothing independent of each other. A repeated data set
+            (`ConcatDataset([data] * 4)`, several crops of an image in a batch) counts once too.
 
     Raises:
         ValueError: `num_data` is not a positive integer; when called, outputs or targets of another
@@ -76,7 +80,7 @@ class Regressor(PyroModule):
     Args:
         net: a bayesianized network with outputs [B, D]. A single output [B, 1] is squeezed to [B],
             like its targets.
-        num_data: N, the number of training examples.
+        num_data: N, the number of training examples, see `Classifier`.
         noise: the standard deviation of the targets, or None for a latent "sigma" with a
             LogNormal(0, 1) prior, which suits standardized targets.
 
