@@ -235,6 +235,13 @@ def _(name: str) -> Scene:
     return Scene(guide.sample_posterior, {"n": 2}, [guide])
 
 
+@scene("guides.KFACGuide.to_module")
+def _() -> Scene:
+    ngvi = trained()
+    arguments = {"sample": False, "module": "net"}
+    return Scene(ngvi.guide.to_module, arguments, [ngvi.guide, ngvi.model])
+
+
 @scene("guides.DiagonalGuide.quantiles")
 def _() -> Scene:
     guide = trained(guides.DiagonalGuide).guide

@@ -8,8 +8,8 @@ sample, its modules use them in the place of their own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterable
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
@@ -106,6 +106,8 @@ def _put_back(module: nn.Module, args: Any, output: Any) -> None:
         tensors[key[1]] = own
 
 
-@functools.cache
-def _may_give(kind: Hashable) -> bool:
-    return value_given_by.dispatch(cast(type, kind)) is not value_given_by.dispatch(object)
+def _may_give(kind: type) -> bool:
+    return value_given_by.dispatch(kind) is not value_given_by.dispatch(object)
+
+
+HOOKS = (_replace, _put_back)  # all that are registered here
