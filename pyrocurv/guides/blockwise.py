@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.weight_gaussian import WeightGaussian, split_gaussian
 from pyrocurv.nn.plain_module import find_network, plain_module
+from pyrocurv.runtime.representation import counted, described
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_flag
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
@@ -51,6 +53,19 @@ class BlockwiseGuide(ParamStoreGuide):
         self._fallback_state: dict[str, Any] = {}
         self._loaded_fallback: tuple[str, ...] = ()  # fallback sites of a loaded state
         self.blocks = PyroModule[nn.ModuleList]([])
+
+    def __repr__(self) -> str:
+        """The structure, and what it has by now; nothing is run or read from Pyro's store."""
+        size = sum(math.prod(shape) for shape in self.sites.values())
+        blocks = f"{counted(size, 'weight')} in {counted(len(self.blocks), 'block')}"
+        others = self.fallback_sites or self._loaded_fallback
+        temperature = None if self.temperature is None else f"temperature={self.temperature:.3g}"
+        return described(
+            self, f"structure={self.structure!r}",
+            blocks if self.sites else "" if others else "not called yet",
+            f"fallback={[*others]}" if others else "",
+            "a Laplace approximation" if self.is_laplace else temperature or "",
+        )
 
     def _build(self, blocks: Sequence[Block], values: Mapping[str, Tensor]) -> None:
         """Create the Gaussians with the means {site: unconstrained tensor}."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyrocurv.guides.param_store import all_or_nothing
 from pyrocurv.handlers.given_tensors import model_tensors, use_given_tensors
+from pyrocurv.runtime.representation import described
 from pyrocurv.runtime.validation import as_number, check_integer, check_iterable
 
 PREDICTION_ONLY = (
@@ -76,6 +77,9 @@ class MixtureGuide(nn.Module):
         self._check_sites()
         self.component_tensors = nn.ModuleList()
         self._set_tensors(_differing([*self._model_tensors()]))
+
+    def __repr__(self) -> str:
+        return described(self, *map(repr, self))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.components)

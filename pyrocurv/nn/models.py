@@ -58,6 +58,10 @@ class Classifier(PyroModule):
         check_callable("net", net, "a torch.nn.Module")
         self.net, self.num_data = net, _check_num_data(num_data)
 
+    def extra_repr(self) -> str:
+        """N, before the network."""
+        return f"num_data={self.num_data}"
+
     def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
         logits, y = _run(self.net, x, y, batch)
         shape = tuple(logits.shape)
@@ -105,6 +109,10 @@ class Regressor(PyroModule):
                 f"noise={shown(noise)}: a positive standard deviation, or None, is needed"
             )
         self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
+
+    def extra_repr(self) -> str:
+        """N and the noise, before the network."""
+        return f"num_data={self.num_data}, noise={self.noise!r}"
 
     def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
         mean, y = _run(self.net, x, y, batch)

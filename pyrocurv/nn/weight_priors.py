@@ -15,10 +15,11 @@ from torch.distributions import Distribution
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.layers.module_types import NORMS, fan_in
 from pyrocurv.nn.posterior_prior import CorrelatedNormal, CorrelatedWeight
+from pyrocurv.runtime.choices import FanIn
 from pyrocurv.runtime.distributions import as_normal, compact
 from pyrocurv.runtime.validation import as_number, check_is, check_tensor, is_number, shown
 
-PriorSpec = float | str | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
+PriorSpec = float | FanIn | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
 
 
 def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
