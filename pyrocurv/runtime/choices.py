@@ -5,6 +5,7 @@ from typing import Literal
 Auto = Literal["auto"]
 CurvatureKind = Literal["hessian", "ggn", "fisher", "empirical", "noise"]
 FanIn = Literal["fan_in"]
+Heteroscedastic = Literal["heteroscedastic"]
 LikelihoodName = Literal["categorical", "bernoulli", "normal"]
 Link = Literal["auto", "mc", "probit"]
 Nonfinite = Literal["raise", "skip"]
