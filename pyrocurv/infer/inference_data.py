@@ -45,6 +45,11 @@ def to_arviz(
             site that does not exist; a model that observes nothing in this call.
         RuntimeError: the guide is not initialized, or was unpickled without its model.
 
+    Example:
+        >>> import arviz, torch, pyrocurv  # doctest: +SKIP
+        >>> samples = pyrocurv.infer.to_arviz(guide, x, y, sites=["net.bias"])  # doctest: +SKIP
+        >>> arviz.loo(samples)  # doctest: +SKIP
+
     Reference: Kumar et al. 2019, "ArviZ", JOSS; Vehtari et al. 2017, arXiv:1507.04544, for loo.
     """
     arviz = _arviz()
