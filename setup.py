@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib"]
+EXAMPLES = ["torchvision", "scikit-learn", "torchmetrics", "matplotlib", "tyro"]
 PEERS = [  # what the benchmarks compare with
     "ivon-opt", "curvlinops-for-pytorch", "backpack-for-pytorch", "asdfghjkl",  # the last is asdl
     "laplace-torch", "mlxtend", "pytorch-optimizer", "schedulefree",
