@@ -2,6 +2,7 @@
 
 
 
+from pyrocurv.infer.inference_data import to_arviz
 from pyrocurv.infer.laplace import Laplace
 from pyrocurv.infer.mixture_training import train_mixture
 from pyrocurv.infer.ngvi import NGVI
@@ -10,5 +11,5 @@ from pyrocurv.infer.temperature_selection import choose_temperature, log_predict
 
 __all__ = [
     "NGVI", "Laplace", "Predictive", "choose_temperature", "log_predictive_density",
-    "train_mixture",
+    "to_arviz", "train_mixture",
 ]
