@@ -7,10 +7,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyrocurv import checkpoint, curvature, guides, infer, nn, optim, plots, structures
+    from pyrocurv import (
+        checkpoint,
+        curvature,
+        guides,
+        infer,
+        metrics,
+        nn,
+        optim,
+        plots,
+        structures,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["checkpoint", "curvature", "guides", "infer", "nn", "optim", "plots", "structures"]
+__all__ = [
+    "checkpoint", "curvature", "guides", "infer", "metrics", "nn", "optim", "plots", "structures",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from snapshots import contents, modules_state
 from torch import Tensor, nn
 
-from pyrocurv import curvature, guides, infer, optim, plots, structures
+from pyrocurv import curvature, guides, infer, metrics, optim, plots, structures
 from pyrocurv import nn as models
 from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.nn import networks
@@ -342,6 +342,15 @@ def _() -> Scene:
     return Scene(predict, {"x": X}, [ngvi.model, ngvi.guide], ("x",), words)
 
 
+@scene("infer.Predictive.loader")
+def _() -> Scene:
+    ngvi = trained()
+    predict = infer.Predictive(ngvi.model, guide=ngvi.guide, num_samples=2)
+    arguments = {"loader": [(X, Y)], "inputs": None, "device": "cpu", "progress": None}
+    words = (*WORDS, "these inputs", "'obs'")
+    return Scene(predict.loader, arguments, [ngvi.model, ngvi.guide], words=words)
+
+
 @scene("infer.choose_temperature")
 def _() -> Scene:
     ngvi = trained()
@@ -362,6 +371,28 @@ def _() -> Scene:
     }
     watched = [ngvi.model, ngvi.guide]
     return Scene(infer.log_predictive_density, arguments, watched, words=WORDS)
+
+
+@scene("infer.fit")
+def _() -> Scene:
+    ngvi = trained()
+    arguments = {
+        "ngvi": ngvi, "loader": [(X, Y)], "epochs": 1, "schedule": "cosine", "warmup": 0,
+        "num_samples": 2, "patience": None, "callbacks": [], "logger": None, "progress": False,
+    }
+    return Scene(infer.fit, arguments, [ngvi, ngvi.guide, ngvi.model], words=WORDS)
+
+
+@scene("infer.Epoch")
+def _() -> Scene:
+    arguments = {"epoch": 1, "step": 2, "loss": 1.0, "nll": 1.0, "kl": 1.0, "lr": 1.0,
+                 "temperature": 1.0}
+    return Scene(infer.Epoch, arguments)
+
+
+@scene("infer.History")
+def _() -> Scene:
+    return Scene(infer.History, {"epochs": (), "stopped_early": False})
 
 
 @scene("infer.train_mixture")
@@ -479,6 +510,20 @@ def _() -> Scene:
         "structure": "kfac",
     }
     return Scene(curvature.estimate, arguments, [target], ("x",), WORDS)
+
+
+@scene("metrics.uncertainty", "metrics.uncertainty of normals")
+def _(name: str) -> Scene:
+    arguments = {"logits": torch.ones(4, 6, 3), "likelihood": "categorical", "dim": 0}
+    if "normals" in name:
+        arguments = {"mean": torch.ones(4, 6), "scale": torch.ones(4, 6), "dim": 0}
+    return Scene(metrics.uncertainty, arguments, words=("samples",))
+
+
+@scene("metrics.Uncertainty")
+def _() -> Scene:
+    parts = {name: torch.zeros(6) for name in ("total", "aleatoric", "epistemic")}
+    return Scene(metrics.Uncertainty, parts)
 
 
 @scene("plots.reliability")

@@ -14,10 +14,11 @@ FLOORS = [  # no room imports another one of its floor
     {"layers"},
     {"curvature", "handlers"},
     {"posterior", "nn"},
-    {"guides", "optim"},
-    {"infer", "plots", "checkpoint"},
+    {"guides", "optim", "checkpoint"},
+    {"infer", "plots", "metrics"},
 ]
-TORCH_ONLY = {"structures", "runtime", "layers", "curvature", "posterior", "optim", "checkpoint"}
+TORCH_ONLY = {"structures", "runtime", "layers", "curvature", "posterior", "optim", "checkpoint",
+              "metrics"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "pyrocurv").rglob("*.py")

@@ -30,7 +30,7 @@ import pyrocurv
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.runtime.validation import is_out_of_memory
 
-ROOMS = ("curvature", "guides", "infer", "nn", "optim", "plots", "structures")
+ROOMS = ("curvature", "guides", "infer", "metrics", "nn", "optim", "plots", "structures")
 MODULES = (*ROOMS, "nn.networks")
 PACKAGE = str(Path(pyrocurv.__file__).parent)
 CLEAR = (ValueError, TypeError, FloatingPointError)  # the exact types

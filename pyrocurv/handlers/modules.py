@@ -36,6 +36,11 @@ def modules(model: Any) -> list[nn.Module]:
     return list(dict.fromkeys(module for root in _roots(model) for module in root.modules()))
 
 
+def root_modules(model: Any) -> list[nn.Module]:
+    """The model if it is a module; otherwise the outermost modules that it refers to."""
+    return [*_roots(model)]
+
+
 def named_modules(model: Any) -> dict[str, nn.Module]:
     """The modules of a model by name; those of a function are the ones that it refers to."""
     named: dict[str, nn.Module] = {}

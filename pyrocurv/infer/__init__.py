@@ -1,14 +1,14 @@
 """Inference: natural-gradient training of a structured posterior, Laplace, and prediction."""
 
-
-
+from pyrocurv.infer.history import Epoch, History
 from pyrocurv.infer.laplace import Laplace
 from pyrocurv.infer.mixture_training import train_mixture
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.predictive import Predictive
 from pyrocurv.infer.temperature_selection import choose_temperature, log_predictive_density
+from pyrocurv.infer.training import fit
 
 __all__ = [
-    "NGVI", "Laplace", "Predictive", "choose_temperature", "log_predictive_density",
-    "train_mixture",
+    "Epoch", "History", "Laplace", "NGVI", "Predictive", "choose_temperature", "fit",
+    "log_predictive_density", "train_mixture",
 ]

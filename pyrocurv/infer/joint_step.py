@@ -73,29 +73,30 @@ class JointRule:
         vectorize = self._can_vectorize and posterior.step > 0
         restore = save_buffers(modules(model.model))
         try:
-            evaluation, auxiliary = self._evaluate(posterior, settings, model, vectorize)
+            evaluation, auxiliary, num_data = self._evaluate(posterior, settings, model, vectorize)
         except (RuntimeError, ValueError) as error:
             if not vectorize or is_out_of_memory(error):
                 raise
             self._can_vectorize = False  # a genuine error is raised again below
             restore()
-            evaluation, auxiliary = self._evaluate(posterior, settings, model, False)
+            evaluation, auxiliary, num_data = self._evaluate(posterior, settings, model, False)
         try:
-            return step(posterior, evaluation, settings.average), auxiliary
+            update = step(posterior, evaluation, settings.average)
         except torch.linalg.LinAlgError as error:
             raise ill_conditioned(posterior.step) from error
+        return replace(update, num_data=num_data), auxiliary
 
     def _evaluate(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel, vectorize: bool
-    ) -> tuple[Evaluation, list[AuxiliaryParameter]]:
-        """Loss, gradient and Hessian at S samples."""
+    ) -> tuple[Evaluation, list[AuxiliaryParameter], int | None]:
+        """Loss, gradient and Hessian at S samples; and N, if it is known."""
         (state,) = posterior.blocks
         rate, num_particles = self._defaults(settings)
         z = torch.stack([*_antithetic_normals(num_particles, state, settings.antithetic)])
         samples = (state.mean + state.precision.rsqrt(z)).detach().requires_grad_()
         workers = settings.workers
         with workers.local_noise(samples.device), twice_differentiable():
-            energies, run, temperature = _energies(
+            energies, nlls, run, temperature, num_data = _energies(
                 samples, posterior, settings, model, vectorize
             )
         gradient, *rest = torch.autograd.grad(
@@ -105,8 +106,9 @@ class JointRule:
             raise ValueError("the log joint does not depend on the latents")
         hessian = mean_hessian(gradient, samples, isinstance(state.precision, Diagonal))
         log_q = log_density(state.precision, z.square().sum(-1))
-        (loss, slope, hessian), auxiliary, _ = pool(
-            [(energies.detach() + temperature * log_q).mean(), gradient.detach().sum(0), hessian],
+        loss = (energies.detach() + temperature * log_q).mean()
+        (loss, nll, slope, hessian), auxiliary, _ = pool(
+            [loss, nlls.mean(), gradient.detach().sum(0), hessian],
             run.auxiliary([None if g is None else g.detach() for g in rest]),
             1.0 if workers.is_alone else run.batch / run.num_data,
             1.0 if workers.is_alone else run.num_data, workers,
@@ -119,9 +121,9 @@ class JointRule:
         seen = replace(posterior.temperature, value=temperature)
         evaluation = Evaluation(
             replace(posterior, blocks=(moved,), temperature=seen), loss, gradients,
-            [p.gradient for p in auxiliary],
+            [p.gradient for p in auxiliary], nll,
         )
-        return evaluation, auxiliary
+        return evaluation, auxiliary, num_data
 
     def negative_elbo(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel
@@ -172,20 +174,24 @@ def _antithetic_normals(
 def _energies(
     samples: Tensor, posterior: Posterior, settings: StepSettings, model: BatchModel,
     vectorize: bool,
-) -> tuple[Tensor, ModelRun, float]:
-    """E of each sample [S, P], the last run, and T."""
+) -> tuple[Tensor, Tensor, ModelRun, float, int | None]:
+    """E and N nll of each sample [S, P], the last run, T, and N if it is known."""
     (state,) = posterior.blocks
-    runs: list[tuple[ModelRun, float]] = []
+    runs: list[tuple[ModelRun, float, int | None]] = []
 
-    def energy(sample: Tensor) -> Tensor:
+    def energy(sample: Tensor) -> tuple[Tensor, Tensor]:
         with model.network():
             run = model(state.block.unpack(sample))
-        runs.append((run, settings.temperature_of(run, posterior)))
-        return run.negative_log_joint(runs[-1][1])
+        temperature = settings.temperature_of(run, posterior)
+        # N is read off here, since the graph of a run under vmap ends with it
+        runs.append((run, temperature, runs[-1][2] if runs else run.num_data_if_known))
+        return run.negative_log_joint(temperature), run.nll.detach()
 
     if vectorize:
-        return torch.func.vmap(energy, randomness="different")(samples), *runs[-1]
-    return torch.stack([energy(sample) for sample in samples]), *runs[-1]
+        energies, nlls = torch.func.vmap(energy, randomness="different")(samples)
+    else:
+        energies, nlls = map(torch.stack, zip(*map(energy, samples), strict=True))
+    return energies, nlls, *runs[-1]
 
 
 def mean_hessian(gradient: Tensor, samples: Tensor, is_diagonal: bool) -> Tensor:

@@ -159,7 +159,7 @@ class SampleSums:
             for parameter in run.auxiliary(computed[len(weights):])
         ]
         self.losses.append(sample.loss())
-        self.nlls.append(sample.nll.detach())
+        self.nlls.append(sample.run.nll.detach())
         self.num_data = run.num_data
         self.batch_fraction = sample.batch_fraction
 
@@ -248,7 +248,7 @@ class LayerwiseRule:
             sample.temperature, update.nll / sums.num_data, sums.batch_fraction, sums.num_data
         )
         after = replace(update.posterior, temperature=seen)
-        return replace(update, posterior=after), sums.auxiliary
+        return replace(update, posterior=after, num_data=sums.num_data), sums.auxiliary
 
     def negative_elbo(
         self, posterior: Posterior, settings: StepSettings, model: BatchModel

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 from pyrocurv.guides import MixtureGuide
 from pyrocurv.handlers.modules import named_modules
-from pyrocurv.infer.model_run import split_batch
+from pyrocurv.infer.loaders import arguments, length, progress_bar, set_epoch
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.runtime.agreement import check_same
 from pyrocurv.runtime.validation import (
@@ -92,16 +91,16 @@ def train_mixture(
     check_flag("progress", progress)
     finished = {} if finished is None else finished
     remaining = [seed for seed in all_seeds if seed not in finished]
-    length = _length(loader)
-    total = None if length is None or not progress else len(remaining) * epochs * length
-    with tqdm(total=total, unit="batch", disable=not progress) as bar:
+    batches = length(loader) if progress else None
+    total = None if batches is None else len(remaining) * epochs * batches
+    with progress_bar(progress, total=total, unit="batch") as bar:
         for seed in remaining:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 training = _pair(make(seed))
                 if len(all_seeds) > 1:
                     _check_model(training[0].model)
-                plan = {"seeds": remaining, "epochs": epochs, "batches": length}
+                plan = {"seeds": remaining, "epochs": epochs, "batches": length(loader)}
                 check_same(Workers.of(training[0].process_group), plan, SAME_PLAN)
                 first = all_seeds.index(seed) * epochs
                 finished[seed] = _train(training, loader, range(first, first + epochs), bar, seed)
@@ -121,11 +120,6 @@ def _seeds(seeds: Any) -> list[int]:
     return every
 
 
-def _length(loader: Iterable[Any]) -> int | None:
-    """The number of batches, if it is known."""
-    return len(loader) if isinstance(loader, Sized) else None
-
-
 def _pair(training: Training) -> tuple[NGVI, Any]:
     ngvi, schedule = training if isinstance(training, tuple) else (training, None)
     if not isinstance(ngvi, NGVI):
@@ -139,12 +133,10 @@ def _train(
     ngvi, schedule = training
     for epoch in epochs:
         number = epoch - epochs.start + 1
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):
-            sampler.set_epoch(epoch)  # another order
+        set_epoch(loader, epoch)  # another order
         losses = []
         for batch in loader:
-            args, kwargs = split_batch(batch)
+            args, kwargs = arguments(batch)
             losses.append(ngvi.step(*args, **kwargs))
             if schedule is not None:
                 schedule.step()

@@ -79,6 +79,12 @@ class ModelRun:
         return self.primary_likelihood.num_data
 
     @property
+    def num_data_if_known(self) -> int | None:
+        """N, or None if the only likelihood is a factor outside of any plate."""
+        is_known = any(site.in_plate or not site.is_factor for site in self.data)
+        return self.num_data if is_known else None
+
+    @property
     def batch(self) -> int:
         """B."""
         return self.primary_likelihood.batch
@@ -139,13 +145,18 @@ class ModelRun:
 
     # ---- the loss -------------------------------------------------------------------------------
 
+    @cached_property
+    def nll(self) -> Tensor:
+        """N nll, of the data alone."""
+        return -functools.reduce(torch.add, [site.log_prob for site in self.replay.observed])
+
     def tempered_nll(self, temperature: float) -> Tensor:
         """N nll, plus T (log q - log p) of the latents that the fallback guide has.
 
         Priors of the weights that depend on those latents, or on parameters, enter with their
         gradient but without a value: the weights' own KL is computed elsewhere, in closed form.
         """
-        nll = -functools.reduce(torch.add, [site.log_prob for site in self.replay.observed])
+        nll = self.nll
         for name, (fn, power) in self.prior_sites.items():
             normal = as_normal(fn)
             if normal is not None and (normal.loc.requires_grad or normal.scale.requires_grad):

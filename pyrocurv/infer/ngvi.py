@@ -34,6 +34,7 @@ from pyrocurv.infer.defaults import (
 from pyrocurv.infer.guide_store import GuideStore, check_guide
 from pyrocurv.infer.joint_step import uses_joint_update
 from pyrocurv.infer.layerwise_step import StepSettings
+from pyrocurv.infer.loss_terms import LossTerms
 from pyrocurv.infer.model_run import BatchModel
 from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
@@ -185,6 +186,7 @@ class NGVI:
         self.average: bool = values.pop("average")
         self.temperature, self.kl_warmup, self.antithetic = temperature, kl_warmup, antithetic
         self.on_nonfinite, self.skipped = on_nonfinite, 0
+        self.loss_terms: LossTerms | None = None  # of the last step
         check_flag("sample_parallel", sample_parallel)
         Workers.of(process_group)  # raises for what is none
         self.process_group, self.sample_parallel = process_group, sample_parallel
@@ -213,6 +215,7 @@ class NGVI:
 
         Returns the loss before the step: -ELBO at full-data scale, N E[nll] + T KL, at the sampled
         weights (what `SVI.step` returns), or N nll + T KL at the mean. NaN for a skipped step.
+        `.loss_terms` has nll, KL and T of the last step that was not skipped.
         """
         self._follow_store()
         try:
@@ -258,7 +261,7 @@ class NGVI:
         def assign() -> None:
             self.guide.is_laplace = self.num_particles == 0
             self.guide.temperature = update.posterior.temperature.value
-            self._posterior = update.posterior
+            self._posterior, self.loss_terms = update.posterior, LossTerms.of(update)
 
         commit(update, self._store, undo, assign)
         if update.posterior.step % CHECK_EVERY == 1:

@@ -7,8 +7,8 @@ that is possible and faster (`pyrocurv.handlers.vectorized`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from pyrocurv.handlers.vectorized import (
     concatenate,
     remember,
 )
+from pyrocurv.infer.loaders import arguments, check_progress, device_of_model, length, progress_bar
+from pyrocurv.infer.predictive_batches import JoinedBatches, RepeatedDraws, inputs_of, rows_of
 from pyrocurv.runtime.agreement import (
     SAME_INPUTS,
     SharedSamples,
@@ -41,12 +43,14 @@ from pyrocurv.runtime.rng import RandomStream, device_of, isolated_rng, rewind_r
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
+    as_device,
     as_number,
     check_callable,
     check_flag,
     check_integer,
     check_is,
     check_iterable,
+    check_loader,
     check_tensor,
     check_values,
 )
@@ -77,8 +81,8 @@ class Predictive(pyro.infer.Predictive):
             a handler, or with a return value that is not a tensor) are run in full on each process.
 
     Called with the model's arguments it returns {site: [S, ...]} in Pyro's shapes, without
-    gradients. The samples have the same distribution as Pyro's. The random numbers are others than
-    Pyro's, and are determined by `torch.manual_seed`.
+    gradients; `loader` does so for all data of a loader. The samples have the same distribution as
+    Pyro's. The random numbers are others than Pyro's, and are determined by `torch.manual_seed`.
 
     The model runs once for many samples, so its side effects, and numbers that it draws from other
     sources than torch, happen once for all of them. Models with control flow that depends on
@@ -148,32 +152,115 @@ class Predictive(pyro.infer.Predictive):
         check_values((*args, *kwargs.values()), "the model")
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
-        workers, results, first = Workers.of(self.process_group), [], 0
+        with self._sharing(args, kwargs) as samples:
+            results = self._runs(samples, args, kwargs)
+            if results is None:
+                return super().forward(*args, **kwargs)
+        return self._to_pyro_shapes(_gathered(samples, results))
+
+    @one_thread_at_a_time
+    @torch.no_grad()
+    def loader(
+        self, loader: Iterable[Any], *, inputs: Callable[[Any], Any] | None = None,
+        device: torch.device | str | None = "cpu", progress: bool | None = None,
+    ) -> dict[str, Tensor]:
+        """Predictions for all data of a loader, {site: [S, ..., N, ...]}.
+
+        The samples of the posterior are the same for all batches, those of one call on all data; no
+        more of them are in memory at once than in a call. Results of the batches are concatenated
+        along their first axis, after that of the samples, of as many rows as the batch has. Sites
+        without one have to be the same for all batches, as weights are, and are returned once.
+
+        Args:
+            loader: batches, in a list or a DataLoader.
+            inputs: batch -> the model's arguments without the data that it observes: a tensor, a
+                tuple of arguments, or a mapping of keyword arguments. By default the first element
+                of a tuple or list, and of a mapping all but "y", "label", "labels", "target" and
+                "targets".
+            device: of the results; None for that of the model. Batches are moved to the model's.
+            progress: whether to show a progress bar; None for on a terminal only.
+
+        Raises:
+            ValueError: no batch, or one without a tensor; a site whose axis of the data cannot be
+                told; a latent that neither guide nor `posterior_samples` have, so that it would be
+                drawn anew for each batch.
+            TypeError: a return value that is not a tensor.
+            RuntimeError: inside of a Pyro handler, which would have to see each run.
+            Exception: any error of a call.
+
+        Example:
+            >>> import torch, pyrocurv
+            >>> from pyrocurv.infer import Predictive
+            >>> net = pyrocurv.nn.bayesianize(torch.nn.Linear(4, 3))
+            >>> model = pyrocurv.nn.Classifier(net, num_data=64)
+            >>> guide = pyrocurv.guides.KFACGuide(model)
+            >>> data = torch.utils.data.TensorDataset(torch.randn(64, 4), torch.randint(3, (64,)))
+            >>> weights = guide(*data.tensors)
+            >>> predict = Predictive(model, guide=guide, num_samples=8, return_sites=["_RETURN"])
+            >>> predict.loader(torch.utils.data.DataLoader(data, 20))["_RETURN"].shape
+            torch.Size([8, 64, 3])
+        """
+        check_loader("loader", loader)
+        if inputs is not None:
+            check_callable("inputs", inputs, "a callable from batches to the model's inputs")
+        check_progress(progress)
+        target = as_device("device", device)
+        if am_i_wrapped():
+            raise RuntimeError("loader: inside of a Pyro handler, call this on each batch instead")
+        joined, draws = JoinedBatches(target), RepeatedDraws()
+        place = device_of_model(self.model, self.guide)
+        with (rewind_rng_on_error(place or torch.device("cpu")),
+              progress_bar(progress, total=length(loader), unit="batch") as bar):
+            for batch in loader:
+                args, kwargs = arguments((inputs or inputs_of)(batch), place)
+                check_values((*args, *kwargs.values()), "the model")
+                rows = rows_of(args, kwargs)
+                draws.restart()
+                with self._sharing(args, kwargs) as samples:
+                    runs = self._runs(samples, args, kwargs, draws)
+                    if runs is None:
+                        raise TypeError(
+                            "the model returns no tensor, and its return value cannot be joined "
+                            "over batches: choose other return_sites"
+                        )
+                whole = _gathered(samples, runs)
+                joined.add(self._to_pyro_shapes(whole), whole, draws.names, rows)
+                bar.update()
+            results = joined.result()
+            RandomStream()  # the next call has other samples
+        return results
+
+    @contextmanager
+    def _sharing(self, args: Any, kwargs: Any) -> Iterator[SharedSamples]:
+        """Which samples this process evaluates inside, with all that a run needs around it."""
+        workers = Workers.of(self.process_group)
         if not workers.is_alone:
             check_same(workers, self._inputs(args, kwargs), SAME_INPUTS)
         with (self._preserve_module_state(), pyro.validation_enabled(False),
               rewind_rng_on_error(device_of(args)), _finite_probabilities(),
               raise_together(workers, "Predictive")):
-            samples = SharedSamples.of(workers, self.num_samples)
-            for values, n in self._draws(args, kwargs):
-                own = samples.evaluated_of(range(first, first + n))
-                first += n
-                if not own:
-                    continue
-                values = {name: value[own.start:own.stop] for name, value in values.items()}
-                with samples.noise(device_of(args)):
-                    runs = self._run_model(
-                        self.model, values, len(own), args, kwargs, self._is_returned
-                    )
-                self._check_shapes(values, runs)
-                if self._is_returned(RETURN) and RETURN not in runs.values:
-                    return super().forward(*args, **kwargs)  # not a tensor: Pyro's own rules
-                results.append(runs)
-        runs = concatenate(results)
-        if not workers.is_alone:
-            runs = replace(runs, values=samples.gather(runs.values))
-            RandomStream()  # the next call has other noise, also without a guide
-        return self._to_pyro_shapes(runs)
+            yield SharedSamples.of(workers, self.num_samples)
+
+    def _runs(
+        self, samples: SharedSamples, args: Any, kwargs: Any, draws: RepeatedDraws | None = None
+    ) -> list[RunResults] | None:
+        """The model at the samples of this process; None if it needs Pyro's own rules."""
+        results, first = [], 0
+        for values, n in self._draws(args, kwargs, draws):
+            own = samples.evaluated_of(range(first, first + n))
+            first += n
+            if not own:
+                continue
+            values = {name: value[own.start:own.stop] for name, value in values.items()}
+            with samples.noise(device_of(args)):
+                runs = self._run_model(
+                    self.model, values, len(own), args, kwargs, self._is_returned
+                )
+            self._check_shapes(values, runs)
+            if self._is_returned(RETURN) and RETURN not in runs.values:
+                return None
+            results.append(runs)
+        return results
 
     def _inputs(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """What processes have to have in common, by name."""
@@ -221,9 +308,13 @@ class Predictive(pyro.infer.Predictive):
 
     # ---- draws from the guide -------------------------------------------------------------------
 
-    def _draws(self, args: Any, kwargs: Any) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+    def _draws(
+        self, args: Any, kwargs: Any, draws: RepeatedDraws | None
+    ) -> Iterator[tuple[Mapping[str, Tensor], int]]:
         """Latents {site: [n, *shape]} and n, S in total, in groups that are small in memory."""
         if self.guide is None:
+            if draws is not None:
+                draws.names = {*self.posterior_samples}
             yield self.posterior_samples, self.num_samples
             return
         signature = call_signature(self.guide, args, kwargs)
@@ -236,7 +327,11 @@ class Predictive(pyro.infer.Predictive):
         size = max(1, MAX_ELEMENTS // max(1, self._num_elements[signature]))
         for start in range(0, self.num_samples, size):
             n = min(size, self.num_samples - start)
-            yield self._draw(n, args, kwargs), n
+            with nullcontext() if draws is None else draws.next(device_of(args)):
+                values = self._draw(n, args, kwargs)
+            if draws is not None:
+                draws.names = {*values}
+            yield values, n
 
     def _initialize_guides(self, args: Any, kwargs: Any) -> None:
         for guide in _uninitialized_guides(self.guide):
@@ -281,6 +376,15 @@ def _uninitialized_guides(guide: Any) -> Iterator[Any]:
             yield from _uninitialized_guides(component)
     elif isinstance(guide, StructuredGuide) and not guide.is_initialized:
         yield guide
+
+
+def _gathered(samples: SharedSamples, results: Sequence[RunResults]) -> RunResults:
+    """The results of all processes."""
+    runs = concatenate(results)
+    if not samples.workers.is_alone:
+        runs = replace(runs, values=samples.gather(runs.values))
+        RandomStream()  # the next call has other noise, also without a guide
+    return runs
 
 
 @contextmanager

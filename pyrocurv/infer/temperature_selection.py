@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import module_tensors, modules
+from pyrocurv.infer.loaders import progress_bar
 from pyrocurv.infer.model_run import (
     ModelRun,
     require_grad,
@@ -113,7 +113,7 @@ def choose_temperature(
     with rewind_rng_on_error(torch.device("cpu")):
         seed = RandomStream().seed  # the same draws from each posterior
         densities: dict[float, float] = {}
-        bar = tqdm(temperatures, "temperatures", disable=None if progress else True)
+        bar = progress_bar(progress and None, iterable=temperatures, desc="temperatures")
         for temperature in bar:
             with raise_together(workers, f"fit({temperature})"):
                 trained = fit(temperature)
@@ -140,7 +140,14 @@ def _density(
     pair = (trained.model, trained.guide) if isinstance(trained, NGVI) else trained
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"fit: an NGVI or (model, guide) is needed, got {type(pair).__name__}")
-    model, guide = pair
+    return density_at_seed(*pair, held_out, num_samples, seed, process_group)
+
+
+def density_at_seed(
+    model: Callable[..., Any], guide: Guide, held_out: Iterable[Any], num_samples: int, seed: int,
+    process_group: Any,
+) -> float:
+    """`log_predictive_density` at samples that a seed determines."""
     like = next(iter(guide.parameters()), torch.zeros(()))
     with RandomStream(seed)(like.device):
         return log_predictive_density(model, guide, held_out, num_samples, process_group)

@@ -33,7 +33,7 @@ class Evaluation:
     loss: Tensor  # at full-data scale, in nats
     gradients: dict[str, Tensor]  # {name: gradient per datum [*shape]}; `step` empties it
     auxiliary: Sequence[Tensor | None] = ()  # gradients of everything without a Gaussian
-    nll: Tensor | None = None  # the loss without the KL divergence
+    nll: Tensor | None = None  # the loss without the KL divergence, of the data alone
     workers: Workers = ALONE  # who share out the work on matrices
     owners: Workers = ALONE  # each of whom has blocks of its own
 
@@ -75,6 +75,7 @@ class Update:
     moves: Sequence[Move]
     before: Posterior
     nll: float  # that of the evaluation, or the loss
+    num_data: float | None = None  # N, where it is known
 
 
 class WeightStore(Protocol):

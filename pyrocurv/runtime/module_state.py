@@ -67,6 +67,19 @@ def preserve_module_state(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def train_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put the modules into train mode, and each back into its own mode afterwards."""
+    evaluating = [module for module in modules if not module.training]
+    for module in evaluating:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in evaluating:
+            module.training = False
+
+
+@contextmanager
 def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put the modules into eval mode, in which batch-norm statistics do not change."""
     training = [module for module in modules if module.training]

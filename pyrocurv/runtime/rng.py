@@ -27,6 +27,13 @@ class RandomStream:
         self.states: dict[str, Tensor] = {}  # by type of device
         self.num_sections = (0, 0)  # of all processes, and of single ones
 
+    @staticmethod
+    def ahead(device: torch.device) -> RandomStream:
+        """The numbers that torch's global generators give next; those stay where they are."""
+        stream = RandomStream(seed=0)
+        stream.states = {one.type: _get_state(one) for one in {torch.device("cpu"), device}}
+        return stream
+
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
         """Draw from this stream inside; an exception leaves the stream where it was before."""

@@ -138,6 +138,16 @@ def check_distribution(name: str, value: Any) -> None:
     check_is(name, value, Distribution, "a Distribution")
 
 
+def as_device(name: str, value: Any) -> torch.device | None:
+    """The device of that name; None for None. Raises ValueError for anything else."""
+    if value is None or isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}={shown(value)}: a device is needed, such as 'cpu'") from error
+
+
 def check_tensor(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a tensor, ValueError unless it has values."""
     check_is(name, value, Tensor, "a Tensor")
