@@ -153,6 +153,18 @@ def _() -> Scene:
     return Scene(models.rescale_prior, arguments, [model])
 
 
+@scene("nn.update_bn")
+def _() -> Scene:
+    layers = nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 3)
+    model = models.Classifier(models.bayesianize(nn.Sequential(*layers)), 12)
+    guide = guides.KFACGuide(model)
+    guide(X, Y)
+    arguments = {
+        "model": model, "guide": guide, "loader": [(X, Y)], "num_batches": None, "progress": False,
+    }
+    return Scene(models.update_bn, arguments, [model, guide], words=("site 'obs'",))
+
+
 @scene("nn.networks.LeNet5")
 def _() -> Scene:
     return Scene(networks.LeNet5, {"channels": 1, "classes": 3, "padding": 2})
@@ -221,6 +233,13 @@ def _(name: str) -> Scene:
     if "Mixture" in name:
         guide = guides.MixtureGuide([guide])
     return Scene(guide.sample_posterior, {"n": 2}, [guide])
+
+
+@scene("guides.KFACGuide.to_module")
+def _() -> Scene:
+    ngvi = trained()
+    arguments = {"sample": False, "module": "net"}
+    return Scene(ngvi.guide.to_module, arguments, [ngvi.guide, ngvi.model])
 
 
 @scene("guides.DiagonalGuide.quantiles")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pyrocurv.layers.calls import LayerCall, OpCall
 from pyrocurv.runtime.user_warnings import warn_user
@@ -53,6 +55,11 @@ class DatasetSizeCheck:
     def __init__(self) -> None:
         self._sizes: list[float] = []  # two at most
 
+    @property
+    def num_data(self) -> float | None:
+        """N of the last steps, None before the first."""
+        return self._sizes[-1] if self._sizes else None
+
     def note(self, num_data: float) -> None:
         """N of one step."""
         if num_data in self._sizes or len(self._sizes) > 1:
@@ -64,3 +71,18 @@ class DatasetSizeCheck:
                 'pyro.plate("data", N, subsample=torch.arange(len(x)))'
             )
         self._sizes.append(num_data)
+
+
+def check_num_data(num_data: float | None, loader: Any) -> None:
+    """Warn if N is the number of batches of a `DataLoader`, `len(loader)`, and not of its data."""
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        return
+    try:
+        batches, size = len(loader), len(loader.sampler)  # type: ignore[arg-type]
+    except TypeError:  # a stream of unknown length
+        return
+    if batches > 1 and num_data == batches < size:
+        warn_user(
+            f"the model has {num_data:g} data in total, which is the number of batches of the "
+            f"loader; the number of data is needed, len(loader.dataset): {size} are drawn an epoch"
+        )

@@ -38,6 +38,7 @@ from pyrocurv.layers.structure_selection import (
 from pyrocurv.layers.structure_spec import EKFAC, KFAC, KroneckerSpec, StructureSpec
 from pyrocurv.layers.trace import Trace
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.choices import CurvatureKind
 from pyrocurv.runtime.inference_mode import check_differentiable, outside_inference_mode
 from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.validation import check_inputs, check_module, check_tensor
@@ -75,7 +76,7 @@ def estimate(
     y: Tensor,
     *,
     likelihood: Likelihood = "categorical",
-    curvature: str | Curvature = "fisher",
+    curvature: CurvatureKind | Curvature = "fisher",
     structure: StructureChoice = "kfac",
 ) -> Structure:
     """The curvature of -sum_n log p(y_n | net(x_n)) in the weights, as a structured matrix.

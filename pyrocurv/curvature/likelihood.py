@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
+from pyrocurv.runtime.choices import LikelihoodName
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.validation import check_choice, check_distribution
 
-Likelihood = str | Callable[[Tensor], Distribution]
+Likelihood = LikelihoodName | Callable[[Tensor], Distribution]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyrocurv.curvature.update_interval import START, UpdateInterval
+from pyrocurv.runtime.choices import CurvatureKind, Schedule
 from pyrocurv.runtime.validation import (
     check_choice,
     check_fraction,
@@ -60,8 +61,8 @@ class Curvature:
         'ggn'
     """
 
-    kind: str
-    every: int | str = 20
+    kind: CurvatureKind
+    every: int | Schedule = 20
     eigen_every: int = 200
     batch: int | None = 32
     decay: float = 0.95
@@ -107,7 +108,7 @@ class Curvature:
         return step % self.eigen_every < self.interval(step)
 
 
-def as_curvature(curvature: str | Curvature) -> Curvature:
+def as_curvature(curvature: CurvatureKind | Curvature) -> Curvature:
     """The curvature; a string is short for `Curvature(kind)`."""
     if isinstance(curvature, str):
         return Curvature(curvature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,10 @@ from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.weight_gaussian import WeightGaussian, split_gaussian
+from pyrocurv.nn.plain_module import find_network, plain_module
+from pyrocurv.runtime.representation import counted, described
 from pyrocurv.runtime.user_warnings import warn_user
+from pyrocurv.runtime.validation import check_flag
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
 
@@ -49,6 +53,19 @@ class BlockwiseGuide(ParamStoreGuide):
         self._fallback_state: dict[str, Any] = {}
         self._loaded_fallback: tuple[str, ...] = ()  # fallback sites of a loaded state
         self.blocks = PyroModule[nn.ModuleList]([])
+
+    def __repr__(self) -> str:
+        """The structure, and what it has by now; nothing is run or read from Pyro's store."""
+        size = sum(math.prod(shape) for shape in self.sites.values())
+        blocks = f"{counted(size, 'weight')} in {counted(len(self.blocks), 'block')}"
+        others = self.fallback_sites or self._loaded_fallback
+        temperature = None if self.temperature is None else f"temperature={self.temperature:.3g}"
+        return described(
+            self, f"structure={self.structure!r}",
+            blocks if self.sites else "" if others else "not called yet",
+            f"fallback={[*others]}" if others else "",
+            "a Laplace approximation" if self.is_laplace else temperature or "",
+        )
 
     def _build(self, blocks: Sequence[Block], values: Mapping[str, Tensor]) -> None:
         """Create the Gaussians with the means {site: unconstrained tensor}."""
@@ -167,6 +184,44 @@ class BlockwiseGuide(ParamStoreGuide):
                 "the mode, and predictions of the network itself at its samples are far off; use "
                 "pyrocurv.infer.Laplace(model, guide).predict(x)"
             )
+
+    # ---- the network ----------------------------------------------------------------------------
+
+    def to_module(self, sample: bool = False, module: str | None = None) -> nn.Module:
+        """The network of the model as a plain `torch.nn.Module`, without Pyro, in eval mode.
+
+        For `torch.export`, `torch.compile`, `state_dict` or another process. Its classes and the
+        names of its parameters are those before `bayesianize`, its weights the posterior's median,
+        all else, as statistics of batch norm, is that of the model: a copy, which nothing trains.
+        It returns what the network does, as the logits of a `Classifier`, without the likelihood.
+
+        Args:
+            sample: weights that are one sample from the posterior instead.
+            module: the name of the network in the model, by default that of the module called
+                "net", as in `Classifier` and `Regressor`, or the model if it is a network itself.
+
+        Raises:
+            ValueError: a model without that module, or with latents in it that the guide has not.
+            TypeError: a module in it whose own class is a `PyroModule`.
+            RuntimeError: the guide is not initialized, or was unpickled without its model.
+
+        Example:
+            >>> import torch, pyrocurv
+            >>> net = pyrocurv.nn.bayesianize(torch.nn.Linear(4, 3))
+            >>> guide = pyrocurv.guides.KFACGuide(pyrocurv.nn.Classifier(net, num_data=10))
+            >>> weights = guide(torch.randn(10, 4), torch.randint(3, (10,)))
+            >>> guide.to_module()
+            Linear(in_features=4, out_features=3, bias=True)
+        """
+        check_flag("sample", sample)
+        self._ready()
+        if not self._base_model:
+            raise RuntimeError("the guide was unpickled, without its model, which has the network")
+        prefix, net = find_network(self._base_model[0], module)
+        draws = self.sample_posterior(1) if sample else {}
+        values = {name: draw[0] for name, draw in draws.items()} if sample else self.median()
+        own = [name for name in values if name.startswith(prefix)]
+        return plain_module(net, {name.removeprefix(prefix): values[name] for name in own})
 
     # ---- saving ---------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyrocurv.guides.param_store import all_or_nothing
-from pyrocurv.handlers.modules import named_modules
+from pyrocurv.handlers.given_tensors import model_tensors, use_given_tensors
+from pyrocurv.runtime.representation import described
 from pyrocurv.runtime.validation import as_number, check_integer, check_iterable
 
 PREDICTION_ONLY = (
@@ -33,17 +34,20 @@ class MixtureGuide(nn.Module):
 
     Args:
         guides: two or more guides, trained separately, of one model or of models with the same
-            latents. Everything else in the models must be equal, as the mixture predicts with one
-            of them: parameters that are not latents, statistics of batch-norm layers.
+            latents. The models may also differ in parameters that are not latents, and in buffers,
+            as the statistics of batch-norm layers: the mixture has a copy for each component of
+            what differs when it is made, in `component_tensors`.
 
-    Each call draws a component, and then a sample from that. The state dict holds the states of the
-    components; a mixture of as many new guides loads it without data.
+    Each call draws a component, and then a sample from that, with what is the component's own in
+    its model. `Predictive` takes the model of any of the guides (that of `pyrocurv.infer` any equal
+    one too), and runs it with the tensors of the component that a sample is from. The state dict
+    holds the states of the components and these tensors; a mixture of as many new guides, also of a
+    single model, loads it without data.
 
     Raises:
         TypeError: a guide that is not one of `pyrocurv.guides`; an ELBO of the mixture, or `NGVI`
             on it.
-        ValueError: no guide, guides with different sites, models that differ in more than their
-            latents.
+        ValueError: no guide, guides with different sites, models that are not of one architecture.
 
     Example:
         >>> import torch, pyrocurv
@@ -71,12 +75,11 @@ class MixtureGuide(nn.Module):
             raise ValueError("guides: at least one is needed")
         self.components = nn.ModuleList(guides)
         self._check_sites()
-        if differing := _differing([*self._models()]):
-            raise ValueError(
-                f"the guides' models differ in {_first_names(differing)}, which are not latents: "
-                "predict with each guide and its own model; or make latents of those parameters, "
-                'with `bayesianize(net, layers=[...])` and `structure={...: "point"}`'
-            )
+        self.component_tensors = nn.ModuleList()
+        self._set_tensors(_differing([*self._model_tensors()]))
+
+    def __repr__(self) -> str:
+        return described(self, *map(repr, self))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.components)
@@ -99,27 +102,34 @@ class MixtureGuide(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw a component and sample all latents from it; takes the model's arguments."""
-        size = len(self.components)
         component = pyro.sample(
-            COMPONENT_SITE, _Component(torch.full((size,), 1 / size)), infer={"is_auxiliary": True}
+            COMPONENT_SITE, _Component(self._weights), infer={"is_auxiliary": True}
         )
         if component.dim():
             raise ValueError(
                 "a MixtureGuide draws one component in each call: use Predictive without "
                 "parallel=True, or sample_posterior(n)"
             )
-        return poutine.block(self[int(component)], hide_fn=_is_internal)(*args, **kwargs)
+        guide = self._guides[int(component)]
+        values = poutine.block(guide, hide_fn=_is_internal)(*args, **kwargs)
+        for name, value in self.tensors_of(guide).items():
+            fn = dist.Delta(value, event_dim=value.dim())
+            values[name] = pyro.sample(name, fn, infer={"is_auxiliary": True})
+        return values
 
     @torch.no_grad()
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
-        """n independent draws of every latent, {site: [n, *shape]}."""
+        """n independent draws of every latent, {site: [n, *shape]}.
+
+        With those of `component_tensors`, which belong to the samples as the latents do.
+        """
         check_integer("n", as_number(n), 0)
         self._check_sites()
-        index = torch.randint(len(self.components), (n,))  # of the component of each draw
-        counts = index.bincount(minlength=len(self.components)).tolist()
+        index = self._weights.multinomial(max(n, 1), replacement=True)[:n]
+        guides = self._guides
+        counts = index.bincount(minlength=len(guides)).tolist()
         draws = [
-            component.sample_posterior(count)
-            for component, count in zip(self, counts, strict=True) if count
+            self._draws(guide, count) for guide, count in zip(guides, counts, strict=True) if count
         ]
         order = index.argsort(stable=True).argsort()  # from sorted by component to the order drawn
         samples = {}
@@ -127,6 +137,22 @@ class MixtureGuide(nn.Module):
             by_component = torch.cat([draw[name] for draw in draws])
             samples[name] = by_component[order.to(by_component.device)]
         return samples
+
+    def _draws(self, guide: Any, n: int) -> dict[str, Tensor]:
+        """n draws from one of the guides, with its tensors."""
+        own = {name: x.expand(n, *x.shape) for name, x in self.tensors_of(guide).items()}
+        return {**guide.sample_posterior(n), **own}
+
+    def tensors_of(self, guide: Any) -> dict[str, Tensor]:
+        """{name in the model: tensor} of one of the guides: what differs between their models."""
+        number = next(k for k, other in enumerate(self._guides) if other is guide)
+        if not self.component_tensors:
+            return {}
+        return dict(self.component_tensors[number].named_buffers())
+
+    def prepare(self, model: Any) -> None:
+        """Have a model use the tensors of the component that a sample is from."""
+        use_given_tensors(model, self.tensors_of(self._guides[0]))
 
     def median(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not defined: a median between modes would be in none of them."""
@@ -160,6 +186,12 @@ class MixtureGuide(nn.Module):
             raise ValueError(
                 f"the state is of a mixture of {saved} guides, this one has {len(self.components)}"
             )
+        start = f"{prefix}component_tensors."
+        loaded: list[dict[str, Tensor]] = [{} for _ in self._guides]
+        for key in [key for key in state_dict if key.startswith(start)]:
+            number, _, name = key.removeprefix(start).partition(".")
+            loaded[int(number)][name] = state_dict[key]
+        self._set_tensors(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def load_state_dict(
@@ -182,12 +214,55 @@ class MixtureGuide(nn.Module):
             if other != sites[0]:
                 raise ValueError(f"the guides have different sites: {sites[0]} and {other}")
 
-    def _models(self) -> Iterator[nn.Module]:
+    def _leaves(self) -> Iterator[tuple[Any, float]]:
+        """The guides that are no mixtures, and their weights."""
         for component in self:
             if isinstance(component, MixtureGuide):
-                yield from component._models()
-            elif component._base_model:  # an unpickled guide has none
-                yield from [*named_modules(component._base_model[0]).values()][:1]
+                for guide, weight in component._leaves():
+                    yield guide, weight / len(self)
+            else:
+                yield component, 1 / len(self)
+
+    @property
+    def _guides(self) -> list[Any]:
+        return [guide for guide, _ in self._leaves()]
+
+    @property
+    def _weights(self) -> Tensor:
+        return torch.tensor([weight for _, weight in self._leaves()])
+
+    def _model_tensors(self) -> Iterator[dict[str, Tensor] | None]:
+        """The tensors of each guide's model, with what a mixture in this one has in their place.
+
+        None for a guide without a model, as an unpickled one.
+        """
+        for component in self:
+            if isinstance(component, MixtureGuide):
+                for guide, own in zip(component._guides, component._model_tensors(), strict=True):
+                    yield None if own is None else {**own, **component.tensors_of(guide)}
+            else:
+                model = component._base_model
+                yield model_tensors(model[0]) if model else None
+
+    def _set_tensors(self, tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Copy the tensors of each component, and have the models use them."""
+        names = tensors[0].keys()
+        for other in tensors:
+            if other.keys() != names:
+                different = [*names ^ other.keys()]
+                raise ValueError(f"the components have different tensors: {different}")
+        models = [guide._base_model[0] for guide in self._guides if guide._base_model]
+        for own in map(model_tensors, models):
+            for name in names:
+                found = tuple(own[name].shape) if name in own else None
+                if found != (shape := tuple(tensors[0][name].shape)):
+                    raise ValueError(
+                        f"the components have {name} of shape {shape}, the model has "
+                        f"{'none' if found is None else found}"
+                    )
+        self.component_tensors = nn.ModuleList(map(_tree, tensors if names else ()))
+        for model in models:
+            self.prepare(model)
 
 
 def _is_internal(msg: Any) -> bool:
@@ -195,21 +270,42 @@ def _is_internal(msg: Any) -> bool:
     return msg["type"] != "sample" or bool(msg["infer"].get("is_auxiliary"))
 
 
-def _differing(models: Sequence[nn.Module]) -> list[str]:
-    """The entries of the models' state dicts that differ: parameters, statistics."""
-    if len({id(model) for model in models}) < 2:
-        return []
-    first, *others = [model.state_dict() for model in models]
-    return [
-        name for name in dict.fromkeys(name for state in (first, *others) for name in state)
-        if not all(_equal(first.get(name), other.get(name)) for other in others)
-    ]
+def _tree(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module of modules whose buffers have these dotted names."""
+    root = nn.Module()
+    for path, value in tensors.items():
+        *parents, name = path.split(".")
+        module = root
+        for parent in parents:
+            module = module._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]
+        module._buffers[name] = value.detach().clone()
+    return root
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and bool((a == b.to(a.device)).all())
-    return type(a) is type(b)
+def _differing(
+    tensors: Sequence[Mapping[str, Tensor] | None]
+) -> list[dict[str, Tensor]]:
+    """What differs between the models of the components, for each of them.
+
+    Raises ValueError for models of different architectures.
+    """
+    known = [own for own in tensors if own is not None]
+    if len(known) < len(tensors):
+        return [{} for _ in tensors]  # of some it is not known
+    first, *others = known
+    if unknown := [*dict.fromkeys(name for own in others for name in own.keys() ^ first.keys())]:
+        raise ValueError(
+            f"the guides' models have different parameters and buffers: {_first_names(unknown)}"
+        )
+    names = [name for name, x in first.items() if not all(_equal(x, own[name]) for own in others)]
+    reshaped = [name for name in names if len({own[name].shape for own in known}) > 1]
+    if reshaped:
+        raise ValueError(f"the guides' models have {_first_names(reshaped)} of different shapes")
+    return [{name: own[name] for name in names} for own in known]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.shape == b.shape and bool((a == b.to(a.device)).all())
 
 
 def _first_names(names: Sequence[str]) -> str:

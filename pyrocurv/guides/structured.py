@@ -44,23 +44,6 @@ from pyrocurv.runtime.user_warnings import warn_user
 class StructuredGuide(BlockwiseGuide):
     """A Gaussian posterior over network weights, block by block in one structure.
 
-    Args:
-        model: a Pyro model; the weights are latents with normal priors. A site is a latent if it
-            is not observed at the first call: call a guide with the data.
-        init_loc_fn: initial mean, site -> value. By default weights start at the network's own
-            values (see `pyrocurv.nn.bayesianize`) or at a sample from the prior, and other latents
-            at the prior's median; without a network all latents start near their medians.
-        init_scale: initial standard deviation of each weight. `NGVI` takes its first step at the
-            mean, and sets the scale from the curvature there.
-        structure: the structures of layers that differ from this guide's: {module type, or name
-            with * and ?: structure}, where names take precedence over types; or a rule
-            (name, module) -> structure or None. A structure is a name, or a `KFAC` or `EKFAC` of
-            `pyrocurv.curvature`; "point" makes a layer a point estimate, which `optim` trains, and
-            "frozen" keeps it at its initial value.
-        fallback: the guide for the other latents, model -> AutoGuide. A guide other than the
-            default initializes them itself.
-        create_plates: as in Pyro's guides.
-
     Raises at the first call, before anything is set up:
         ValueError: the model has a discrete latent, or no latent at all; at a later call, a latent
             of the first call is observed.
@@ -83,6 +66,26 @@ class StructuredGuide(BlockwiseGuide):
         fallback: Callable[[Any], AutoGuide] = AutoNormal,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
+        """A guide of a model, which is not run before the first call.
+
+        Args:
+            model: a Pyro model; the weights are latents with normal priors. A site is a latent if
+                it is not observed at the first call: call a guide with the data.
+            init_loc_fn: initial mean, site -> value. By default weights start at the network's own
+                values (see `pyrocurv.nn.bayesianize`) or at a sample from the prior, and other
+                latents at the prior's median; without a network all latents start near their
+                medians.
+            init_scale: initial standard deviation of each weight. `NGVI` takes its first step at
+                the mean, and sets the scale from the curvature there.
+            structure: the structures of layers that differ from this guide's: {module type, or name
+                with * and ?: structure}, where names take precedence over types; or a rule
+                (name, module) -> structure or None. A structure is a name, or a `KFAC` or `EKFAC`
+                of `pyrocurv.curvature`; "point" makes a layer a point estimate, which `optim`
+                trains, and "frozen" keeps it at its initial value.
+            fallback: the guide for the other latents, model -> AutoGuide. A guide other than the
+                default initializes them itself.
+            create_plates: as in Pyro's guides.
+        """
         validation.check_callable("model", model, "a Pyro model, a callable,")
         validation.check_callable("init_loc_fn", init_loc_fn, "a callable site -> initial value")
         validation.check_positive("init_scale", init_scale)

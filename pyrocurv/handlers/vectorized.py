@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
+from pyrocurv.handlers.given_tensors import value_given_by
 from pyrocurv.runtime.rng import device_of, isolated_rng
 from pyrocurv.runtime.validation import is_out_of_memory
 
@@ -200,6 +201,11 @@ class _RunMessenger(Messenger):
         self._sites[name] = site
         if self._is_wanted(name) and isinstance(value, Tensor):
             self._values[name] = value
+
+
+@value_given_by.register
+def _(handler: _RunMessenger, name: str) -> Tensor | None:
+    return handler._given.get(name)
 
 
 class _LargestTensor(TorchFunctionMode):

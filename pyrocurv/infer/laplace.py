@@ -33,7 +33,9 @@ from pyrocurv.infer.model_run import setup_guide
 from pyrocurv.nn import rescale_prior
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.runtime.agreement import SAME_INPUTS, check_same
+from pyrocurv.runtime.choices import CurvatureKind, Link, Per
 from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.representation import described
 from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
@@ -88,7 +90,7 @@ class Laplace:
 
     def __init__(
         self, model: Callable[..., Any], guide: StructuredGuide,
-        curvature: str | Curvature = "ggn", process_group: Any = AUTO,
+        curvature: CurvatureKind | Curvature = "ggn", process_group: Any = AUTO,
     ) -> None:
         check_guide(guide)
         check_callable("model", model, "a Pyro model, a callable,")
@@ -103,6 +105,12 @@ class Laplace:
             )
         self._fitted: list[LaplaceBlock] = []
         self._log_likelihood = 0.0
+
+    def __repr__(self) -> str:
+        return described(
+            self, repr(self.guide), f"curvature={self.curvature.kind!r}",
+            "fitted" if self._fitted else "not fitted yet",
+        )
 
     # ---- the posterior --------------------------------------------------------------------------
 
@@ -168,7 +176,7 @@ class Laplace:
 
     @outside_inference_mode
     @torch.no_grad()
-    def tune_prior(self, per: str = "layer") -> dict[str, Tensor]:
+    def tune_prior(self, per: Per = "layer") -> dict[str, Tensor]:
         """Scale the prior precisions to maximize the evidence, with the curvature fixed.
 
         Args:
@@ -217,7 +225,7 @@ class Laplace:
     @one_thread_at_a_time
     @outside_inference_mode
     def predict(
-        self, *args: Any, link: str = "auto", num_samples: int = 256, process_group: Any = None,
+        self, *args: Any, link: Link = "auto", num_samples: int = 256, process_group: Any = None,
         **kwargs: Any,
     ) -> Distribution:
         """The predictive distribution of the network linearized at the guide's mean.

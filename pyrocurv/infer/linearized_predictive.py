@@ -45,6 +45,7 @@ from pyrocurv.handlers.replay import ReplayMessenger
 from pyrocurv.infer.linearized_draws import CovarianceDraws, WeightDraws
 from pyrocurv.infer.model_run import auxiliary_medians, layer_calls, mean_weights
 from pyrocurv.layers.capture import Capture
+from pyrocurv.runtime.choices import Link
 from pyrocurv.runtime.distributions import unwrap
 from pyrocurv.runtime.module_state import eval_mode, still_frozen
 from pyrocurv.runtime.rng import isolated_rng
@@ -234,7 +235,7 @@ def _kappa(variance: Tensor) -> Tensor:
 
 
 def predict(
-    model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any, link: str = "auto",
+    model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any, link: Link = "auto",
     num_samples: int = 256, workers: Workers = ALONE,
 ) -> Distribution:
     """The predictive distribution for the model's arguments; workers share draws of weights out.

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from pyrocurv.curvature.data_checks import check_num_data
 from pyrocurv.guides import MixtureGuide
-from pyrocurv.handlers.modules import named_modules
 from pyrocurv.infer.loaders import arguments, length, progress_bar, set_epoch
 from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.runtime.agreement import check_same
@@ -62,13 +61,13 @@ def train_mixture(
 
     Returns:
         The guides of `seeds`, in their order, as a `MixtureGuide`; use it in `Predictive` with the
-        model of any of them.
+        model of any of them. What training has changed in the models beside their latents, as the
+        statistics of batch norm, each component has its own of.
 
     Raises:
         TypeError: `make` does not return an NGVI.
         ValueError: no seed, or a seed twice; an epoch without a batch; processes with other seeds,
-            epochs or numbers of batches; before any training, models with parameters or statistics
-            that are not latents (see `MixtureGuide`).
+            epochs or numbers of batches; models of different architectures.
 
     Example:
         >>> import torch, pyrocurv
@@ -98,8 +97,6 @@ def train_mixture(
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 training = _pair(make(seed))
-                if len(all_seeds) > 1:
-                    _check_model(training[0].model)
                 plan = {"seeds": remaining, "epochs": epochs, "batches": length(loader)}
                 check_same(Workers.of(training[0].process_group), plan, SAME_PLAN)
                 first = all_seeds.index(seed) * epochs
@@ -141,6 +138,8 @@ def _train(
             if schedule is not None:
                 schedule.step()
             bar.update()
+            if len(losses) == 1 and epoch == epochs.start:
+                check_num_data(ngvi.num_data, loader)
         if not losses:
             raise ValueError(
                 f"the loader has no batch in epoch {number}: a DataLoader or a list is needed, "
@@ -148,21 +147,3 @@ def _train(
             )
         bar.set_postfix(seed=seed, epoch=number, loss=sum(losses) / len(losses))
     return ngvi
-
-
-def _check_model(model: Any) -> None:
-    """Raise ValueError for a model in which training changes more than its latents."""
-    changed = []
-    for path, module in named_modules(model).items():
-        changed += [f"{path}.{name}" for name, parameter in module._parameters.items()
-                    if parameter is not None and parameter.requires_grad]
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
-            changed.append(f"{path}.running_mean")
-    if changed:
-        raise ValueError(
-            f"training changes {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''} in "
-            "addition to the latents, and each component would need its own: turn the parameters "
-            'into latents, with `bayesianize(net, layers=[...])` and `structure={...: "point"}`, '
-            "drop the running statistics, or train the guides separately and average their "
-            "predictions"
-        )

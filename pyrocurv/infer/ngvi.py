@@ -50,8 +50,10 @@ from pyrocurv.posterior.summary import (
 )
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.autocast import disable_autocast
+from pyrocurv.runtime.choices import Auto, CurvatureKind, Nonfinite
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.module_state import float_buffers, preserve_module_state, save_buffers
+from pyrocurv.runtime.representation import counted, described
 from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
@@ -155,19 +157,19 @@ class NGVI:
         model: Callable[..., Any],
         guide: StructuredGuide,
         *,
-        lr: float | str = AUTO,
-        momentum: float | str = AUTO,
-        curvature: str | Curvature = "fisher",
-        temperature: float | str = AUTO,
+        lr: float | Auto = AUTO,
+        momentum: float | Auto = AUTO,
+        curvature: CurvatureKind | Curvature = "fisher",
+        temperature: float | Auto = AUTO,
         kl_warmup: int = 0,
-        damping: float | str = AUTO,
-        kl_clip: float | str | None = AUTO,
-        num_particles: int | str = AUTO,
+        damping: float | Auto = AUTO,
+        kl_clip: float | Auto | None = AUTO,
+        num_particles: int | Auto = AUTO,
         antithetic: bool = True,
         update: UpdateChoice = AUTO,
-        average: bool | str = AUTO,
+        average: bool | Auto = AUTO,
         optim: Callable[..., torch.optim.Optimizer] | PyroOptim | None = None,
-        on_nonfinite: str = "raise",
+        on_nonfinite: Nonfinite = "raise",
         process_group: Any = AUTO,
         sample_parallel: bool = False,
     ) -> None:
@@ -205,6 +207,19 @@ class NGVI:
         self._posterior: Posterior | None = None
         self._loaded: RunSignature | None = None  # of a state that no step has used yet
         self._dataset_size = DatasetSizeCheck()
+
+    def __repr__(self) -> str:
+        """Its settings, and where it is; nothing is run."""
+        group, posterior = self.optimizer.group, self._posterior
+        now = "" if posterior is None else f", {posterior.temperature.value:.3g} now"
+        return described(
+            self, repr(self.guide), f"curvature={self.curvature.kind!r}",
+            f"update={self._mean_update.name!r}", f"lr={group['lr']:.3g}",
+            f"temperature={self.temperature!r}{now if self.temperature == AUTO else ''}",
+            "" if self.num_data is None else f"N={self.num_data:,g}",
+            counted(0 if posterior is None else posterior.step, "step"),
+            f"{self.skipped} skipped" if self.skipped else "",
+        )
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -339,6 +354,11 @@ class NGVI:
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
                 settings = self._settings(rule, Workers.of(self.process_group))
                 return Loss.at(*rule.negative_elbo(current, settings, model))
+
+    @property
+    def num_data(self) -> float | None:
+        """N, the size of the model's plate; None before the first step, and without a network."""
+        return self._dataset_size.num_data
 
     def update_counts(self) -> dict[str, UpdateCount]:
         """How often each block's curvature was estimated, and its present interval in steps.

@@ -39,6 +39,7 @@ from pyrocurv.runtime.agreement import (
     raise_together,
 )
 from pyrocurv.runtime.module_state import preserve_module_state, still_frozen
+from pyrocurv.runtime.representation import described, name_of
 from pyrocurv.runtime.rng import RandomStream, device_of, isolated_rng, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.user_warnings import warn_user
@@ -145,11 +146,20 @@ class Predictive(pyro.infer.Predictive):
         self._num_elements: dict[Any, int] = {}  # of one draw from the guide
         self._warned = False
 
+    def __repr__(self) -> str:
+        source = "posterior_samples" if self.guide is None else f"guide={name_of(self.guide)}"
+        sites = "" if self.return_sites in ((), []) else f"return_sites={self.return_sites}"
+        return described(
+            self, f"model={name_of(self.model)}", source, f"num_samples={self.num_samples}", sites
+        )
+
     @one_thread_at_a_time
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """{site: [S, ...]} for the model's arguments."""
         check_values((*args, *kwargs.values()), "the model")
+        if isinstance(self.guide, MixtureGuide):
+            self.guide.prepare(self.model)
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
         with self._sharing(args, kwargs) as samples:

@@ -13,6 +13,7 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
+from pyro.poutine.condition_messenger import ConditionMessenger
 from torch import Tensor
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
@@ -183,6 +184,10 @@ def log_predictive_density(
     check_integer("num_samples", num_samples, 1)
     workers = Workers.of(process_group)
     turns = [*islice(_turns(guide), num_samples)]
+    tensors: list[dict[str, Tensor]] = [{} for _ in turns]
+    if isinstance(guide, MixtureGuide):
+        guide.prepare(model)
+        tensors = [guide.tensors_of(component) for component in turns]
     if any(component.is_laplace for component in turns):
         raise ValueError(
             "the guide is a Laplace approximation: score "
@@ -193,7 +198,9 @@ def log_predictive_density(
         seed = workers.broadcast(RandomStream().seed)
         with raise_together(workers, "log_predictive_density"):
             for batch in loader:
-                density, size = _sum_of_batch(model, turns, *split_batch(batch), seed)
+                density, size = _sum_of_batch(
+                    model, [*zip(turns, tensors, strict=True)], *split_batch(batch), seed
+                )
                 total, count = total + density, count + size
         check_same(workers, {**module_tensors(guide), **module_tensors(model)},
                    "all of them need the same posterior")
@@ -205,15 +212,17 @@ def log_predictive_density(
 
 
 def _sum_of_batch(
-    model: Callable[..., Any], turns: Sequence[StructuredGuide], args: Any, kwargs: Any, seed: int
+    model: Callable[..., Any], turns: Sequence[tuple[StructuredGuide, dict[str, Tensor]]],
+    args: Any, kwargs: Any, seed: int,
 ) -> tuple[float, float]:
     """The sum over the data of a batch, and their number."""
-    for component in turns:
+    for component, _ in turns:
         setup_guide(component, args, kwargs)
-    device = turns[0].blocks[0].raw_loc.device if turns[0].blocks else device_of(args)
+    blocks = turns[0][0].blocks
+    device = blocks[0].raw_loc.device if blocks else device_of(args)
     with (eval_mode(modules(model)), preserve_module_state(modules(model)),
           RandomStream(seed)(device)):
-        runs = [_run(model, component, args, kwargs) for component in turns]
+        runs = [_run(model, component, tensors, args, kwargs) for component, tensors in turns]
     densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
     counted = _counted(runs[0])
     mean = torch.logsumexp(densities, 0) - math.log(len(turns))
@@ -227,14 +236,18 @@ def _turns(guide: Guide) -> Iterator[StructuredGuide]:
     return chain.from_iterable(zip(*map(_turns, guide), strict=True))
 
 
-def _run(model: Callable[..., Any], guide: StructuredGuide, args: Any, kwargs: Any) -> ModelRun:
-    """The model at one sample of the posterior."""
+def _run(
+    model: Callable[..., Any], guide: StructuredGuide, tensors: dict[str, Tensor], args: Any,
+    kwargs: Any,
+) -> ModelRun:
+    """The model at one sample of the posterior, with the tensors that belong to it."""
     weights: dict[str, Tensor] = {}
     for family in guide.blocks:
         z = torch.randn_like(family.raw_loc)
         sample = family.raw_loc.detach() + family.precision().rsqrt_(z)
         weights.update(family.block.unpack(sample))
-    return run_model(model, guide, require_grad(weights), args, kwargs)
+    with ConditionMessenger(tensors):
+        return run_model(model, guide, require_grad(weights), args, kwargs)
 
 
 def _log_prob(run: ModelRun) -> Tensor:

@@ -10,11 +10,12 @@ from torch import nn
 
 from pyrocurv.layers import Layer
 from pyrocurv.layers.structure_spec import StructureSpec, parse_structure
+from pyrocurv.runtime.choices import StructureName
 from pyrocurv.runtime.user_warnings import warn_user
 
 LEFT_OUT = ("point", "frozen")  # no posterior: trained by `optim`, or kept unchanged
 Rule = Callable[[str, "nn.Module | None"], Any]
-StructureChoice = str | StructureSpec | Mapping[Any, Any] | Rule | None
+StructureChoice = StructureName | StructureSpec | Mapping[Any, Any] | Rule | None
 
 
 def check_structure(choice: Any, left_out: Sequence[str] = ()) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyrocurv.layers.layer import Layer
+from pyrocurv.runtime.choices import Auto, Sharing
 from pyrocurv.runtime.validation import check_choice, check_integer, is_integer, shown
 from pyrocurv.structures.serialization import serializable
 
@@ -68,7 +69,7 @@ class KroneckerSpec(StructureSpec):
     """Base of the structures with Kronecker factors, whose options are checked here."""
 
     is_kronecker = True
-    rank: int | str | None
+    rank: int | Auto | None
     sharing: str
 
     @property
@@ -117,8 +118,8 @@ class KFAC(KroneckerSpec):
 
     kind = "kfac"
     num_blocks: int | tuple[int, int] = 1
-    rank: int | str | None = "auto"
-    sharing: str = "expand"
+    rank: int | Auto | None = "auto"
+    sharing: Sharing = "expand"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,8 +157,8 @@ class EKFAC(KroneckerSpec):
 
     kind = "ekfac"
     corrects_eigenvalues = True
-    rank: int | str | None = "auto"
-    sharing: str = "expand"
+    rank: int | Auto | None = "auto"
+    sharing: Sharing = "expand"
 
 
 STRUCTURES: dict[str, StructureSpec] = {

@@ -69,9 +69,13 @@ def keep_padding_output(module: nn.Embedding, weight: Tensor) -> None:
     if module.padding_idx is not None:
         row = weight.detach()[module.padding_idx].clone()
         module.register_buffer("_padding", row, persistent=False)
-        module.register_forward_hook(_replace_padding, with_kwargs=True)
+        module.register_forward_hook(replace_padding, with_kwargs=True)
 
 
-def _replace_padding(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+def replace_padding(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    """The output of an embedding with its original row at the padding index."""
     index = args[0] if args else kwargs["input"]
     return torch.where((index == module.padding_idx).unsqueeze(-1), module._padding, output)
+
+
+HOOKS = (_borrow, _give_back, replace_padding)  # all that are registered here

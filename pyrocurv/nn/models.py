@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import pyro
 import torch
+import torch.nn.functional as F
 from pyro import distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocurv.runtime.choices import Heteroscedastic
 from pyrocurv.runtime.outputs import logits_of, named_outputs
 from pyrocurv.runtime.validation import (
     as_number,
@@ -21,6 +24,10 @@ from pyrocurv.runtime.validation import (
     is_number,
     shown,
 )
+
+BY_NETWORK: Final = "heteroscedastic"
+MIN_SCALE = 1e-3  # of targets of unit variance
+SOFTPLUS_ONE = math.log(math.e - 1)  # where softplus is 1
 
 
 class Classifier(PyroModule):
@@ -35,7 +42,11 @@ class Classifier(PyroModule):
 
     Args:
         net: a bayesianized network with outputs [B, C].
-        num_data: N, the number of training examples.
+        num_data: N, the number of training examples: the batches of an epoch hold that many. It
+            weighs the data against the prior, and no pass over the data corrects it. With data
+            augmentation it stays the number of distinct images, however many versions of each are
+            drawn: versions of one image say nothing independent of each other. A repeated data set
+            (`ConcatDataset([data] * 4)`, several crops of an image in a batch) counts once too.
 
     Raises:
         ValueError: `num_data` is not a positive integer; when called, outputs or targets of another
@@ -53,6 +64,10 @@ class Classifier(PyroModule):
         super().__init__()
         check_callable("net", net, "a torch.nn.Module")
         self.net, self.num_data = net, _check_num_data(num_data)
+
+    def extra_repr(self) -> str:
+        """N, before the network."""
+        return f"num_data={self.num_data}"
 
     def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
         logits, y = _run(self.net, x, y, batch)
@@ -76,13 +91,21 @@ class Regressor(PyroModule):
     Args:
         net: a bayesianized network with outputs [B, D]. A single output [B, 1] is squeezed to [B],
             like its targets.
-        num_data: N, the number of training examples.
+        num_data: N, the number of training examples, see `Classifier`.
         noise: the standard deviation of the targets, or None for a latent "sigma" with a
-            LogNormal(0, 1) prior, which suits standardized targets.
+            LogNormal(0, 1) prior, which suits standardized targets; or "heteroscedastic", where the
+            network has twice as many outputs [B, 2 D], the means and then s, and the targets have
+            the standard deviation 0.001 + softplus(s + log(e - 1)), 1 for s = 0. That neither
+            overflows nor vanishes, and also suits standardized targets. It is in the site "scale";
+            the return value is the mean.
+
+    With "heteroscedastic" every curvature is of the means and of s together. `Laplace.predict`
+    takes the standard deviations at the mean of the weights.
 
     Raises:
         ValueError: `num_data` is not a positive integer, or `noise` not positive; when called,
-            targets of another shape or, in training mode, more than N targets in a batch.
+            targets of another shape, an odd number of outputs with "heteroscedastic", or, in
+            training mode, more than N targets in a batch.
 
     Example:
         >>> import torch
@@ -92,31 +115,56 @@ class Regressor(PyroModule):
         torch.Size([5])
     """
 
-    def __init__(self, net: nn.Module, num_data: int, noise: float | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, num_data: int, noise: float | Heteroscedastic | None = None
+    ) -> None:
         super().__init__()
         check_callable("net", net, "a torch.nn.Module")
         value = as_number(noise)
-        if noise is not None and not (is_number(value) and value > 0):
+        is_scale = is_number(value) and value > 0
+        if not (noise is None or is_scale or isinstance(noise, str) and noise == BY_NETWORK):
             raise ValueError(
-                f"noise={shown(noise)}: a positive standard deviation, or None, is needed"
+                f"noise={shown(noise)}: a positive standard deviation, None or {BY_NETWORK!r} is "
+                "needed"
             )
         self.net, self.num_data, self.noise = net, _check_num_data(num_data), noise
 
+    def extra_repr(self) -> str:
+        """N and the noise, before the network."""
+        return f"num_data={self.num_data}, noise={self.noise!r}"
+
     def forward(self, x: Any = None, y: Tensor | None = None, **batch: Any) -> Tensor:
         mean, y = _run(self.net, x, y, batch)
+        noise, scale = self.noise, mean.new_ones(())
+        if noise == BY_NETWORK:
+            mean, scale = _mean_and_scale(mean)
         if mean.dim() == 2 and mean.shape[-1] == 1:
-            mean = mean.squeeze(-1)
+            mean, scale = mean.squeeze(-1), scale.squeeze(-1) if scale.dim() else scale
             y = y.squeeze(-1) if y is not None and y.dim() == 2 and y.shape[-1] == 1 else y
         if y is not None and y.shape != mean.shape:
             raise ValueError(f"targets {tuple(y.shape)} do not fit means {tuple(mean.shape)}")
-        noise = self.noise
         if noise is None:
             zero = mean.new_zeros(())
-            noise = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
+            scale = pyro.sample("sigma", dist.LogNormal(zero, zero + 1))
+        elif not isinstance(noise, str):
+            scale = scale * noise
         with _data_plate(self, mean, y):
-            normal = _made(dist.Normal, mean, mean, mean.new_ones(()) * noise)
+            if noise == BY_NETWORK:
+                pyro.deterministic("scale", scale, event_dim=mean.dim() - 1)
+            normal = _made(dist.Normal, mean, mean, scale)
             pyro.sample("obs", normal.to_event(mean.dim() - 1), obs=y)
         return mean
+
+
+def _mean_and_scale(output: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of [B, 2 D] as means and standard deviations [B, D]."""
+    if output.dim() < 2 or output.shape[-1] % 2:
+        raise ValueError(
+            f"outputs [B, 2 D] are needed for noise={BY_NETWORK!r}, means and then scales, the "
+            f"network returned {tuple(output.shape)}"
+        )
+    mean, raw = output.chunk(2, -1)
+    return mean, MIN_SCALE + F.softplus(raw + SOFTPLUS_ONE)
 
 
 def _run(

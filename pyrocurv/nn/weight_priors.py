@@ -15,10 +15,11 @@ from torch.distributions import Distribution
 from pyrocurv.handlers.modules import named_modules
 from pyrocurv.layers.module_types import NORMS, fan_in
 from pyrocurv.nn.posterior_prior import CorrelatedNormal, CorrelatedWeight
+from pyrocurv.runtime.choices import FanIn
 from pyrocurv.runtime.distributions import as_normal, compact
 from pyrocurv.runtime.validation import as_number, check_is, check_tensor, is_number, shown
 
-PriorSpec = float | str | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
+PriorSpec = float | FanIn | Callable[[nn.Module, str], Distribution] | nn.Module | Distribution
 
 
 def parse_prior(prior: PriorSpec) -> Callable[[nn.Module, str], Distribution]:
@@ -62,14 +63,14 @@ def initial_value(module: nn.Module, name: str) -> Tensor:
 
 def _initial(module: nn.Module, name: str) -> Tensor | None:
     prior = module.__dict__.get("_pyro_samples", {}).get(name)
-    return module._buffers.get(_buffer_names(name)[2], getattr(prior, "initial", None))
+    return module._buffers.get(prior_buffers(name)[2], getattr(prior, "initial", None))
 
 
 def set_prior(module: nn.Module, name: str, fn: Any, initial: Tensor) -> None:
     """Replace a parameter by a latent, with its initial value in a guide."""
     initial = initial.detach().clone()
     if isinstance(fn, CorrelatedNormal):
-        *others, buffer = _buffer_names(name)
+        *others, buffer = prior_buffers(name)
         for other in others:  # of a normal prior that it replaces
             module._buffers.pop(other, None)
         module.register_buffer(buffer, initial, persistent=False)
@@ -83,12 +84,12 @@ def set_prior(module: nn.Module, name: str, fn: Any, initial: Tensor) -> None:
         setattr(module, name, PyroSample(fn))
         return
     loc, scale = compact(normal.loc.detach()), compact(normal.scale.detach())
-    for buffer, value in zip(_buffer_names(name), (loc, scale, initial), strict=True):
+    for buffer, value in zip(prior_buffers(name), (loc, scale, initial), strict=True):
         module.register_buffer(buffer, value.to(initial).clone(), persistent=False)
     setattr(module, name, PyroSample(_NormalPrior(name)))
 
 
-def _buffer_names(name: str) -> tuple[str, str, str]:
+def prior_buffers(name: str) -> tuple[str, str, str]:
     """The buffers of a parameter's prior: its loc and scale, and the parameter's initial value."""
     return f"_{name}_loc", f"_{name}_scale", f"_{name}_initial"
 
@@ -106,7 +107,7 @@ class _NormalPrior:
 
     def __call__(self, module: nn.Module) -> Distribution:
         stored: dict[str, Any] = module._buffers
-        buffers = tuple(stored[name] for name in _buffer_names(self.name))
+        buffers = tuple(stored[name] for name in prior_buffers(self.name))
         if self._cache is not None and all(map(operator.is_, self._cache[0], buffers)):
             return self._cache[1]
         loc, scale, initial = buffers
@@ -147,7 +148,7 @@ def rescale_prior(model: Any, site: str, factor: Tensor) -> bool:
     path, _, name = site.rpartition(".")
     module = named_modules(model).get(path)
     buffers: dict[str, Any] = {} if module is None else module._buffers
-    _, scale_name, _ = _buffer_names(name)
+    _, scale_name, _ = prior_buffers(name)
     scale = buffers.get(scale_name)
     if scale is None:
         return False

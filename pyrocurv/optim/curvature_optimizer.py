@@ -42,7 +42,9 @@ from pyrocurv.posterior.summary import (
     update_counts,
     work_assignment,
 )
+from pyrocurv.runtime.choices import CurvatureKind
 from pyrocurv.runtime.inference_mode import check_differentiable
+from pyrocurv.runtime.representation import counted, described, name_of, word_or
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.sharding import check_unsharded, is_fully_sharded, reshard
 from pyrocurv.runtime.undo import Undo
@@ -72,7 +74,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
-        class_dim: int | None, curvature: str | Curvature, structure: StructureChoice,
+        class_dim: int | None, curvature: CurvatureKind | Curvature, structure: StructureChoice,
         update: UpdateChoice, fallback_lr: float, defaults: Group,
     ) -> None:
         check_module("net", net)
@@ -107,6 +109,18 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             )
         reshard(net.modules())
         return ShardedNetwork, ShardedRecorder
+
+    def __repr__(self) -> str:
+        """What it is in one line, and then the groups of its parameters."""
+        size = sum(p.numel() for group in self.param_groups for p in group["params"])
+        line = described(
+            self, f"{counted(size, 'weight')} of {name_of(self.net)}",
+            f"likelihood={word_or(self.likelihood, 'a function')}",
+            f"curvature={self.curvature.kind!r}",
+            f"structure={word_or(self.structure, 'by layer')}",
+            f"update={self._mean_update.name!r}", counted(self._posterior.step, "step"),
+        )
+        return f"{line}\n{super().__repr__()}"
 
     @property
     def net(self) -> nn.Module:

@@ -13,11 +13,12 @@ from pyrocurv.posterior.adam import SoapUpdate
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.muon import MuonUpdate, WhitenedMuonUpdate
+from pyrocurv.runtime.choices import UpdateName
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.workers import ALONE, Workers
 
 UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdate(), SoapUpdate())}
-UpdateChoice = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+UpdateChoice = UpdateName | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def as_mean_update(update: UpdateChoice, automatic: str = "whitened-muon") -> MeanUpdate:

@@ -20,6 +20,7 @@ from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
+from pyrocurv.runtime.choices import CurvatureKind
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable
@@ -107,7 +108,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
         class_dim: int | None = None,
-        curvature: str | Curvature = "fisher",
+        curvature: CurvatureKind | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         update: UpdateChoice = AUTO,
         momentum: float = 0.9,

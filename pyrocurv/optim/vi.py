@@ -41,6 +41,7 @@ from pyrocurv.posterior.prior import BlockPrior, kl
 from pyrocurv.posterior.sampling import Sampler, mirrors
 from pyrocurv.posterior.summary import at_temperature
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
+from pyrocurv.runtime.choices import Auto, CurvatureKind, FanIn
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
@@ -123,17 +124,17 @@ class VIOptimizer(CurvatureOptimizer):
         self,
         net: nn.Module,
         num_data: int,
-        lr: float | str = AUTO,
+        lr: float | Auto = AUTO,
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
         class_dim: int | None = None,
-        curvature: str | Curvature = "fisher",
+        curvature: CurvatureKind | Curvature = "fisher",
         structure: StructureChoice = "kfac",
         update: UpdateChoice = AUTO,
-        prior_precision: float | str = "fan_in",
+        prior_precision: float | FanIn = "fan_in",
         prior: Any = None,
-        temperature: float | str = AUTO,
+        temperature: float | Auto = AUTO,
         kl_warmup: int = 0,
         augmentation: float = 1.0,
         momentum: float = 0.9,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pyrocurv.structures.serialization import serializable
 
-AUTO = "auto"
+AUTO: Final = "auto"
 
 
 @serializable
