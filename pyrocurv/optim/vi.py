@@ -66,9 +66,10 @@ class VIOptimizer(CurvatureOptimizer):
     `pyrocurv.infer.NGVI`, which needs a Pyro model and gives the same steps on it.
 
     Args:
-        net, params, likelihood, class_dim, curvature, structure, update, momentum, damping,
-            kl_clip, fallback_lr: as for `SecondOrderOptimizer`; "point" leaves a layer without a
-            posterior, and update="auto" is "whitened-muon".
+        net, params, likelihood, class_dim, curvature, structure, update: as for
+            `SecondOrderOptimizer`; "point" leaves a layer without a posterior, and update="auto" is
+            "whitened-muon".
+        momentum, damping, kl_clip, fallback_lr: as for `SecondOrderOptimizer`.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean; "auto" as for `NGVI`.
