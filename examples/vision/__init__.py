@@ -1,0 +1,1 @@
+"""The parts of `examples/image_classification.py`: data, networks, methods, evaluation, report."""
