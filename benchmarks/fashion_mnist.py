@@ -147,14 +147,20 @@ def scores(predict: Predict, known: Labelled, digits: Tensor | None) -> Scores:
     """Of the predictive on images of the trained kind, and against the unseen ones."""
     x, y = known
     probs = probabilities(predict, x, "predict")
+    unseen_probs = None if digits is None else probabilities(predict, digits, "unseen")
+    return scores_of(probs, y, unseen_probs)
+
+
+def scores_of(probs: Tensor, y: Tensor, unseen_probs: Tensor | None) -> Scores:
+    """Of probabilities [N, classes] on images of the trained kind, and on M unseen ones."""
     found = {
         "accuracy": 100 * multiclass_accuracy(probs, y, CLASSES, average="micro").item(),
         "NLL": F.nll_loss(probs.clamp(min=1e-12).log(), y).item(),
         "ECE": 100 * multiclass_calibration_error(probs, y, CLASSES, n_bins=15).item(),
         "Brier": (probs - F.one_hot(y, CLASSES)).square().sum(-1).mean().item(),
     }
-    if digits is not None:
-        all_probs = torch.cat([probs, probabilities(predict, digits, "unseen")])
+    if unseen_probs is not None:
+        all_probs = torch.cat([probs, unseen_probs])
         is_unseen = (torch.arange(len(all_probs)) >= len(probs)).long()
         entropy = torch.special.entr(all_probs).sum(-1)
         entropy = entropy / entropy.max()  # binary_auroc takes scores in [0, 1] as they are

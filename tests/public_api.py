@@ -560,6 +560,45 @@ def _() -> Scene:
     return Scene(plots.uncertain_images, arguments)
 
 
+@scene("plots.risk_coverage")
+def _() -> Scene:
+    arguments = {"probs": torch.full((6, 3), 1 / 3), "labels": Y, "ax": None, "label": "a net"}
+    return Scene(plots.risk_coverage, arguments)
+
+
+@scene("plots.entropy_histogram")
+def _() -> Scene:
+    probs = torch.full((6, 3), 1 / 3)
+    return Scene(
+        plots.entropy_histogram, {"probs": probs, "unseen": probs[:2], "ax": None, "bins": 3}
+    )
+
+
+@scene("plots.heat_map")
+def _() -> Scene:
+    arguments = {"matrix": torch.eye(2), "ax": None, "limit": 1.0}
+    return Scene(plots.heat_map, arguments)
+
+
+@scene("plots.spectrum")
+def _() -> Scene:
+    return Scene(plots.spectrum, {"matrices": structures.Diagonal(torch.ones(2)), "ax": None})
+
+
+@scene("plots.predictive_band")
+def _() -> Scene:
+    arguments = {
+        "x": TARGETS, "predictive": torch.ones(3, 6), "ax": None, "mass": 0.9, "label": "a net",
+    }
+    return Scene(plots.predictive_band, arguments)
+
+
+@scene("plots.weight_noise")
+def _() -> Scene:
+    guide = trained().guide
+    return Scene(plots.weight_noise, {"guide": guide, "ax": None}, [guide])
+
+
 EYE = torch.eye(2)
 FIELDS: dict[str, dict[str, Any]] = {
     "Dense": {"matrix": EYE}, "InverseDense": {"scale_tril": EYE},
