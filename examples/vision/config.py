@@ -69,6 +69,8 @@ class Config:
     """Structure of the precision (second-order: of the preconditioner)."""
     curvature: Literal["auto", "hessian", "ggn", "fisher", "empirical"] = "auto"
     """Curvature of the negative log likelihood; auto: ggn for laplace, else fisher."""
+    layers: Literal["last", "all"] = "last"
+    """Layers that laplace's posterior covers."""
     temperature: float | None = None
     """T of the KL term of ngvi; None: chosen by the run."""
     update: Literal["auto", "natural", "muon", "whitened-muon", "soap"] = "auto"

@@ -229,7 +229,7 @@ def log_writer(config: Config, process: Process) -> Callable[[Row, int], None]:
 
 def signature(config: Config, settings: Settings) -> dict[str, str]:
     """What has to be the same for a run that goes on."""
-    own = ("dataset", "model", "method", "seed", "guide", "curvature", "temperature", "update",
+    own = ("dataset", "model", "method", "seed", "guide", "curvature", "layers", "temperature", "update",
            "prior_scale", "members", "dropout", "evaluate_on", "train_size", "image_size", "amp")
     names = ("epochs", "batch", "lr", "weight_decay")
     return {
