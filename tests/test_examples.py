@@ -7,7 +7,6 @@ import os
 import pickle
 import runpy
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,21 +51,14 @@ def write_cifar10(folder: Path, images: int) -> None:
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
 
-def run_example(name: str, options: list[str], folder: Path) -> list[str]:
-    """Run an example from another folder; the lines that it prints, without any warning."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py", "--smoke", *options],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
-
-
 @pytest.fixture
 def example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., list[str]]:
-    """As `run_example`, in this process: what the examples import takes longer than they do."""
+    """Run one from another folder; the lines that it prints.
+
+    In this process, as importing takes longer than the examples do.
+    """
     def run(name: str, options: list[str]) -> list[str]:
         path = ROOT / "examples" / f"{name}.py"
         monkeypatch.chdir(tmp_path)
@@ -79,8 +71,8 @@ def example(
     return run
 
 
-def test_classification(tmp_path: Path) -> None:
-    header, adam, ngvi = run_example("classification", ["--plot", "picture.png"], tmp_path)
+def test_classification(tmp_path: Path, example: Callable[..., list[str]]) -> None:
+    header, adam, ngvi = example("classification", ["--plot", "picture.png"])
     assert header.split() == ["method", "accuracy", "NLL", "ECE"]
     for line, method in ((adam, "Adam"), (ngvi, "NGVI")):
         name, *scores = line.split()
