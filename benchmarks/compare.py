@@ -121,10 +121,18 @@ def fashion_problem(network: Callable[[], nn.Sequential], root: str) -> Problem:
     )
 
 
+def smoke_problem(root: str) -> Problem:
+    """A few steps, to check the set-up."""
+    data = mnist_subset.load()
+    few = [(x[:80], y[:80]) for x, y in data[:3]]
+    return Problem(LeNet5, *few, data.unseen[:20], epochs=4, batch=20)
+
+
 PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "mnist-subset": subset_problem,
     "lenet-55k": partial(fashion_problem, LeNet5),
     "resnet-55k": partial(fashion_problem, ResNet),
+    "smoke": smoke_problem,
 }
 
 # ---- methods ------------------------------------------------------------------------------------

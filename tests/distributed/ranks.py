@@ -1,4 +1,7 @@
-"""Processes of a gloo group that run functions of the tests, each as one rank."""
+"""Processes of a gloo group that run functions of the tests, each as one rank.
+
+They are forked from a server that has imported the packages once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 300.0  # seconds, of one function
-CONTEXT = get_context("spawn")
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload([
+    "pyrocurv.infer", "pyrocurv.optim", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch.nn.parallel", "pytest",
+])
 
 
 class Ranks:
@@ -87,6 +94,7 @@ def _call(function: Callable[..., Any], args: Any, rank: int, size: int, port: i
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT / 2)
     )
     try:
+        dist.barrier()  # one that ends at once would break the connections of a slower one
         return function(rank, *args)
     finally:
         dist.destroy_process_group()
