@@ -44,6 +44,7 @@ PAGES = [
     path for path in sorted((ROOT / "docs").glob("*.md"))
     if any(block.title not in PEERS for block in code_blocks(path))
 ]
+LOOPS = sorted((ROOT / "docs" / "loops").glob("*.md"))  # each by the name of its library
 
 
 @pytest.fixture
@@ -82,6 +83,17 @@ def test_code_of_a_page(path: Path, folder: Path) -> None:
         elif block.title not in PEERS:
             Path(block.title).write_text(block.code)
             runpy.run_path(block.title, run_name="__main__")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*isinstance.treespec, LeafSpec.* is deprecated",
+    "ignore:The number of training batches",
+)  # of Lightning
+@pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
+def test_code_of_a_loop(path: Path, folder: Path) -> None:
+    pytest.importorskip(path.stem)
+    test_code_of_a_page(path, folder)
 
 
 @pytest.mark.peers
