@@ -180,7 +180,7 @@ def test_statistics_of_a_new_network_are_noticed_once() -> None:
     x = inputs()
     fresh = copy.deepcopy(model).eval()
     predict = Predictive(fresh, guide=guide, num_samples=2)
-    with pytest.warns(UserWarning, match=r"statistics of net.1, net.5 are .*nn.update_bn\(model, g"):
+    with pytest.warns(UserWarning, match=r"of net.1, net.5 are .*nn.update_bn\(model, g"):
         predict(x)
     predict(x)
     update_bn(fresh, guide, [x])
