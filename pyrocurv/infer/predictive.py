@@ -36,6 +36,7 @@ from pyrocurv.infer.predictive_checks import (
     uninitialized_guides,
     updates_statistics,
 )
+from pyrocurv.nn.batch_norm import warn_of_initial_statistics
 from pyrocurv.runtime.agreement import (
     SAME_INPUTS,
     SharedSamples,
@@ -148,7 +149,7 @@ class Predictive(pyro.infer.Predictive):
         self.process_group = process_group
         self._run_model, self._run_guide = VectorizedRunner(), VectorizedRunner()
         self._num_elements: dict[Any, int] = {}  # of one draw from the guide
-        self._warned = False
+        self._warned = self._has_checked = False
 
     def __repr__(self) -> str:
         source = "posterior_samples" if self.guide is None else f"guide={name_of(self.guide)}"
@@ -162,8 +163,13 @@ class Predictive(pyro.infer.Predictive):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """{site: [S, ...]} for the model's arguments."""
         check_values((*args, *kwargs.values()), "the model")
+        given: Collection[str] = self.posterior_samples
         if isinstance(self.guide, MixtureGuide):
             self.guide.prepare(self.model)
+            given = self.guide.tensors_of(self.guide.leaves[0])
+        if not self._has_checked:
+            self._has_checked = True
+            warn_of_initial_statistics(self.model, given)
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
         with self._sharing(args, kwargs) as samples:
