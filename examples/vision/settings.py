@@ -83,7 +83,8 @@ METHODS = {
     "ngvi": MethodSettings(0.02, 0.0, on={**on(SMALL, lr=0.04), **on(LARGE, lr=0.04)}),
     "laplace": MethodSettings(3e-3, 1e-4, on={  # decay x images: the precision of the first prior
         "digits": {"weight_decay": 5e-3}, **on(SMALL, lr=1e-3),
-        "folder": {"lr": 1e-3, "weight_decay": 1e-3}, "imagenet": {"lr": 1e-3, "weight_decay": 1e-5},
+        "folder": {"lr": 1e-3, "weight_decay": 1e-3},
+        "imagenet": {"lr": 1e-3, "weight_decay": 1e-5},
     }),
     "ensemble": ADAM,
     "mc-dropout": ADAM,

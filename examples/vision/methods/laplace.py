@@ -41,7 +41,7 @@ def laplace(problem: Problem) -> Trainer:
 
 
 def fit(net: nn.Module, loader: Iterable[Batch], problem: Problem) -> Laplace:
-    """One pass over the data from the weights of the network; then the evidence scales the prior."""
+    """One pass over the data at the network's weights; then the evidence scales the prior."""
     config, copied = problem.config, copy.deepcopy(net).eval()
     layers, kind = None, config.guide
     if config.layers == "last":
