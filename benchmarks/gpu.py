@@ -458,9 +458,10 @@ class Characters(nn.Module):
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        from transformer import GPT  # which needs more than the rest
+        # which needs more than the rest
+        from transformer import ALPHABET, CONTEXT, GPT
 
-        self.net = GPT(width, max(1, width // 64), layers)
+        self.net = GPT(len(ALPHABET), CONTEXT, width, max(1, width // 64), layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).transpose(1, 2)
@@ -474,7 +475,8 @@ def ngvi_step(net: nn.Module, guide: Callable[..., Any] = guides.KFACGuide) -> S
     if layers is None:
         model: Any = pyrocurv.nn.Classifier(net, num_data=NUM_DATA)
     else:
-        from transformer import Tokens
+        import transformer  # noqa: F401  # which finds the examples
+        from language.posterior import Tokens
 
         model = Tokens(net, NUM_DATA)
     return NGVI(model, guide(model), temperature=0.1).step

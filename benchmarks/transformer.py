@@ -24,10 +24,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
-import sysconfig
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,95 +35,24 @@ from typing import Any
 import pyro
 import torch
 import torch.nn.functional as F
-from pyro import distributions as dist
-from pyro.nn import PyroModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm import tqdm
 
-import pyrocurv
-from pyrocurv.curvature import KFAC, Curvature
-from pyrocurv.guides import KFACGuide
-from pyrocurv.infer import NGVI
 from pyrocurv.nn.networks import GPT
 from step_cost import CYCLE, keep_memory, measure, table
 
-ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
-LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-SPLIT_SEED, WINDOW, FILES = 0, 2048, {"val": 16, "test": 32}
-TRAIN_SIZE, CONTEXT, BATCH, STEPS, WARM_UP = 1_500_000, 64, 32, 1000, 50
-REST_LR, TEMPERATURE, RANK, SAMPLES = 4e-3, 0.01, 64, 8
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from language.corpus import ALPHABET, SPLIT_SEED, batches, corpus, windows  # noqa: E402
+from language.posterior import falling, natural_gradient  # noqa: E402
+
+CONTEXT, BATCH, STEPS, SAMPLES = 64, 32, 1000, 8
 LRS = {"adamw": 3e-3, "adamw-.99": 3e-3, "ngvi": 0.03}  # chosen on the validation files
 TARGETS = {"gap": 0.08, "cost": 1.3}
 
-Batch = tuple[Tensor, Tensor]  # characters and the next ones, [B, T]
 Step = Callable[[Tensor, Tensor], Any]
 Predict = Callable[[Tensor], Tensor]  # characters [B, T] -> log probabilities [B, T, V]
-
-
-# ---- text ---------------------------------------------------------------------------------------
-
-
-def encode(text: str) -> Tensor:
-    """Characters as numbers [n]; tabs are blanks and what is not in the alphabet is a '?'."""
-    place = {character: number for number, character in enumerate(ALPHABET)}
-    other = place["?"]
-    return torch.tensor([place.get(character, other) for character in text.replace("\t", " ")])
-
-
-def corpus() -> dict[str, Tensor]:
-    """train [n], and val, test [files, WINDOW]; without tests, tables and what is installed."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(p for p in root.rglob("*.py") if not LEFT_OUT & {*p.relative_to(root).parts})
-    random.Random(SPLIT_SEED).shuffle(paths)
-    texts = (encode(path.read_text(encoding="utf-8", errors="replace")) for path in paths)
-    texts = (text for text in texts if len(text) >= 2 * WINDOW)
-    held_out = {}
-    for name, count in FILES.items():
-        files = [next(texts) for _ in range(count)]
-        held_out[name] = torch.stack([file[len(file) // 2 :][:WINDOW] for file in files])
-    train, size = [], 0
-    while size < TRAIN_SIZE:
-        train.append(next(texts))
-        size += len(train[-1])
-    return {"train": torch.cat(train)[:TRAIN_SIZE], **held_out}
-
-
-def windows(text: Tensor) -> Batch:
-    """All of a text [..., n] in sequences of CONTEXT characters, [B, T], and the next ones."""
-    count = (text.shape[-1] - 1) // CONTEXT
-    x = text[..., : count * CONTEXT].reshape(-1, CONTEXT)
-    return x, text[..., 1 : count * CONTEXT + 1].reshape(-1, CONTEXT)
-
-
-def batches(text: Tensor, steps: int, seed: int) -> Iterator[Batch]:
-    """Sequences that start anywhere; the same for every method."""
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), generator=order)
-        places = starts + torch.arange(CONTEXT)
-        yield text[places], text[places + 1]
-
-
-# ---- network and model --------------------------------------------------------------------------
-
-
-class Tokens(PyroModule):
-    """Every token is an example: two plates, whose sizes multiply to N."""
-
-    def __init__(self, net: nn.Module, sequences: int) -> None:
-        super().__init__()
-        self.net, self.sequences = net, sequences
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        logits = self.net(x)
-        rows = torch.arange(len(x))
-        size = len(x) if y is None else self.sequences
-        with pyro.plate("sequences", size, subsample=rows, dim=-2):
-            with pyro.plate("positions", x.shape[1], dim=-1):
-                pyro.sample("next", dist.Categorical(logits=logits), obs=y)
-        return logits
 
 
 # ---- methods ------------------------------------------------------------------------------------
@@ -136,11 +64,6 @@ class Method:
 
     step: Step
     predict: dict[str, Predict]
-
-
-def falling(total: int) -> Callable[[int], float]:
-    """Linear warm-up, then a cosine to 0."""
-    return lambda t: min(1, (t + 1) / WARM_UP) * (1 + math.cos(math.pi * t / total)) / 2
 
 
 def adamw(lr: float, num_tokens: int, total: int, beta2: float = 0.999) -> Method:
@@ -159,21 +82,9 @@ def adamw(lr: float, num_tokens: int, total: int, beta2: float = 0.999) -> Metho
     return Method(step, {"mean": lambda x: net(x).log_softmax(-1)})
 
 
-def ngvi(
-    lr: float, num_tokens: int, total: int, damping: float = 3e-5, kl_clip: float = 0.1,
-    initial: float = 0.1, every: int = 10,
-) -> Method:
-    net = pyrocurv.nn.bayesianize(GPT(len(ALPHABET), CONTEXT), layers=[nn.Linear])
-    model = Tokens(net, num_tokens // CONTEXT)
-    guide = KFACGuide(model, structure={"*": KFAC(rank=RANK)})
-    engine = NGVI(
-        model, guide, lr=lr, update="natural", damping=damping, kl_clip=kl_clip,
-        temperature=TEMPERATURE,
-        curvature=Curvature(  # from 8 sequences, 512 tokens
-            "fisher", every=every, batch=8, initial=initial
-        ),
-        optim=lambda parameters: torch.optim.AdamW(parameters, lr=REST_LR),
-    )
+def ngvi(lr: float, num_tokens: int, total: int, **options: float) -> Method:
+    net = GPT(len(ALPHABET), CONTEXT)
+    model, guide, engine = natural_gradient(net, num_tokens // CONTEXT, lr, **options)
     schedule = LambdaLR(engine.optimizer, falling(total))
     predictive = pyro.infer.Predictive(
         model, guide=guide, num_samples=SAMPLES, return_sites=("_RETURN",)
@@ -205,7 +116,7 @@ METHODS: dict[str, Callable[..., Method]] = {
 def train(make: Callable[..., Method], text: Tensor, steps: int, seed: int, label: str) -> Method:
     torch.manual_seed(seed)
     method = make(len(text), steps)
-    with tqdm(batches(text, steps, seed), label, steps, disable=None) as bar:
+    with tqdm(batches(text, steps, seed, BATCH, CONTEXT), label, steps, disable=None) as bar:
         for number, (x, y) in enumerate(bar):
             loss = method.step(x, y)
             if number % CYCLE == 0:
@@ -221,7 +132,7 @@ def log_probabilities(predict: Predict, x: Tensor) -> Tensor:
 
 def scores(predict: Predict, text: Tensor) -> tuple[dict[str, float], Tensor]:
     """NLL in nats per character, accuracy and ECE in %; and the NLL of each file."""
-    x, y = windows(text)
+    x, y = windows(text, CONTEXT)
     log_probs, y = log_probabilities(predict, x), y.flatten()
     losses = F.nll_loss(log_probs, y, reduction="none")
     ece = multiclass_calibration_error(log_probs.exp(), y, len(ALPHABET), n_bins=15)
@@ -261,7 +172,7 @@ def cost(text: Tensor, rounds: int) -> str:
     torch.manual_seed(0)
     steps = {"adam": adamw(LRS["adamw"], len(text), total).step}  # as `table` calls the reference
     steps["ngvi"] = ngvi(LRS["ngvi"], len(text), total).step
-    times = measure(steps, batches(text, total, 0), rounds, CYCLE)
+    times = measure(steps, batches(text, total, 0, BATCH, CONTEXT), rounds, CYCLE)
     return "adam is AdamW here\n" + table(times, {"ngvi": TARGETS["cost"]})
 
 

@@ -1,0 +1,1 @@
+"""The parts of `examples/text.py`: text, methods, generation, report."""
