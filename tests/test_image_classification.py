@@ -60,6 +60,8 @@ def test_each_method(method: str, main: Main) -> None:
     assert 0 <= found["scores"]["accuracy"] <= 100 and 0 < found["scores"]["NLL"] < 30
     assert all(math.isfinite(value) for value in found["scores"].values())
     assert {"loss", "nll", "accuracy", "lr"} <= found["curves"][0].keys()
+    is_sampled = method in ("ngvi", "ensemble", "mc-dropout", "swag", "ivon")
+    assert ("epistemic" in found["scores"]) == is_sampled
     assert ("kl" in found["curves"][0]) == (method == "ngvi")
     assert found["images"] == {"training": 24, "test": 24}
     assert found["curves"][-1]["epoch"] == 1
@@ -250,7 +252,7 @@ def test_samples_become_a_mixture() -> None:
     assert torch.allclose(found.log_probs.exp(), samples.exp().mean(0), atol=1e-6)
     aleatoric = -(samples.exp() * samples).sum(-1).mean(0)
     assert torch.allclose(found.aleatoric, aleatoric, atol=1e-6)
-    assert bool((found.entropy >= found.aleatoric).all())
+    assert bool((found.entropy >= found.aleatoric).all()) and found.num_samples == 3
 
 
 # ---- the report ---------------------------------------------------------------------------------

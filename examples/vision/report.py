@@ -46,6 +46,8 @@ def page(result: Result) -> str:
 def _scores(result: Result) -> str:
     rows = []
     for name, metric in METRICS.items():
+        if name not in result.scores:
+            continue
         value = f"{shown(metric, result.scores[name])} {metric.unit}".strip()
         rows.append(
             f'<tr><th scope="row">{_label(metric)}</th><td class="number">{escape(value)}</td>'
