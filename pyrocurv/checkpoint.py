@@ -7,29 +7,24 @@ A checkpoint is written beside the last one, synced to disk, and then takes its 
 from __future__ import annotations
 
 import copy
-import io
 import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyrocurv.runtime import safetensors_file
+from pyrocurv.runtime.replaced_file import on_rank_0, read_file, save_file
+from pyrocurv.runtime.sharded_folder import flatten, is_sharded, read_folder, save_folder
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_flag, check_is, check_module
 from pyrocurv.runtime.workers import AUTO, Workers
 
 __all__ = ["load", "load_guide", "save", "save_guide"]
-
-LATEST = "latest"  # the file in a folder that names the checkpoint that counts
-STRUCTURE = "structure"
 
 
 def save(
@@ -78,11 +73,11 @@ def save(
     kinds = {name: _has_state(value) for name, value in objects.items()}
     content = {"states": states, "has_state": kinds}
     if sharded:
-        _save_folder(target, content, workers)
+        save_folder(target, content, workers)
         return
-    if any(_is_sharded(x) for x in _flatten(content)[1].values()):
+    if any(is_sharded(x) for x in flatten(content)[1].values()):
         raise TypeError("objects have sharded tensors (DTensor): use sharded=True")
-    _on_rank_0(workers, lambda: _save_file(target, lambda file: torch.save(content, file)))
+    on_rank_0(workers, lambda: save_file(target, lambda file: torch.save(content, file)))
 
 
 def load(path: str | os.PathLike[str], objects: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Any]) -> dict[str, 
     owners = {name: _inner(value) for name, value in objects.items()}
     if lacking := [name for name, value in objects.items() if not _has_state(value)]:
         raise TypeError(f"objects: {', '.join(lacking)} has no load_state_dict")
-    content = _read_folder(source, owners) if source.is_dir() else _read_file(source)
+    content = read_folder(source, owners) if source.is_dir() else read_file(source)
     states, has_state = content["states"], content["has_state"]
     saved = {name for name in states if has_state[name]}
     if saved != owners.keys():
@@ -156,7 +151,7 @@ def save_guide(
     target = _path(path)
     check_module("guide", guide)
     content = safetensors_file.to_bytes(guide.state_dict())
-    _on_rank_0(Workers.of(process_group), lambda: _save_file(
+    on_rank_0(Workers.of(process_group), lambda: save_file(
         target, lambda file: file.write(content)
     ))
 
@@ -207,185 +202,3 @@ def _state(value: Any, workers: Workers) -> dict[str, Any]:
     """The state of an object; of an optimizer whose ranks have a part each, that of all."""
     state = _inner(value).state_dict()
     return workers.broadcast(value.full_state_dict()) if "sharding" in state else state
-
-
-def _is_sharded(x: Tensor) -> bool:
-    return type(x).__name__ == "DTensor"
-
-
-def _on_rank_0(workers: Workers, write: Callable[[], Any]) -> None:
-    """Have rank 0 write, and all others wait for it; an error there is one on all of them."""
-    error: BaseException | None = None
-    if workers.rank == 0:
-        try:
-            write()
-        except BaseException as caught:
-            error = caught
-    message = workers.broadcast(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    if message is not None:
-        raise RuntimeError(f"rank 0 could not write the checkpoint: {message}")
-
-
-# ---- a file -------------------------------------------------------------------------------------
-
-
-def _save_file(path: Path, write: Callable[[Any], Any]) -> None:
-    scratch = path.with_name(path.name + ".part")
-    try:
-        with scratch.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # on disk before it takes the place of the last one
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    """Have the names of a folder on disk too, where the system can open one."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"path={str(path)!r}: there is no checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a zip file, a pickle or what it holds, whatever is wrong
-        raise _damaged(path, error) from error
-    if not isinstance(content, dict) or content.keys() != {"states", "has_state"}:
-        raise _damaged(path, "not written by pyrocurv.checkpoint.save")
-    return content
-
-
-def _damaged(path: Path, why: Any) -> ValueError:
-    reason = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why
-    return ValueError(f"path={str(path)!r} is no checkpoint, or a damaged one: {reason}")
-
-
-# ---- a folder -----------------------------------------------------------------------------------
-
-
-def _save_folder(path: Path, content: Any, workers: Workers) -> None:
-    """Write a numbered folder in `path`, and the file that says which one counts."""
-    import torch.distributed.checkpoint as dcp  # takes long
-
-    structure, tensors = _flatten(content)
-    torch.save(structure, file := io.BytesIO())
-    last = _latest(path) if workers.rank == 0 else None
-    number = workers.broadcast(0 if last is None else int(last.name) + 1)
-    folder = path / str(number)
-
-    def clear() -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        for other in path.iterdir():
-            if other.is_dir() and other.name.isdecimal() and other != last:
-                shutil.rmtree(other)  # of a run that was interrupted
-
-    _on_rank_0(workers, clear)
-    packed = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-    with _plain_errors(dcp):
-        dcp.save(
-            {STRUCTURE: packed, **tensors}, storage_writer=dcp.FileSystemWriter(folder),
-            process_group=workers.group, no_dist=workers.is_alone,
-        )
-
-    def finish() -> None:
-        _sync_folder(folder)
-        _save_file(path / LATEST, lambda out: out.write(str(number).encode()))
-        if last is not None:
-            shutil.rmtree(last)
-
-    _on_rank_0(workers, finish)
-
-
-def _latest(path: Path) -> Path | None:
-    """The folder of the checkpoint that counts."""
-    file = path / LATEST
-    if not file.exists():
-        return None
-    name = file.read_text()
-    if not name.isdecimal():
-        raise _damaged(path, f"{LATEST!r} says {name!r:.40}")
-    return path / name
-
-
-def _read_folder(path: Path, owners: Mapping[str, Any]) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
-
-    if (folder := _latest(path)) is None:
-        raise FileNotFoundError(f"path={str(path)!r}: there is no checkpoint in this folder")
-    try:
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-        states = {name: owner.state_dict() for name, owner in owners.items()}
-        sharded = {
-            key: x for key, x in _flatten({"states": states})[1].items() if _is_sharded(x)
-        }
-        tensors = {
-            key: sharded[key] if key in sharded else
-            torch.empty(entry.size, dtype=entry.properties.dtype)
-            for key, entry in stored.items()
-            if isinstance(entry, dcp.TensorStorageMetadata)
-        }
-        reader = dcp.FileSystemReader(folder)
-        with _plain_errors(dcp):
-            dcp.load(tensors, storage_reader=reader, no_dist=not sharded)
-        packed = io.BytesIO(tensors.pop(STRUCTURE).numpy().tobytes())
-        return _unflatten(torch.load(packed, weights_only=True), tensors)
-    except Exception as error:
-        raise _damaged(path, error) from error
-
-
-@contextmanager
-def _plain_errors(dcp: Any) -> Iterator[None]:
-    """What a rank has raised, in place of dcp's BaseException; without its warning of one process.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
-    except dcp.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        if not isinstance(cause, Exception):  # an interrupt
-            raise cause from error
-        raise RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}") from error
-
-
-def _flatten(value: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """The value with the names of its tensors in their place, in tuples, and the tensors by name.
-
-    The names are the paths to them. Containers become ["list" | "tuple" | "dict", content].
-    """
-    if isinstance(value, Tensor):
-        return ("tensor", path), {path: value.detach()}
-    if isinstance(value, Mapping):
-        parts = {key: _flatten(item, f"{path}/{key}") for key, item in value.items()}
-        structure: Any = {key: part for key, (part, _) in parts.items()}
-        found = [tensors for _, tensors in parts.values()]
-    elif isinstance(value, (list, tuple)):
-        items = [_flatten(item, f"{path}/{number}") for number, item in enumerate(value)]
-        structure, found = [part for part, _ in items], [tensors for _, tensors in items]
-    else:
-        return ("value", value), {}
-    kind = "dict" if isinstance(value, Mapping) else "tuple" if isinstance(value, tuple) else "list"
-    return (kind, structure), {name: x for tensors in found for name, x in tensors.items()}
-
-
-def _unflatten(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    kind, content = structure
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _unflatten(item, tensors) for key, item in content.items()}
-    if kind in ("list", "tuple"):
-        items = [_unflatten(item, tensors) for item in content]
-        return tuple(items) if kind == "tuple" else items
-    return content

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.pooled_statistics import no_statistics
-from pyrocurv.curvature.running_average import average, eigenbasis
+from pyrocurv.curvature.running_average import eigenbasis
+from pyrocurv.curvature.running_curvature import average
 from pyrocurv.curvature.spec import Curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.workers import Workers

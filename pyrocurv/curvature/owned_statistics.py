@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, collect
+from pyrocurv.curvature.particle import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.pooled_statistics import PARTS, PooledStatistics, no_statistics
 from pyrocurv.curvature.running_average import (
     NO_EXAMPLE,
-    SINGLE_PARTICLE,
-    DueBlock,
-    Particle,
-    RunningCurvature,
     begin_update,
     finish_updates,
     is_basis_due,
     zero_curvature,
 )
+from pyrocurv.curvature.running_curvature import DueBlock, RunningCurvature
 from pyrocurv.curvature.spec import FIRST, Curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.runtime.workers import ALONE, Workers

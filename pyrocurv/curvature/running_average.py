@@ -11,130 +11,38 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from pyrocurv.curvature.collect import BlockStatistics, ForwardPass, assemble, collect
 from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
+from pyrocurv.curvature.particle import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.pooled_statistics import (
     eigenvalues,
     is_truncated,
     no_statistics,
     pool,
 )
+from pyrocurv.curvature.running_curvature import (
+    DueBlock,
+    RunningCurvature,
+    average,
+    roots_of,
+    without_estimate,
+)
 from pyrocurv.curvature.spec import Curvature
-from pyrocurv.curvature.truncated_factor import TruncatedFactor, mean_squares, product
-from pyrocurv.curvature.update_interval import UpdateInterval
+from pyrocurv.curvature.truncated_average import update_truncated
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
 from pyrocurv.runtime.workers import ALONE, Workers
-from pyrocurv.structures import Kronecker, KroneckerEigen, Structure
+from pyrocurv.structures import Kronecker, KroneckerEigen
 from pyrocurv.structures.eigenbases import Factors, eigenbases
 from pyrocurv.structures.rescaled import KroneckerScaling
-from pyrocurv.structures.serialization import serializable
 
 BASIS_WARMUP = (1, 2, 4, 8, 16)  # estimates with an eigendecomposition at any interval
 NO_EXAMPLE = "the mask leaves no example to compute the first curvature from"
-S = TypeVar("S", bound=Structure)
-
-
-@serializable
-@dataclass(frozen=True, eq=False)
-class RunningCurvature:
-    """The curvature of a block after `count` estimates, and what the next average is formed from.
-
-    With `count` 0 the curvature is zero, and the first estimate replaces it. Kronecker blocks
-    average their factors, or `truncated_factors` if a factor is truncated. `curvature` and
-    `truncated_factors` are scaled by `scaling`, that of the prior at the last estimate. `interval`
-    is used with `every="auto"`.
-
-    The average of Hessians may be indefinite; `semidefinite` is the nearest matrix that can be part
-    of a precision. The noise of single estimates cancels in the average before it is projected. A
-    correction that keeps each estimate positive would add the variance of the noise instead, and is
-    not known for factors.
-    """
-
-    count: int
-    curvature: Structure
-    interval: UpdateInterval = UpdateInterval()
-    factors: Kronecker | None = None
-    truncated_factors: tuple[TruncatedFactor, TruncatedFactor] | None = None  # output and input
-    scaling: KroneckerScaling | None = None
-    positions: int = 1  # S at which the last estimate saw the weights
-
-    @property
-    def root(self) -> Tensor | None:
-        """The scale [P] of the weights that `curvature` belongs to; None for 1."""
-        return None if self.scaling is None else self.scaling.root
-
-    @property
-    def known(self) -> Structure | None:
-        """The curvature, or None before the first estimate."""
-        return self.curvature if self.count else None
-
-    def semidefinite(self, kind: str) -> Structure:
-        """The curvature, of this kind, as a positive semi-definite matrix."""
-        return self.curvature.psd() if kind == "hessian" else self.curvature
-
-    def is_in(self, scaling: KroneckerScaling | None) -> bool:
-        """Whether `curvature` is scaled in this way."""
-        old, new = _roots(self.scaling), _roots(scaling)
-        if old is None or new is None:
-            return old is new
-        return torch.equal(old[0], new[0]) and torch.equal(old[1], new[1])
-
-
-class DueBlock(NamedTuple):
-    """A block that takes an estimate, its average so far, and the scaling of its prior."""
-
-    block: Block
-    average: RunningCurvature
-    scaling: KroneckerScaling | None
-
-
-@dataclass(frozen=True)
-class Particle:
-    """Sample number `index` of the `of` samples whose curvatures a step averages.
-
-    It may be a part of that sample's data only: the `share` that comes after the share `before`.
-    """
-
-    index: int = 0
-    of: int = 1
-    before: float = 0.0
-    share: float = 1.0
-
-    @property
-    def _later(self) -> float:
-        """How many samples are still to come, with the rest of this one."""
-        rest = 1 - self.before - self.share
-        return self.of - 1 - self.index + (rest if rest > 1e-9 else 0)
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it completes the estimate of the step."""
-        return self._later == 0
-
-    def count(self, average: RunningCurvature) -> int:
-        """The number of the estimate that it belongs to, from 1."""
-        is_first = self.index == 0 and self.before == 0
-        return average.count + is_first if average.count else 1
-
-    def weight(self, average: RunningCurvature, decay: float) -> float:
-        """The weight of its curvature in the average.
-
-        The samples of a step have equal weights, max(1 - decay, 1/count) in total. The first sample
-        of a block has weight 1, even if it is not the first of the step.
-        """
-        if average.count == 0:
-            return 1.0
-        total = max(1 - decay, 1 / self.count(average))
-        return total * self.share / (self.of - self._later * total)
-
-
-SINGLE_PARTICLE = Particle()
 
 
 def update_curvature(
@@ -263,11 +171,11 @@ def begin_update(
         positions=positions,
     )
     if is_truncated(block, statistics):
-        new = _update_truncated(due, new, statistics, rows, weight, workers)
+        new = update_truncated(due, new, statistics, rows, weight, workers)
         return UpdatedAverage(due, new)
     value = assemble(block.structure, statistics).scale(1 / rows)
     if not bool(torch.isfinite(value.trace())):
-        return UpdatedAverage(due, _left_out(old))
+        return UpdatedAverage(due, without_estimate(old))
     if not isinstance(value, Kronecker):
         return UpdatedAverage(due, replace(new, curvature=average(old.known, value, weight)))
     factors = average(old.factors, value, weight)
@@ -310,16 +218,11 @@ def finish_updates(
     return averages
 
 
-def average(mean: S | None, value: S, weight: float) -> S:
-    """The mean with one more value of this weight; the value itself if it is the first."""
-    return value if mean is None else mean.lerp(value, weight)
-
-
 def eigen_factors(
     block: Block, factors: Kronecker, scaling: KroneckerScaling | None
 ) -> Factors:
     """The factors, scaled by a prior, for the eigenbasis that the block's structure keeps."""
-    if (roots := _roots(scaling)) is not None:
+    if (roots := roots_of(scaling)) is not None:
         factors = factors.rescaled(*roots)
     return Factors(factors, block.ranks, block.kronecker.cuts)
 
@@ -347,74 +250,3 @@ def _checked(basis: KroneckerEigen | None, last: KroneckerEigen | None) -> Krone
         raise torch.linalg.LinAlgError(failure)
     warnings.warn(f"the last eigenvectors are kept: {failure}", stacklevel=3)
     return last
-
-
-def _left_out(average: RunningCurvature) -> RunningCurvature:
-    if average.count == 0:
-        raise FloatingPointError("the first curvature estimate is not finite")
-    warnings.warn("a curvature estimate is not finite: the last average is kept", stacklevel=3)
-    return average
-
-
-# ---- truncated factors --------------------------------------------------------------------------
-
-
-def _update_truncated(
-    due: DueBlock, new: RunningCurvature, statistics: BlockStatistics, rows: float, weight: float,
-    workers: Workers,
-) -> RunningCurvature:
-    """`update` with truncated factors; G is a mean over positions, A a sum."""
-    block, old, scaling = due
-    ((layer,),), sharing = statistics.layers, block.kronecker.sharing
-    layer = layer.whiten(scaling)
-    shared = layer.share_weights(sharing)
-    a, g = shared.a[0], shared.g.flatten(0, 1)  # [B, S, I], [K·B, S, O]
-    matrix = statistics.output_factor(sharing, scaling)  # [O, O]
-    if matrix is not None:
-        matrix = matrix / rows
-    (total,) = workers.sums([a.sum() + (g if matrix is None else matrix).sum()])
-    if not bool(torch.isfinite(total)):
-        return _left_out(old)
-    output, input = _truncated_factors(due, g, a)
-    try:
-        if matrix is None:
-            output = output.average(g, 1 / (rows * a.shape[1]), weight, workers)
-        else:
-            output = output.average_matrix(matrix, weight)
-        count = workers.sum(len(a), a)  # masks may have left fewer than `rows`
-        input = input.average(a, 1 / count, weight, workers)
-    except torch.linalg.LinAlgError as error:
-        if old.count == 0:
-            raise
-        warnings.warn(f"the last curvature is kept: {error}", stacklevel=3)
-        return old
-    basis = product(output, input)
-    new = replace(new, curvature=basis, truncated_factors=(output, input))
-    if not block.structure.corrects_eigenvalues:
-        return new
-    if matrix is None:
-        eigenvalues = mean_squares(layer.a[0], layer.g, basis)
-        (spectrum,) = workers.sums([eigenvalues.spectrum])
-        eigenvalues = replace(eigenvalues, spectrum=spectrum)
-    else:
-        eigenvalues = statistics.eigenvalues(basis, scaling)
-    return replace(new, curvature=average(old.known, eigenvalues.scale(1 / rows), weight))
-
-
-def _truncated_factors(due: DueBlock, g: Tensor, a: Tensor) -> list[TruncatedFactor]:
-    """The output and the input factor so far, in the scaling of the new rows g and a."""
-    block, old, scaling = due
-    if old.truncated_factors is None:
-        return [*map(TruncatedFactor.zeros, (g, a), block.ranks)]
-    if old.is_in(scaling):
-        return [*old.truncated_factors]
-    ones = [torch.ones_like(factor.diagonal) for factor in old.truncated_factors]
-    roots = zip(_roots(old.scaling) or ones, _roots(scaling) or ones, strict=True)
-    return [
-        factor.rescaled(before / after)
-        for factor, (before, after) in zip(old.truncated_factors, roots, strict=True)
-    ]
-
-
-def _roots(scaling: KroneckerScaling | None) -> tuple[Tensor, Tensor] | None:
-    return None if scaling is None else scaling.roots

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.hessian import twice_differentiable
-from pyrocurv.curvature.running_average import Particle
+from pyrocurv.curvature.particle import Particle
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.infer.pooling import pool

@@ -13,7 +13,7 @@ from torch import nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
-from pyrocurv.curvature.running_average import SINGLE_PARTICLE, Particle
+from pyrocurv.curvature.particle import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall

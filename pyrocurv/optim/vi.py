@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
-from pyrocurv.curvature.running_average import Particle
+from pyrocurv.curvature.particle import Particle
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.layers.weight_gaussian import WeightGaussian

@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyrocurv.curvature.running_average import RunningCurvature
+from pyrocurv.curvature.running_curvature import RunningCurvature
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior

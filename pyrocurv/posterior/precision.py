@@ -15,14 +15,9 @@ from torch import Tensor
 from pyrocurv.curvature import Curvature, running_average
 from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.data_checks import check_input_scale
-from pyrocurv.curvature.running_average import (
-    SINGLE_PARTICLE,
-    DueBlock,
-    Particle,
-    RunningCurvature,
-    has_statistics,
-    zero_curvature,
-)
+from pyrocurv.curvature.particle import SINGLE_PARTICLE, Particle
+from pyrocurv.curvature.running_average import has_statistics, zero_curvature
+from pyrocurv.curvature.running_curvature import DueBlock, RunningCurvature
 from pyrocurv.layers.block import Block
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.posterior.hyperparameters import Hyperparameters

@@ -51,7 +51,9 @@ from pyrocurv.curvature import (
     hessian,
     hessian_outputs,
     hessian_weights,
+    particle,
     running_average,
+    running_curvature,
 )
 from pyrocurv.curvature.collect import assemble
 from pyrocurv.curvature.likelihood import ExampleSelection, LikelihoodTerm, as_likelihood
@@ -642,7 +644,7 @@ def test_the_average_is_of_the_hessians_as_they_are(structure: str) -> None:
         (seen, _) = blocks_of(net, x, structure, term, count=len(x))
         running = running or running_average.zero_curvature(seen.block, x, None)
         begun = running_average.begin_update(
-            running_average.DueBlock(seen.block, running, None), seen, len(x), 0.9, True
+            running_curvature.DueBlock(seen.block, running, None), seen, len(x), 0.9, True
         )
         (running,) = running_average.finish_updates([begun], len(x), ALONE)
         parts.append(assembled(seen).dense() / len(x))
@@ -672,7 +674,7 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         scaling = KroneckerScaling(torch.ones(()).double(), units)
         factors = assembled(one).rescaled(*units)
         zero = running_average.zero_curvature(seen.block, x, scaling)
-        due = running_average.DueBlock(seen.block, zero, scaling)
+        due = running_curvature.DueBlock(seen.block, zero, scaling)
         with monkeypatch.context() as patch:
             patch.setattr(hessian_outputs.OutputHessian, "kronecker", None)
             begun = running_average.begin_update(due, seen, len(x), 0.9, True)
@@ -683,7 +685,7 @@ def test_truncated_sides_need_no_factor_of_the_inputs(monkeypatch, spec, in_unit
         assert_same(running.curvature.dense(), expected.dense() / len(x), rtol=1e-8)
         assert running.factors is None
         # the first sample of several that the layer has a part in
-        late = running_average.Particle(2, 4)
+        late = particle.Particle(2, 4)
         begun = running_average.begin_update(due, seen, len(x), 0.9, True, late)
         (again,) = running_average.finish_updates([begun], len(x), ALONE)
         assert_same(again.curvature.dense(), running.curvature.dense(), rtol=1e-8)

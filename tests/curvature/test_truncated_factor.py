@@ -12,13 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import EKFAC, KFAC, Curvature
 from pyrocurv.curvature.layer_statistics import GradientStatistics, LayerStatistics
-from pyrocurv.curvature.running_average import (
-    DueBlock,
-    RunningCurvature,
-    begin_update,
-    finish_updates,
-    zero_curvature,
-)
+from pyrocurv.curvature.running_average import begin_update, finish_updates, zero_curvature
+from pyrocurv.curvature.running_curvature import DueBlock, RunningCurvature
 from pyrocurv.curvature.truncated_factor import MAX_ROWS, TruncatedFactor, mean_squares
 from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI

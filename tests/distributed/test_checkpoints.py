@@ -25,6 +25,7 @@ from pyrocurv.guides import DiagonalGuide, EKFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
+from pyrocurv.runtime import sharded_folder
 
 ROWS, STEPS = 12, 4
 CURVATURE = Curvature("fisher", every=2, batch=None, eigen_every=2)
@@ -95,7 +96,7 @@ def go(
         n: (o.module if isinstance(o, DistributedDataParallel) else o).state_dict()
         for n, o in run.objects.items()
     }
-    return {name: x.clone() for name, x in checkpoint._flatten(states)[1].items()}
+    return {name: x.clone() for name, x in sharded_folder.flatten(states)[1].items()}
 
 
 def run_on(ranks: Any, size: int, *args: Any) -> list[dict[str, torch.Tensor]]:

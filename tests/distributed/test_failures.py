@@ -18,6 +18,7 @@ from test_ngvi_ranks import target
 from torch.distributed.run import main as torchrun
 
 from pyrocurv import checkpoint
+from pyrocurv.runtime import sharded_folder
 
 DIES_IN = 2  # the step
 
@@ -25,7 +26,7 @@ DIES_IN = 2  # the step
 def states(run: Run) -> dict[str, torch.Tensor]:
     owners = {name: getattr(owner, "module", owner) for name, owner in run.objects.items()}
     content = {name: owner.state_dict() for name, owner in owners.items()}
-    return {name: x.clone() for name, x in checkpoint._flatten(content)[1].items()}
+    return {name: x.clone() for name, x in sharded_folder.flatten(content)[1].items()}
 
 
 def train(

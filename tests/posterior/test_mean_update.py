@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.running_average import RunningCurvature
+from pyrocurv.curvature.running_curvature import RunningCurvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import make_blocks
 from pyrocurv.posterior.adam import DECAY, EPSILON, SoapUpdate

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import KFAC, Curvature, Diagonal
-from pyrocurv.curvature.running_average import RunningCurvature
+from pyrocurv.curvature.running_curvature import RunningCurvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.structure_spec import StructureSpec

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature
-from pyrocurv.curvature.running_average import RunningCurvature
+from pyrocurv.curvature.running_curvature import RunningCurvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import make_blocks
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
