@@ -237,7 +237,7 @@ def line(name: str, log_probs: Tensor, labels: Tensor) -> str:
 
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
-    parts = sentences(config.train_size, config.test_size, 16 if config.smoke else 3000)
+    parts = sentences(config.train_size, config.test_size, 16 if config.smoke else 2500)
     train_text, test_text, other = parts
     base = (
         small_base(config, [sentence.text for sentence in other]) if config.model is None
