@@ -17,7 +17,7 @@ NGVI runs with its defaults for everything but the learning rate.
     swag            16 samples of a Gaussian fitted to the last quarter of the weights' path
     laplace-torch   its Laplace approximation of the network of "adam", with its own choice of prior
     ivon            ivon-opt, 16 samples
-    auto-normal     Pyro's AutoNormal and SVI with Adam, 16 samples
+    auto-normal     Pyro's AutoNormal and SVI with Adam, 16 samples; T = 1 is the ELBO
     kfac, ekfac     NGVI with `KFACGuide` and `EKFACGuide`, 16 samples
     5 x, 10 x       the average prediction of runs from other seeds; 2 x kfac is `MixtureGuide`'s
 
@@ -121,10 +121,18 @@ def fashion_problem(network: Callable[[], nn.Sequential], root: str) -> Problem:
     )
 
 
+def smoke_problem(root: str) -> Problem:
+    """A few steps, to check the set-up."""
+    data = mnist_subset.load()
+    few = [(x[:80], y[:80]) for x, y in data[:3]]
+    return Problem(LeNet5, *few, data.unseen[:20], epochs=4, batch=20)
+
+
 PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "mnist-subset": subset_problem,
     "lenet-55k": partial(fashion_problem, LeNet5),
     "resnet-55k": partial(fashion_problem, ResNet),
+    "smoke": smoke_problem,
 }
 
 # ---- methods ------------------------------------------------------------------------------------
@@ -238,13 +246,13 @@ def laplace_torch(
     return lambda x: fitted(x, link_approx="probit").clamp(min=1e-12).log().unsqueeze(0)
 
 
-def ivon(problem: Problem, seed: int, lr: float) -> Predict:
+def ivon(problem: Problem, seed: int, lr: float, hess_init: float) -> Predict:
     """Shen et al. 2024, arXiv:2402.17641."""
     from ivon import IVON
 
     net = problem.network()
     optimizer = IVON(
-        net.parameters(), lr=lr, ess=problem.num_data, hess_init=0.1, beta2=0.9995
+        net.parameters(), lr=lr, ess=problem.num_data, hess_init=hess_init, beta2=0.9995
     )
     schedule = LambdaLR(optimizer, problem.cosine)
     for x, y in problem.batches(seed):
@@ -265,10 +273,14 @@ def ivon(problem: Problem, seed: int, lr: float) -> Predict:
     return predict
 
 
-def auto_normal(problem: Problem, seed: int, lr: float, init_scale: float) -> Predict:
-    """Blundell et al. 2015, arXiv:1505.05424, by the tools of Pyro."""
-    model = Classifier(bayesianize(problem.network()), num_data=problem.num_data)
-    guide = AutoNormal(model, init_scale=init_scale, init_loc_fn=init_at_weights(problem, seed))
+def auto_normal(problem: Problem, seed: int, lr: float, temperature: float) -> Predict:
+    """Blundell et al. 2015, arXiv:1505.05424, by the tools of Pyro.
+
+    N/T data in place of N: the ELBO divided by T, whose KL term has the factor T.
+    """
+    num_data = round(problem.num_data / temperature)
+    model = Classifier(bayesianize(problem.network()), num_data=num_data)
+    guide = AutoNormal(model, init_scale=1e-3, init_loc_fn=init_at_weights(problem, seed))
     schedule = pyro.optim.LambdaLR({
         "optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "lr_lambda": problem.cosine,
     })
@@ -322,8 +334,8 @@ METHODS: dict[str, Method] = {
     "laplace-torch": Method(
         laplace_torch, grid(lr=(2e-3, 4e-3), subset=("last_layer",), structure=("full", "kron"))
     ),
-    "ivon": Method(ivon, grid(lr=(0.25, 0.5, 1.0, 2.0))),
-    "auto-normal": Method(auto_normal, grid(lr=(1e-3, 3e-3), init_scale=(1e-3, 1e-2))),
+    "ivon": Method(ivon, grid(lr=(0.2, 0.6), hess_init=(0.1, 1.0))),
+    "auto-normal": Method(auto_normal, grid(lr=(1e-3, 4e-3), temperature=(1.0, 0.01))),
     "kfac": Method(partial(ngvi, KFACGuide), grid(lr=NGVI_RATES)),
     "ekfac": Method(partial(ngvi, EKFACGuide), grid(lr=NGVI_RATES)),
 }

@@ -5,7 +5,10 @@ from typing import Any
 
 from griffe import Extension, Object
 
-HEADINGS = {r"^Example:$": "Examples:", r"^Raises,? (.+):$": r"Raises: Raises \1"}
+HEADINGS = {
+    r"^Example:$": "Examples:",
+    r"^Raises,? (.+):$": r"Errors are raised \1.\n\nRaises:",
+}
 
 
 class Docstrings(Extension):

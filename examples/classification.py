@@ -39,7 +39,7 @@ from pyrocurv.infer import NGVI, Predictive
 from pyrocurv.nn.networks import LeNet5
 from pyrocurv.plots import reliability, uncertain_images
 
-BATCH, ADAM_LR, NGVI_LR = 50, 1e-3, 0.01
+BATCH, ADAM_LR, NGVI_LR = 50, 2e-3, 0.01
 COLUMNS = ("accuracy %", "NLL", "ECE %", "AUROC %")
 
 

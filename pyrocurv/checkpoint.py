@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyrocurv.runtime import safetensors_file
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_flag, check_is
+from pyrocurv.runtime.validation import check_flag, check_is, check_module
 from pyrocurv.runtime.workers import AUTO, Workers
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_guide", "save", "save_guide"]
 
 LATEST = "latest"  # the file in a folder that names the checkpoint that counts
 STRUCTURE = "structure"
@@ -120,6 +121,64 @@ def load(path: str | os.PathLike[str], objects: Mapping[str, Any]) -> dict[str, 
                 undo.keep(partial(owner.load_state_dict, before))
             owner.load_state_dict(states[name])
     return {name: value for name, value in states.items() if not has_state[name]}
+
+
+def save_guide(
+    path: str | os.PathLike[str], guide: nn.Module, *, process_group: Any = AUTO
+) -> None:
+    """Write the state of a guide as a safetensors file: a posterior to publish and to load safely.
+
+    All processes of a group have to call it; rank 0 writes. A model with statistics of batch norm,
+    or other weights without a posterior, has a state of its own. To go on training use `save`.
+
+    Args:
+        path: of the file, "posterior.safetensors".
+        guide: one of `pyrocurv.guides`, or another module whose state is of tensors and plain
+            values.
+        process_group: as of `pyrocurv.infer.NGVI`.
+
+    Raises:
+        ImportError: safetensors is not installed, `pip install safetensors`.
+        TypeError: for a path or a guide that is none, or values in its state that are no JSON.
+        OSError: rank 0 could not write, RuntimeError on the other ranks; the last file is as it
+            was.
+
+    Example:
+        >>> import torch, pyrocurv
+        >>> net = pyrocurv.nn.bayesianize(torch.nn.Linear(4, 3))
+        >>> model = pyrocurv.nn.Classifier(net, num_data=10)
+        >>> guide = pyrocurv.guides.KFACGuide(model)
+        >>> weights = guide(torch.randn(10, 4), torch.randint(3, (10,)))
+        >>> save_guide("posterior.safetensors", guide)  # doctest: +SKIP
+        >>> fresh = pyrocurv.guides.KFACGuide(model)
+        >>> load_guide("posterior.safetensors", fresh)  # doctest: +SKIP
+    """
+    target = _path(path)
+    check_module("guide", guide)
+    content = safetensors_file.to_bytes(guide.state_dict())
+    _on_rank_0(Workers.of(process_group), lambda: _save_file(
+        target, lambda file: file.write(content)
+    ))
+
+
+def load_guide(path: str | os.PathLike[str], guide: nn.Module) -> None:
+    """Load the state that `save_guide` has written into a guide of the same class and network.
+
+    Args:
+        path: of the file.
+        guide: as of `save_guide`; one that is new needs no data first.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of something else, or the guide refuses the state; the guide is
+            as it was then.
+    """
+    source = _path(path)
+    check_module("guide", guide)
+    if not source.is_file():
+        raise FileNotFoundError(f"path={str(source)!r}: there is no such file")
+    guide.load_state_dict(safetensors_file.read(source))
 
 
 # ---- objects ------------------------------------------------------------------------------------

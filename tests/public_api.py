@@ -6,6 +6,7 @@ A scene is small: two inputs, three classes, six data, all of them linear layers
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import matplotlib
@@ -412,6 +413,19 @@ def _() -> Scene:
 @scene("infer.History")
 def _() -> Scene:
     return Scene(infer.History, {"epochs": (), "stopped_early": False})
+
+
+@scene("infer.to_arviz")
+def _() -> Scene:
+    guide: Any = trained().guide
+
+    def call(guide: Any, **arguments: Any) -> Any:
+        return infer.to_arviz(guide, X, Y, **arguments) if find_spec("arviz") else None
+
+    arguments = {
+        "guide": guide, "num_samples": 2, "sites": ["net.0.bias"], "posterior_predictive": False,
+    }
+    return Scene(call, arguments, [guide], words=WORDS)
 
 
 @scene("infer.train_mixture")

@@ -7,7 +7,6 @@ import os
 import pickle
 import runpy
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 import classification
+import compare
 import data
 import digits
 import optimizers
@@ -52,21 +52,14 @@ def write_cifar10(folder: Path, images: int) -> None:
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
 
-def run_example(name: str, options: list[str], folder: Path) -> list[str]:
-    """Run an example from another folder; the lines that it prints, without any warning."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", ROOT / "examples" / f"{name}.py", "--smoke", *options],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
-
-
 @pytest.fixture
 def example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., list[str]]:
-    """As `run_example`, in this process: what the examples import takes longer than they do."""
+    """Run one from another folder; the lines that it prints.
+
+    In this process, as importing takes longer than the examples do.
+    """
     def run(name: str, options: list[str]) -> list[str]:
         path = ROOT / "examples" / f"{name}.py"
         monkeypatch.chdir(tmp_path)
@@ -79,13 +72,14 @@ def example(
     return run
 
 
-def test_classification(tmp_path: Path) -> None:
-    header, adam, ngvi = run_example("classification", ["--plot", "picture.png"], tmp_path)
-    assert header.split() == ["method", "accuracy", "NLL", "ECE"]
+def test_classification(tmp_path: Path, example: Callable[..., list[str]]) -> None:
+    header, adam, ngvi = example("classification", ["--plot", "picture.png"])
+    assert header.split() == ["method", "accuracy", "%", "NLL", "ECE", "%", "AUROC", "%"]
     for line, method in ((adam, "Adam"), (ngvi, "NGVI")):
         name, *scores = line.split()
-        accuracy, nll, ece = map(float, scores)
-        assert name == method and 0 <= accuracy <= 1 and 0 < nll < 5 and 0 <= ece <= 1
+        accuracy, nll, ece, auroc = map(float, scores[::3])  # each is followed by ± and 0.000
+        assert name == method and 0 < nll < 5
+        assert all(0 <= percent <= 100 for percent in (accuracy, ece, auroc))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,6 +101,23 @@ def test_examples_with_a_picture(
 def test_laplace(example: Callable[..., list[str]]) -> None:
     header, *lines = example("laplace", [])
     assert header.startswith("method") and len(lines) == 5
+
+
+def test_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all methods that need no other library; a second call only reads the runs."""
+    monkeypatch.setattr(compare, "ENSEMBLES", {"adam": (2,)})
+    methods = ["adam", "muon", "mc-dropout", "swag", "auto-normal", "kfac"]
+    options = ["--problem", "smoke", "--seeds", "1", "--out", str(tmp_path), "--methods", *methods]
+    compare.main(options)
+    names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    assert names[0] == "| method" and len(files) == 6 * 4 + 6 + 1
+    compare.main([*options, "--no-ensembles"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [line.split()[1] for line in table[2:]] == methods
+    assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
 
 
 @pytest.mark.parametrize("method", ["ngvi", "second-order", "vi"])

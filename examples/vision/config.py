@@ -69,10 +69,12 @@ class Config:
     """Structure of the precision (second-order: of the preconditioner)."""
     curvature: Literal["auto", "hessian", "ggn", "fisher", "empirical"] = "auto"
     """Curvature of the negative log likelihood; auto: ggn for laplace, else fisher."""
+    layers: Literal["last", "all"] = "last"
+    """Layers that laplace's posterior covers."""
     temperature: float | None = None
     """T of the KL term of ngvi; None: chosen by the run."""
     update: Literal["auto", "natural", "muon", "whitened-muon", "soap"] = "auto"
-    """How ngvi moves the mean, and second-order the weights."""
+    """How ngvi moves the mean, and second-order the weights; auto: whitened-muon for networks."""
     prior_scale: float = 1.0
     """Width of ngvi's prior, relative to the default, 1/sqrt(inputs of the layer)."""
     samples: int | None = None

@@ -35,6 +35,7 @@ class Predictions:
     log_probs: Tensor  # [N, classes] of the mean over the samples
     aleatoric: Tensor  # [N], the mean entropy of the samples
     labels: Tensor  # [N]; -1 for images of another kind
+    num_samples: int = 1  # S; of a single one nothing is epistemic, or it is not known
 
     @property
     def entropy(self) -> Tensor:
@@ -53,19 +54,21 @@ def collect(batches: Iterable[tuple[Tensor, Tensor]], length: int) -> Prediction
     their own.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    num_samples = 1
     for samples, y in batches:
-        log_probs = samples.logsumexp(0) - math.log(len(samples))
+        num_samples = len(samples)
+        log_probs = samples.logsumexp(0) - math.log(num_samples)
         aleatoric = uncertainty(logits=samples).aleatoric
         parts.append((log_probs.cpu(), aleatoric.cpu(), y.cpu()))
-    own = [torch.cat(fields) for fields in zip(*parts, strict=True)]
-    ranks = gather(own)
-    if len(ranks) < 2:
-        return Predictions(*own)
-    merged = [torch.empty(length, *field.shape[1:], dtype=field.dtype) for field in own]
-    for rank, fields in enumerate(ranks):
-        for whole, field in zip(merged, fields, strict=True):
-            whole[rank::len(ranks)] = field
-    return Predictions(*merged)
+    fields = [torch.cat(field) for field in zip(*parts, strict=True)]
+    ranks = gather(fields)
+    if len(ranks) > 1:
+        fields = [torch.empty(length, *field.shape[1:], dtype=field.dtype) for field in fields]
+        for rank, part in enumerate(ranks):
+            for whole, values in zip(fields, part, strict=True):
+                whole[rank::len(ranks)] = values
+    log_probs, aleatoric, labels = fields
+    return Predictions(log_probs, aleatoric, labels, num_samples)
 
 
 def scores(predictions: Predictions) -> Scores:
@@ -78,8 +81,10 @@ def scores(predictions: Predictions) -> Scores:
         "ECE": 100 * multiclass_calibration_error(probs, y, classes, n_bins=BINS).item(),
         "Brier": (probs - F.one_hot(y, classes)).square().sum(-1).mean().item(),
         "entropy": predictions.entropy.mean().item(),
-        "epistemic": (predictions.entropy - predictions.aleatoric).mean().item(),
     }
+    if predictions.num_samples > 1:
+        epistemic = predictions.entropy - predictions.aleatoric
+        found["epistemic"] = epistemic.clamp(min=0).mean().item()
     risks = risk_coverage(predictions)
     for coverage in COVERAGES:
         number = max(1, round(coverage * len(risks)))

@@ -65,12 +65,12 @@ def reliability(test: Predictions) -> Draw:
     """Accuracy for each bin of confidence."""
     confidence, _ = test.log_probs.exp().max(-1)
     index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    count, right, sure = (
+    count, right = (
         torch.zeros(BINS, dtype=torch.double).index_add_(0, index, values.double())
-        for values in (torch.ones_like(confidence), test.is_correct, confidence)
+        for values in (torch.ones_like(confidence), test.is_correct)
     )
     filled = count > 0
-    accuracy, mean_confidence = right[filled] / count[filled], sure[filled] / count[filled]
+    accuracy = right[filled] / count[filled]
     share = count[filled] / count.sum()
     left = (torch.arange(BINS)[filled] / BINS).tolist()
 
@@ -78,12 +78,10 @@ def reliability(test: Predictions) -> Draw:
         ax.bar(left, (100 * accuracy).tolist(), 1 / BINS, align="edge", color=SERIES[0],
                edgecolor=PAGE, label="accuracy")
         ax.bar(left, (100 * share).tolist(), 1 / BINS, align="edge", color=MUTED, alpha=0.55,
-               label="share of the images")
+               label="share of images")
         ax.plot([0, 1], [0, 100], "--", color=INK, linewidth=1, label="calibrated")
-        ax.plot(mean_confidence.tolist(), (100 * accuracy).tolist(), "o", color=SERIES[1],
-                markersize=4, label="mean confidence of a bin")
         ax.set(xlim=(0, 1), ylim=(0, 100), xlabel="confidence", ylabel="%")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        _legend_above(ax, 3)
 
     return draw
 
@@ -105,8 +103,8 @@ def risk(test: Predictions) -> Draw:
                    label="in any order")
         ax.set(xlim=(0, 100), xlabel="coverage: images that are classified, %",
                ylabel="errors among them, %")
-        ax.set_ylim(bottom=0, top=1.35 * max(0.1, 100 * float(risks.max())))
-        ax.legend(loc="upper left")
+        ax.set_ylim(bottom=0)
+        _legend_above(ax, 3)
 
     return draw
 
@@ -125,9 +123,14 @@ def entropies(test: Predictions, others: dict[str, Predictions]) -> Draw:
             ax.hist(values, alpha=0.35, **options)
             ax.hist(values, histtype="step", linewidth=1.5, label=name, **options)
         ax.set(xlim=(0, highest), xlabel="entropy, nats", ylabel="share of the images, %")
-        ax.legend(loc="upper right")
+        _legend_above(ax, 2)
 
     return draw
+
+
+def _legend_above(ax: Axes, columns: int) -> None:
+    """Where it hides nothing."""
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, columnspacing=1.2)
 
 
 # ---- training -----------------------------------------------------------------------------------

@@ -35,10 +35,13 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: str) -> Iterator[Process]:
-    """The group of `torchrun`, if it has started this program."""
+    """The group of `torchrun`, if it has started this program; or the group that is there."""
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    if is_parallel():  # made by who calls this
+        yield Process(dist.get_rank(), dist.get_world_size(), chosen)
+        return
     if "RANK" not in os.environ:
         yield Process(0, 1, chosen)
         return

@@ -46,6 +46,8 @@ def page(result: Result) -> str:
 def _scores(result: Result) -> str:
     rows = []
     for name, metric in METRICS.items():
+        if name not in result.scores:
+            continue
         value = f"{shown(metric, result.scores[name])} {metric.unit}".strip()
         rows.append(
             f'<tr><th scope="row">{_label(metric)}</th><td class="number">{escape(value)}</td>'
@@ -76,14 +78,17 @@ def _detection(result: Result) -> str:
         ) + "</tr>"
         for kind, found in result.detection.items()
     )
-    meanings = "; ".join(f"{metric.label}: {metric.meaning}" for metric in DETECTION.values())
+    meanings = "".join(
+        f"<li><b>{escape(metric.label)}</b>: {escape(metric.meaning)}</li>"
+        for metric in DETECTION.values()
+    )
     drawn = {kind: found for kind, found in result.unseen.items()}
     first, *rest = drawn
     corrupted = {kind: drawn[kind] for kind in rest}
     plots = _figure(
         svg(figures.entropies(result.test, {first: drawn[first]})),
-        "Entropy of the predictions: the less the two overlap, the better unknown images are told "
-        "from known ones.",
+        "Entropy of the predictions, from 0 to ln(number of classes): the less the two overlap, "
+        "the better unknown images are told from known ones.",
     )
     if corrupted:
         plots += _figure(
@@ -92,28 +97,25 @@ def _detection(result: Result) -> str:
         )
     return _section(
         "unseen", "Images that it should doubt",
-        f"<p>{escape(meanings)}.</p>"
+        f"<ul>{meanings}</ul>"
         f'<div class="card wide"><table><tr><th>images</th>{heads}</tr>{rows}</table></div>'
         f'<div class="grid" style="margin-top: 1rem">{plots}</div>',
     )
 
 
 def _settings(result: Result) -> str:
-    settings = {
-        name: value for name, value in result.as_json()["settings"].items() if name != "data"
-    }
+    found = result.as_json()
+    data = {f"data: {name}": value for name, value in found["settings"].pop("data").items()}
+    settings = found["settings"]
     given = {
-        name: value for name, value in result.as_json()["config"].items()
+        name: value for name, value in found["config"].items()
         if name not in settings and value is not None
     }
-    data = {f"data: {name}": value for name, value in result.as_json()["settings"]["data"].items()}
     rows = "".join(
-        f'<tr><th scope="row">{escape(name.replace("_", " "))}</th><td>{escape(str(value))}</td>'
-        "</tr>" for name, value in {**given, **settings, **data}.items()
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value))}</dd></div>"
+        for name, value in {**given, **settings, **data}.items()
     )
-    return _section(
-        "settings", "Settings", f'<div class="card wide"><table>{rows}</table></div>'
-    )
+    return _section("settings", "Settings", f'<dl class="card settings">{rows}</dl>')
 
 
 # ---- diagrams -----------------------------------------------------------------------------------
@@ -197,4 +199,4 @@ def _figure(picture: str, caption: str) -> str:
 
 def _label(metric: Metric) -> str:
     arrow = ARROWS[metric.better]
-    return f"{escape(metric.label)} {arrow}".strip()
+    return f"{escape(metric.label)}&nbsp;{arrow}" if arrow else escape(metric.label)

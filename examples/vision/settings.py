@@ -79,13 +79,17 @@ METHODS = {
     "adam": ADAM,
     "sgd": SGD,
     "muon": MethodSettings(0.02, 0.1, on={**on(SMALL, lr=0.01), **on(LARGE, lr=0.01)}),
-    "second-order": MethodSettings(0.02, 1e-4),
+    "second-order": MethodSettings(0.03, 3e-3),
     "ngvi": MethodSettings(0.02, 0.0, on={**on(SMALL, lr=0.04), **on(LARGE, lr=0.04)}),
-    "laplace": MethodSettings(3e-3, 1e-4, on={**on(SMALL, lr=1e-3), **on(LARGE, lr=1e-3)}),
+    "laplace": MethodSettings(3e-3, 1e-4, on={  # decay x images: the precision of the first prior
+        "digits": {"weight_decay": 5e-3}, **on(SMALL, lr=1e-3),
+        "folder": {"lr": 1e-3, "weight_decay": 1e-3},
+        "imagenet": {"lr": 1e-3, "weight_decay": 1e-5},
+    }),
     "ensemble": ADAM,
     "mc-dropout": ADAM,
     "swag": replace(SGD, warm_up=0.02),
-    "ivon": MethodSettings(1.0, 1e-4, on={**on(SMALL, lr=0.3), **on(LARGE, lr=0.3)}),
+    "ivon": MethodSettings(0.5, 1e-4, on={"digits": {"lr": 0.3}}),
 }
 
 # ---- what a run uses ----------------------------------------------------------------------------

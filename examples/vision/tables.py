@@ -22,7 +22,7 @@ def tables(result: Result) -> str:
     """The scores, and how well unseen images are told from the test images."""
     lines = [describe(result), ""]
     for name, metric in METRICS.items():
-        value = shown(metric, result.scores[name])
+        value = shown(metric, result.scores.get(name))
         lines.append(f"{metric.label:<28}{value:>10} {metric.unit}".rstrip())
     if result.detection:
         heads = [f"{metric.label} {metric.unit}" for metric in DETECTION.values()]

@@ -229,8 +229,11 @@ def log_writer(config: Config, process: Process) -> Callable[[Row, int], None]:
 
 def signature(config: Config, settings: Settings) -> dict[str, str]:
     """What has to be the same for a run that goes on."""
-    own = ("dataset", "model", "method", "seed", "guide", "curvature", "temperature", "update",
-           "prior_scale", "members", "dropout", "evaluate_on", "train_size", "image_size", "amp")
+    own = (
+        "dataset", "model", "method", "seed", "guide", "curvature", "layers", "temperature",
+        "update", "prior_scale", "members", "dropout", "evaluate_on", "train_size", "image_size",
+        "amp",
+    )
     names = ("epochs", "batch", "lr", "weight_decay")
     return {
         **{name: str(getattr(config, name)) for name in own},

@@ -110,7 +110,7 @@ class MixtureGuide(nn.Module):
                 "a MixtureGuide draws one component in each call: use Predictive without "
                 "parallel=True, or sample_posterior(n)"
             )
-        guide = self._guides[int(component)]
+        guide = self.leaves[int(component)]
         values = poutine.block(guide, hide_fn=_is_internal)(*args, **kwargs)
         for name, value in self.tensors_of(guide).items():
             fn = dist.Delta(value, event_dim=value.dim())
@@ -126,7 +126,7 @@ class MixtureGuide(nn.Module):
         check_integer("n", as_number(n), 0)
         self._check_sites()
         index = self._weights.multinomial(max(n, 1), replacement=True)[:n]
-        guides = self._guides
+        guides = self.leaves
         counts = index.bincount(minlength=len(guides)).tolist()
         draws = [
             self._draws(guide, count) for guide, count in zip(guides, counts, strict=True) if count
@@ -145,14 +145,14 @@ class MixtureGuide(nn.Module):
 
     def tensors_of(self, guide: Any) -> dict[str, Tensor]:
         """{name in the model: tensor} of one of the guides: what differs between their models."""
-        number = next(k for k, other in enumerate(self._guides) if other is guide)
+        number = next(k for k, other in enumerate(self.leaves) if other is guide)
         if not self.component_tensors:
             return {}
         return dict(self.component_tensors[number].named_buffers())
 
     def prepare(self, model: Any) -> None:
         """Have a model use the tensors of the component that a sample is from."""
-        use_given_tensors(model, self.tensors_of(self._guides[0]))
+        use_given_tensors(model, self.tensors_of(self.leaves[0]))
 
     def median(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not defined: a median between modes would be in none of them."""
@@ -187,7 +187,7 @@ class MixtureGuide(nn.Module):
                 f"the state is of a mixture of {saved} guides, this one has {len(self.components)}"
             )
         start = f"{prefix}component_tensors."
-        loaded: list[dict[str, Tensor]] = [{} for _ in self._guides]
+        loaded: list[dict[str, Tensor]] = [{} for _ in self.leaves]
         for key in [key for key in state_dict if key.startswith(start)]:
             number, _, name = key.removeprefix(start).partition(".")
             loaded[int(number)][name] = state_dict[key]
@@ -224,7 +224,8 @@ class MixtureGuide(nn.Module):
                 yield component, 1 / len(self)
 
     @property
-    def _guides(self) -> list[Any]:
+    def leaves(self) -> list[Any]:
+        """The guides in it, those of mixtures in it too."""
         return [guide for guide, _ in self._leaves()]
 
     @property
@@ -238,7 +239,7 @@ class MixtureGuide(nn.Module):
         """
         for component in self:
             if isinstance(component, MixtureGuide):
-                for guide, own in zip(component._guides, component._model_tensors(), strict=True):
+                for guide, own in zip(component.leaves, component._model_tensors(), strict=True):
                     yield None if own is None else {**own, **component.tensors_of(guide)}
             else:
                 model = component._base_model
@@ -251,7 +252,7 @@ class MixtureGuide(nn.Module):
             if other.keys() != names:
                 different = [*names ^ other.keys()]
                 raise ValueError(f"the components have different tensors: {different}")
-        models = [guide._base_model[0] for guide in self._guides if guide._base_model]
+        models = [guide._base_model[0] for guide in self.leaves if guide._base_model]
         for own in map(model_tensors, models):
             for name in names:
                 found = tuple(own[name].shape) if name in own else None

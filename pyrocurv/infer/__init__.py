@@ -1,6 +1,7 @@
 """Inference: natural-gradient training of a structured posterior, Laplace, and prediction."""
 
 from pyrocurv.infer.history import Epoch, History
+from pyrocurv.infer.inference_data import to_arviz
 from pyrocurv.infer.laplace import Laplace
 from pyrocurv.infer.mixture_training import train_mixture
 from pyrocurv.infer.ngvi import NGVI
@@ -10,5 +11,5 @@ from pyrocurv.infer.training import fit
 
 __all__ = [
     "Epoch", "History", "Laplace", "NGVI", "Predictive", "choose_temperature", "fit",
-    "log_predictive_density", "train_mixture",
+    "log_predictive_density", "to_arviz", "train_mixture",
 ]

@@ -17,8 +17,7 @@ import pyro.infer
 import torch
 from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import module_tensors, modules
@@ -31,7 +30,13 @@ from pyrocurv.handlers.vectorized import (
     remember,
 )
 from pyrocurv.infer.loaders import arguments, check_progress, device_of_model, length, progress_bar
-from pyrocurv.infer.predictive_batches import JoinedBatches, RepeatedDraws, inputs_of, rows_of
+from pyrocurv.infer.predictive_batches import RepeatedDraws, inputs_of, join_batches
+from pyrocurv.infer.predictive_checks import (
+    finite_probabilities,
+    uninitialized_guides,
+    updates_statistics,
+)
+from pyrocurv.nn.batch_norm import warn_of_initial_statistics
 from pyrocurv.runtime.agreement import (
     SAME_INPUTS,
     SharedSamples,
@@ -144,7 +149,7 @@ class Predictive(pyro.infer.Predictive):
         self.process_group = process_group
         self._run_model, self._run_guide = VectorizedRunner(), VectorizedRunner()
         self._num_elements: dict[Any, int] = {}  # of one draw from the guide
-        self._warned = False
+        self._warned = self._has_checked = False
 
     def __repr__(self) -> str:
         source = "posterior_samples" if self.guide is None else f"guide={name_of(self.guide)}"
@@ -158,8 +163,13 @@ class Predictive(pyro.infer.Predictive):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """{site: [S, ...]} for the model's arguments."""
         check_values((*args, *kwargs.values()), "the model")
+        given: Collection[str] = self.posterior_samples
         if isinstance(self.guide, MixtureGuide):
             self.guide.prepare(self.model)
+            given = self.guide.tensors_of(self.guide.leaves[0])
+        if not self._has_checked:
+            self._has_checked = True
+            warn_of_initial_statistics(self.model, given)
         if am_i_wrapped() or torch.jit.is_tracing():  # handlers outside have to see each run
             return super().forward(*args, **kwargs)
         with self._sharing(args, kwargs) as samples:
@@ -217,28 +227,28 @@ class Predictive(pyro.infer.Predictive):
         target = as_device("device", device)
         if am_i_wrapped():
             raise RuntimeError("loader: inside of a Pyro handler, call this on each batch instead")
-        joined, draws = JoinedBatches(target), RepeatedDraws()
         place = device_of_model(self.model, self.guide)
         with (rewind_rng_on_error(place or torch.device("cpu")),
               progress_bar(progress, total=length(loader), unit="batch") as bar):
-            for batch in loader:
-                args, kwargs = arguments((inputs or inputs_of)(batch), place)
-                check_values((*args, *kwargs.values()), "the model")
-                rows = rows_of(args, kwargs)
-                draws.restart()
-                with self._sharing(args, kwargs) as samples:
-                    runs = self._runs(samples, args, kwargs, draws)
-                    if runs is None:
-                        raise TypeError(
-                            "the model returns no tensor, and its return value cannot be joined "
-                            "over batches: choose other return_sites"
-                        )
-                whole = _gathered(samples, runs)
-                joined.add(self._to_pyro_shapes(whole), whole, draws.names, rows)
-                bar.update()
-            results = joined.result()
+            batches = (arguments((inputs or inputs_of)(batch), place) for batch in loader)
+            results = join_batches(batches, self._batch, target, bar.update)
             RandomStream()  # the next call has other samples
         return results
+
+    def _batch(
+        self, args: Any, kwargs: Any, draws: RepeatedDraws
+    ) -> tuple[dict[str, Tensor], RunResults]:
+        """The results of a batch in Pyro's shapes, and as they came."""
+        check_values((*args, *kwargs.values()), "the model")
+        with self._sharing(args, kwargs) as samples:
+            results = self._runs(samples, args, kwargs, draws)
+            if results is None:
+                raise TypeError(
+                    "the model returns no tensor, and its return value cannot be joined over "
+                    "batches: choose other return_sites"
+                )
+        runs = _gathered(samples, results)
+        return self._to_pyro_shapes(runs), runs
 
     @contextmanager
     def _sharing(self, args: Any, kwargs: Any) -> Iterator[SharedSamples]:
@@ -247,7 +257,7 @@ class Predictive(pyro.infer.Predictive):
         if not workers.is_alone:
             check_same(workers, self._inputs(args, kwargs), SAME_INPUTS)
         with (self._preserve_module_state(), pyro.validation_enabled(False),
-              rewind_rng_on_error(device_of(args)), _finite_probabilities(),
+              rewind_rng_on_error(device_of(args)), finite_probabilities(),
               raise_together(workers, "Predictive")):
             yield SharedSamples.of(workers, self.num_samples)
 
@@ -344,7 +354,7 @@ class Predictive(pyro.infer.Predictive):
             yield values, n
 
     def _initialize_guides(self, args: Any, kwargs: Any) -> None:
-        for guide in _uninitialized_guides(self.guide):
+        for guide in uninitialized_guides(self.guide):
             try:
                 guide.setup(args, kwargs)
             except ValueError as error:
@@ -367,7 +377,7 @@ class Predictive(pyro.infer.Predictive):
     def _preserve_module_state(self) -> Iterator[None]:
         """Restore batch-norm statistics, keep frozen parameters frozen."""
         all_modules = modules(self.model)
-        updated = [module for module in all_modules if _updates_statistics(module)]
+        updated = [module for module in all_modules if updates_statistics(module)]
         if updated and not self._warned:
             self._warned = True
             kind = type(updated[0]).__name__.removeprefix("Pyro")
@@ -379,15 +389,6 @@ class Predictive(pyro.infer.Predictive):
             yield
 
 
-def _uninitialized_guides(guide: Any) -> Iterator[Any]:
-    """The guides in it that cannot be drawn from before they are called with the data."""
-    if isinstance(guide, MixtureGuide):
-        for component in guide:
-            yield from _uninitialized_guides(component)
-    elif isinstance(guide, StructuredGuide) and not guide.is_initialized:
-        yield guide
-
-
 def _gathered(samples: SharedSamples, results: Sequence[RunResults]) -> RunResults:
     """The results of all processes."""
     runs = concatenate(results)
@@ -395,20 +396,3 @@ def _gathered(samples: SharedSamples, results: Sequence[RunResults]) -> RunResul
         runs = replace(runs, values=samples.gather(runs.values))
         RandomStream()  # the next call has other noise, also without a guide
     return runs
-
-
-@contextmanager
-def _finite_probabilities() -> Iterator[None]:
-    """FloatingPointError in place of torch's error about a draw without probabilities."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("probability tensor contains"):
-            raise
-        raise FloatingPointError(
-            f"the model draws from a distribution that is not finite, from these inputs ({error})"
-        ) from error
-
-
-def _updates_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _NormBase) and module.training and module.track_running_stats

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,26 @@ class RepeatedDraws:
             with copy.copy(self._first)(device):
                 yield
         self._position += 1
+
+
+Run = Callable[[Any, Any, RepeatedDraws], tuple[dict[str, Tensor], RunResults]]
+
+
+def join_batches(
+    batches: Iterable[tuple[Any, Any]], run: Run, device: torch.device | None,
+    after: Callable[[], Any],
+) -> dict[str, Tensor]:
+    """What `run` returns for the arguments of all batches, on a device; `after` each is called.
+
+    Raises ValueError if there is none, or one whose results cannot be joined with the others.
+    """
+    joined, draws = JoinedBatches(device), RepeatedDraws()
+    for args, kwargs in batches:
+        rows = rows_of(args, kwargs)
+        draws.restart()
+        joined.add(*run(args, kwargs, draws), draws.names, rows)
+        after()
+    return joined.result()
 
 
 class JoinedBatches:

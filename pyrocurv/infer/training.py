@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pyrocurv.curvature.data_checks import check_num_data
 from pyrocurv.handlers.modules import modules
 from pyrocurv.infer.history import Epoch, History
 from pyrocurv.infer.loaders import (
@@ -186,6 +187,8 @@ def _train(run: Run, loader: Iterable[Any], bar: Any) -> Epoch:
             (group,) = ngvi.optimizer.param_groups
             lr, batches = group["lr"], batches + 1
             loss = ngvi.step(*args, **kwargs)
+            if number == batches == 1:
+                check_num_data(ngvi.num_data, loader)
             bar.update()
             terms = ngvi.loss_terms
             if math.isnan(loss) or terms is None:  # skipped

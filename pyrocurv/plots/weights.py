@@ -57,6 +57,7 @@ def weight_noise(guide: StructuredGuide, ax: Axes | None = None) -> Axes:
         low, lower, middle, upper, high = noise.quantile(levels).tolist()
         ax.plot([low, high], [row, row], color="tab:blue", linewidth=1)
         ax.plot([lower, upper], [row, row], color="tab:blue", linewidth=7, solid_capstyle="butt")
+        ax.plot([middle], [row], "s", color="tab:blue", markersize=5)  # where all are alike
         ax.plot([middle], [row], "|", color="white", markersize=7)
         size = float(mean.square().mean().sqrt())
         if size > 0:

@@ -72,6 +72,9 @@ class CorrelatedPrior:
         """Whether all weights have the same prior N(0, 1/δ)."""
         return False
 
+    def by_tensor(self, block: Block) -> None:
+        """No tensor has a prior of its own."""
+
     @property
     def diagonal(self) -> Tensor:
         """The diagonal of the precision [P]."""

@@ -87,6 +87,22 @@ class GaussianPrior:
         """Whether all weights have the same prior N(0, 1/δ)."""
         return self.zero_mean and not (self.precision.dim() or self.loc.dim())
 
+    def by_tensor(self, block: Block) -> Tensor | None:
+        """δ of each of the block's tensors, if their priors are N(0, 1/δ); else None."""
+        if not self.zero_mean or self.loc.dim():
+            return None
+        if self.precision.dim() == 0:
+            return self.precision.expand(len(block.tensors))
+        if block not in self._by_tensor:
+            values = [x.flatten() for x in block.views(self.precision).values()]
+            is_constant = torch.stack([(x == x[:1]).all() for x in values]).all()
+            self._by_tensor[block] = torch.cat([x[:1] for x in values]) if is_constant else None
+        return self._by_tensor[block]
+
+    @cached_property
+    def _by_tensor(self) -> dict[Block, Tensor | None]:
+        return {}
+
     @property
     def diagonal(self) -> Tensor:
         """The diagonal of the precision [P], or a scalar."""

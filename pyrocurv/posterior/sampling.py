@@ -120,16 +120,17 @@ def estimate_kl(
 
 
 def _distances(blocks: Sequence[BlockState], weights: Weights) -> list[Tensor]:
-    """Terms that sum to Σ δ (w - M₀)²; of priors N(0, 1/δ) of all weights of a block at once."""
+    """Terms that sum to Σ δ (w - M₀)²; by norms where each tensor's prior is a N(0, 1/δ)."""
     distances, precisions, names = list[Tensor](), list[Tensor](), list[str]()
     for state in blocks:
         prior = state.prior.gaussian
-        if prior.is_centered:
-            names += state.block.tensors
-            precisions += [prior.diagonal] * len(state.block.tensors)
-        else:
+        by_tensor = prior.by_tensor(state.block)
+        if by_tensor is None:
             distances.append(prior.distance(state.block.pack(weights)))
+        else:
+            names += state.block.tensors
+            precisions.append(by_tensor)
     if names:
         norms = torch.stack(torch._foreach_norm([weights[name] for name in names]))
-        distances.append(torch.dot(norms.square_(), torch.stack(precisions)))
+        distances.append(torch.dot(norms.square_(), torch.cat(precisions)))
     return distances

@@ -94,6 +94,7 @@ def _call(function: Callable[..., Any], args: Any, rank: int, size: int, port: i
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT / 2)
     )
     try:
+        dist.barrier()  # one that ends at once would break the connections of a slower one
         return function(rank, *args)
     finally:
         dist.destroy_process_group()

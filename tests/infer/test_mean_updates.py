@@ -67,7 +67,7 @@ def test_the_mean_ends_at_the_exact_posterior(structure: str, update: str) -> No
         linear("unequal"), structure, update=rule, num_particles=0, lr=rates.get(update, 1.0),
         curvature=replace(EXACT, every=1000),
     )
-    steps = {"natural": 1, "muon": 2500}.get(update, 400)  # Adam's moments of Muon's biases fade
+    steps = {"natural": 1, "muon": 1800}.get(update, 300)  # Adam's moments of Muon's biases fade
     schedule = ExponentialLR(ngvi.optimizer, 1e-7 ** (1 / steps))
     for _ in range(steps):
         ngvi.step(x, y)

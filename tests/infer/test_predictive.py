@@ -413,6 +413,7 @@ def test_in_groups_that_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 def norm_model() -> tuple[Classifier, DiagonalGuide, Tensor]:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
     model, x = Classifier(bayesianize(net), 10), torch.randn(10, 3)
+    net[1].running_mean.fill_(0.1)  # not those of a new network
     guide = DiagonalGuide(model, init_scale=0.1)
     guide(x, torch.randint(3, (10,)))
     return model, guide, x

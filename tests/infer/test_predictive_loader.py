@@ -154,6 +154,8 @@ def test_kinds_of_batches() -> None:
 
 def test_generators_move_as_in_one_call_and_not_on_errors() -> None:
     predict = Predictive(**made("kfac"), return_sites=["_RETURN"])
+    first = predict.loader(batches(1))
+    assert not torch.equal(first["_RETURN"], predict.loader(batches(1))["_RETURN"])
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError):
         predict.loader([(X, Y), (X[:, :2], Y)])

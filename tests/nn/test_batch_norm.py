@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toys import inputs, regression_data
 
 from pyrocurv.guides import DiagonalGuide, KFACGuide, MixtureGuide
+from pyrocurv.infer import Predictive
 from pyrocurv.nn import Classifier, Regressor, bayesianize, update_bn
 
 
@@ -172,3 +173,24 @@ def test_a_classifier_in_half_precision() -> None:
     guide(x, torch.zeros(30, dtype=torch.long))
     assert len(update_bn(model, guide, [x])) == 2
     assert layers(model)[0].running_mean.dtype == torch.bfloat16
+
+
+def test_statistics_of_a_new_network_are_noticed_once() -> None:
+    model, guide, _ = trained()
+    x = inputs()
+    fresh = copy.deepcopy(model).eval()
+    predict = Predictive(fresh, guide=guide, num_samples=2)
+    with pytest.warns(UserWarning, match=r"of net.1, net.5 are .*nn.update_bn\(model, g"):
+        predict(x)
+    predict(x)
+    update_bn(fresh, guide, [x])
+    Predictive(fresh, guide=guide, num_samples=2)(x)
+    with pytest.warns(UserWarning, match="in train"):  # which uses those of the batch
+        Predictive(copy.deepcopy(model).train(), guide=guide, num_samples=2)(x)
+    others = [trained() for _ in range(2)]
+    for number, (one, own, _) in enumerate(others):
+        update_bn(one, own, [x + number])
+    mixture = MixtureGuide([own for _, own, _ in others])
+    Predictive(copy.deepcopy(model).eval(), guide=mixture, num_samples=2)(x)
+    samples = mixture.sample_posterior(2)
+    Predictive(others[0][0].eval(), posterior_samples=samples)(x)

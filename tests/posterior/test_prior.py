@@ -145,6 +145,24 @@ def test_a_prior_to_a_power(powers: tuple[float, float], scales: tuple[float, fl
     torch.testing.assert_close(kl(q.loc, q.precision, prior), cross - q.entropy())
 
 
+@pytest.mark.parametrize("scales", [(0.1, 0.1), (0.1, 0.5)])
+def test_one_prior_for_each_tensor(scales: tuple[float, float]) -> None:
+    """The distance is then a sum over norms."""
+    block, prior = layer_block("diag"), layer_prior(*scales)
+    by_tensor = prior.by_tensor(block)
+    assert by_tensor is not None and prior.by_tensor(block) is not None
+    torch.testing.assert_close(by_tensor, torch.tensor(scales, dtype=torch.float64) ** -2)
+    weights = torch.randn(OUTPUTS * INPUTS, dtype=torch.float64)
+    norms = torch.stack([x.norm() for x in block.views(weights).values()])
+    torch.testing.assert_close(norms.square() @ by_tensor, prior.distance(weights))
+
+
+def test_other_priors_are_not_of_tensors() -> None:
+    unequal = layer_prior(torch.tensor([[0.1, 0.2, 0.3]]), 0.5)
+    shifted = GaussianPrior(torch.tensor(0.5), torch.tensor(2.0))
+    assert unequal.by_tensor(layer_block()) is None and shifted.by_tensor(layer_block()) is None
+
+
 @pytest.mark.parametrize(("structure", "has_scaling"), [
     ("kfac", True), ("ekfac", True), ("diag", False), ("block", False), ("full", False),
 ])

@@ -16,6 +16,8 @@ from vision.config import Refusal
 from vision.methods.trainer import Metrics, Problem, Trainer, accuracy, log_softmax
 from vision.processes import broadcast_
 
+FEW = 500.0  # with less data the first samples are so wide that training does not start
+
 
 class StepCount:
     """IVON's count of its steps, which its own state dict lacks."""
@@ -39,8 +41,8 @@ def ivon(problem: Problem) -> Trainer:
     settings, net = problem.settings, problem.make_network()
     broadcast_(net)
     optimizer = IVON(
-        net.parameters(), lr=settings.lr, ess=problem.num_data, hess_init=0.1, beta2=0.9995,
-        weight_decay=settings.weight_decay, sync=True,
+        net.parameters(), lr=settings.lr, ess=problem.num_data, beta2=0.9995,
+        hess_init=max(0.1, FEW / problem.num_data), weight_decay=settings.weight_decay, sync=True,
     )
 
     def train_step(x: Tensor, y: Tensor) -> Metrics:

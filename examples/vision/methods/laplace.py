@@ -15,14 +15,13 @@ from vision.methods.ngvi import GUIDES
 from vision.methods.point import l2_adam, point
 from vision.methods.trainer import Batch, Problem, Trainer
 
-LARGE = 100_000  # weights; of larger networks the last layer has a posterior
 DRAWS = 64  # of the logits, which cost little
 
 
 def laplace(problem: Problem) -> Trainer:
     """Weight decay λ is the normal prior of precision λN, whose mode Adam looks for."""
     net = problem.make_network()
-    if sum(p.numel() for p in net.parameters()) <= LARGE:
+    if problem.config.layers == "all":
         check_dense(net, problem.config.guide)
     trained = point(problem, l2_adam, net)
     fitted: list[Laplace] = []
@@ -33,8 +32,7 @@ def laplace(problem: Problem) -> Trainer:
     def predict(x: Tensor) -> Tensor:
         if not fitted:
             return trained.predict(x)
-        link = "mc" if net(x[:1]).shape[-1] > 2 else "auto"
-        predicted: Any = fitted[0].predict(x, link=link, num_samples=DRAWS)
+        predicted: Any = fitted[0].predict(x, num_samples=DRAWS)
         return predicted.probs.clamp(min=1e-12).log()[None]
 
     return Trainer(
@@ -43,10 +41,10 @@ def laplace(problem: Problem) -> Trainer:
 
 
 def fit(net: nn.Module, loader: Iterable[Batch], problem: Problem) -> Laplace:
-    """One pass over the data; the guide starts at the weights of the network."""
+    """One pass over the data at the network's weights; then the evidence scales the prior."""
     config, copied = problem.config, copy.deepcopy(net).eval()
     layers, kind = None, config.guide
-    if sum(p.numel() for p in net.parameters()) > LARGE:
+    if config.layers == "last":
         *_, last = (name for name, part in net.named_modules() if isinstance(part, nn.Linear))
         layers = [last]
         if sum(p.numel() for p in copied.get_submodule(last).parameters()) > LIMIT:
@@ -54,4 +52,6 @@ def fit(net: nn.Module, loader: Iterable[Batch], problem: Problem) -> Laplace:
     prior = (problem.settings.weight_decay * problem.num_data) ** -0.5
     model = Classifier(bayesianize(copied, prior, layers), num_data=problem.num_data)
     curvature = "ggn" if config.curvature == "auto" else config.curvature
-    return Laplace(model, GUIDES[kind](model), curvature).fit(loader)
+    fitted = Laplace(model, GUIDES[kind](model), curvature).fit(loader)
+    fitted.tune_prior()
+    return fitted

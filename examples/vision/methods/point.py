@@ -106,8 +106,10 @@ def muon(net: nn.Module, problem: Problem) -> Optimizers:
 def second_order(net: nn.Module, problem: Problem) -> Optimizers:
     config, settings = problem.config, problem.settings
     check_dense(net, config.guide)
+    structure: Any = {"diagonal": "diag"}.get(config.guide, config.guide)
     return [SecondOrderOptimizer(
-        net, settings.lr, weight_decay=settings.weight_decay, update=config.update,
-        structure={"diagonal": "diag"}.get(config.guide, config.guide),
+        net, settings.lr, weight_decay=settings.weight_decay,
+        update="whitened-muon" if config.update == "auto" else config.update,
+        structure=structure,
         curvature="fisher" if config.curvature == "auto" else config.curvature,
     )]

@@ -19,12 +19,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import update_bn
 
 from vision.methods.point import point, sgd
-from vision.methods.trainer import Batch, Metrics, Problem, Trainer, cosine, log_softmax
+from vision.methods.trainer import BN_BATCHES, Batch, Metrics, Problem, Trainer, cosine, log_softmax
 from vision.processes import average_statistics_
 
 START, FACTOR = 0.75, 0.2  # of the steps when it starts to collect; of the learning rate from then
 RANK = 20  # K
-BN_BATCHES = 50  # that the statistics of batch norm of each sample are from
 
 
 class Moments:

@@ -15,6 +15,7 @@ from vision.settings import Settings
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], classes [B]
 Metrics = Mapping[str, Tensor | float]  # means over the batch: loss, nll, kl, accuracy
+BN_BATCHES = 50  # that statistics of batch norm after training are from
 
 
 @dataclass(frozen=True)
