@@ -4,10 +4,11 @@
     python examples/lora.py --model distilbert-base-uncased --epochs 3 --batch 32
 
 Tells docstrings of Python's standard library from its comments by 400 labeled sentences. Without
---model the base is a small BERT of characters, which is trained here to fill in masked characters
-of other files, then frozen. `peft` puts adapters of low rank into its attention, and they are
+--model the base is a small BERT of words, which is trained here to fill in masked words of other
+files, then frozen. `peft` puts adapters of low rank into its attention, and they are
 trained, with the new head, by AdamW and by `VIOptimizer`, from the same first weights: one value
-for each weight, and a Gaussian posterior. Prints accuracy and NLL on sentences of other files.
+for each weight, and a Gaussian posterior. Prints accuracy and NLL on sentences of other files; the
+learning rates are not tuned.
 Needs `pip install transformers accelerate peft tyro`.
 """
 
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,12 +34,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers.pytorch_utils import Conv1D
 
 from language.config import Refusal
-from language.corpus import ALPHABET, encode
-from language.sentences import CLASSES, LONGEST, Sentence, sentences
+from language.sentences import CLASSES, Sentence, sentences
 from pyrocurv.optim import VIOptimizer
 
-PAD, START, MASK = range(len(ALPHABET), len(ALPHABET) + 3)  # besides the characters
-MASKED = 0.15  # share of the characters that the base has to fill in
+PAD, START, MASK, RARE, FIRST_WORD = range(5)  # tokens of the small base
+WORDS, LENGTH = 1000, 20  # its vocabulary, and the tokens of a sentence
+MASKED = 0.15  # share of the words that it has to fill in
 Row = dict[str, Any]  # input_ids, attention_mask, labels
 
 
@@ -67,7 +70,7 @@ class Config:
     samples: int = 16
     """Samples of the posterior for a prediction."""
     base_steps: int = 600
-    """Training steps of the base on masked characters, without --model."""
+    """Training steps of the base on masked words, without --model."""
     seed: int = 0
     """Of weights, batches and samples."""
     smoke: bool = False
@@ -93,33 +96,46 @@ class Base:
     tokenize: Callable[[str], Row]
 
 
-def characters(text: str) -> Row:
-    """Each character a token, padded to the longest sentence."""
-    numbers = [START, *encode(text[:LONGEST]).tolist()]
-    rest = LONGEST + 1 - len(numbers)
-    return {
-        "input_ids": numbers + [PAD] * rest, "attention_mask": [1] * len(numbers) + [0] * rest,
-    }
+def words(text: str) -> list[str]:
+    """Words and single signs."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def word_tokenizer(texts: Sequence[str]) -> Callable[[str], Row]:
+    """Each of the words that are frequent in the texts is a token; sentences are padded."""
+    counts = Counter(word for text in texts for word in words(text))
+    number = {word: k for k, (word, _) in enumerate(counts.most_common(WORDS), start=FIRST_WORD)}
+
+    def tokenize(text: str) -> Row:
+        numbers = [START, *(number.get(word, RARE) for word in words(text))][:LENGTH]
+        rest = LENGTH - len(numbers)
+        return {
+            "input_ids": numbers + [PAD] * rest,
+            "attention_mask": [1] * len(numbers) + [0] * rest,
+        }
+
+    return tokenize
 
 
 def small_base(config: Config, texts: Sequence[str]) -> Base:
-    """A BERT of characters, which has learned to fill in masked ones."""
-    width = 16 if config.smoke else 64
+    """A BERT of words, which has learned to fill in masked ones."""
+    width, tokenize = 16 if config.smoke else 64, word_tokenizer(texts)
     shape = transformers.BertConfig(
-        vocab_size=MASK + 1, hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=4 * width, max_position_embeddings=LONGEST + 1, num_labels=len(CLASSES),
-        pad_token_id=PAD, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        vocab_size=FIRST_WORD + WORDS, hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH,
+        num_labels=len(CLASSES), pad_token_id=PAD, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     filler = transformers.BertForMaskedLM(shape)
     optimizer = torch.optim.AdamW(filler.parameters(), 3e-3)
     schedule = CosineAnnealingLR(optimizer, config.base_steps)
-    rows = [characters(text) for text in texts]
+    rows = [tokenize(text) for text in texts]
     tokens = torch.tensor([row["input_ids"] for row in rows])
     attended = torch.tensor([row["attention_mask"] for row in rows])
     for _ in range(config.base_steps):
         chosen = torch.randint(len(tokens), (32,))
         x = tokens[chosen]
-        is_masked = (torch.rand(x.shape) < MASKED) & (x < PAD)
+        is_masked = (torch.rand(x.shape) < MASKED) & (x >= FIRST_WORD)
         labels = x.masked_fill(~is_masked, -100)
         optimizer.zero_grad()
         filler(
@@ -130,7 +146,7 @@ def small_base(config: Config, texts: Sequence[str]) -> Base:
         schedule.step()
     net = transformers.BertForSequenceClassification(shape)
     net.bert.load_state_dict(filler.bert.state_dict(), strict=False)  # all but the pooler
-    return Base(net, characters)
+    return Base(net, tokenize)
 
 
 def named_base(name: str) -> Base:
@@ -237,7 +253,7 @@ def line(name: str, log_probs: Tensor, labels: Tensor) -> str:
 
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
-    parts = sentences(config.train_size, config.test_size, 16 if config.smoke else 3000)
+    parts = sentences(config.train_size, config.test_size, 16 if config.smoke else 2500)
     train_text, test_text, other = parts
     base = (
         small_base(config, [sentence.text for sentence in other]) if config.model is None

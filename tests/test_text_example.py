@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     monkeypatch.setattr(checkpoint, "save", save)
     assert run(book, "--checkpoint", path) == 2
     assert "pass --resume" in capsys.readouterr().err
-    assert run(book, "--checkpoint", path, "--resume", "--kl-temperature", "1") == 2
+    assert run(book, "--checkpoint", path, "--resume", "--kl-temperature", "0.5") == 2
     assert "other settings" in capsys.readouterr().err
     assert run(book, "--checkpoint", path, "--resume") == 0
     assert numbers(capsys.readouterr().out) == expected

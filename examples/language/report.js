@@ -10,7 +10,7 @@ function show(span) {
   const { total, epistemic, probability, likely } = readings[reading][place];
   chosen?.classList.remove("chosen");
   (chosen = span).classList.add("chosen");
-  const of = `${total.toFixed(2)} nats total, ${epistemic.toFixed(3)} of it epistemic. Likeliest: `;
+  const of = `${total.toFixed(2)} nats total, ${Number(epistemic.toPrecision(2))} of it epistemic. Likeliest: `;
   details.replaceChildren(
     element("code", shown(span.textContent.replace("⏎\n", "\n"))),
     ` has probability ${(100 * probability).toFixed(1)} %; ${of}`,

@@ -28,9 +28,9 @@ FOLDER = Path(__file__).parent
 LIKELY = 5  # alternatives that a character shows
 STRONGEST = 0.9  # opacity of the color
 COLORS = {  # by the letter of the CSS variable: name, meaning
-    "e": ("epistemic", "what the samples of the posterior disagree about (mutual information)"),
-    "t": ("total", "the entropy of the mean prediction of the next character"),
-    "s": ("surprise", "-log p of the character that is there"),
+    "e": ("epistemic", "the part that the samples of the posterior disagree about, in nats"),
+    "t": ("total", "the entropy of the prediction, in nats"),
+    "s": ("surprise", "-log p of the character that is there, in nats"),
 }
 
 
@@ -79,7 +79,9 @@ def _texts(result: Result) -> str:
         f"<span>{top:.3g} nats or more</span></div></div>"
         for letter, top in tops.items()
     )
-    meanings = "; ".join(f"{COLORS[letter][0]}: {COLORS[letter][1]}" for letter in values)
+    meanings = "".join(
+        f"<li><b>{COLORS[letter][0]}</b>: {COLORS[letter][1]}</li>" for letter in values
+    )
     bodies = "".join(
         f'<figure class="card passage"><p class="text">{_characters(one, number, tops)}</p>'
         f"<figcaption>{escape(one.title)}</figcaption></figure>"
@@ -88,8 +90,8 @@ def _texts(result: Result) -> str:
     data = json.dumps([_details(one) for one in readings]).replace("<", "\\u003c")
     return (
         '<section id="texts"><h2>How uncertain is each character?</h2>'
-        f"<p>The color of a character is that of the prediction before it was seen. {meanings}. "
-        "The first character has none.</p>"
+        "<p>The color of a character is that of its prediction, made before it was seen; the first "
+        f'one has none.</p><ul class="meanings">{meanings}</ul>'
         f'<div class="card bar"><fieldset>{choices}</fieldset><div>{legends}</div>'
         '<div id="details">Point at a character, or tap it, for the likeliest ones in its '
         f"place.</div></div>{bodies}"
@@ -126,7 +128,7 @@ def _details(reading: Reading) -> list[dict[str, Any]]:
     probability = (-reading.surprise()).exp().tolist()
     return [
         {
-            "total": round(total[place], 3), "epistemic": round(epistemic[place], 4),
+            "total": round(total[place], 3), "epistemic": float(f"{epistemic[place]:.3g}"),
             "probability": round(probability[place], 4),
             "likely": [[c, round(p, 4)] for c, p in reading.alternatives(place, LIKELY)],
         }

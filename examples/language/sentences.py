@@ -17,7 +17,7 @@ from language.corpus import ALPHABET, LEFT_OUT, SPLIT_SEED
 CLASSES = ("comment", "docstring")
 SHORTEST, LONGEST = 24, 72  # characters
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-PER_FILE = 8  # of each class, so that no file dominates
+PER_FILE = 16  # of each class, so that no file dominates
 
 
 class Sentence(NamedTuple):
