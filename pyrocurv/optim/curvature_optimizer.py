@@ -48,6 +48,7 @@ from pyrocurv.runtime.representation import counted, described, name_of, word_or
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.sharding import check_unsharded, is_fully_sharded, reshard
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
     check_integer,
     check_is,
@@ -55,7 +56,7 @@ from pyrocurv.runtime.validation import (
     check_positive,
     reading_state,
 )
-from pyrocurv.runtime.workers import CHECK_EVERY
+from pyrocurv.runtime.workers import AUTO, CHECK_EVERY, Workers
 
 PICKLED = (
     "defaults", "state", "param_groups", "curvature", "likelihood", "structure", "_likelihood",
@@ -260,6 +261,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
 
         `undo` keeps what else the step has changed.
         """
+        if self._posterior.step == 0:
+            self._warn_of_other_processes()
         num_samples = 1 if samples is None else samples.count
         store = self._network.covering(store, layout)
         posterior = store.load(self._in_context(posterior, layout, store))
@@ -294,6 +297,15 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             others = {parameter.name: parameter.tensor for parameter in auxiliary}
             sums = checksums(store.load(update.posterior), others)
             workers.check_equal(sums, posterior.step)
+
+    def _warn_of_other_processes(self) -> None:
+        """Where nothing averages the gradients of several processes."""
+        others = Workers.of(AUTO)
+        if self._network.replicas.is_alone and self._network.owners.is_alone and others.size > 1:
+            warn_user(
+                f"{type(self).__name__}: torch.distributed has {others.size} processes, but the "
+                "network has not run in DistributedDataParallel, so each of them trains alone"
+            )
 
     def _synchronize(self) -> None:
         """Before the first step or sample of several workers: the random numbers of rank 0."""

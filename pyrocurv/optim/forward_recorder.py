@@ -52,6 +52,7 @@ class ForwardRecorder:
         self._inputs: ForwardInputs | None = None
         self._is_still = False
         self._runnable: Callable[..., Any] | None = None  # in place of the network
+        self._around: weakref.ref[DistributedDataParallel] | None = None  # put on afterwards
         self.gradient_norm: Tensor | None = None  # after the last backward pass, if rows are kept
         self.listen()
 
@@ -78,18 +79,29 @@ class ForwardRecorder:
     @property
     def workers(self) -> Workers:
         """The processes of `DistributedDataParallel`, where it is around the network."""
-        for net in self._wrappers():
-            if isinstance(net, DistributedDataParallel):
-                return Workers.of(net.process_group)
+        for net in self._parallel():
+            return Workers.of(net.process_group)
         return ALONE
 
     @property
     def is_synchronized(self) -> bool:
         """Whether the next backward pass gives the gradients of all workers, not in `no_sync`."""
-        return all(
-            net.require_backward_grad_sync for net in self._wrappers()
-            if isinstance(net, DistributedDataParallel)
-        )
+        return all(net.require_backward_grad_sync for net in self._parallel())
+
+    def _parallel(self) -> Iterator[DistributedDataParallel]:
+        """What averages the network's gradients: a wrapper, or what the passes came from."""
+        yield from (n for n in self._wrappers() if isinstance(n, DistributedDataParallel))
+        around = None if self._around is None else self._around()
+        if around is not None:
+            yield around
+
+    def _follow_parallel(self) -> None:
+        """Note a `DistributedDataParallel` that runs the network, which was passed in without."""
+        active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if active is None or any(True for _ in self._parallel()):
+            return
+        if any(module is self.inner for module in active.modules()):
+            self._around = weakref.ref(active)
 
     def _wrappers(self) -> Iterator[nn.Module]:
         """What compiles or distributes the network, from the outside, and the network itself."""
@@ -116,6 +128,7 @@ class ForwardRecorder:
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inputs = None
+        self._follow_parallel()
         if self.batch_size == 0 or self._is_ignored() or not torch.is_grad_enabled():
             return
         whole = any(isinstance(m, _BatchNorm) and m.training for m in self.inner.modules())

@@ -44,6 +44,7 @@ from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.choices import Auto, CurvatureKind, FanIn
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
 from pyrocurv.runtime.workers import ALONE, Workers, naming_step
 
@@ -195,6 +196,7 @@ class VIOptimizer(CurvatureOptimizer):
         if self._sample is not None:
             raise RuntimeError("sampled_params() inside another one")
         self._synchronize()
+        self._warn_of_passes_at_the_mean()
         store, blocks = self._store(), self._posterior.blocks
         mirrored = self._samples.mirrors if self._samples else mirrors(blocks)
         with naming_step(self._posterior.step), Undo() as undo:
@@ -282,6 +284,7 @@ class VIOptimizer(CurvatureOptimizer):
                         "step() without a sample: run forward and backward inside `with "
                         "optimizer.sampled_params():`, calling the network itself"
                     )
+                self._warn_of_passes_at_the_mean()
                 samples = samples.with_loss(loss, self._store(), self._recorder.workers)
                 self._step_from(samples, undo)
         except FloatingPointError:
@@ -312,6 +315,15 @@ class VIOptimizer(CurvatureOptimizer):
     def _schedule_recording(self) -> None:
         super()._schedule_recording()
         self._recorder.likelihood = self._likelihood if self._is_watched else None
+
+    def _warn_of_passes_at_the_mean(self) -> None:
+        """Where a backward pass outside of `sampled_params()` has left gradients to step from."""
+        gradients = (p.grad for group in self.param_groups for p in group["params"])
+        if self._recorder.passes and any(g is not None and bool(g.any()) for g in gradients):
+            warn_user(
+                "a backward pass outside of sampled_params() has left gradients at the mean, which "
+                "are part of this step: go through every batch inside of it, or clear them first"
+            )
 
     def _drop_samples(self) -> None:
         """Forget the samples, as if their noise had not been drawn."""

@@ -1,7 +1,12 @@
-"""The optimizers under DistributedDataParallel against one process that has all batches."""
+"""The optimizers under DistributedDataParallel against one process that has all batches.
+
+"wrapped later" and "as a part" are how other libraries' loops do it: the optimizer is made for the
+plain network, which `DistributedDataParallel` gets afterwards, alone or in a larger module.
+"""
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -25,11 +30,13 @@ def train(rank: int | None, size: int, make: str, options: dict[str, Any], loop:
     torch.manual_seed(0)
     x, y = torch.randn(STEPS, ROWS * size, 2, 4), torch.randint(3, (STEPS, ROWS * size))
     plain = net()
-    wrapped: nn.Module = plain if rank is None else DistributedDataParallel(plain)
+    whole = nn.Sequential(plain) if loop == "as a part" else plain
+    wrapped: nn.Module = whole if rank is None else DistributedDataParallel(whole)
+    passed = plain if loop in ("wrapped later", "as a part") else wrapped
     if make == "vi":
-        optimizer: Any = VIOptimizer(wrapped, num_data=96, **options)
+        optimizer: Any = VIOptimizer(passed, num_data=96, **options)
     else:
-        optimizer = SecondOrderOptimizer(wrapped, **options)
+        optimizer = SecondOrderOptimizer(passed, **options)
     rows = slice(None) if rank is None else slice(ROWS * rank, ROWS * (rank + 1))
     if rank is not None:
         torch.manual_seed(rank + 1)
@@ -111,9 +118,28 @@ def test_updates(ranks: Any, make: str, update: str) -> None:
 
 
 @pytest.mark.parametrize("make", ["second-order", "vi"])
-@pytest.mark.parametrize("loop", ["closure", "accumulate", "clip"])
+@pytest.mark.parametrize("loop", [
+    "closure", "accumulate", "clip", "wrapped later", "as a part",
+])
 def test_loops(ranks: Any, make: str, loop: str) -> None:
     if loop == "accumulate":
         check(ranks, make, loop, curvature=Curvature("ggn", every=1, batch=None))
     else:
         check(ranks, make, loop)
+
+
+def alone(rank: int) -> list[str]:
+    plain = nn.Linear(3, 2)
+    optimizer = SecondOrderOptimizer(plain)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            F.cross_entropy(plain(torch.randn(4, 3)), torch.zeros(4, dtype=torch.long)).backward()
+            optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+def test_processes_without_the_others_are_told(ranks: Any) -> None:
+    for messages in ranks(2).run(alone):
+        (message,) = [m for m in messages if "torch.distributed" in m]
+        assert "2 processes" in message and "trains alone" in message

@@ -720,3 +720,27 @@ def test_a_closure_without_a_pass_and_no_sample_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="without a sample"):
         optimizer.step(lambda: None)
     assert all(p.grad is g for p, g in zip(net.parameters(), gradients, strict=True))
+
+
+def test_passes_at_the_mean_are_told() -> None:
+    """Their gradients would be part of a step as if they were those of a sample."""
+    net, x, y = nn.Linear(3, 2), torch.randn(8, 3), torch.arange(8) % 2
+    optimizer = VIOptimizer(net, num_data=8)
+
+    def at_a_sample() -> None:
+        with optimizer.sampled_params():
+            F.cross_entropy(net(x), y).backward()
+
+    F.cross_entropy(net(x), y).backward()
+    with pytest.warns(UserWarning, match="outside of sampled_params"):
+        at_a_sample()
+    optimizer.zero_grad()
+    at_a_sample()
+    F.cross_entropy(net(x), y).backward()
+    with pytest.warns(UserWarning, match="outside of sampled_params"):
+        optimizer.step()
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), y).backward()  # a look at the gradients, which are cleared
+    net.zero_grad()
+    at_a_sample()
+    optimizer.step()
