@@ -89,7 +89,7 @@ METHODS = {
     "ensemble": ADAM,
     "mc-dropout": ADAM,
     "swag": replace(SGD, warm_up=0.02),
-    "ivon": MethodSettings(0.5, 1e-4, on={"digits": {"lr": 0.3}}),
+    "ivon": MethodSettings(1.0, 1e-4, on={"digits": {"lr": 0.3}, **on(LARGE, lr=0.5)}),
 }
 
 # ---- what a run uses ----------------------------------------------------------------------------

@@ -62,8 +62,7 @@ def training_loader(
     return DataLoader(
         data.train, batch, sampler=sampler, num_workers=config.workers,
         drop_last=len(sampler) >= batch, pin_memory=process.device.type == "cuda",
-        persistent_workers=config.workers > 0,
-    )
+    )  # workers start anew in each epoch, from its random numbers
 
 
 def plain_loader(images: Images, batch: int, config: Config, process: Process) -> DataLoader[Any]:
@@ -214,9 +213,7 @@ def log_writer(config: Config, process: Process) -> Callable[[Row, int], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise Refusal("--tensorboard needs the package tensorboard: pip install tensorboard") from (
-            None
-        )
+        raise Refusal("--tensorboard needs a package: pip install tensorboard") from None
     writer = SummaryWriter(str(config.tensorboard))
 
     def write(row: Row, number: int) -> None:
