@@ -247,8 +247,9 @@ print(f"{'':<17}{'numbers':>8}{'distance':>10}{'KL (nats)':>11}{'sd / exact sd':
 for structure, name in STRUCTURES.items():
     precision = kept[structure].dense() + prior
     ratio = (precision.inverse().diag().sqrt() / widths).mean()
+    nats = abs(divergence(precision, reference))
     print(f"{name:<17}{stored(structure):>8}{distance(kept[structure], exact):>10.1%}"
-          f"{divergence(precision, reference):>11.2f}{ratio:>15.2f}")
+          f"{nats:>11.2f}{ratio:>15.2f}")
 
 # %% [markdown]
 # Two lessons. First, more than half of the Gauss-Newton matrix (58 % in this norm) is between
@@ -289,7 +290,7 @@ errors[2] = torch.tensor([  # of the same sampled targets
     for sampled in [estimate(net, x, targets, curvature="empirical", structure="full")]
     for structure in STRUCTURES
 ])
-figure, ax = plt.subplots(figsize=(7.5, 3))
+figure, ax = plt.subplots(figsize=(9, 3))
 image = ax.imshow(errors.detach().numpy(), cmap="Reds", vmin=0, vmax=1)
 for row, values in enumerate(errors.tolist()):
     for column, value in enumerate(values):

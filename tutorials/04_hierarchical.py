@@ -132,7 +132,7 @@ print(f"share of true means in the 90 % interval: {np.mean(covered):.0%}")
 # %% [markdown]
 # The hierarchical estimate has an error of 3.2 points, a school's own mean 4.3, although the
 # model was told nothing that the others do not know. The 90 % intervals hold 82 % of the true
-# means: somewhat too narrow, for a reason that the next section shows.
+# means: somewhat too narrow; the next section shows one reason.
 #
 # ## Where a Gaussian is not enough
 #
@@ -253,8 +253,8 @@ for index, values in enumerate(torch.stack(runs[0][1]).T):
     matters = index < 3
     left.plot(values, color="tab:red" if matters else "0.6",
               label={0: "inputs that matter", 3: "others"}.get(index))
-left.set(xlabel="step", ylabel="median of tau", ylim=(0, None), title="One run")
-left.legend()
+left.set(xlabel="step", ylabel="median of tau", ylim=(0, 1.6), title="One run")
+left.legend(loc="upper right")
 right.errorbar(range(INPUTS), scales.mean(0), scales.std(0), fmt="o", capsize=3)
 right.set(xlabel="input", ylabel="median of tau", ylim=(0, None),
           title=f"Mean ± standard deviation of {SEEDS} runs")

@@ -105,6 +105,9 @@ print(f"largest difference of the means {error:.1e}, of the precisions {ratio.ab
       "(relative)")
 
 # %% [markdown]
+# The thick gray ellipse (all data) and the dashed red one (in sequence) are the same, to the
+# seventh digit of the means.
+#
 # ## A curve that arrives in three parts
 #
 # For a network the posterior is an approximation, and what it forgets can be seen. A curve
@@ -188,6 +191,12 @@ for name, found in learned.items():
           + ", ".join(f"{e:.3f}" for e in errors))
 
 # %% [markdown]
+# After the third part the network that went on training has lost the first two: its errors
+# there are 1.3, as large as the curve itself. With the posterior as prior the second part is
+# still there (0.13) and the first half so (0.68, with a band that has become wide). It forgets
+# more slowly, and it says so; but it does forget, since the Gaussian was right near the old
+# mode, and the network has moved away from it.
+#
 # ## Four tasks for one network
 #
 # A harder case, with images: task 1 is to read scikit-learn's digits; in tasks 2 to 4 the
@@ -313,3 +322,24 @@ ax.set(xlabel="tasks seen", ylabel="mean accuracy on them (%)", ylim=(0, 102))
 ax.set_xticks(range(1, TASKS + 1))
 ax.legend(loc="lower left", fontsize="small")
 plt.show()
+
+# %% [markdown]
+# After four tasks, mean accuracies: Adam 65 %, the diagonal posterior 74 %, K-FAC 77 %, all
+# data 92 %, with standard deviations over seeds of 3 to 4 points but for the last. So the
+# posterior saves nearly half of what Adam forgets, correlations included, and learns each new
+# task as well as Adam does (93 % just after it). The first task suffers most (54 %): it has
+# been passed on three times, each time by a Gaussian. What helps beyond this notebook is a
+# wider network, an output layer for each task, or a few stored examples. `ngvi.prior_errors()`
+# says how far the Kronecker factors are from the exact sum of the posterior and the new
+# curvature.
+#
+# ## Where to read on
+#
+# - [Task after task](https://pyrocurv.github.io/pyrocurv/latest/tasks/): the few lines of code,
+#   and what is exact.
+# - [Saving, loading, serving](https://pyrocurv.github.io/pyrocurv/latest/serving/): a posterior
+#   in a file, for the next task.
+# - [Mathematics](https://pyrocurv.github.io/pyrocurv/latest/mathematics/): how two Kronecker
+#   products are added.
+# - The last tutorial, [going
+#   distributed](https://pyrocurv.github.io/pyrocurv/latest/tutorials/08_distributed/).
