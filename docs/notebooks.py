@@ -35,13 +35,12 @@ def page(notebook: Path) -> tuple[str, dict[str, bytes]]:
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
             if output["output_type"] == "stream":
-                parts.append(f'```{{ .text .output }}\n{"".join(output["text"]).rstrip()}\n```')
+                parts.append(f'```text\n{"".join(output["text"]).rstrip()}\n```')
             elif "image/png" in output.get("data", {}):
                 name = f"{notebook.stem}_{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode("".join(output["data"]["image/png"]))
                 parts.append(f"![{heading}]({name})")
-        if len(parts) > 1 and parts[0].startswith("# ") and parts[1].startswith("```"):
-            parts.insert(1, where_it_runs(notebook))
+    parts.insert(1, where_it_runs(notebook))
     return local_links("\n\n".join(parts)), pictures
 
 

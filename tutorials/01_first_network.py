@@ -110,8 +110,8 @@ ordinary = train_ordinary(x, y, seed=0)
 # - The **posterior** is what prior and data together say about the weights. It cannot be
 #   computed exactly for a network.
 # - The **guide** (Pyro's word) is the family of distributions in which we look for an
-#   approximation. `KFACGuide` is a Gaussian whose covariance is a Kronecker product for each
-#   layer, so that weights of a layer may vary together.
+#   approximation. `KFACGuide` is a Gaussian with a Kronecker-factored precision (inverse
+#   covariance) for each layer, so that the weights of a layer may vary together.
 #
 # `bayesianize` gives the weights their prior, `Classifier` adds the likelihood. `num_data` is
 # the number of training examples, not the size of a batch: it decides how much the data weigh
