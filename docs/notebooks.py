@@ -1,80 +1,61 @@
-"""A hook of mkdocs: the notebooks of tutorials/ become pages, with the outputs saved in them.
-
-A notebook is Markdown cells, code cells, and outputs, of which text and PNG pictures are shown. The
-place `<!-- tutorials -->` of a page becomes a list of links to all of them.
-"""
+"""A hook of mkdocs: the notebooks of `tutorials/` become pages, with their outputs as committed."""
 
 import base64
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
-PLACE = "<!-- tutorials -->"
-
-
-def cells(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+ROOT = Path(__file__).parents[1]
+SITE = "https://pyrocurv.github.io/pyrocurv/latest/"  # what links in notebooks begin with
 
 
-def title(path: Path) -> str:
-    """Its first heading."""
-    texts = ("".join(cell["source"]) for cell in cells(path) if cell["cell_type"] == "markdown")
-    found = re.search(r"^# (.*)$", "\n".join(texts), re.MULTILINE)
-    return found[1] if found else path.stem
-
-
-def fence(text: str, language: str = "") -> str:
-    return f"```{language}\n{text.rstrip()}\n```"
-
-
-def output(cell: dict[str, Any], pictures: dict[str, bytes], stem: str) -> Iterator[str]:
-    """What a code cell has printed and drawn; pictures are added to `pictures` by file name."""
-    for item in cell["outputs"]:
-        data = item.get("data", {})
-        if "image/png" in data:
-            name = f"{stem}-{len(pictures) + 1}.png"
-            pictures[name] = base64.b64decode("".join(data["image/png"]))
-            yield f"![Output of the code above]({name})"
-        elif item.get("name") == "stdout" or "text/plain" in data:
-            yield fence("".join(item.get("text", data.get("text/plain", ""))), "text")
-
-
-def page(path: Path) -> tuple[str, dict[str, bytes]]:
-    """The Markdown of a notebook, and its pictures by file name."""
-    parts: list[str] = []
-    pictures: dict[str, bytes] = {}
-    for cell in cells(path):
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            parts.append(source)
-        elif cell["cell_type"] == "code" and source.strip():
-            parts += [fence(source, "python"), *output(cell, pictures, path.stem)]
-    return "\n\n".join(parts) + "\n", pictures
-
-
-def on_config(config: Any) -> Any:
-    """The pages follow the first one of the section."""
-    for section in config.nav:
-        for name, pages in section.items():
-            if name == "Tutorials":
-                pages.extend(f"tutorials/{path.stem}.md" for path in NOTEBOOKS)
-    return config
-
-
-def on_files(files: Files, config: Any) -> Files:
-    for path in NOTEBOOKS:
-        text, pictures = page(path)
-        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=text))
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    for notebook in sorted((ROOT / "tutorials").glob("[0-9]*.ipynb")):
+        text, pictures = page(notebook)
+        files.append(File.generated(config, f"tutorials/{notebook.stem}.md", content=text))
         for name, content in pictures.items():
             files.append(File.generated(config, f"tutorials/{name}", content=content))
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    links = [f"- [{title(path)}]({path.stem}.md)" for path in NOTEBOOKS]
-    return markdown.replace(PLACE, "\n".join(links) or "There are no tutorials yet.")
+def page(notebook: Path) -> tuple[str, dict[str, bytes]]:
+    """A page in Markdown, and its pictures by file name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    heading = notebook.stem
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            headings = [line for line in source.splitlines() if line.startswith("#")]
+            heading = headings[-1].lstrip("# ").replace('"', "") if headings else heading
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            if output["output_type"] == "stream":
+                parts.append(f'```text\n{"".join(output["text"]).rstrip()}\n```')
+            elif "image/png" in output.get("data", {}):
+                name = f"{notebook.stem}_{len(pictures) + 1}.png"
+                pictures[name] = base64.b64decode("".join(output["data"]["image/png"]))
+                parts.append(f"![{heading}]({name})")
+    parts.insert(1, where_it_runs(notebook))
+    return local_links("\n\n".join(parts)), pictures
+
+
+def where_it_runs(notebook: Path) -> str:
+    return (
+        f"*A [notebook](https://github.com/pyrocurv/pyrocurv/blob/main/tutorials/{notebook.name}): "
+        "run it in a checkout, after `pip install -e \".[examples]\"`.*"
+    )
+
+
+def local_links(text: str) -> str:
+    """Links to this site as links to its sources, which `mkdocs build --strict` checks."""
+    start, *others = text.split(f"]({SITE}")
+    for other in others:
+        address, rest = other.split(")", 1)
+        name, hash_mark, anchor = address.partition("#")
+        start += f"](../{name.strip('/') or 'index'}.md{hash_mark}{anchor}){rest}"
+    return start

@@ -36,6 +36,12 @@ def anchors(path: Path) -> set[str]:
     }
 
 
+def source(page: Path) -> Path:
+    """The file that a page is made from: a tutorial's is its notebook."""
+    notebook = ROOT / "tutorials" / f"{page.stem}.ipynb"
+    return notebook if page.parent == DOCS / "tutorials" and notebook.exists() else page
+
+
 def target(path: Path, link: str) -> tuple[Path, str] | None:
     """The file and the anchor that a link is to; None if it leads out of the project."""
     address, _, anchor = link.partition("#")
@@ -43,10 +49,10 @@ def target(path: Path, link: str) -> tuple[Path, str] | None:
         return ROOT / found[1], anchor
     if address.startswith(SITE):
         page = address.removeprefix(SITE).strip("/") or "index"
-        return DOCS / f"{page}.md", anchor
+        return source(DOCS / f"{page}.md"), anchor
     if re.match(r"\w+:", address):
         return None
-    return (path.parent / address if address else path), anchor
+    return (source(path.parent / address) if address else path), anchor
 
 
 def check_links(path: Path) -> None:
