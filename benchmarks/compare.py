@@ -421,7 +421,10 @@ class Runs:
 
 # ---- the table ----------------------------------------------------------------------------------
 
-COLUMNS = {"accuracy": 2, "NLL": 4, "ECE": 2, "Brier": 4, "AUROC": 1, "seconds": 0}
+COLUMNS = {  # of a score, and its digits
+    "accuracy %": ("accuracy", 2), "NLL": ("NLL", 4), "ECE %": ("ECE", 2), "Brier": ("Brier", 4),
+    "AUROC %": ("AUROC", 1), "CPU s": ("seconds", 0),
+}
 
 
 def scores(run: Run, problem: Problem) -> dict[str, float]:
@@ -445,8 +448,8 @@ def table(results: dict[str, list[Run]], settings: dict[str, Setting], problem: 
     for name, runs in results.items():
         found = [scores(run, problem) for run in runs]
         cells = []
-        for column, digits in COLUMNS.items():
-            values = [one[column] for one in found]
+        for score, digits in COLUMNS.values():
+            values = [one[score] for one in found]
             spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{mean(values):.{digits}f}{spread}")
         paired = ""
