@@ -125,7 +125,7 @@ def smoke_problem(root: str) -> Problem:
     """A few steps, to check the set-up."""
     data = mnist_subset.load()
     few = [(x[:80], y[:80]) for x, y in data[:3]]
-    return Problem(LeNet5, *few, data.unseen[:20], epochs=4, batch=20)
+    return Problem(LeNet5, *few, data.unseen[:20], epochs=2, batch=20)
 
 
 PROBLEMS: dict[str, Callable[[str], Problem]] = {

@@ -62,6 +62,9 @@ from pyrocurv.nn.networks import GPT, MLP, LeNet5, ResNet
 from pyrocurv.optim import SecondOrderOptimizer
 from step_cost import CYCLE, keep_memory, measure, table
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from language.posterior import WARM_UP, Tokens  # noqa: E402
+
 try:
     from ivon import IVON
     from pytorch_optimizer import SOAP
@@ -186,12 +189,17 @@ def gpt_task(name: str, texts: dict[str, Tensor], steps: int, network: Any = GPT
     train = texts["train"]
     return Task(
         name, network,
-        lambda net: transformer.Tokens(
+        lambda net: Tokens(
             bayesianize(net, layers=[nn.Linear]), len(train) // transformer.CONTEXT
         ),
-        len(train), steps, lambda seed: transformer.batches(train, 10**6, seed),
-        {split: transformer.windows(texts[split]) for split in ("val", "test")}, samples=8,
-        warm_up=min(transformer.WARM_UP, steps),
+        len(train), steps, lambda seed: transformer.batches(
+            train, 10**6, seed, transformer.BATCH, transformer.CONTEXT
+        ),
+        {
+            split: transformer.windows(texts[split], transformer.CONTEXT)
+            for split in ("val", "test")
+        },
+        samples=8, warm_up=min(WARM_UP, steps),
     )
 
 
