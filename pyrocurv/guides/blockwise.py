@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyrocurv.guides.families import family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
 from pyrocurv.guides.param_store import ParamStoreGuide
-from pyrocurv.guides.partition import check_layout, describe_empty
+from pyrocurv.guides.partition import check_layout, check_weight_shapes, describe_empty
 from pyrocurv.guides.task_posterior import normal_parts
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
@@ -284,6 +284,8 @@ class BlockwiseGuide(ParamStoreGuide):
                 raise ValueError(
                     f"the state has the fallback latents {[*saved]}, this guide {[*current]}"
                 )
+        elif self._base_model:
+            check_weight_shapes(layout["sites"], self._base_model[0])
 
     def _build_from_state(self, layout: Mapping[str, Any], like: Tensor) -> None:
         """Create the Gaussians that a state describes, with the dtype and device of `like`."""

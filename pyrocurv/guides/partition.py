@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from pyrocurv.guides.unconstrained import UnconstrainedLatent, is_local
+from pyrocurv.handlers.modules import named_modules
 from pyrocurv.handlers.prototype import Prototype
 from pyrocurv.layers import Layer, structure_spec
 from pyrocurv.layers.block import Block, make_blocks
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, select_structures
 from pyrocurv.layers.structure_spec import parse_structure
+from pyrocurv.nn.weight_priors import initial_value, latent_names
 
 MAX_DENSE_SIZE = 10_000  # parameters in a dense block; a warning is given above
 
@@ -128,3 +130,15 @@ def check_layout(
 
 def _layout(blocks: Sequence[Block]) -> dict[str, tuple[Any, ...]]:
     return {n: (s, block.structure) for block in blocks for n, s in block.tensors.items()}
+
+
+def check_weight_shapes(sites: Mapping[str, Sequence[int]], model: Any) -> None:
+    """Raise ValueError if saved sites have other shapes than the weights of a model's modules."""
+    wrong = []
+    for path, module in named_modules(model).items():
+        for weight in latent_names(module):
+            name, shape = f"{path}.{weight}".lstrip("."), tuple(initial_value(module, weight).shape)
+            if name in sites and tuple(sites[name]) != shape:
+                wrong.append(f"{name} {tuple(sites[name])} in place of {shape}")
+    if wrong:
+        raise ValueError(f"the state is of another network: it has {', '.join(wrong)}")

@@ -86,9 +86,13 @@ class History(Sequence[Epoch]):
                 for e in self.epochs]
         marks = [" *" if e is best else "" for e in self.epochs]
         if len(rows) > MAX_LINES:
-            half = MAX_LINES // 2
-            rows = [*rows[:half], ["..."] * len(COLUMNS), *rows[-half:]]
-            marks = [*marks[:half], "", *marks[-half:]]
+            half, gap = MAX_LINES // 2, ["..."] * len(COLUMNS)
+            inside = range(half, len(rows) - half)
+            kept = [] if best is None else [i for i in inside if self.epochs[i] is best]
+            between = [gap, *(rows[i] for i in kept), *([gap] if kept else [])]
+            marks_between = ["", *(marks[i] for i in kept), *([""] if kept else [])]
+            rows = [*rows[:half], *between, *rows[-half:]]
+            marks = [*marks[:half], *marks_between, *marks[-half:]]
         table = [[*COLUMNS], *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
         lines = [

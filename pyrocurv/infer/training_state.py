@@ -134,7 +134,13 @@ class Run:
         self.history = History(epochs, values["stopped_early"])
         saved = values["generators"]
         if len(saved) == workers.size:
-            for generator, state in zip(generators(loader), saved[workers.rank], strict=True):
+            own, states = generators(loader), saved[workers.rank]
+            if len(own) != len(states):
+                raise ValueError(
+                    f"checkpoint={str(path)!r} is of a loader with {len(states)} generators of its "
+                    f"own, DataLoader(..., generator=...), this one has {len(own)}"
+                )
+            for generator, state in zip(own, states, strict=True):
                 generator.set_state(state)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, cast
 
-from pyro.nn.module import to_pyro_module_
+from pyro.nn.module import PyroModule, to_pyro_module_
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.parallel import DistributedDataParallel
@@ -100,6 +100,8 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
     )
     for (module, name), fn in latents.items():
         _check_prior(f"{type(module).__name__}.{name}", fn, weights[module, name])
+    if parts is not None:
+        _leave_model(net)
     to_pyro_module_(net)
     for (module, name), owner in tied.items():
         tie(module, name, owner)
@@ -109,6 +111,16 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
         if isinstance(module, nn.Embedding) and (module, name) not in tied.values():
             keep_padding_output(module, initial)
     return net
+
+
+def _leave_model(net: nn.Module) -> None:
+    """Let a network that has run in a model, as that of the last task, become a part of another."""
+    if not (isinstance(net, PyroModule) and net._pyro_context.used):
+        return
+    context = type(net._pyro_context)()
+    for path, module in net.named_modules():
+        if isinstance(module, PyroModule):
+            module._pyro_context, module._pyro_name = context, path
 
 
 def _check_prior(name: str, fn: object, parameter: Tensor) -> None:

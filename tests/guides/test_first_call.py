@@ -17,7 +17,7 @@ from toys import GUIDES, class_data, classifier, inputs, mlp, regression_data, r
 from pyrocurv.curvature import estimate
 from pyrocurv.guides import DiagonalGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI, Laplace, Predictive
-from pyrocurv.nn import Regressor, bayesianize
+from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 each = pytest.mark.parametrize("structure", GUIDES)
 pytestmark = pytest.mark.filterwarnings(
@@ -301,3 +301,19 @@ def test_tables_of_shapes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in range(1, 6):
         other(inputs(rows))
     assert len(other._run_guide.chunks) <= 3
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 2), (4, 16, 3)])
+def test_a_new_guide_refuses_the_state_of_another_network(sizes: tuple[int, int, int]) -> None:
+    """Before its first call already, as samples of it may be all that is wanted."""
+    def make(inputs: int, hidden: int, outputs: int) -> KFACGuide:
+        layers = nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        return KFACGuide(Classifier(bayesianize(nn.Sequential(*layers)), 6))
+
+    trained = make(4, 8, 3)
+    trained(torch.randn(6, 4), torch.arange(6) % 3)
+    guide = make(*sizes)
+    with pytest.raises(ValueError, match=r"of another network: it has net\.[02]\.weight \("):
+        guide.load_state_dict(trained.state_dict())
+    assert not guide.sites
+    make(4, 8, 3).load_state_dict(trained.state_dict())

@@ -441,3 +441,19 @@ def test_priors_that_are_no_posterior_of_this_package() -> None:
     unnamed = StructuredNormal(torch.zeros(2), Diagonal(torch.ones(2)))
     with pytest.raises(TypeError, match="StructuredNormal without the names of its sites"):
         bayesianize(mlp_module(), unnamed)
+
+
+@pytest.mark.parametrize("net", [
+    lambda: nn.Linear(3, 2), lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
+    lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)),
+])
+def test_a_network_goes_on_in_the_model_of_the_next_task(net: Any) -> None:
+    net, prior, x, y = net(), "fan_in", torch.randn(12, 3), torch.arange(12) % 2
+    for _ in range(3):
+        net = bayesianize(net, prior=prior)
+        model = Classifier(net, 12)
+        prior = KFACGuide(model)
+        ngvi = NGVI(model, prior)
+        ngvi.step(x, y)
+        ngvi.step(x, y)
+    assert all(name.startswith("net.") for name in prior.sites)
