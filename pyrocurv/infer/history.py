@@ -22,8 +22,8 @@ class Epoch:
     Attributes:
         epoch: its number, from 1.
         step: number of steps that were taken up to its end, without skipped ones.
-        loss: nll + T kl, in nats per datum. Losses are means over the steps of the epoch, as they
-            were before each step; NaN if all of them were skipped.
+        loss: nll + T kl, in nats per datum, with the T of each step. Losses are means over the
+            steps of the epoch, as they were before each step; NaN if all of them were skipped.
         nll: negative log likelihood at the samples, in nats per datum.
         kl: divergence from the prior, in nats per datum, not multiplied by T.
         lr: learning rate of the last step.

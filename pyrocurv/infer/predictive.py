@@ -87,8 +87,10 @@ class Predictive(pyro.infer.Predictive):
             a handler, or with a return value that is not a tensor) are run in full on each process.
 
     Called with the model's arguments it returns {site: [S, ...]} in Pyro's shapes, without
-    gradients; `loader` does so for all data of a loader. The samples have the same distribution as
-    Pyro's. The random numbers are others than Pyro's, and are determined by `torch.manual_seed`.
+    gradients; `loader` does so for all data of a loader. As in Pyro's `Predictive`, each plate of
+    the model has a dimension in all sites: with one plate, a scalar latent outside of it has the
+    shape [S, 1]. The samples have the same distribution as Pyro's. The random numbers are others
+    than Pyro's, and are determined by `torch.manual_seed`.
 
     The model runs once for many samples, so its side effects, and numbers that it draws from other
     sources than torch, happen once for all of them. Models with control flow that depends on

@@ -60,8 +60,8 @@ def fit(
 ) -> History:
     """Train `ngvi.guide` for some epochs.
 
-    What it does can be written in a few lines around `ngvi.step`, see the README; such loops are as
-    good.
+    What it does can be written in a few lines around `ngvi.step`, as the quick start of the
+    documentation does; such loops are as good.
 
     Args:
         ngvi: the model and its guide. The model's modules are in train mode during the steps, each
@@ -86,9 +86,11 @@ def fit(
         logger: an object with `log(dict)`, as a run of Weights & Biases, or with `add_scalar(name,
             value, step)`, as TensorBoard's `SummaryWriter`, or a callable of a dict; told the
             values of each epoch, on rank 0.
-        checkpoint: a file, written after each epoch. If it exists, training continues from it, bit
-            for bit, and a run that was finished is not repeated. The order of the data continues
-            too if it is drawn from the loader's own generator, `DataLoader(..., generator=...)`.
+        checkpoint: a file, written after each epoch, when logger and callbacks have been called. If
+            it exists, training continues from it, bit for bit, and a run that was finished is not
+            repeated. `epochs` and `patience` may be others then; the learning rate is that of the
+            checkpoint. The order of the data continues too if it is drawn from the loader's own
+            generator, `DataLoader(..., generator=...)`.
         progress: whether to show a progress bar, on rank 0; None for on a terminal only.
 
     Processes that train together (`process_group` of the NGVI) all call this, each with its own

@@ -1,7 +1,7 @@
 """`update_bn`: running statistics of batch norm at the mean of a posterior.
 
-While a guide is trained, batch norm averages over the weights of the last steps, each a sample, and
-what a prediction needs are statistics that fit the posterior: those at its mean.
+While a guide is trained at samples of the weights, the running statistics average over samples, and
+fit predictions by samples. The network at the mean weights needs its own, which are found here.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def update_bn(
 ) -> dict[str, float]:
     """Set the running statistics of batch norm by a pass over data, at the mean of a guide.
 
+    They are for the network at the mean weights: for `guide.to_module()` and other predictions at
+    the mean. `NGVI` trains at samples of the weights, so the running statistics are those of
+    samples already: for predictions by samples keep them (those at the mean may make such
+    predictions much worse), or compare `pyrocurv.infer.log_predictive_density` before and after.
+
     As `torch.optim.swa_utils.update_bn`: the new statistics are averages over the batches, and have
     nothing of the old ones. Layers without running statistics stay as they are, and a model without
     any is not run. Only batch norm is in training mode during the pass: there is no dropout, as in
@@ -64,9 +69,8 @@ def update_bn(
         batch norm. Below 0.05 the pass has hardly been needed: so it is after the usual training of
         `networks.ResNet`, while the statistics of a new network are 0.3 to 1 off.
 
-    A posterior that is so wide that its samples have other statistics than its mean, as at a
-    temperature of 1, may predict better with the averages of training, which are over samples:
-    compare `pyrocurv.infer.log_predictive_density` before and after.
+    The wider the posterior is, as at a temperature of 1, or after few steps, the more its samples
+    differ from its mean.
 
     Raises:
         ValueError: no batch in the loader.

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from pyrocurv.guides import BlockGuide, DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
-from pyrocurv.nn import Classifier, bayesianize, rescale_prior, update_bn
+from pyrocurv.nn import Classifier, bayesianize, rescale_prior
 from vision.methods.dense import check_dense
-from vision.methods.trainer import (
-    BN_BATCHES,
-    Batch,
-    Metrics,
-    Problem,
-    Trainer,
-    accuracy,
-    log_softmax,
-)
-from vision.processes import average_statistics_
+from vision.methods.trainer import Metrics, Problem, Trainer, accuracy, log_softmax
 
 GUIDES = {
     "kfac": KFACGuide, "ekfac": EKFACGuide, "diagonal": DiagonalGuide, "block": BlockGuide,
@@ -64,14 +53,9 @@ def ngvi(problem: Problem) -> Trainer:
         outputs.clear()
         return log_softmax(logits)
 
-    def finish(loader: Iterable[Batch]) -> None:
-        update_bn(model, guide, loader, num_batches=BN_BATCHES)
-        average_statistics_(model)
-        outputs.clear()
-
     return Trainer(
         train_step, predict, [model], [engine.optimizer],
-        {"model": model, "guide": guide, "ngvi": engine}, finish,
+        {"model": model, "guide": guide, "ngvi": engine},
     )
 
 
