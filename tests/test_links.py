@@ -49,7 +49,8 @@ def target(path: Path, link: str) -> tuple[Path, str] | None:
         return ROOT / found[1], anchor
     if address.startswith(SITE):
         page = address.removeprefix(SITE).strip("/") or "index"
-        return source(DOCS / f"{page}.md"), anchor
+        folder = DOCS / page / "index.md"
+        return folder if folder.exists() else source(DOCS / f"{page}.md"), anchor
     if re.match(r"\w+:", address):
         return None
     return (source(path.parent / address) if address else path), anchor

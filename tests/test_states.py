@@ -312,11 +312,12 @@ def test_a_trainer_that_has_no_blocks_yet_refuses_at_its_first_step(
 
 
 def test_a_guide_that_has_no_blocks_yet_refuses_another_network() -> None:
+    state = trainer(hidden=4).guide.state_dict()
     ngvi = trainer(steps=0)
     case = ngvi_case(ngvi, ngvi.guide)
     before = case.state()
     with pytest.raises(ValueError, match="the state is of another network"):
-        ngvi.guide.load_state_dict(trainer(hidden=4).guide.state_dict())
+        ngvi.guide.load_state_dict(state)
     assert not differences(before, case.state())
 
 

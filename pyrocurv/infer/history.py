@@ -81,18 +81,19 @@ class History(Sequence[Epoch]):
         return iter(self.epochs)
 
     def __repr__(self) -> str:
-        best = self.best
-        rows = [[_shown(getattr(e, name), spec) for name, spec in COLUMNS.values()]
-                for e in self.epochs]
-        marks = [" *" if e is best else "" for e in self.epochs]
-        if len(rows) > MAX_LINES:
-            half, gap = MAX_LINES // 2, ["..."] * len(COLUMNS)
-            inside = range(half, len(rows) - half)
-            kept = [] if best is None else [i for i in inside if self.epochs[i] is best]
-            between = [gap, *(rows[i] for i in kept), *([gap] if kept else [])]
-            marks_between = ["", *(marks[i] for i in kept), *([""] if kept else [])]
-            rows = [*rows[:half], *between, *rows[-half:]]
-            marks = [*marks[:half], *marks_between, *marks[-half:]]
+        best = -1 if self.best is None else self.epochs.index(self.best)
+        shown = {*range(len(self))}
+        if len(self) > MAX_LINES:
+            half = MAX_LINES // 2
+            shown = {*range(half), *range(len(self) - half, len(self)), best} - {-1}
+        rows, marks, last = [], [], -1
+        for number in sorted(shown):
+            if number > last + 1:
+                rows.append(["..."] * len(COLUMNS))
+                marks.append("")
+            epoch, last = self.epochs[number], number
+            rows.append([_shown(getattr(epoch, name), spec) for name, spec in COLUMNS.values()])
+            marks.append(" *" if number == best else "")
         table = [[*COLUMNS], *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
         lines = [

@@ -358,6 +358,9 @@ def test_the_history_prints_a_table() -> None:
     assert lines[-1] == "stopped early after 4 epochs" and len(lines) == 6
     assert history[1:3] == (epochs[1], epochs[2]) and epochs[0] in history
     assert len(repr(History(tuple(epochs * 20))).splitlines()) == 22
+    inside = [Epoch(i, i, 1.0, 1.0, 1.0, 0.1, 0.1, -abs(i - 30.0)) for i in range(1, 61)]
+    lines = repr(History(tuple(inside))).splitlines()
+    assert len(lines) == 24 and [line.split()[0] for line in lines if line.endswith("*")] == ["30"]
     assert History().best is None and "-" in repr(History((Epoch(1, 3, 1, 1, 1, 1, 1),)))
 
 
