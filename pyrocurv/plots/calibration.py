@@ -67,7 +67,7 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
     ax.set(xlim=(0, 1), ylim=(-0.28, 1), xlabel="confidence", ylabel="accuracy")
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
     ax.set_title(f"ECE {float(share @ gap.abs()):.4f}")
-    ax.legend(loc="upper left", fontsize="small")
+    ax.legend(loc="lower left", fontsize="small")
     return ax
 
 
