@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import autoguide
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 from toys import (
     GUIDES,
@@ -567,7 +568,9 @@ def test_local_latents_are_those_of_the_data_at_hand() -> None:
 def test_a_guide_of_another_model_is_refused() -> None:
     def parts(outputs: int) -> tuple[Classifier, KFACGuide]:
         pyro.clear_param_store()
-        model = Classifier(bayesianize(nn.Linear(3, outputs)), 10)
+        net = PyroModule[nn.Linear](3, outputs, bias=False)
+        net.weight = PyroSample(dist.Normal(0.0, 1.0).expand([outputs, 3]).to_event(2))
+        model = Classifier(net, 10)
         return model, KFACGuide(model)
 
     model, guide = parts(3)
@@ -578,6 +581,9 @@ def test_a_guide_of_another_model_is_refused() -> None:
     guide.load_state_dict(state)
     with pytest.raises(ValueError, match="has shape .4, 3. in the model, the guide draws .3, 3."):
         Predictive(model, guide=guide, num_samples=3, return_sites=["_RETURN"])(x)
+    other = KFACGuide(Classifier(bayesianize(nn.Linear(3, 4, bias=False)), 10))
+    with pytest.raises(ValueError, match="it has net.weight .3, 3. in place of .4, 3."):
+        other.load_state_dict(state)
 
 
 def test_chunks_follow_what_is_inside_of_arguments() -> None:
