@@ -56,7 +56,6 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import fashion_mnist
-from optimizers import MatrixMuon
 from pyrocurv.guides import EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
 from pyrocurv.nn import Classifier, bayesianize
@@ -64,7 +63,8 @@ from pyrocurv.nn.networks import LeNet5, ResNet
 
 # last, since an example has the name of the package "laplace"
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import mnist_subset  # noqa: E402
+import mnist_subset
+from matrix_muon import MatrixMuon
 
 Labeled = tuple[Tensor, Tensor]  # images [N, 1, 28, 28], classes [N]
 Predict = Callable[[Tensor], Tensor]  # images [B, ...] -> logits of samples [S, B, classes]

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -475,7 +476,7 @@ def ngvi_step(net: nn.Module, guide: Callable[..., Any] = guides.KFACGuide) -> S
     if layers is None:
         model: Any = pyrocurv.nn.Classifier(net, num_data=NUM_DATA)
     else:
-        import transformer  # noqa: F401  # which finds the examples
+        sys.path.append(str(Path(__file__).parents[1] / "examples"))
         from language.posterior import Tokens
 
         model = Tokens(net, NUM_DATA)

@@ -42,7 +42,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
-from unittest import mock
 
 import pyro
 import torch
@@ -63,7 +62,8 @@ from pyrocurv.optim import SecondOrderOptimizer
 from step_cost import CYCLE, keep_memory, measure, table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from language.posterior import WARM_UP, Tokens  # noqa: E402
+from language.posterior import WARM_UP, Tokens
+from matrix_muon import MatrixMuon
 
 try:
     from ivon import IVON
@@ -300,25 +300,6 @@ def adamw(net: nn.Module, lr: float, task: Task) -> list[torch.optim.Optimizer]:
 
 def sgd(net: nn.Module, lr: float, task: Task) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)]
-
-
-class MatrixMuon(torch.optim.Muon):
-    """torch's Muon for weights of any number of axes, as matrices [O, rest] in the same memory.
-
-    It iterates in the dtype of the weights: bfloat16, torch's choice, can be a hundred times slower
-    on a CPU.
-    """
-
-    def __init__(self, weights: Sequence[nn.Parameter], **options: Any) -> None:
-        self.weights = weights
-        self.matrices = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]
-        super().__init__(self.matrices, **options)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for matrix, weight in zip(self.matrices, self.weights, strict=True):
-            matrix.grad = weight.grad.flatten(1)
-        with mock.patch.object(Tensor, "bfloat16", Tensor.clone):
-            return super().step(closure)
 
 
 def muon(net: nn.Module, lr: float, task: Task) -> list[torch.optim.Optimizer]:

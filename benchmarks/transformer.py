@@ -44,8 +44,8 @@ from pyrocurv.nn.networks import GPT
 from step_cost import CYCLE, keep_memory, measure, table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from language.corpus import ALPHABET, SPLIT_SEED, batches, corpus, windows  # noqa: E402
-from language.posterior import falling, natural_gradient  # noqa: E402
+from language.corpus import ALPHABET, SPLIT_SEED, batches, corpus, windows
+from language.posterior import falling, natural_gradient
 
 CONTEXT, BATCH, STEPS, SAMPLES = 64, 32, 1000, 8
 LRS = {"adamw": 3e-3, "adamw-.99": 3e-3, "ngvi": 0.03}  # chosen on the validation files

@@ -25,8 +25,9 @@ import pyro
 import torch
 import tyro
 
+from resuming import Refusal
 from vision import datasets, evaluation, training
-from vision.config import Config, Method, Refusal
+from vision.config import Config, Method
 from vision.methods import METHODS, Problem
 from vision.networks import input_channels, make_network
 from vision.processes import Process, process_group, rank_0_first

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers.pytorch_utils import Conv1D
 
-from language.config import Refusal
 from language.sentences import CLASSES, Sentence, sentences
 from pyrocurv.optim import VIOptimizer
+from resuming import Refusal
 
 PAD, START, MASK, RARE, FIRST_WORD = range(5)  # tokens of the small base
 WORDS, LENGTH = 1000, 20  # its vocabulary, and the tokens of a sentence

@@ -23,13 +23,14 @@ import tyro
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from language.config import Config, Refusal
+from language.config import Config
 from language.corpus import ALPHABET, WINDOW, batches, corpus, decode, own_corpus
 from language.methods import Method, make_method
 from language.posterior import WARM_UP, falling
 from language.prediction import Reading, Scores, read, scores, write
 from pyrocurv import checkpoint
 from pyrocurv.nn.networks import GPT
+from resuming import Refusal, load_run
 
 IDENTITY = ("method", "text", "train_size", "layers", "width", "heads", "context", "steps",
             "batch", "lr", "kl_temperature", "seed")
@@ -92,13 +93,7 @@ def resumed(config: Config, objects: dict[str, Any], identity: dict[str, str]) -
     """What the checkpoint says; the objects have its states."""
     path = config.checkpoint
     assert path is not None
-    if not config.resume:
-        raise Refusal(f"--checkpoint {path} is there already: pass --resume to go on from it")
-    try:
-        saved = checkpoint.load(path, objects)
-    except (ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise Refusal(f"--resume: {path} is of another run, or damaged: {reason}") from error
+    saved = load_run(path, config.resume, objects)
     if saved["settings"] != identity:
         raise Refusal(f"--resume: {path} is of a run with other settings: {saved['settings']}")
     return saved

@@ -19,8 +19,8 @@ from scipy.io import savemat
 from torchvision import datasets as torchvision_datasets
 from torchvision.datasets import imagenet
 
+from resuming import Refusal
 from vision import datasets
-from vision.config import Refusal
 from vision.settings import DATASETS, DataSettings
 from vision.transforms import Pipeline, pipelines, to_pixels
 from vision.unseen import corruptions, unseen_images

@@ -141,3 +141,9 @@ def test_uncertain_images_come_first() -> None:
     probs = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3]])
     captions = [ax.get_xlabel() for ax in uncertain_images(torch.rand(3, 4, 4), probs, n=3)]
     assert captions == ["0 (50 %)", "0 (70 %)", "0 (90 %)"]
+
+
+def test_a_band_of_another_distribution_needs_samples() -> None:
+    poisson = torch.distributions.Poisson(torch.ones(3))
+    with pytest.raises(TypeError, match="predictive: samples .S, N. or a Normal is needed"):
+        predictive_band(torch.zeros(3), poisson)

@@ -9,10 +9,6 @@ from typing import Literal
 Method = Literal["adam", "muon", "second-order", "ngvi"]
 
 
-class Refusal(Exception):
-    """A request that cannot be met; the message says what to do, in one line."""
-
-
 @dataclass(frozen=True)
 class Config:
     """Train a character GPT, write text with it, and see where it is unsure."""

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from language.config import Config, Refusal
+from language.config import Config
 from language.posterior import REST_LR, natural_gradient
+from matrix_muon import MatrixMuon
 from pyrocurv.optim import SecondOrderOptimizer
-from vision.methods.point import MatrixMuon
+from resuming import Refusal
 
 MUON_REST = 0.15  # learning rate of Muon's AdamW, relative to that of the matrices
 LRS = {"adam": 3e-3, "muon": 0.02, "second-order": 0.01, "ngvi": 0.03}  # not tuned for muon and

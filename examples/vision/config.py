@@ -13,10 +13,6 @@ Method = Literal[
 ]
 
 
-class Refusal(Exception):
-    """A request that cannot be met; the message says what to do, in one line."""
-
-
 @dataclass(frozen=True)
 class Config:
     """What to train on which images, and what to make of it. None: as in `vision/settings.py`."""

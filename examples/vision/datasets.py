@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-from vision.config import Refusal
+from resuming import Refusal
 from vision.transforms import Pipeline
 
 IN_MEMORY = {
@@ -152,7 +152,7 @@ def read(name: str, root: Path, download: bool) -> tuple[Source, list[int], Sour
 def read_digits() -> MemoryImages:
     """scikit-learn's 1,797 digits of 8 x 8 pixels."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError:
         raise Refusal("--dataset digits is in scikit-learn: pip install scikit-learn") from None
     digits = load_digits()

@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pyrocurv.nn.networks import LeNet5, ResidualBlock
-from vision.config import Refusal
+from resuming import Refusal
 
 SMALL_IMAGE = 64  # pixels; torchvision's ResNets would reduce smaller ones to a point
 WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vision.config import Config, Refusal
+from resuming import Refusal
+from vision.config import Config
 
 # ---- data sets ----------------------------------------------------------------------------------
 

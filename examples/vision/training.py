@@ -23,7 +23,8 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 from pyrocurv import checkpoint
-from vision.config import Config, Refusal
+from resuming import Refusal, load_run
+from vision.config import Config
 from vision.datasets import ImageData, Images
 from vision.methods.trainer import Batch, Metrics, Trainer
 from vision.processes import Process, average_statistics_, is_parallel
@@ -117,7 +118,7 @@ def fit(
         initial=history.epochs * len(data.train), disable=None if process.rank == 0 else True,
     ) as bar:
         while history.epochs < settings.epochs:
-            loader.sampler.set_epoch(history.epochs)  # type: ignore[attr-defined]
+            loader.sampler.set_epoch(history.epochs)
             reseed(config, history.epochs, process.rank)
             start = time.perf_counter()
             rows = run_epoch(
@@ -245,13 +246,7 @@ def _resumed(config: Config, objects: dict[str, Any], identity: dict[str, str]) 
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         return History()
-    if not config.resume:
-        raise Refusal(f"--checkpoint {path} is there already: pass --resume to go on from it")
-    try:
-        saved = checkpoint.load(path, objects)
-    except (ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise Refusal(f"--resume: {path} is of another run, or damaged: {reason}") from error
+    saved = load_run(path, config.resume, objects)
     differing = [
         f"{name.replace('_', '-')} {value}, not {identity[name]}"
         for name, value in saved["settings"].items() if identity[name] != value

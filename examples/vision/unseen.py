@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from vision.config import Refusal
+from resuming import Refusal
 from vision.datasets import ImageData, Images, MemoryImages, read_in_memory
 from vision.transforms import Pipeline, Transform
 
@@ -78,7 +78,7 @@ def _other(name: str, root: Path, pipeline: Pipeline) -> tuple[str, Images | Non
 def photo_patches() -> MemoryImages | None:
     """scikit-learn's two photographs, cut into pieces [C, 32, 32]; None without scikit-learn."""
     try:
-        from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
+        from sklearn.datasets import load_sample_images
     except ImportError:
         return None
     photos = torch.stack([torch.tensor(image) for image in load_sample_images().images])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
@@ -77,8 +77,11 @@ def check_num_data(num_data: float | None, loader: Any) -> None:
     """Warn if N is the number of batches of a `DataLoader`, `len(loader)`, and not of its data."""
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return
+    sampler = loader.sampler
+    if not isinstance(sampler, Sized):
+        return
     try:
-        batches, size = len(loader), len(loader.sampler)  # type: ignore[arg-type]
+        batches, size = len(loader), len(sampler)
     except TypeError:  # a stream of unknown length
         return
     if batches > 1 and num_data == batches < size:

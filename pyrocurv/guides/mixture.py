@@ -278,7 +278,9 @@ def _tree(tensors: Mapping[str, Tensor]) -> nn.Module:
         *parents, name = path.split(".")
         module = root
         for parent in parents:
-            module = module._modules.setdefault(parent, nn.Module())  # type: ignore[assignment]
+            if parent not in module._modules:
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
         module._buffers[name] = value.detach().clone()
     return root
 

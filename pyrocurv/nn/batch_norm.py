@@ -66,8 +66,7 @@ def update_bn(
     Returns:
         {layer: distance} between the statistics before and those now, in nats: the KL divergence of
         N(old mean, old variance) from N(mean, variance), averaged over the channels. {} without
-        batch norm. Below 0.05 the pass has hardly been needed: so it is after the usual training of
-        `networks.ResNet`, while the statistics of a new network are 0.3 to 1 off.
+        batch norm. A small distance does not say that predictions stay as they were.
 
     The wider the posterior is, as at a temperature of 1, or after few steps, the more its samples
     differ from its mean.

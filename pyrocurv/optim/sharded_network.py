@@ -206,7 +206,7 @@ class ShardedStore(ParameterStore):
             torch.clear_autocast_cache()
 
     def noise(self, states: Sequence[BlockState]) -> list[Tensor]:
-        """z [P] of this rank's blocks; the numbers of all are drawn, whoever has them."""
+        """z [P] of each block of this rank, which draws the noise of all blocks."""
         own, blocks, like = {state.block for state in states}, self._all.blocks, self.like
         sizes = [block.size for block in blocks]
         z = torch.randn(sum(sizes), dtype=like.dtype, device=like.device)  # as one process does

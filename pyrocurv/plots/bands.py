@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Normal
 
 from pyrocurv.plots.arguments import axes, check_label
 from pyrocurv.runtime.validation import check_fraction, check_is, check_tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def predictive_band(
-    x: Tensor, predictive: Tensor | Distribution, ax: Axes | None = None, mass: float = 0.95,
+    x: Tensor, predictive: Tensor | Normal, ax: Axes | None = None, mass: float = 0.95,
     label: str | None = None,
 ) -> Axes:
     """Draw the median of a regression and a central band that holds `mass` of its probability.
@@ -24,8 +24,8 @@ def predictive_band(
     Args:
         x: inputs [N] or [N, 1], in any order.
         predictive: samples [S, N] (or [S, N, 1]) of the targets, as `Predictive` returns them for
-            the site "obs", or of the mean function (the return value, "_RETURN"); or a normal
-            distribution over [N], as `Laplace.predict` returns it.
+            the site "obs", or of the mean function (the return value, "_RETURN"); or a `Normal`
+            over [N], as `Laplace.predict` returns it.
         ax: the axes to draw on; None for a new figure. Its next color is taken.
         mass: of the band, between 0 and 1.
         label: of the median in the legend.
@@ -34,7 +34,7 @@ def predictive_band(
         The axes drawn on.
 
     Raises:
-        TypeError: `predictive` is neither samples nor a distribution.
+        TypeError: `predictive` is neither samples nor a `Normal`; draw samples of other ones.
         ValueError: the shapes do not match, or `mass` is not between 0 and 1.
 
     Example:
@@ -47,15 +47,15 @@ def predictive_band(
     check_fraction("mass", mass)
     check_label(label)
     check_tensor("x", x)
-    check_is("predictive", predictive, (Tensor, Distribution), "samples [S, N] or a distribution")
+    check_is("predictive", predictive, (Tensor, Normal), "samples [S, N] or a Normal")
     points = x.detach().cpu().double().flatten()
     if x.ndim > 2 or (x.ndim == 2 and x.shape[1] != 1) or not len(points):
         raise ValueError(f"x has shape {list(x.shape)}: [N] or [N, 1] is needed")
     levels = torch.tensor([(1 - mass) / 2, 0.5, (1 + mass) / 2], dtype=torch.double)
-    if isinstance(predictive, Distribution):
-        mean, scale = (part.detach().cpu().double().flatten() for part in
-                       (predictive.mean, predictive.stddev))
-        quantiles = torch.distributions.Normal(mean, scale).icdf(levels.unsqueeze(1))
+    if isinstance(predictive, Normal):
+        parts = predictive.loc, predictive.scale
+        mean, scale = (part.detach().cpu().double().flatten() for part in parts)
+        quantiles = Normal(mean, scale).icdf(levels.unsqueeze(1))
     else:
         samples = predictive.detach().cpu().double()
         if samples.ndim == 3 and samples.shape[-1] == 1:

@@ -244,7 +244,10 @@ class Workers:
         return self.noise(device, self.rank)
 
     def same_noise(self, device: torch.device) -> AbstractContextManager[None]:
-        """Draw the same numbers inside, whoever takes how many and however many there are."""
+        """Draw the same numbers on all processes inside, and go on alike afterwards.
+
+        It does not matter how many numbers each of them draws.
+        """
         return section(device)
 
     def noise(self, device: torch.device, number: int) -> AbstractContextManager[None]:

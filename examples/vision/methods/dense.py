@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vision.config import Refusal
+from resuming import Refusal
 
 LIMIT = 8000  # weights of a dense matrix: half a gigabyte
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision.config import Refusal
+from resuming import Refusal
 from vision.methods.trainer import Metrics, Problem, Trainer, accuracy, log_softmax
 from vision.processes import broadcast_
 
@@ -35,7 +35,7 @@ class StepCount:
 def ivon(problem: Problem) -> Trainer:
     """Of several processes, each has samples of its own, and IVON averages their gradients."""
     try:
-        from ivon import IVON  # type: ignore[import-untyped]
+        from ivon import IVON
     except ImportError:
         raise Refusal("--method ivon needs the package ivon-opt: pip install ivon-opt") from None
     settings, net = problem.settings, problem.make_network()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from matrix_muon import MatrixMuon
 from pyrocurv.optim import SecondOrderOptimizer
-from vision.config import Refusal
+from resuming import Refusal
 from vision.methods.dense import check_dense
 from vision.methods.trainer import Metrics, Problem, Trainer, accuracy, log_softmax
 from vision.processes import parallel
@@ -67,26 +66,6 @@ def sgd(net: nn.Module, problem: Problem) -> Optimizers:
         net.parameters(), settings.lr, momentum=0.9, nesterov=True,
         weight_decay=settings.weight_decay,
     )]
-
-
-class MatrixMuon(getattr(torch.optim, "Muon", torch.optim.Optimizer)):  # type: ignore[misc]
-    """torch's Muon for weights of any number of axes, as matrices [O, rest] in the same memory.
-
-    On a CPU it iterates in the dtype of the weights: bfloat16, torch's choice, can be a hundred
-    times slower there.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], **options: Any) -> None:
-        self.weights = weights
-        self.matrices = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]
-        super().__init__(self.matrices, **options)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        for matrix, weight in zip(self.matrices, self.weights, strict=True):
-            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        on_cpu = self.matrices[0].device.type == "cpu"
-        with mock.patch.object(Tensor, "bfloat16", Tensor.clone) if on_cpu else nullcontext():
-            return super().step(closure)
 
 
 def muon(net: nn.Module, problem: Problem) -> Optimizers:
