@@ -111,7 +111,7 @@ class JointRule:
             [loss, nlls.mean(), gradient.detach().sum(0), hessian],
             run.auxiliary([None if g is None else g.detach() for g in rest]),
             1.0 if workers.is_alone else run.batch / run.num_data,
-            1.0 if workers.is_alone else run.num_data, workers,
+            1.0 if workers.is_alone else run.num_data, workers, model.model,
         )
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {posterior.step}: the loss is {loss.item()}")

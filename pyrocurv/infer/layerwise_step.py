@@ -7,7 +7,7 @@ The KL divergence is exact in the sampled weights; its gradient enters the step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,12 +163,12 @@ class SampleSums:
         self.num_data = run.num_data
         self.batch_fraction = sample.batch_fraction
 
-    def pool(self, workers: Workers) -> None:
-        """Take the means over all workers."""
+    def pool(self, workers: Workers, model: Callable[..., Any]) -> None:
+        """Take the means over all workers, also of the model's buffers."""
         losses = [torch.stack(self.losses), torch.stack(self.nlls)] if not workers.is_alone else []
         values, self.auxiliary, self.batch_fraction = pool(
             [*losses, *self.weights.values(), *self.price.values()], self.auxiliary,
-            self.batch_fraction, self.num_data, workers,
+            self.batch_fraction, self.num_data, workers, model,
         )
         if losses:
             self.losses, self.nlls = ([*x.unbind()] for x in values[:2])
@@ -231,7 +231,7 @@ class LayerwiseRule:
                 particle = Particle(index, count)
                 updated = _observe(updated, sample, spec, particle, settings.workers)
             sums.add(sample)
-        sums.pool(settings.workers)
+        sums.pool(settings.workers, model.model)
         is_watched = settings.temperature.is_automatic or posterior.temperature.is_first_pass
         if is_due and is_watched:
             updated = count_determined(spec, updated, sums.batch_fraction)

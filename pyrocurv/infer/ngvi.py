@@ -52,7 +52,7 @@ from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.autocast import disable_autocast
 from pyrocurv.runtime.choices import Auto, CurvatureKind, Nonfinite
 from pyrocurv.runtime.inference_mode import outside_inference_mode
-from pyrocurv.runtime.module_state import float_buffers, preserve_module_state, save_buffers
+from pyrocurv.runtime.module_state import preserve_module_state, save_buffers
 from pyrocurv.runtime.representation import counted, described
 from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
@@ -265,7 +265,6 @@ class NGVI:
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             posterior = self._store.load(posterior.to(like))
             update, auxiliary = rule.update(posterior, self._settings(rule, workers), model)
-            workers.average_(float_buffers(modules(self.model)))
             if not rule.is_joint:
                 self._dataset_size.note(update.posterior.blocks[0].hyperparameters.num_data)
             factor = self.optimizer.lr_factor

@@ -6,13 +6,15 @@ what one process has for the batches of all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrocurv.handlers.modules import modules
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
+from pyrocurv.runtime.module_state import float_buffers
 from pyrocurv.runtime.workers import Workers
 
 
@@ -26,9 +28,9 @@ class Pooled(NamedTuple):
 
 def pool(
     values: Sequence[Tensor], auxiliary: Sequence[AuxiliaryParameter], batch_fraction: float,
-    num_data: float, workers: Workers,
+    num_data: float, workers: Workers, model: Callable[..., Any],
 ) -> Pooled:
-    """Communicates one bucket.
+    """Communicates one bucket; the buffers of the model's modules are replaced by their means.
 
     Raises ValueError if the workers do not have the same N, or more examples than that in a step.
     """
@@ -42,10 +44,13 @@ def pool(
         batch_fraction, num_data, num_data * num_data, *has_gradient
     ])
     weighted = torch._foreach_mul([*values, *gradients], batch_fraction)
-    *sums, numbers = workers.sums([*weighted, numbers])
-    fraction, total, squares, *counts = numbers.tolist()
-    _check(fraction, num_data, total, squares, workers)
-    means = torch._foreach_div(sums, fraction)
+    buffers = float_buffers(modules(model))
+    *sums, numbers = workers.sums([*weighted, *buffers, numbers])
+    for buffer, total in zip(buffers, sums[len(weighted):], strict=True):
+        buffer.copy_(total / workers.size)
+    fraction, data, squares, *counts = numbers.tolist()
+    _check(fraction, num_data, data, squares, workers)
+    means = torch._foreach_div(sums[: len(weighted)], fraction)
     pooled = [
         parameter._replace(gradient=mean if count else None)
         for parameter, mean, count in zip(auxiliary, means[len(values):], counts, strict=True)

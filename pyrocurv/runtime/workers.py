@@ -112,13 +112,6 @@ class Workers:
             results.update(bucket.unflatten(flat, tensors))
         return [results[index] for index in range(len(tensors))]
 
-    @torch.no_grad()
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
-        if not self.is_alone:
-            for x, total in zip(tensors, self.sums(tensors), strict=True):
-                x.copy_(total / self.size)
-
     def mean(self, value: Tensor, weight: float) -> float:
         """The mean of a scalar by weights."""
         if self.is_alone:
@@ -159,12 +152,24 @@ class Workers:
     @torch.no_grad()
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Copy the tensors of the process of rank `source` into those of the others."""
+        self._broadcast_all_({source: tensors})
+
+    def _broadcast_all_(self, shares: Mapping[int, Sequence[Tensor]]) -> None:
+        """`broadcast_` from several processes at the same time, {rank: tensors}."""
         if self.is_alone:
             return
-        for bucket in _buckets(tensors):
-            flat = bucket.flat(tensors)
-            with self._talking():
-                dist.broadcast(flat, group_src=source, group=self.group)
+        sent = [
+            (bucket, tensors, bucket.flat(tensors), rank)
+            for rank, tensors in shares.items() for bucket in _buckets(tensors)
+        ]
+        with self._talking():
+            pending = [
+                dist.broadcast(flat, group_src=rank, group=self.group, async_op=True)
+                for *_, flat, rank in sent
+            ]
+            for work in filter(None, pending):
+                work.wait()
+        for bucket, tensors, flat, _ in sent:
             for index, value in bucket.unflatten(flat, tensors).items():
                 tensors[index].copy_(value)
 
@@ -198,10 +203,10 @@ class Workers:
         """
         owners = assign(costs, self.size)
         compute([item for item, owner in enumerate(owners) if owner == self.rank])
-        for rank in range(self.size):
-            tensors = [x for item, owner in enumerate(owners) if owner == rank
-                       for x in outputs[item]]
-            self.broadcast_(tensors, rank)
+        shares: dict[int, list[Tensor]] = {rank: [] for rank in range(self.size)}
+        for tensors, owner in zip(outputs, owners, strict=True):
+            shares[owner] += tensors
+        self._broadcast_all_(shares)
 
     @torch.no_grad()
     def gather(self, x: Tensor, target: int) -> Tensor | None:
