@@ -86,7 +86,8 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     store = dist.FileStore(str(Path(folder) / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     if rank == 0:
-        print(f"{'':<8}{'ratio':>8}{'range':>16}{'target':>8}{'bound':>8}{'ms, one':>10}{'ms, two':>10}")
+        print(f"{'':<8}{'ratio':>8}{'range':>16}{'target':>8}{'bound':>8}"
+              f"{'ms, one':>10}{'ms, two':>10}")
     for name in args.nets:
         torch.manual_seed(1)
         x, y = batch(name)

@@ -61,6 +61,23 @@ def test_entropy_histogram_counts_shares() -> None:
         entropy_histogram(probs, unseen[:, :3] / 0.75)
 
 
+def test_entropy_histogram_of_several_kinds_of_data() -> None:
+    probs = probabilities()
+    ax = entropy_histogram(probs, {"noise": probs[:5], "letters": probs[5:9]})
+    assert len(ax.containers) == 3
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["data of the trained kind", "noise", "letters"]
+    with pytest.raises(ValueError, match=r"unseen\['noise'\] has 2 classes, probs has 4"):
+        entropy_histogram(probs, {"noise": torch.full((3, 2), 0.5)})
+
+
+def test_colors_are_those_of_the_style() -> None:
+    with matplotlib.rc_context({"text.color": "#010203", "axes.prop_cycle": "cycler(color=['r'])"}):
+        ax = reliability(probabilities(), torch.zeros(40, dtype=torch.long))
+    assert ax.lines[0].get_color() == "#010203"
+    assert ax.patches[0].get_facecolor() == (1, 0, 0, 1)
+
+
 def test_heat_map_shows_every_entry() -> None:
     net = nn.Linear(3, 2)
     matrix = estimate(net, torch.randn(20, 3), torch.randint(2, (20,)), structure="block")

@@ -93,8 +93,8 @@ def scores(predictions: Predictions) -> Scores:
 
 
 def risk_coverage(predictions: Predictions) -> Tensor:
-    """The share of errors [N] among the n images of lowest entropy, for n from 1 to N."""
-    order = predictions.entropy.argsort(stable=True)
+    """The share of errors [N] among the n images of highest confidence, for n from 1 to N."""
+    order = predictions.log_probs.amax(-1).argsort(descending=True, stable=True)
     errors = (~predictions.is_correct[order]).double()
     return errors.cumsum(0) / torch.arange(1, len(errors) + 1)
 

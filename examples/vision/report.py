@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from vision import figures
-from vision.figures import CURVES, png, svg
+from pyrocurv import plots
+from vision.evaluation import BINS, Predictions
+from vision.figures import CURVES, curve, png, svg
 from vision.result import DETECTION, METRICS, Metric, Result, shown
 from vision.tables import describe
 from vision.transforms import to_pixels
@@ -85,21 +86,21 @@ def _detection(result: Result) -> str:
     drawn = {kind: found for kind, found in result.unseen.items()}
     first, *rest = drawn
     corrupted = {kind: drawn[kind] for kind in rest}
-    plots = _figure(
-        svg(figures.entropies(result.test, {first: drawn[first]})),
+    diagrams = _figure(
+        _entropies(result, {first: drawn[first]}),
         "Entropy of the predictions, from 0 to ln(number of classes): the less the two overlap, "
         "the better unknown images are told from known ones.",
     )
     if corrupted:
-        plots += _figure(
-            svg(figures.entropies(result.test, corrupted)),
+        diagrams += _figure(
+            _entropies(result, corrupted),
             "The same for the test images, corrupted: a network should be less certain of them.",
         )
     return _section(
         "unseen", "Images that it should doubt",
         f"<ul>{meanings}</ul>"
         f'<div class="card wide"><table><tr><th>images</th>{heads}</tr>{rows}</table></div>'
-        f'<div class="grid" style="margin-top: 1rem">{plots}</div>',
+        f'<div class="grid" style="margin-top: 1rem">{diagrams}</div>',
     )
 
 
@@ -121,17 +122,23 @@ def _settings(result: Result) -> str:
 # ---- diagrams -----------------------------------------------------------------------------------
 
 
+def _entropies(result: Result, others: dict[str, Predictions]) -> str:
+    probs = {name: found.log_probs.exp() for name, found in others.items()}
+    return svg(lambda ax: plots.entropy_histogram(result.test.log_probs.exp(), probs, ax))
+
+
 def _calibration(result: Result) -> str:
+    probs, labels = result.test.log_probs.exp(), result.test.labels
     return _section(
         "calibration", "Can the probabilities be trusted?",
         '<div class="grid">' + _figure(
-            svg(figures.reliability(result.test)),
+            svg(lambda ax: plots.reliability(probs, labels, ax, BINS)),
             "Reliability: of images with a confidence of 0.8, 80 % should be classified right. "
             "Bars below the diagonal are overconfident, above it underconfident.",
         ) + _figure(
-            svg(figures.risk(result.test)),
-            "Risk and coverage: errors among the images that are left when the least certain ones "
-            "are given to a person.",
+            svg(lambda ax: plots.risk_coverage(probs, labels, ax)),
+            "Risk and coverage: errors among the images that are left when the least confident "
+            "ones are given to a person, and the area under the curve (AURC).",
         ) + "</div>",
     )
 
@@ -141,14 +148,14 @@ def _training(result: Result) -> str:
     names = [name for name in CURVES if rows and name in rows[0]]
     if "kl" not in names:  # the loss is the NLL
         names = [name for name in names if name != "nll"]
-    plots = "".join(
-        _figure(svg(figures.curve(rows, name), 3.6, 2.4), CURVES[name][2])
+    curves = "".join(
+        _figure(svg(curve(rows, name), 3.6, 2.4), CURVES[name][2])
         for name in names
     )
     return _section(
         "training", "Training curves",
         "<p>Means over the training batches since the point before.</p>"
-        f'<div class="grid">{plots}</div>',
+        f'<div class="grid">{curves}</div>',
     )
 
 

@@ -20,6 +20,13 @@ def axes(ax: Any) -> Any:
     return plt.subplots(layout="constrained")[1]
 
 
+def line_color() -> Any:
+    """That of the text, which a style of matplotlib sets."""
+    import matplotlib
+
+    return matplotlib.rcParams["text.color"]
+
+
 def check_label(label: Any) -> None:
     """Raise TypeError unless it is a text or None."""
     if label is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyrocurv.plots.arguments import axes, check_label, checked_labels, checked_probs
+from pyrocurv.plots.arguments import axes, check_label, checked_labels, checked_probs, line_color
 from pyrocurv.runtime.validation import check_integer
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int = 15) -> Axes:
     """Draw the reliability diagram of a classifier.
 
-    For each bin of confidence, blue is the accuracy, red the gap to the mean confidence and gray
-    the share of the examples. The mean of the gaps, weighted by the shares, is the expected
-    calibration error (ECE) in the title.
+    For each bin of confidence, solid bars are the accuracy, hatched ones the gap to the mean
+    confidence, and those below zero the share of the examples. The mean of the gaps, weighted by
+    the shares, is the expected calibration error (ECE) in the title.
 
     Args:
         probs: predictive probabilities [N, C].
@@ -54,20 +54,20 @@ def reliability(probs: Tensor, labels: Tensor, ax: Axes | None = None, bins: int
     share, accuracy, gap = _calibration(probs, labels, bins)  # [bins] each
     filled, zeros = share > 0, torch.zeros(bins)
     left = (torch.arange(bins)[filled] / bins).tolist()
-    blue, gray = dict(color="tab:blue", edgecolor="white"), dict(color="0.7")
-    red = dict(color=(0.84, 0.15, 0.16, 0.25), edgecolor="tab:red", hatch="//")
+    solid = dict(color="C0", edgecolor=ax.get_facecolor())
+    hatched = dict(color=("C3", 0.25), edgecolor="C3", hatch="//")
     for label, height, bottom, style in (
-        ("accuracy", accuracy, zeros, blue), ("gap to confidence", gap, accuracy, red),
-        ("share of examples", -0.25 * share / share.max(), zeros, gray),
+        ("accuracy", accuracy, zeros, solid), ("gap to confidence", gap, accuracy, hatched),
+        ("share of examples", -0.25 * share / share.max(), zeros, dict(color=(line_color(), 0.3))),
     ):
         heights, bottoms = height[filled].tolist(), bottom[filled].tolist()
         ax.bar(left, heights, 1 / bins, bottoms, align="edge", label=label, **style)
-    ax.plot([0, 1], [0, 1], "--", color="0.3", linewidth=1)
-    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.plot([0, 1], [0, 1], "--", color=line_color(), linewidth=1)
+    ax.axhline(0, color=line_color(), linewidth=0.8)
     ax.set(xlim=(0, 1), ylim=(-0.28, 1), xlabel="confidence", ylabel="accuracy")
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
     ax.set_title(f"ECE {float(share @ gap.abs()):.4f}")
-    ax.legend(loc="lower left", fontsize="small")
+    ax.legend(loc="upper left", fontsize="small")
     return ax
 
 

@@ -6,6 +6,7 @@ Shapes: N examples, C classes, H x W pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,7 +77,8 @@ def uncertain_images(
 
 
 def entropy_histogram(
-    probs: Tensor, unseen: Tensor | None = None, ax: Axes | None = None, bins: int = 30
+    probs: Tensor, unseen: Tensor | Mapping[str, Tensor] | None = None, ax: Axes | None = None,
+    bins: int = 30,
 ) -> Axes:
     """Draw how the predictive entropies are distributed, also those of images of another kind.
 
@@ -85,7 +87,8 @@ def entropy_histogram(
 
     Args:
         probs: predictive probabilities [N, C] of data of the trained kind.
-        unseen: probabilities [M, C] of other data; None to draw one histogram.
+        unseen: probabilities [M, C] of other data, or several by their names in the legend; None to
+            draw one histogram.
         ax: the axes to draw on; None for a new figure.
         bins: number of bins of equal width between 0 and log C.
 
@@ -104,10 +107,14 @@ def entropy_histogram(
     """
     check_integer("bins", bins, 1)
     named = {"data of the trained kind": checked_probs("probs", probs)}
-    if unseen is not None:
-        named["other data"] = checked_probs("unseen", unseen)
-        if unseen.shape[1] != probs.shape[1]:
-            raise ValueError(f"unseen has {unseen.shape[1]} classes, probs has {probs.shape[1]}")
+    others = {} if unseen is None else unseen
+    for label, values in (
+        others.items() if isinstance(others, Mapping) else [("other data", others)]
+    ):
+        where = "unseen" if isinstance(unseen, Tensor) else f"unseen[{label!r}]"
+        named[label] = checked_probs(where, values)
+        if values.shape[1] != probs.shape[1]:
+            raise ValueError(f"{where} has {values.shape[1]} classes, probs has {probs.shape[1]}")
     ax = axes(ax)
     top = math.log(probs.shape[1]) or 1.0
     for label, values in named.items():

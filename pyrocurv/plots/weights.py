@@ -55,16 +55,21 @@ def weight_noise(guide: StructuredGuide, ax: Axes | None = None) -> Axes:
     rows = zip(scale.split(sizes), loc.split(sizes), strict=True)
     for row, (noise, mean) in enumerate(rows):
         low, lower, middle, upper, high = noise.quantile(levels).tolist()
-        ax.plot([low, high], [row, row], color="tab:blue", linewidth=1)
-        ax.plot([lower, upper], [row, row], color="tab:blue", linewidth=7, solid_capstyle="butt")
-        ax.plot([middle], [row], "s", color="tab:blue", markersize=5)  # where all are alike
-        ax.plot([middle], [row], "|", color="white", markersize=7)
+        ax.plot([low, high], [row, row], color="C0", linewidth=1)
+        ax.plot([lower, upper], [row, row], color="C0", linewidth=7, solid_capstyle="butt")
+        ax.plot([middle], [row], "s", color="C0", markersize=5)  # where all are alike
+        ax.plot([middle], [row], "|", color=ax.get_facecolor(), markersize=7)
         size = float(mean.square().mean().sqrt())
         if size > 0:
-            ax.plot([size], [row], "D", color="tab:orange", markersize=5)
-    ax.plot([], [], color="tab:blue", linewidth=7, label="standard deviations")
-    ax.plot([], [], "D", color="tab:orange", markersize=5, label="root mean square of the mean")
+            ax.plot([size], [row], "D", color="C1", markersize=5)
+    ax.plot([], [], color="C0", linewidth=7, label="standard deviations")
+    ax.plot([], [], "D", color="C1", markersize=5, label="root mean square of the mean")
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter("")  # whose labels overlap
+    low, high = ax.get_xlim()
+    if high < 12 * low:  # which may have no major tick
+        middle = (low * high) ** 0.5
+        ax.set_xlim(middle / 4, 4 * middle)
     ax.set_yticks(range(len(sizes)), [*sites])
     ax.set_ylim(len(sizes) - 0.5, -0.5)
     ax.set_xlabel("size of a weight")
