@@ -18,7 +18,8 @@ NGVI runs with its defaults for everything but the learning rate.
     laplace-torch   its Laplace approximation of the network of "adam", with its own choice of prior
     ivon            ivon-opt, 16 samples
     auto-normal     Pyro's AutoNormal and SVI with Adam, 16 samples; T = 1 is the ELBO
-    kfac, ekfac     NGVI with `KFACGuide` and `EKFACGuide`, 16 samples
+    kfac, ekfac, diagonal          NGVI with `KFACGuide`, ..., 16 samples
+    kfac-ggn, kfac-empirical       the same with the Gauss-Newton and the empirical Fisher matrix
     5 x, 10 x       the average prediction of runs from other seeds; 2 x kfac is `MixtureGuide`'s
 
 Scores: accuracy, NLL, expected calibration error (15 bins), Brier score, AUROC of the predictive
@@ -56,7 +57,8 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import fashion_mnist
-from pyrocurv.guides import EKFACGuide, KFACGuide
+from pyrocurv.curvature import Curvature
+from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
 from pyrocurv.nn import Classifier, bayesianize, rescale_prior
 from pyrocurv.nn.networks import LeNet5, ResNet
@@ -313,7 +315,8 @@ def init_at_weights(problem: Problem, seed: int) -> Callable[[dict[str, Any]], T
 
 
 def ngvi(
-    make_guide: Callable[..., Any], problem: Problem, seed: int, lr: float, prior: float = 1.0
+    make_guide: Callable[..., Any], problem: Problem, seed: int, lr: float, prior: float = 1.0,
+    curvature: str = "fisher",
 ) -> Predict:
     """`prior` is the width of the priors of weights, as a multiple of the usual one."""
     net = bayesianize(problem.network())
@@ -322,7 +325,7 @@ def ngvi(
             rescale_prior(net, f"{name}.weight", torch.tensor(prior))
     model = Classifier(net, num_data=problem.num_data)
     guide = make_guide(model)
-    engine = NGVI(model, guide, lr=lr)
+    engine = NGVI(model, guide, lr=lr, curvature=Curvature(curvature))
     schedule = LambdaLR(engine.optimizer, problem.cosine)
     for x, y in problem.batches(seed):
         engine.step(x, y)
@@ -359,6 +362,11 @@ METHODS: dict[str, Method] = {
     "auto-normal": Method(auto_normal, grid(lr=(1e-3, 4e-3), temperature=(1.0, 0.01))),
     "kfac": Method(partial(ngvi, KFACGuide), grid(lr=NGVI_RATES)),
     "ekfac": Method(partial(ngvi, EKFACGuide), grid(lr=NGVI_RATES)),
+    "diagonal": Method(partial(ngvi, DiagonalGuide), grid(lr=NGVI_RATES)),
+    "kfac-ggn": Method(partial(ngvi, KFACGuide), grid(lr=NGVI_RATES, curvature=("ggn",))),
+    "kfac-empirical": Method(
+        partial(ngvi, KFACGuide), grid(lr=NGVI_RATES, curvature=("empirical",))
+    ),
 }
 RESNET_GRIDS = {  # for the ResNet, the same number of settings: higher rates, and narrower priors
     "mc-dropout": grid(lr=(4e-3, 8e-3), p=(0.1, 0.25)),

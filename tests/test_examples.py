@@ -111,12 +111,12 @@ def test_comparison(
     monkeypatch.setattr(compare, "ENSEMBLES", {"adam": (2,)})
     for method, known in compare.METHODS.items():  # half the grid
         monkeypatch.setitem(compare.METHODS, method, replace(known, settings=known.settings[:2]))
-    methods = ["adam", "muon", "mc-dropout", "swag", "auto-normal", "kfac"]
+    methods = ["adam", "muon", "mc-dropout", "swag", "auto-normal", "kfac", "kfac-ggn"]
     options = ["--problem", "smoke", "--seeds", "1", "--out", str(tmp_path), "--methods", *methods]
     compare.main(options)
     names = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if "|" in line]
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    assert names[0] == "| method" and len(files) == 6 * 2 + 6 + 1
+    assert names[0] == "| method" and len(files) == 7 * 2 + 7 + 1
     compare.main([*options, "--no-ensembles"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line.split()[1] for line in table[2:]] == methods
