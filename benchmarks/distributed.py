@@ -88,7 +88,7 @@ def measure(rank: int, args: argparse.Namespace, folder: str) -> None:
     if rank == 0:
         print(f"{'':<8}{'batch':>6}{'ratio':>8}{'range':>16}{'target':>8}{'bound':>8}"
               f"{'ms, one':>10}{'ms, two':>10}")
-    for name, size in [(name, size) for name in args.nets for size in BATCHES[name]]:
+    for name, size in [(net, size) for net in args.nets for size in BATCHES[net]]:
         torch.manual_seed(1)
         x, y = batch(name, size)
         half = slice(rank * len(x) // 2, (rank + 1) * len(x) // 2)
