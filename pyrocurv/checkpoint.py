@@ -40,6 +40,7 @@ def save(
         path: a file, or with `sharded` a folder, that all processes can read.
         objects: by name, what has a `state_dict` (model, guide, `NGVI`, optimizer, scheduler), and
             plain values as the number of the epoch, which are the same on all processes.
+            Of a network that `fully_shard` has sharded, or had for `NGVI`, the states of all ranks.
         sharded: share the writing out over the processes by `torch.distributed.checkpoint`, for
             large or sharded models. Otherwise rank 0 writes one file with `torch.save`.
         process_group: as of `pyrocurv.infer.NGVI`.

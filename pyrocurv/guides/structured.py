@@ -50,6 +50,10 @@ class StructuredGuide(BlockwiseGuide):
         ValueError: the model has a discrete latent, or no latent at all; at a later call, a latent
             of the first call is observed.
 
+    Of a network that `fully_shard` had sharded before `bayesianize`, each rank has the Gaussians of
+    some layers and the means of all; what needs the others raises a RuntimeError. `gathered()` is a
+    guide with all of them.
+
     Weights that no supported op consumes, as in recurrent layers, have independent Gaussians, which
     `NGVI` trains from gradients alone; weights with a prior that is not normal go to the fallback
     guide. One warning names them all.

@@ -15,6 +15,7 @@ from pyrocurv.curvature.owned_statistics import Owners
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.guides.families import Family
 from pyrocurv.guides.mixture import PREDICTION_ONLY
+from pyrocurv.guides.store_entries import forget_dead_guides, owned_names
 from pyrocurv.handlers.sites import prior_power
 from pyrocurv.infer.block_sharing import REPLICATED, OwnedBlocks, ReplicatedBlocks
 from pyrocurv.infer.model_run import ModelRun
@@ -142,14 +143,19 @@ class GuideStore:
             for state, family in pairs
         ))
 
-    @property
     def tensors_of_owners(self) -> set[int]:
-        """Of the guide's parameters and buffers those that one rank alone has, by id."""
-        if self.guide.ownership is None:
+        """Parameters and buffers that one rank may have alone, in guides of sharded networks: ids.
+        """
+        if self.guide.workers.is_alone:
             return set()
+        forget_dead_guides()
+        stored = pyro.get_param_store()._params
+        others = {id(stored[name]) for name in owned_names(but_for=self.guide)}
+        if self.guide.ownership is None:
+            return others
         families = self.guide.own_families
         tensors = {id(x) for f in families for x in (*f.parameters(), *f.buffers())}
-        return tensors - {id(family.raw_loc) for family in families}
+        return others | tensors - {id(family.raw_loc) for family in families}
 
     def checksums(
         self, posterior: Posterior, others: Mapping[str, Tensor]

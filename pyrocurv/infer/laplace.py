@@ -74,7 +74,8 @@ class Laplace:
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
-        ValueError: an unknown curvature, or a process group without this process.
+        ValueError: an unknown curvature, a process group without this process, or a guide of which
+            each rank has a part.
 
     Reference: MacKay 1992; Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806.
 

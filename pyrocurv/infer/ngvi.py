@@ -333,7 +333,7 @@ class NGVI:
         tensors = [*weights, *(p for _, p in pyro.get_param_store().named_parameters())]
         for module in (*modules(self.model), *modules(self.guide)):
             tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        own = self._store.tensors_of_owners
+        own = self._store.tensors_of_owners()
         workers.broadcast_([*{id(x): x.detach() for x in tensors if id(x) not in own}.values()])
         self._is_synchronized = True
 

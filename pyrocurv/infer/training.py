@@ -76,7 +76,8 @@ def fit(
         warmup: steps over which the learning rates rise linearly before.
         held_out: batches of other data, whose `log_predictive_density` is evaluated after each
             epoch, always at the same random numbers. The state after the best epoch (model, guide
-            and NGVI) is restored at the end. Do not use test data.
+            and NGVI) is restored at the end. Do not use test data. Not for a guide of which each
+            rank has a part.
         num_samples: of the posterior, for the held-out data.
         patience: number of epochs without a higher held-out density after which training ends;
             None for no end.

@@ -28,9 +28,6 @@ from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.workers import Workers
 
 ATTRIBUTE = "_pyrocurv_shards"  # of a network
-HOOKS = (
-    "_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-)
 COMPOSABLE = "__composable_api_state_key"  # how names of attributes start, of PyTorch's own
 
 
@@ -115,13 +112,14 @@ def _leave_sharding(module: nn.Module) -> None:
     if is_fully_sharded(module):
         _, kind = type(module).__bases__
         module.__class__ = kind
-    for name in HOOKS:
-        hooks = getattr(module, name)
+    attributes = vars(module)
+    for name, hooks in [*attributes.items()]:
+        if not (name.endswith("_hooks") and isinstance(hooks, dict)):
+            continue
         for key in [key for key, hook in hooks.items() if _is_of_sharding(hook)]:
             del hooks[key]
             for flags in ("_with_kwargs", "_always_called"):
-                getattr(module, f"{name}{flags}", {}).pop(key, None)
-    attributes = vars(module)
+                attributes.get(f"{name}{flags}", {}).pop(key, None)
     for name in [name for name in attributes if name.startswith(COMPOSABLE)]:
         rest = {k: v for k, v in attributes[name].items()
                 if getattr(k, "__name__", k) != "fully_shard"}

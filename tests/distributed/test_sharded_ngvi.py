@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from test_ngvi_ranks import target
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from pyrocurv import checkpoint
@@ -22,7 +24,6 @@ from pyrocurv.guides import DiagonalGuide, EKFACGuide, FullGuide, KFACGuide
 from pyrocurv.infer import NGVI, Laplace, Predictive, fit
 from pyrocurv.layers.structure_spec import KFAC, Diagonal
 from pyrocurv.nn import Classifier, bayesianize
-from pyrocurv.optim import SecondOrderOptimizer
 
 N, STEPS, ROWS, SIZE = 96, 3, 16, 2  # rows of a rank, ranks
 GUIDES: dict[str, Any] = {"kfac": KFACGuide, "ekfac": EKFACGuide, "diag": DiagonalGuide}
@@ -138,6 +139,48 @@ def test_noise_and_the_mean(ranks: Any) -> None:
     check(ranks, "kfac", num_particles=0)
 
 
+def tasks(rank: int, is_sharded: bool, path: str) -> Any:
+    """A model of one's own, a latent of the fallback guide, the posterior of a task as a prior."""
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+    bayesianize(fully_shard(network) if is_sharded else network)
+    x, y = torch.randn(SIZE, ROWS, 2, 4)[rank], torch.randint(3, (SIZE, ROWS))[rank]
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        logits = network(x) * scale
+        with pyro.plate("data", SIZE * ROWS, subsample=x):
+            pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    curvature = Curvature("ggn", every=1, batch=None)
+    try:
+        first = DiagonalGuide(model)
+        fit(NGVI(model, first, curvature=curvature), [(x, y)], 3, checkpoint=path)
+        assert (first.ownership is not None) == is_sharded
+        bayesianize(network, prior=first.gathered())
+        second = KFACGuide(model)
+        ngvi = NGVI(model, second, curvature=curvature)
+        losses = [ngvi.step(x, y) for _ in range(2)]
+        fit(NGVI(model, first, curvature=curvature), [(x, y)], 3, checkpoint=path)  # which is there
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (second.ownership is not None) == is_sharded
+    medians = {f"{n} {number}": value for number, guide in enumerate((first, second))
+               for n, value in guide.median(x).items()}
+    return losses, medians
+
+
+def test_tasks(ranks: Any, tmp_path: Any) -> None:
+    """As ranks do each of which has the whole posterior."""
+    expected = ranks(SIZE).run(tasks, False, str(tmp_path / "whole"))[0]
+    for losses, medians in ranks(SIZE).run(tasks, True, str(tmp_path / "parts")):
+        torch.testing.assert_close(losses, expected[0], rtol=1e-9, atol=1e-9)
+        for name, value in medians.items():
+            torch.testing.assert_close(value, expected[1][name], rtol=1e-8, atol=1e-8)
+
+
 # ---- what ranks have ----------------------------------------------------------------------------
 
 OPTIONS: dict[str, Any] = {"curvature": Curvature("ggn", every=1, batch=None), "update": "soap"}
@@ -181,6 +224,7 @@ def keep(rank: int | None) -> Any:
         "loc": whole.posterior.loc.detach(), 
         "at the mean": guide.to_module()(x).detach(),
     }
+    samples = torch.cat([samples.flatten(), torch.tensor([ngvi.evaluate_loss(x, y)])])
     guide.summary(), repr(guide), repr(ngvi), ngvi.update_counts()
     refused = {
         "posterior": lambda: guide.posterior, "sample": lambda: guide.sample_posterior(1),
@@ -206,3 +250,104 @@ def test_what_ranks_have(ranks: Any) -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
         for name, text in messages.items():
             assert "gathered()" in text, (name, text)
+
+
+# ---- states -------------------------------------------------------------------------------------
+
+
+def state(model: Classifier, guide: KFACGuide, ngvi: NGVI) -> list[Any]:
+    return copy.deepcopy([model.state_dict(), guide.state_dict(), ngvi.state_dict()])
+
+
+def values(model: Classifier, guide: KFACGuide) -> dict[str, torch.Tensor]:
+    """What all ranks have: means, point estimates, statistics of batch norm."""
+    return {n: x.detach().clone() for n, x in {**guide.median(), **model.state_dict()}.items()}
+
+
+def resume(rank: int, path: str) -> Any:
+    """A run, the same resumed from the part of each rank, from all of it, and from a file."""
+    options = {"update": "auto", "temperature": "auto"}
+    model, guide, ngvi = start(rank, **options)
+    loop(ngvi, range(2), rank)
+    part = state(model, guide, ngvi)
+    full = copy.deepcopy([model.state_dict(), guide.full_state_dict(), ngvi.full_state_dict()])
+    assert [bool(x) for x in full] == [True, rank == 0, rank == 0]
+    checkpoint.save(path, {"model": model, "guide": guide, "ngvi": ngvi})
+    losses, after = loop(ngvi, range(2, 4), rank), values(model, guide)
+    everything = [full]
+    torch.distributed.broadcast_object_list(everything)
+    for saved in (part, everything[0], None):
+        others = start(rank, **options)
+        if saved is None:
+            names = "model", "guide", "ngvi"
+            checkpoint.load(path, dict(zip(names, others, strict=True)))
+        else:
+            for owner, one in zip(others, saved, strict=True):
+                owner.load_state_dict(one)
+        assert loop(others[2], range(2, 4), rank) == losses
+        assert all(torch.equal(x, after[n]) for n, x in values(*others[:2]).items())
+    return part, everything[0], losses, after
+
+
+def test_states_resume(ranks: Any, tmp_path: Any) -> None:
+    """On the same ranks bit for bit, and in one process from the state of all."""
+    results = ranks(SIZE).run(resume, str(tmp_path / "run"))
+    part, full, losses, after = results[0]
+    for name, value in results[1][3].items():
+        assert torch.equal(value, after[name]), name
+    model, guide, ngvi = start(None, update="auto", temperature="auto")
+    for owner, one in zip((guide, ngvi), part[1:], strict=True):
+        with pytest.raises(ValueError, match=r"of rank 0 of 2, this is one process.*full_state"):
+            owner.load_state_dict(one)
+    for owner, one in zip((model, guide, ngvi), full, strict=True):
+        owner.load_state_dict(one)
+    assert loop(ngvi, range(2, 4), None) == pytest.approx(losses, rel=0.05)
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+def refuse(rank: int) -> Any:
+    """An error of one rank alone, and settings that are refused before anything has changed."""
+    x, y = torch.randn(ROWS, 2, 4), torch.randint(3, (ROWS,))
+    model, guide, ngvi = start(rank, on_nonfinite="skip")
+    loop(ngvi, range(2), rank)
+    before = values(model, guide)
+    ngvi.step(x / (1 - rank), y)  # infinite on one rank
+    assert all(torch.equal(x, before[n]) for n, x in values(model, guide).items())
+    skipped = ngvi.skipped
+    model = make(rank)
+
+    def step(guide: Any, **options: Any) -> Callable[[], Any]:
+        return lambda: NGVI(model, guide(model), **options).step(x, y)
+
+    alone = DiagonalGuide(make(None))
+    alone(x, y)
+    small = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+    small = Classifier(bayesianize(fully_shard(small)), num_data=N)
+    network = fully_shard(net(True))
+    found = {
+        "less than the 2 ranks": lambda: NGVI(small, KFACGuide(small)).step(x, y),
+        "structure='full'": step(FullGuide),
+        "truncated factors": step(partial(KFACGuide, structure={"*": KFAC(rank=2)})),
+        "curvature='hessian'": step(KFACGuide, curvature="hessian"),
+        "sample_parallel=True": step(KFACGuide, sample_parallel=True),
+        "leave process_group out": step(KFACGuide, process_group=None),
+        "the blocks of a sharded one are layers":
+            lambda: DiagonalGuide(model).load_state_dict(alone.state_dict()),
+        "no module 'none'": lambda: bayesianize(network, layers="none"),
+    }
+    messages = {expected: message(run) for expected, run in found.items()}
+    network(x).sum().backward()  # which is sharded still
+    assert all(isinstance(p, DTensor) for p in network.parameters())
+    copied = copy.deepcopy(bayesianize(network))
+    assert type(network[0]).__mro__[1] is nn.Conv1d and not network.state_dict().keys() & {"0.bias"}
+    assert KFACGuide(Classifier(copied, num_data=N)).is_shared_out
+    return skipped, messages
+
+
+def test_refusals(ranks: Any) -> None:
+    for skipped, messages in ranks(SIZE).run(refuse):
+        assert skipped == 1
+        for expected, text in messages.items():
+            assert expected in text, (expected, text)
