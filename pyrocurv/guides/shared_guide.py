@@ -45,6 +45,21 @@ class SharedGuide(ParamStoreGuide):
             place = f"this is rank {self.ownership.rank} of {self.ownership.size}"
             raise RuntimeError(elsewhere(place))
 
+    def owners(self) -> Workers:
+        """The processes that have the blocks of this guide.
+
+        Raises RuntimeError where they are not those of its network, as after unpickling.
+        """
+        ownership, workers = self.ownership, self.workers
+        here = (workers.rank, workers.size)
+        if ownership is not None and here != (ownership.rank, ownership.size):
+            raise RuntimeError(
+                f"this guide has the part of rank {ownership.rank} of {ownership.size}, and its "
+                "model is not on those ranks now, as after unpickling: gather it before that, "
+                "guide.gathered() or guide.full_state_dict()"
+            )
+        return workers
+
     def gathered(self: Guide) -> Guide:
         """The guide with the complete posterior; all ranks call it, and each has a copy then.
 
@@ -67,19 +82,11 @@ class SharedGuide(ParamStoreGuide):
 
     @torch.no_grad()
     def _gathered(self: Guide, keeps: bool) -> Guide:
-        """A copy with the blocks of all ranks, for those that keep it.
-
-        Raises RuntimeError where the processes are not those of the guide, as for an unpickled one.
-        """
+        """A copy with the blocks of all ranks, for those that keep it."""
         self._ready()
-        ownership, workers, copied = self.ownership, self.workers, copy.deepcopy(self)
+        ownership, workers, copied = self.ownership, self.owners(), copy.deepcopy(self)
         if ownership is None:
             return copied
-        if (workers.rank, workers.size) != (ownership.rank, ownership.size):
-            raise RuntimeError(
-                f"gathered: this guide has the part of rank {ownership.rank} of {ownership.size}, "
-                "and its model not those ranks, as after unpickling: gather before saving it"
-            )
         copied.ownership = None
         for index, family in enumerate(self.blocks):
             block, complete = family.block, copied.blocks[index]

@@ -53,7 +53,7 @@ class GuideStore:
             return REPLICATED
         blocks = [family.block for family in self.guide.blocks]
         like = self.guide.blocks[0].raw_loc.detach()
-        return OwnedBlocks(Owners(self.guide.workers, blocks, ownership.owners, like))
+        return OwnedBlocks(Owners(self.guide.owners(), blocks, ownership.owners, like))
 
     def own(self, posterior: Posterior) -> Posterior:
         """The part of a complete posterior that is here."""

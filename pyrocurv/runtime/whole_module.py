@@ -25,7 +25,7 @@ from pyrocurv.runtime.sharding import (
     whole,
 )
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.workers import Workers
+from pyrocurv.runtime.workers import ALONE, Workers
 
 ATTRIBUTE = "_pyrocurv_shards"  # of a network
 COMPOSABLE = "__composable_api_state_key"  # how names of attributes start, of PyTorch's own
@@ -39,8 +39,9 @@ class Shards:
 
     @property
     def workers(self) -> Workers:
-        """These processes."""
-        return Workers.of(self.group)
+        """These processes; this one alone once `torch.distributed` has been left."""
+        has_left = not (dist.is_available() and dist.is_initialized())
+        return ALONE if has_left else Workers.of(self.group)
 
     @property
     def ranks(self) -> tuple[int, ...]:

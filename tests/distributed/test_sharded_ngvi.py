@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -233,6 +234,7 @@ def keep(rank: int | None) -> Any:
         "Laplace": lambda: Laplace(model, guide).fit([(x, y)]),
         "prior": lambda: bayesianize(model.net, prior=guide),
         "marginal": lambda: guide.get_posterior("net.0.weight"),
+        "unpickled": pickle.loads(pickle.dumps(guide)).gathered,
         "fit": lambda: fit(ngvi, [(x, y)], 1, held_out=[(x, y)]),
     }
     messages = {} if rank is None else {name: message(run) for name, run in refused.items()}
