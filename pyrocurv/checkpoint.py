@@ -40,6 +40,7 @@ def save(
         path: a file, or with `sharded` a folder, that all processes can read.
         objects: by name, what has a `state_dict` (model, guide, `NGVI`, optimizer, scheduler), and
             plain values as the number of the epoch, which are the same on all processes.
+            Of a network that `fully_shard` has sharded, or had for `NGVI`, the states of all ranks.
         sharded: share the writing out over the processes by `torch.distributed.checkpoint`, for
             large or sharded models. Otherwise rank 0 writes one file with `torch.save`.
         process_group: as of `pyrocurv.infer.NGVI`.
@@ -150,8 +151,9 @@ def save_guide(
     """
     target = _path(path)
     check_module("guide", guide)
-    content = safetensors_file.to_bytes(guide.state_dict())
-    on_rank_0(Workers.of(process_group), lambda: save_file(
+    workers = Workers.of(process_group)
+    content = safetensors_file.to_bytes(_state(guide, workers))
+    on_rank_0(workers, lambda: save_file(
         target, lambda file: file.write(content)
     ))
 
@@ -199,6 +201,8 @@ def _inner(value: Any) -> Any:
 
 
 def _state(value: Any, workers: Workers) -> dict[str, Any]:
-    """The state of an object; of an optimizer whose ranks have a part each, that of all."""
+    """The state of an object; of one whose ranks have a part each, that of all."""
     state = _inner(value).state_dict()
-    return workers.broadcast(value.full_state_dict()) if "sharding" in state else state
+    extra = state.get("_extra_state") if isinstance(value, nn.Module) else None
+    is_part = "sharding" in state or isinstance(extra, Mapping) and "sharding" in extra
+    return workers.broadcast(value.full_state_dict()) if is_part else state

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocurv.guides.families import family_of
+from pyrocurv.guides.families import Family, family_of
 from pyrocurv.guides.marginals import BlockwisePosterior
-from pyrocurv.guides.param_store import ParamStoreGuide
+from pyrocurv.guides.owned_blocks import MeanOnly, Ownership, check_part
 from pyrocurv.guides.partition import check_layout, check_weight_shapes, describe_empty
+from pyrocurv.guides.shared_guide import SharedGuide
 from pyrocurv.guides.task_posterior import normal_parts
 from pyrocurv.guides.unconstrained import UnconstrainedLatent
 from pyrocurv.handlers.sites import TraceSite
@@ -26,7 +28,7 @@ from pyrocurv.runtime.validation import check_flag
 from pyrocurv.structures.serialization import FORMAT_VERSION, check_version, from_state, to_state
 
 
-class BlockwiseGuide(ParamStoreGuide):
+class BlockwiseGuide(SharedGuide):
     """Gaussians over blocks of latents, which a state dict restores without data.
 
     The part of a state dict that belongs to the fallback guide is kept until the first call, which
@@ -69,9 +71,12 @@ class BlockwiseGuide(ParamStoreGuide):
 
     def _build(self, blocks: Sequence[Block], values: Mapping[str, Tensor]) -> None:
         """Create the Gaussians with the means {site: unconstrained tensor}."""
+        self.ownership = Ownership.of(blocks, self.workers)
         for block in blocks:
-            make_family = family_of(type(block.structure))
-            self.blocks.append(make_family(block, block.pack(values), self._init_scale))
+            make: Callable[..., Family] = family_of(type(block.structure))
+            if self.ownership is not None and not self.ownership.has(block):
+                make = partial(MeanOnly, owner=self.ownership.owners[block.name])
+            self.blocks.append(make(block, block.pack(values), self._init_scale))
         self.sites = {name: tuple(value.shape) for name, value in values.items()}
         self._name_families()
 
@@ -117,6 +122,7 @@ class BlockwiseGuide(ParamStoreGuide):
         posterior = self._ready()
         if not self.sites:
             raise RuntimeError(self.no_gaussian_reason)
+        self.check_complete()
         return posterior
 
     @torch.no_grad()
@@ -130,6 +136,7 @@ class BlockwiseGuide(ParamStoreGuide):
         parts = normal_parts(self.fallback) if self.fallback_sites else []
         if not self.sites:
             return parts
+        self.check_complete()
         if self.has_initial_scale:
             raise ValueError(
                 "prior: the guide still has its initial scale, which no data have changed: train "
@@ -236,6 +243,7 @@ class BlockwiseGuide(ParamStoreGuide):
             "is_joint": self.is_joint,
             "is_laplace": self.is_laplace,
             "temperature": self.temperature,
+            **({} if self.ownership is None else {"sharding": self.ownership.state()}),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -256,6 +264,9 @@ class BlockwiseGuide(ParamStoreGuide):
             start = f"{prefix}blocks.0.loc"
             loc = next((v for k, v in state_dict.items() if k.startswith(start)), torch.zeros(()))
             self._build_from_state(layout, loc)
+        check_part(layout.get("sharding"), self.ownership, "guide.full_state_dict()")
+        if "sharding" not in layout:
+            self._leave_to_owners(state_dict, f"{prefix}blocks.")
         if "fallback" not in self._modules:
             self._loaded_fallback = tuple(layout.get("fallback", ()))
             start = f"{prefix}fallback."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyro
@@ -28,6 +29,7 @@ from pyrocurv.handlers.particles import check_particles
 from pyrocurv.handlers.prototype import Prototype, check_not_observed, given, trace_prototype
 from pyrocurv.handlers.sites import TraceSite
 from pyrocurv.handlers.vectorized import VectorizedRunner
+from pyrocurv.layers.block_owners import one_layer_each
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.posterior.prior import Prior, read_prior
 from pyrocurv.posterior.summary import guide_summary
@@ -47,6 +49,10 @@ class StructuredGuide(BlockwiseGuide):
     Raises at the first call, before anything is set up:
         ValueError: the model has a discrete latent, or no latent at all; at a later call, a latent
             of the first call is observed.
+
+    Of a network that `fully_shard` had sharded before `bayesianize`, each rank has the Gaussians of
+    some layers and the means of all; what needs the others raises a RuntimeError. `gathered()` is a
+    guide with all of them.
 
     Weights that no supported op consumes, as in recurrent layers, have independent Gaussians, which
     `NGVI` trains from gradients alone; weights with a prior that is not normal go to the fallback
@@ -136,6 +142,8 @@ class StructuredGuide(BlockwiseGuide):
             known={*self.sites, *self._loaded_fallback}, requires_data=requires_data,
         )
         partition = self._partition(prototype, prefers_joint)
+        if self.is_shared_out:
+            partition = replace(partition, blocks=one_layer_each(partition.blocks))
         if self.sites:
             blocks = [family.block for family in self.blocks]
             check_layout(blocks, partition.blocks, ("the loaded guide", "the model"))
@@ -148,9 +156,7 @@ class StructuredGuide(BlockwiseGuide):
             self.adopt_from_store()
         self._latents = {name: partition.latents[name] for name in self.sites}
         self.is_joint = partition.is_joint
-        if not self.is_joint:
-            priors = {name: prototype.latents[name]["fn"] for name in self.sites}
-            self.observe_priors([read_prior(family.block, priors) for family in self.blocks])
+        self._observe_prototype(prototype.trace)
         self._prototype_frames = {
             frame.name: frame
             for site in prototype.latents.values() for frame in site["cond_indep_stack"]
@@ -209,6 +215,7 @@ class StructuredGuide(BlockwiseGuide):
             self._setup_prototype(*args, **kwargs)
         self._check_observed(args, kwargs)
         self.sync_with_store()
+        self.check_complete()
         self._warn_of_laplace_samples()
         self._create_plates(*args, **kwargs)
         unconstrained: dict[str, Tensor] = {}
@@ -246,6 +253,14 @@ class StructuredGuide(BlockwiseGuide):
             return False
         return self.structure == "full" or not has_network(model)
 
+    def _observe_prototype(self, trace: Any) -> None:
+        """Set the priors to those of the first call."""
+        if not self.is_joint:
+            priors = {name: trace.nodes[name]["fn"] for name in self.sites}
+            self.observe_priors([
+                read_prior(family.block, priors) for family in self.own_families
+            ])
+
     def observe_priors(self, priors: Sequence[Prior]) -> None:
         """Set the priors of the blocks, which `kl` uses."""
         self._priors = list(priors)
@@ -261,7 +276,9 @@ class StructuredGuide(BlockwiseGuide):
     def sample_posterior(self, n: int) -> dict[str, Tensor]:
         """n samples of every latent, {site: [n, *shape]}."""
         validation.check_integer("n", validation.as_number(n), 0)
-        samples = self._ready().sample(n)
+        posterior = self._ready()
+        self.check_complete()
+        samples = posterior.sample(n)
         self._warn_of_laplace_samples()
         if self.fallback_sites:
             fallback = poutine.mask(self.fallback, mask=False)  # skips the log densities
@@ -282,7 +299,9 @@ class StructuredGuide(BlockwiseGuide):
         self, quantiles: float | Sequence[float], *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """The marginal quantiles of every latent, {site: [len(quantiles), *shape]}."""
-        values = self._ready().quantiles(quantiles)
+        posterior = self._ready()
+        self.check_complete()
+        values = posterior.quantiles(quantiles)
         if self.fallback_sites:
             levels = torch.as_tensor(quantiles).reshape(-1).tolist()
             values.update(self.fallback.quantiles(levels, *args, **kwargs))

@@ -19,6 +19,7 @@ from torch.distributions import Distribution
 from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides.owned_blocks import elsewhere
 from pyrocurv.handlers.modules import module_tensors, modules
 from pyrocurv.infer.guide_store import check_guide
 from pyrocurv.infer.laplace_fit import sum_curvature
@@ -73,7 +74,8 @@ class Laplace:
 
     Raises:
         TypeError: the guide is not one of `pyrocurv.guides`.
-        ValueError: an unknown curvature, or a process group without this process.
+        ValueError: an unknown curvature, a process group without this process, or a guide of which
+            each rank has a part.
 
     Reference: MacKay 1992; Daxberger et al. 2021, "Laplace redux", arXiv:2106.14806.
 
@@ -95,6 +97,8 @@ class Laplace:
         check_guide(guide)
         check_callable("model", model, "a Pyro model, a callable,")
         check_unsharded("model", modules(model))
+        if guide.is_shared_out:
+            raise ValueError(f"Laplace: {elsewhere('it needs all of it')}")
         Workers.of(process_group)  # raises for what is none
         self.process_group = process_group
         self.model, self.guide = model, guide

@@ -19,6 +19,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.collect import ForwardPass
 from pyrocurv.curvature.hessian import twice_differentiable
 from pyrocurv.curvature.particle import Particle
+from pyrocurv.infer.block_sharing import ReplicatedBlocks
 from pyrocurv.infer.guide_store import GuideStore
 from pyrocurv.infer.model_run import BatchModel, ModelRun, require_grad
 from pyrocurv.infer.pooling import pool
@@ -34,7 +35,7 @@ from pyrocurv.posterior.precision import (
     update_from_sample_gradients,
     uses_sample_gradients,
 )
-from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors, perturbed_weights
+from pyrocurv.posterior.sampling import Sampler, estimate_kl, mirrors
 from pyrocurv.posterior.state import Perturbation, Posterior
 from pyrocurv.posterior.step import Evaluation, Update, step
 from pyrocurv.posterior.temperature import TemperatureRule
@@ -93,9 +94,10 @@ class Sample:
         """B/N."""
         return self.run.batch / self.run.num_data
 
-    def loss(self) -> Tensor:
+    def loss(self, sharing: ReplicatedBlocks) -> Tensor:
         """N nll + T (log q - log p), in nats."""
-        divergence = estimate_kl(self.posterior.blocks, self.run.weights, self.perturbations)
+        own = estimate_kl(self.posterior.blocks, self.run.weights, self.perturbations)
+        divergence = sharing.total(own)
         with torch.no_grad():
             return torch.add(self.nll, divergence, alpha=self.temperature)
 
@@ -110,7 +112,8 @@ def _with_context(posterior: Posterior, sampled: Posterior) -> Posterior:
 
 
 def _observe(
-    posterior: Posterior, sample: Sample, spec: Curvature, particle: Particle, workers: Workers
+    posterior: Posterior, sample: Sample, spec: Curvature, particle: Particle, workers: Workers,
+    sharing: ReplicatedBlocks,
 ) -> Posterior:
     """The posterior with the curvature of a run, whose ops were captured, averaged in."""
     nll, batch = workers.sums([sample.nll.detach(), sample.nll.new_tensor(sample.batch_fraction)])
@@ -121,14 +124,15 @@ def _observe(
     rows = run.primary_likelihood.rows
     forward = ForwardPass(run.likelihood_terms, run.calls, rows, workers)
     fraction = sample.batch_fraction if workers.is_alone else float(batch)
-    return update_curvature(spec, posterior, forward, fraction, particle)
+    with sharing.owners.together(nll):
+        return update_curvature(spec, posterior, forward, fraction, particle, sharing.average)
 
 
 class SampleSums:
     """Sums the losses and gradients of `count` samples; each sample's graph is used up."""
 
-    def __init__(self, spec: Curvature, count: int) -> None:
-        self._spec, self._count = spec, count
+    def __init__(self, spec: Curvature, count: int, sharing: ReplicatedBlocks) -> None:
+        self._spec, self._count, self._sharing = spec, count, sharing
         self.losses: list[Tensor] = []  # at full-data scale
         self.nlls: list[Tensor] = []
         self.num_data = 0.0
@@ -148,6 +152,8 @@ class SampleSums:
             name: torch.zeros_like(weight) if gradient is None else gradient
             for (name, weight), gradient in zip(run.weights.items(), computed, strict=False)
         }
+        of_auxiliary = computed[len(weights):]
+        weights = self._sharing.gradients(weights, sample.batch_fraction)
         if sample.perturbations is not None:
             self._add_price(sample, weights)
         for name, gradient in weights.items():
@@ -156,9 +162,9 @@ class SampleSums:
         before = {parameter.name: parameter.gradient for parameter in self.auxiliary}
         self.auxiliary = [
             parameter._replace(gradient=_sum(before.get(parameter.name), parameter.gradient))
-            for parameter in run.auxiliary(computed[len(weights):])
+            for parameter in run.auxiliary(of_auxiliary)
         ]
-        self.losses.append(sample.loss())
+        self.losses.append(sample.loss(self._sharing))
         self.nlls.append(sample.run.nll.detach())
         self.num_data = run.num_data
         self.batch_fraction = sample.batch_fraction
@@ -166,15 +172,16 @@ class SampleSums:
     def pool(self, workers: Workers, model: Callable[..., Any]) -> None:
         """Take the means over all workers, also of the model's buffers."""
         losses = [torch.stack(self.losses), torch.stack(self.nlls)] if not workers.is_alone else []
+        weights, price = map(self._sharing.unpooled, (self.weights, self.price))
         values, self.auxiliary, self.batch_fraction = pool(
-            [*losses, *self.weights.values(), *self.price.values()], self.auxiliary,
+            [*losses, *weights.values(), *price.values()], self.auxiliary,
             self.batch_fraction, self.num_data, workers, model,
         )
         if losses:
             self.losses, self.nlls = ([*x.unbind()] for x in values[:2])
             means = iter(values[2:])
-            for named in (self.weights, self.price):
-                named.update({name: next(means) for name in named})
+            self.weights.update({name: next(means) for name in weights})
+            self.price.update({name: next(means) for name in price})
 
     def _add_price(self, sample: Sample, weights: Mapping[str, Tensor]) -> None:
         pairs = zip(sample.posterior.blocks, sample.perturbations or (), strict=True)
@@ -220,8 +227,9 @@ class LayerwiseRule:
         spec, count = self._spec, max(1, settings.num_particles)
         self._check_samples(settings.num_particles)
         is_due = posterior.step == 0 or is_any_due(spec, posterior)
-        sampler = Sampler(posterior.blocks, settings.antithetic, mirrors(posterior.blocks))
-        sums, updated = SampleSums(spec, count), posterior
+        sharing, blocks = self._store.sharing, posterior.blocks
+        sampler = sharing.sampler(blocks, settings.antithetic, mirrors(blocks))
+        sums, updated = SampleSums(spec, count, sharing), posterior
         for index in range(count):
             at_mean = posterior.step == 0 or not settings.num_particles
             perturbations = None if at_mean else settings.draw(sampler)
@@ -229,19 +237,19 @@ class LayerwiseRule:
             updated = _with_context(updated, sample.posterior) if index else sample.posterior
             if is_due:
                 particle = Particle(index, count)
-                updated = _observe(updated, sample, spec, particle, settings.workers)
+                updated = _observe(updated, sample, spec, particle, settings.workers, sharing)
             sums.add(sample)
         sums.pool(settings.workers, model.model)
         is_watched = settings.temperature.is_automatic or posterior.temperature.is_first_pass
         if is_due and is_watched:
-            updated = count_determined(spec, updated, sums.batch_fraction)
+            updated = count_determined(spec, updated, sums.batch_fraction, sharing.owners)
         elif not is_due and spec.decays_at(posterior.step):
             updated = refresh(spec, updated, sums.batch_fraction)
         updated = update_from_sample_gradients(spec, updated, sums.price, sums.batch_fraction)
         evaluation = Evaluation(
             updated.with_mirrors(sampler.mirrors), mean(sums.losses), sums.weights,
             [parameter.gradient for parameter in sums.auxiliary], mean(sums.nlls),
-            settings.workers,
+            sharing.helpers(settings.workers), sharing.owners,
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
         seen = update.posterior.temperature.after(
@@ -254,12 +262,13 @@ class LayerwiseRule:
         self, posterior: Posterior, settings: StepSettings, model: BatchModel
     ) -> tuple[float, float]:
         """N nll + T (log q - log p), the mean over as many samples as a step has; and T."""
-        sampler = Sampler(posterior.blocks, settings.antithetic)
+        sharing = self._store.sharing
+        sampler = sharing.sampler(posterior.blocks, settings.antithetic)
         losses = []
         for _ in range(max(1, settings.num_particles)):
             perturbations = sampler.draw() if settings.num_particles else None
             sample = self._run(posterior, perturbations, settings, model)
-            losses.append(sample.loss())
+            losses.append(sample.loss(sharing))
         loss = torch.stack(losses).mean()
         return settings.workers.mean(loss, sample.batch_fraction), sample.temperature
 
@@ -268,7 +277,7 @@ class LayerwiseRule:
         settings: StepSettings, model: BatchModel, capture: bool = False,
     ) -> Sample:
         """Run the model at one sample; with `capture` its ops are recorded for the curvature."""
-        weights = perturbed_weights(posterior.blocks, perturbations)
+        weights = self._store.sharing.weights(posterior.blocks, perturbations)
         twice = capture and self._spec.kind == "hessian"
         noise = settings.noise(posterior, has_latents=bool(self._store.guide.fallback_sites))
         with noise, model.network(), twice_differentiable() if twice else nullcontext():

@@ -23,6 +23,7 @@ from pyrocurv.guides import StructuredGuide
 from pyrocurv.guides.unconstrained import has_network
 from pyrocurv.handlers.modules import modules
 from pyrocurv.handlers.support import only_data_validated
+from pyrocurv.infer.block_sharing import check_sharing
 from pyrocurv.infer.defaults import (
     AUTO,
     Loss,
@@ -36,11 +37,18 @@ from pyrocurv.infer.joint_step import uses_joint_update
 from pyrocurv.infer.layerwise_step import StepSettings
 from pyrocurv.infer.loss_terms import LossTerms
 from pyrocurv.infer.model_run import BatchModel
-from pyrocurv.infer.resume_checks import RunSignature, check_blocks, check_signature, check_state
+from pyrocurv.infer.resume_checks import (
+    RunSignature,
+    check_blocks,
+    check_ranks,
+    check_signature,
+    check_state,
+)
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.posterior.mean_update import NATURAL
-from pyrocurv.posterior.state import Posterior, checksums
+from pyrocurv.posterior.shared_state import state_of_all
+from pyrocurv.posterior.state import Posterior
 from pyrocurv.posterior.step import commit
 from pyrocurv.posterior.summary import (
     UpdateCount,
@@ -58,6 +66,7 @@ from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_flag, check_integer, check_values, reading_state
+from pyrocurv.runtime.whole_module import shards_of
 from pyrocurv.runtime.workers import CHECK_EVERY, Workers, naming_step
 from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
 
@@ -120,6 +129,10 @@ class NGVI:
     `Curvature("hessian", decay=...)`; 0.1 and 32 samples if a latent is constrained, as scales are.
     Momentum and damping are not used there. Other arguments of `Curvature`, such as `every`, belong
     to running averages: with them a network is trained layer by layer.
+
+    Of a network that `fully_shard` had sharded before `bayesianize`, each rank has the Gaussians,
+    curvature and momenta of the blocks that it owns, by their cost, with diagonal structures, K-FAC
+    and EK-FAC without truncation; `guide.gathered()` is a guide with all of them.
 
     From a posterior that Pyro's param store was given (`load`, `set_state`) the next step starts as
     that of a new `NGVI`. Random numbers come from a separate stream, seeded from torch's generator
@@ -190,8 +203,9 @@ class NGVI:
         self.on_nonfinite, self.skipped = on_nonfinite, 0
         self.loss_terms: LossTerms | None = None  # of the last step
         check_flag("sample_parallel", sample_parallel)
-        Workers.of(process_group)  # raises for what is none
         self.process_group, self.sample_parallel = process_group, sample_parallel
+        self._shards = shards_of(modules(model))
+        check_sharing(self._shards, guide, process_group, sample_parallel, self.curvature)
         self._is_synchronized = False
         self._has_network = has_network(model)
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
@@ -254,7 +268,7 @@ class NGVI:
         self._store.keep(undo)
         self._mean_update.keep(undo)
         undo.keep(save_buffers(modules(self.model)))
-        workers = Workers.of(self.process_group)
+        workers = self._workers
         self._store.setup(undo, self._stream, args, kwargs, self._prefers_joint)
         self._synchronize(workers)
         validation = only_data_validated() if self._posterior else nullcontext()
@@ -280,8 +294,7 @@ class NGVI:
         commit(update, self._store, undo, assign)
         if update.posterior.step % CHECK_EVERY == 1:
             others = {parameter.name: parameter.tensor for parameter in auxiliary}
-            sums = checksums(self._store.load(update.posterior), others)
-            workers.check_equal(sums, posterior.step)
+            workers.check_equal(self._store.checksums(update.posterior, others), posterior.step)
         if self.num_particles != 0:
             is_automatic = self.temperature == AUTO and self._is_sampled_network
             warn_at_chance(posterior.temperature, update.posterior.temperature, is_automatic)
@@ -294,10 +307,16 @@ class NGVI:
         if self._posterior is None:
             return self._rule, self._rule.init(self.optimizer.group)
         if self._loaded is not None:
+            self._posterior = self._store.own(self._posterior)
             check_blocks(self._posterior, self._store.blocks)
             check_signature(self._loaded, RunSignature.of(self._rule, self.guide))
             self._loaded = None
         return self._rule, self._posterior
+
+    @property
+    def _workers(self) -> Workers:
+        """The processes that train together: those that a network was sharded over, or a group."""
+        return Workers.of(self.process_group) if self._shards is None else self._shards.workers
 
     @property
     def _is_sampled_network(self) -> bool:
@@ -313,7 +332,8 @@ class NGVI:
         tensors = [*weights, *(p for _, p in pyro.get_param_store().named_parameters())]
         for module in (*modules(self.model), *modules(self.guide)):
             tensors += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        workers.broadcast_([*{id(x): x.detach() for x in tensors}.values()])
+        own = self._store.tensors_of_owners()
+        workers.broadcast_([*{id(x): x.detach() for x in tensors if id(x) not in own}.values()])
         self._is_synchronized = True
 
     def _settings(self, rule: UpdateRule, workers: Workers) -> StepSettings:
@@ -351,7 +371,7 @@ class NGVI:
             model = BatchModel(self.model, self.guide, network, args, kwargs)
             with preserve_module_state(modules(self.model)):
                 current = self._store.current(posterior.to(self.guide.blocks[0].raw_loc))
-                settings = self._settings(rule, Workers.of(self.process_group))
+                settings = self._settings(rule, self._workers)
                 return Loss.at(*rule.negative_elbo(current, settings, model))
 
     @property
@@ -374,10 +394,13 @@ class NGVI:
         """Which rank computes what for all, by its cost: to be printed.
 
         {"eigendecompositions": {"net.0 input": 1, ...}, "update": {"net.0": 0, ...}}, for the ranks
-        of the process group or for `num_ranks` of them. Empty before the first step.
+        of the process group or for `num_ranks` of them. Empty before the first step. Where
+        `fully_shard` had sharded the network it is {"blocks": {"net.0": 1, ...}}, their owners.
         """
-        size = Workers.of(self.process_group).size if num_ranks is None else num_ranks
+        size = self._workers.size if num_ranks is None else num_ranks
         check_integer("num_ranks", size, 1)
+        if self.guide.ownership is not None:
+            return {"blocks": dict(self.guide.ownership.owners)}
         return work_assignment(self._mean_update, self._posterior or Posterior(0, ()), size)
 
     def prior_errors(self) -> dict[str, float]:
@@ -385,10 +408,14 @@ class NGVI:
         return prior_errors(self.curvature, self._posterior) if self._posterior else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters of guide and model, which have their own states."""
+        """Everything but the parameters of guide and model, which have their own states.
+
+        Of a network that `fully_shard` had sharded, what this rank has; it continues on the same
+        rank of as many. See `full_state_dict`.
+        """
         self._follow_store()
         signature = self._loaded or RunSignature.of(self._rule, self.guide)
-        posterior = self._posterior
+        posterior, ownership = self._posterior, self.guide.ownership
         return {
             "version": FORMAT_VERSION,
             "optimizer": self.optimizer.state_dict(),
@@ -402,7 +429,20 @@ class NGVI:
             "kl_warmup": self.kl_warmup,
             **signature._asdict(),
             "posterior": None if posterior is None else to_state(posterior.without_means()),
+            **({} if ownership is None else {"sharding": ownership.state()}),
         }
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state of all ranks of a network that `fully_shard` had sharded, which all ask for.
+
+        On rank 0; {} on the others. It continues on any number of ranks, or in one process, with a
+        guide that has loaded `guide.full_state_dict()`. Of any other network it is `state_dict()`.
+        """
+        state = self.state_dict()
+        if state.pop("sharding", None) is None:
+            return state
+        blocks = [family.block for family in self.guide.blocks]
+        return state_of_all(state, blocks, self._workers)
 
     @reading_state("NGVI")
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -417,7 +457,9 @@ class NGVI:
         check_state(state, self.average, self._mean_update.name)
         self._store.sync()
         posterior = from_state(state["posterior"])
+        check_ranks(state, self.guide)
         if posterior is not None and self.guide.blocks:
+            posterior = self._store.own(posterior)
             check_blocks(posterior, self._store.blocks)
         with Undo() as undo:
             undo.keep_attributes(self, self._stream)

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from pyrocurv.guides import StructuredGuide
+from pyrocurv.guides.owned_blocks import check_part
 from pyrocurv.infer.update_rule import UpdateRule
 from pyrocurv.layers.block import Block
 from pyrocurv.optim.mean_updates import check_update
@@ -49,6 +50,16 @@ def check_state(state: Mapping[str, Any], average: bool, update: str) -> None:
             f"the state is of average={state['average']}, this NGVI has average={average}"
         )
     check_update(state["update"], update, "NGVI")
+
+
+def check_ranks(state: Mapping[str, Any], guide: StructuredGuide) -> None:
+    """Raise ValueError for what another rank of a sharded network has, or one of another number."""
+    saved = state.get("sharding")
+    here = (guide.workers.rank, guide.workers.size)
+    if guide.ownership is None and guide.is_shared_out and saved is not None:
+        if here == (saved["rank"], saved["size"]):
+            return  # `check_blocks` follows once the guide has blocks
+    check_part(saved, guide.ownership, "NGVI.full_state_dict()")
 
 
 def check_blocks(saved: Posterior, current: Sequence[Block]) -> None:

@@ -38,7 +38,6 @@ from pyrocurv.runtime.validation import (
     check_loader,
     shown,
 )
-from pyrocurv.runtime.workers import Workers
 
 Log = Callable[[dict[str, Any]], Any]
 
@@ -77,7 +76,8 @@ def fit(
         warmup: steps over which the learning rates rise linearly before.
         held_out: batches of other data, whose `log_predictive_density` is evaluated after each
             epoch, always at the same random numbers. The state after the best epoch (model, guide
-            and NGVI) is restored at the end. Do not use test data.
+            and NGVI) is restored at the end. Do not use test data. Not for a guide of which each
+            rank has a part.
         num_samples: of the posterior, for the held-out data.
         patience: number of epochs without a higher held-out density after which training ends;
             None for no end.
@@ -133,7 +133,7 @@ def fit(
     callbacks, log = _callables(callbacks), _log_function(logger)
     path = _checked_path(checkpoint)
     check_progress(progress)
-    workers = Workers.of(ngvi.process_group)
+    workers = ngvi._workers
     plan = {"schedule": schedule if isinstance(schedule, str | None) else "callable",
             "warmup": warmup, "held_out": held_out is not None, "num_samples": num_samples}
     check_same(workers, {**plan, "epochs": epochs, "batches": batches, "patience": patience,
@@ -245,6 +245,11 @@ def _check_held_out(ngvi: NGVI, held_out: Any, num_samples: Any, patience: Any) 
     if held_out is None:
         return
     check_loader("held_out", held_out)
+    if ngvi.guide.is_shared_out:
+        raise ValueError(
+            "held_out: the ranks of a network that fully_shard had sharded have a part of the "
+            "posterior each; leave it out, and score ngvi.guide.gathered()"
+        )
     if isinstance(held_out, Iterator):
         raise ValueError("held_out: an iterator is exhausted after one epoch; use a list")
     if ngvi.num_particles == 0:

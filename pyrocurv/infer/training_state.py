@@ -36,7 +36,14 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"plan": dict(self.plan), "scheduler": scheduler, **self.weights()}
+        ownership = self.ngvi.guide.ownership
+        part = {} if ownership is None else {"sharding": ownership.state()}
+        return {"plan": dict(self.plan), "scheduler": scheduler, **self.weights(), **part}
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """That of all ranks of a network that was sharded, on rank 0."""
+        full = {"guide": self.ngvi.guide.full_state_dict(), "ngvi": self.ngvi.full_state_dict()}
+        return {**self.state_dict(), **full} if full["guide"] else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. Raises ValueError for that of another plan."""

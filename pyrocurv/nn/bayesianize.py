@@ -22,9 +22,9 @@ from pyrocurv.nn.weight_priors import (
     parse_prior,
     set_prior,
 )
-from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_iterable, check_module, shown
+from pyrocurv.runtime.whole_module import made_whole
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -38,7 +38,10 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
     """Turn the weights of a network into latents of a Pyro model, in place.
 
     Args:
-        net: any network. The guides of `pyrocurv.guides` start at its current weights.
+        net: any network. The guides of `pyrocurv.guides` start at its current weights. One that
+            `fully_shard` has sharded, on all ranks, has whole parameters afterwards, and is not
+            sharded any more; the ranks share out the blocks of its posterior instead, see
+            `NGVI`.
         prior: independent normals of mean 0 (1 for the scales of norm layers): "fan_in" (variance
             1/(fan_in + 1)), a standard deviation, or a callable (module, parameter name) ->
             Distribution of the parameter's shape. The callable runs once, here, so a latent in it
@@ -85,7 +88,11 @@ def bayesianize(net: nn.Module, prior: PriorSpec = "fan_in", layers: Layers = No
             "net is in DistributedDataParallel: pass the network itself, net.module; NGVI averages "
             "over the ranks of a process group"
         )
-    check_unsharded("net", net.modules())
+    with made_whole(net):
+        return _bayesianize(net, prior, layers)
+
+
+def _bayesianize(net: nn.Module, prior: PriorSpec, layers: Layers) -> nn.Module:
     parts = read_posterior(prior)
     prior_fn = None if parts is not None else parse_prior(prior)
     chosen = _choose(net, layers, is_posterior=parts is not None)

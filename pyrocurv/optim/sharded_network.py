@@ -25,6 +25,12 @@ from torch.utils._pytree import tree_map
 from pyrocurv.curvature.owned_statistics import Owners
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.block_owners import (
+    check_count,
+    check_supported,
+    one_layer_each,
+    owners_of,
+)
 from pyrocurv.layers.capture import Capture
 from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
@@ -32,6 +38,8 @@ from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameter
 from pyrocurv.optim.recorded_pass import ForwardInputs
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.precision import Average
+from pyrocurv.posterior.sampling import normals_of_all
+from pyrocurv.posterior.shared_state import state_of_all
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Update, apply
 from pyrocurv.runtime.sharding import (
@@ -45,7 +53,7 @@ from pyrocurv.runtime.sharding import (
     without_gathering,
 )
 from pyrocurv.runtime.undo import complete
-from pyrocurv.runtime.workers import ALONE, Workers, assign
+from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures.serialization import from_state, to_state
 
 
@@ -207,11 +215,7 @@ class ShardedStore(ParameterStore):
 
     def noise(self, states: Sequence[BlockState]) -> list[Tensor]:
         """z [P] of each block of this rank, which draws the noise of all blocks."""
-        own, blocks, like = {state.block for state in states}, self._all.blocks, self.like
-        sizes = [block.size for block in blocks]
-        z = torch.randn(sum(sizes), dtype=like.dtype, device=like.device)  # as one process does
-        parts = zip(blocks, z.split(sizes), strict=True)
-        return [part.clone() for block, part in parts if block in own]
+        return normals_of_all(states, self._all.blocks, self.like)
 
 
 @dataclass(eq=False)
@@ -251,11 +255,7 @@ class ShardedNetwork(TracedNetwork):
 
     def _assign(self, known: Sequence[Block], new: Sequence[Block]) -> None:
         """Give owners to new blocks."""
-        loads = [0.0] * self.owners.size
-        for block in known:
-            loads[self.ranks[block.name]] += cost(block)
-        owners = assign([*map(cost, new)], self.owners.size, loads)
-        self.ranks.update(zip((block.name for block in new), owners, strict=True))
+        self.ranks.update(owners_of(new, self.owners.size, known, self.ranks))
 
     def sharding(self, layout: ParameterBlocks) -> dict[str, Any]:
         return {"sharding": {
@@ -267,15 +267,7 @@ class ShardedNetwork(TracedNetwork):
     def full_state(self, state: dict[str, Any]) -> dict[str, Any]:
         state = {key: value for key, value in state.items() if key != "sharding"}
         state["auxiliary"] = tree_map(whole, state["auxiliary"])
-        parts = self.owners.gather_objects((state["posterior"], state["update_state"]))
-        if not parts:
-            return {}
-        posteriors = [from_state(posterior) for posterior, _ in parts]
-        found = {s.block.name: s for posterior in posteriors for s in posterior.blocks}
-        blocks = tuple(found[block.name] for block in self.layout.blocks)
-        state["posterior"] = to_state(replace(posteriors[0], blocks=blocks))
-        state["update_state"] = {n: value for _, one in parts for n, value in one.items()}
-        return state
+        return state_of_all(state, self.layout.blocks, self.owners)
 
     def placed(self, auxiliary: Mapping[str, Any], store: ParameterStore) -> Mapping[str, Any]:
         return {
@@ -301,7 +293,7 @@ class ShardedNetwork(TracedNetwork):
             self.ranks = {b.name: r for b, r in zip(blocks, sharding["owners"], strict=True)}
             return layout, posterior
         for block in layout.blocks:
-            check_supported(block)
+            check_supported(block, REMEDY)
             if len(block.layers) > 1:
                 raise ValueError(
                     f"the state is of a network that was not sharded, where {block.name} is one "
@@ -323,44 +315,15 @@ class ShardedNetwork(TracedNetwork):
         """
         known = len(layout.blocks)
         layout = super().extended(layout, layers, store)
-        blocks = [
-            part for block in layout.blocks[known:] for part in (
-                [Block((x,), block.structure) for x in block.layers] if block.kind == "diag"
-                else [block]
-            )
-        ]
+        blocks = one_layer_each(layout.blocks[known:])
         for block in blocks:
-            check_supported(block)
+            check_supported(block, REMEDY)
         self._assign(layout.blocks[:known], blocks)
         layout = replace(layout, blocks=(*layout.blocks[:known], *blocks))
-        if 0 < len(layout.blocks) < self.owners.size:
-            raise ValueError(
-                f"net: {len(layout.blocks)} layers have a curvature, less than the "
-                f"{self.owners.size} ranks that it is sharded over: use fewer ranks, or "
-                "DistributedDataParallel"
-            )
+        check_count(
+            layout.blocks, self.owners.size, "use fewer ranks, or DistributedDataParallel"
+        )
         return layout
-
-
-def cost(block: Block) -> float:
-    """The multiplications of an eigendecomposition, up to a factor, and the size."""
-    if not block.structure.is_kronecker:
-        return block.size
-    *groups, outputs, inputs = block.layers[0].matrix_shape
-    return math.prod(groups) * (outputs**3 + inputs**3) + block.size
-
-
-def check_supported(block: Block) -> None:
-    """Raise ValueError for a structure that sharded networks cannot have."""
-    if block.structure.is_kronecker:
-        *_, outputs, inputs = block.layers[0].matrix_shape
-        if block.ranks != (outputs, inputs):
-            raise ValueError(
-                f"structure: {block.name} [{outputs}, {inputs}] would have truncated factors, "
-                "which a sharded network cannot have: use KFAC(rank=None) or EKFAC(rank=None)"
-            )
-    elif block.kind != "diag":
-        raise ValueError(f"structure={block.label!r} for {block.name}: {REMEDY}")
 
 
 def _padded(x: Tensor, shape: tuple[int, ...]) -> Tensor:

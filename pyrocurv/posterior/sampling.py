@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyrocurv.layers.block import Block
 from pyrocurv.posterior.natural_gradient import sampled_kl
 from pyrocurv.posterior.prior import kl
 from pyrocurv.posterior.state import BlockState, Perturbation
@@ -81,6 +82,19 @@ def standard_normals(blocks: Sequence[BlockState]) -> list[Tensor]:
         drawn = torch.randn(sum(sizes), dtype=dtype, device=device)
         found.update(zip(members, drawn.split(sizes), strict=True))
     return [found[index] for index in range(len(blocks))]
+
+
+def normals_of_all(
+    own: Sequence[BlockState], blocks: Sequence[Block], like: Tensor
+) -> list[Tensor]:
+    """z [P] of each of this process's own blocks, which draws the noise of all `blocks`.
+
+    So samples do not depend on how many processes share the blocks out.
+    """
+    mine, sizes = {state.block for state in own}, [block.size for block in blocks]
+    z = torch.randn(sum(sizes), dtype=like.dtype, device=like.device)  # as one process does
+    parts = zip(blocks, z.split(sizes), strict=True)
+    return [part.clone() for block, part in parts if block in mine]
 
 
 def perturbed_weights(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 FSDP = "torch.distributed.fsdp"
 REMEDY = (
     "give each rank a copy of the network, as DistributedDataParallel has it; of sharded networks "
-    "SecondOrderOptimizer and VIOptimizer train those of fully_shard, with structure='diag', "
-    "'kfac' or 'ekfac'"
+    "SecondOrderOptimizer and VIOptimizer train those of fully_shard, and NGVI those that "
+    "bayesianize gets from it, with structure='diag', 'kfac' or 'ekfac'"
 )
 
 

@@ -152,9 +152,9 @@ class Workers:
     @torch.no_grad()
     def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Copy the tensors of the process of rank `source` into those of the others."""
-        self._broadcast_all_({source: tensors})
+        self.broadcast_from_({source: tensors})
 
-    def _broadcast_all_(self, shares: Mapping[int, Sequence[Tensor]]) -> None:
+    def broadcast_from_(self, shares: Mapping[int, Sequence[Tensor]]) -> None:
         """`broadcast_` from several processes at the same time, {rank: tensors}."""
         if self.is_alone:
             return
@@ -206,7 +206,7 @@ class Workers:
         shares: dict[int, list[Tensor]] = {rank: [] for rank in range(self.size)}
         for tensors, owner in zip(outputs, owners, strict=True):
             shares[owner] += tensors
-        self._broadcast_all_(shares)
+        self.broadcast_from_(shares)
 
     @torch.no_grad()
     def gather(self, x: Tensor, target: int) -> Tensor | None:

@@ -346,7 +346,6 @@ def refuse(rank: int) -> dict[str, str]:
         distribute_tensor(torch.randn(2, 4), init_device_mesh("cpu", (2,)))
     )
     found = {
-        "bayesianize": lambda: bayesianize(net),
         "estimate": lambda: estimate(net, x, y),
         "guide": lambda: KFACGuide(model)(x, y),
         "NGVI": lambda: NGVI(latent, guide),

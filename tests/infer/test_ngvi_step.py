@@ -33,7 +33,7 @@ from toys import (
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import KFACGuide
-from pyrocurv.infer import NGVI, layerwise_step
+from pyrocurv.infer import NGVI, block_sharing
 from pyrocurv.nn import Classifier, Regressor, bayesianize
 
 each = pytest.mark.parametrize("structure", GUIDES)
@@ -176,13 +176,13 @@ def test_curvature_is_the_mean_over_the_samples(
     guide = KFACGuide(model, structure={"*": structure})
     spec = Curvature("ggn", every=1, eigen_every=1, batch=None, decay=0.7)
     ngvi = NGVI(model, guide, num_particles=4, curvature=spec)
-    samples, perturbed_weights = [], layerwise_step.perturbed_weights
+    samples, perturbed_weights = [], block_sharing.perturbed_weights
 
     def record(*args: Any) -> dict[str, Tensor]:
         samples.append(perturbed_weights(*args))
         return samples[-1]
 
-    monkeypatch.setattr(layerwise_step, "perturbed_weights", record)
+    monkeypatch.setattr(block_sharing, "perturbed_weights", record)
     mean = torch.zeros(12, 12) if structure != "kfac" else torch.zeros(3, 3)
     a = torch.cat([x, torch.ones(12, 1)], 1)
     for step in range(1, 6):
