@@ -4,6 +4,8 @@ With m the momentum of the gradient per datum at the samples, β its decay, δ t
 
     h = m / (1-βᵗ) + (δT/N)(M - M₀),   M ← M - η d(h)
 
+or, by Nesterov's momentum, with mₜ + β (mₜ - mₜ₋₁) and βᵗ⁺¹ in place of m and βᵗ.
+
 Any d that vanishes with h alone has the fixed points of E_q[loss] + T KL(q ‖ prior): the rule
 decides how fast one is reached. Directions of fixed length, as those of orthogonalized momentum,
 come to rest there as the learning rate η falls to 0. The natural gradient is
@@ -16,7 +18,7 @@ see `pyrocurv.posterior.natural_gradient`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,16 +40,29 @@ class Push:
     state: BlockState
     last_momentum: Tensor  # [P]
     step: int
+    is_ahead: bool = False  # Nesterov's
+
+    def ahead(self) -> Push:
+        """The same with Nesterov's momentum."""
+        return replace(self, is_ahead=True)
 
     @property
     def bias_correction(self) -> float:
         """1 - βᵗ."""
-        return self.state.hyperparameters.bias_correction(self.step)
+        return self.state.hyperparameters.bias_correction(self.step + self.is_ahead)
+
+    @cached_property
+    def momentum(self) -> Tensor:
+        """(1 - βᵗ) times a mean of the gradients [P]."""
+        new = self.state.momentum
+        if not self.is_ahead:
+            return new
+        return self.last_momentum.lerp(new, 1 + self.state.hyperparameters.momentum)
 
     @cached_property
     def scaled_gradient(self) -> Tensor:
         """(1 - βᵗ) h [P]."""
-        return self._with_prior(self.state.momentum, self.bias_correction)
+        return self._with_prior(self.momentum, self.bias_correction)
 
     @property
     def gradient(self) -> Tensor:
@@ -103,6 +118,7 @@ class MeanUpdate:
 
         The workers, who have the same blocks, may share out what takes long.
         """
+        add_priors(pushes)
         solved = solutions(
             [push.state.preconditioner for push in pushes],
             [push.scaled_gradient for push in pushes],
@@ -129,17 +145,32 @@ NATURAL = MeanUpdate()
 
 def add_priors(pushes: Sequence[Push]) -> None:
     """Compute the `scaled_gradient` of all blocks with priors N(0, 1/δ) at once."""
+    _look_ahead([push for push in pushes if push.is_ahead])
     simple = [push for push in pushes if push.state.prior.gaussian.is_centered]
     if simple:
         states = [push.state for push in simple]
         sums = torch._foreach_addcmul(
-            [state.momentum for state in states], [state.mean for state in states],
+            [push.momentum for push in simple], [state.mean for state in states],
             [state.prior.gaussian.diagonal for state in states],
             [push.bias_correction / push.state.hyperparameters.likelihood_weight
              for push in simple],
         )
         for push, total in zip(simple, sums, strict=True):
             vars(push)["scaled_gradient"] = total
+
+
+def _look_ahead(pushes: Sequence[Push]) -> None:
+    """Compute Nesterov's `momentum` of all blocks at once."""
+    groups: dict[float, list[Push]] = {}
+    for push in pushes:
+        groups.setdefault(push.state.hyperparameters.momentum, []).append(push)
+    for beta, members in groups.items():
+        ahead = torch._foreach_lerp(
+            [push.last_momentum for push in members],
+            [push.state.momentum for push in members], 1 + beta,
+        )
+        for push, momentum in zip(members, ahead, strict=True):
+            vars(push)["momentum"] = momentum
 
 
 def _natural_direction(push: Push, solution: LazySolution) -> Direction:

@@ -6,9 +6,10 @@ With msign(U S Vᵀ) = U Vᵀ for the gradient h [O, I] of a weight matrix,
     whitened-muon   d = s' msign(h W) W             W = (A / a + ρ I)^-½,  a = tr A / I,  ρ = 1
 
 where A is the mean of the layer's inputs a aᵀ, and s' gives d the Frobenius norm of Muon's. An
-input that varies little then learns as fast as the others, up to ρ. Biases are columns of the
-matrices that are whitened. All tensors that are not weight matrices (scales, embeddings, and in
-"muon" biases) are Adam's, at a tenth of the learning rate.
+input that varies little then learns as fast as the others, up to ρ. h has Nesterov's momentum,
+which trains in fewer steps. Biases are columns of the matrices that are whitened. All tensors that
+are not weight matrices (scales, embeddings, and in "muon" biases) are Adam's, at a tenth of the
+learning rate.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.posterior.adam import adam_direction
-from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, add_priors
 from pyrocurv.posterior.orthogonalization import matrix_norms, orthogonalize
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -45,14 +46,18 @@ class MuonUpdate(MeanUpdate):
     def directions(
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
-        views = [push.state.block.views(push.scaled_gradient) for push in pushes]
+        ahead = [push.ahead() for push in pushes]
+        add_priors(ahead)
+        views = [push.state.block.views(push.scaled_gradient) for push in ahead]
         matrices = {
             layer.weight: view[layer.weight].flatten(1)
             for push, view in zip(pushes, views, strict=True)
             for layer in push.state.block.layers if layer.is_matrix
         }
         signs = dict(zip(matrices, _orthogonalized([*matrices.values()], workers), strict=True))
-        return [_muon_direction(push, signs) for push in pushes]
+        return [
+            _muon_direction(push, one, signs) for push, one in zip(pushes, ahead, strict=True)
+        ]
 
     def costs(self, states: Sequence[BlockState]) -> dict[str, float]:
         """Those of the products of each weight matrix."""
@@ -63,7 +68,7 @@ class MuonUpdate(MeanUpdate):
         }
 
 
-def _muon_direction(push: Push, signs: dict[str, Tensor]) -> Direction:
+def _muon_direction(push: Push, ahead: Push, signs: dict[str, Tensor]) -> Direction:
     """The direction of a block whose weight matrices have been orthogonalized."""
     state = push.state
     shapes = state.block.tensors
@@ -81,7 +86,7 @@ def _muon_direction(push: Push, signs: dict[str, Tensor]) -> Direction:
         state = replace(state, second_moment=moment)
         pieces = (ADAM_SHARE * vector).split([math.prod(shapes[name]) for name in rest])
         values |= {name: piece.view(shapes[name]) for name, piece in zip(rest, pieces, strict=True)}
-    return Direction.of(push, state.block.pack(values), state.hyperparameters.lr, state)
+    return Direction.of(ahead, state.block.pack(values), state.hyperparameters.lr, state)
 
 
 def muon_scale(outputs: int, inputs: int) -> float:
@@ -102,10 +107,12 @@ class WhitenedMuonUpdate(MeanUpdate):
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
         bases = [_input_basis(push.state) for push in pushes]
+        ahead = [push.ahead() for push in compress(pushes, bases)]
+        add_priors(ahead)
         natural = [not basis and _is_natural(p) for p, basis in zip(pushes, bases, strict=True)]
         solved = iter(NATURAL.directions([*compress(pushes, natural)]))
         whitened = iter(_whitened_directions(
-            [*compress(pushes, bases)], [basis for basis in bases if basis], workers
+            ahead, [basis for basis in bases if basis], workers
         ))
         return [
             next(solved) if is_natural else next(whitened) if basis else _adam_direction(push)

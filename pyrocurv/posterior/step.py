@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyrocurv.layers import packing
-from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, add_priors
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
 from pyrocurv.posterior.natural_gradient import clip_momentum, trust_region_scale
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.runtime.autocast import disable_autocast
@@ -121,7 +121,6 @@ def step(
     posterior = evaluation.posterior
     pushed = _pushes(posterior, evaluation.gradients, mean_update.uses_momentum)
     pushes = [push for push in pushed if push is not None]
-    add_priors(pushes)
     nll = evaluation.loss if evaluation.nll is None else evaluation.nll
     owners = evaluation.owners
     with owners.together(evaluation.loss), disable_autocast(evaluation.loss.device):

@@ -94,6 +94,15 @@ def dense_gradients(push: Push) -> tuple[Tensor, Tensor]:
     return h, (state.momentum - beta * push.last_momentum) / (1 - beta) + prior
 
 
+def dense_nesterov(push: Push) -> Tensor:
+    """h [P] of β m + (1-β) g, where g is the gradient of the data in this step."""
+    state, numbers = push.state, push.state.hyperparameters
+    beta, ratio = numbers.momentum, numbers.temperature / numbers.num_data
+    g = (state.momentum - beta * push.last_momentum) / (1 - beta)
+    mean = (beta * state.momentum + (1 - beta) * g) / (1 - beta ** (push.step + 2))
+    return mean + ratio * state.prior.gaussian.precision * (state.mean - 0.3)
+
+
 def vector(direction: Direction) -> Tensor:
     return direction.solution.add_to(torch.zeros(direction.state.block.size), 1.0)
 
@@ -106,6 +115,23 @@ def test_gradients_are_those_of_the_tempered_objective() -> None:
     h, g = dense_gradients(pushed)
     torch.testing.assert_close(pushed.gradient, h, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pushed.last_gradient, g, rtol=1e-12, atol=1e-12)
+    ahead = pushed.ahead()
+    torch.testing.assert_close(ahead.gradient, dense_nesterov(pushed), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_a_constant_gradient_is_the_mean_of_itself(is_ahead: bool) -> None:
+    """From the first step on."""
+    g, pushed = torch.randn(9), push(LAYERS[0])
+    prior = GaussianPrior(torch.zeros(()), torch.tensor(0.0))
+    state = replace(pushed.state, prior=BlockPrior(prior, None), momentum=torch.zeros(9))
+    beta = NUMBERS.momentum
+    for step in range(4):
+        last, momentum = state.momentum, state.momentum.lerp(g, 1 - beta)
+        state = replace(state, momentum=momentum)
+        found = Push(state, last, step, is_ahead)
+        torch.testing.assert_close(found.gradient, g, rtol=1e-12, atol=1e-12)
+        assert found.bias_correction == pytest.approx(1 - beta ** (step + 1 + is_ahead))
 
 
 # ---- orthogonalization --------------------------------------------------------------------------
@@ -229,7 +255,8 @@ def test_muon_orthogonalizes_weights_and_leaves_biases_to_adam(structure: str) -
     (direction,) = MuonUpdate().directions([pushed])
     expected = pushed.state.block.views(vector(direction))
     gradients, last = pushed.state.block.views(h), pushed.state.block.views(g)
-    weight = (3 / 2) ** 0.5 * polar(gradients["a.weight"])
+    ahead = pushed.state.block.views(dense_nesterov(pushed))
+    weight = (3 / 2) ** 0.5 * polar(ahead["a.weight"])
     torch.testing.assert_close(expected["a.weight"], weight, rtol=1e-9, atol=1e-9)
     bias = ADAM_SHARE * gradients["a.bias"] / (last["a.bias"].abs() + EPSILON)
     torch.testing.assert_close(expected["a.bias"], bias, rtol=1e-9, atol=1e-9)
@@ -242,16 +269,15 @@ def test_tall_matrices_move_further() -> None:
 
 def test_muon_takes_a_convolution_as_one_matrix() -> None:
     pushed = push(Layer("c.weight", None, (4, 2, 3, 3)))
-    h, _ = dense_gradients(pushed)
     (direction,) = MuonUpdate().directions([pushed])
-    expected = polar(h.view(4, 18)).view(-1)
+    expected = polar(dense_nesterov(pushed).view(4, 18)).view(-1)
     torch.testing.assert_close(vector(direction), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("roots", [False, True])
 def test_whitened_muon(roots: bool) -> None:
     pushed = push(LAYERS[0], roots=roots)
-    h, _ = dense_gradients(pushed)
+    h = dense_nesterov(pushed)
     root = torch.outer(*ROOTS).flatten() if roots else torch.ones(9)
     basis = pushed.state.curvature.curvature
     trace = basis.dense().view(3, 3, 3, 3).diagonal(dim1=0, dim2=2).sum(-1)
@@ -300,12 +326,14 @@ def test_whitened_muon_takes_the_groups_of_a_convolution_one_by_one() -> None:
     for index in range(2):
         part = push(Layer("c.weight", None, (3, 2, 3)))
         curvature, h = pushed.state.curvature, pushed.state.momentum.view(2, 18)[index]
+        last = pushed.last_momentum.view(2, 18)[index]
         basis = curvature.curvature.map(lambda t, index=index: t[index])
         state = replace(
             part.state, momentum=h, mean=pushed.state.mean.view(2, 18)[index],
             curvature=replace(curvature, curvature=basis),
         )
-        (half,) = WhitenedMuonUpdate().directions([replace(part, state=state)])
+        half_push = replace(part, state=state, last_momentum=last)
+        (half,) = WhitenedMuonUpdate().directions([half_push])
         halves.append(vector(half))
     torch.testing.assert_close(torch.cat(halves), vector(direction), rtol=1e-9, atol=1e-9)
 
