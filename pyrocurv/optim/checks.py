@@ -21,7 +21,7 @@ from pyrocurv.runtime.validation import (
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
     """Raise ValueError for one of a group that is not finite or out of its range."""
-    for name in ("lr", "initial_lr", "damping", "weight_decay"):
+    for name in ("lr", "initial_lr", "damping", "weight_decay", "decoupled_weight_decay"):
         if name in values:
             check_nonnegative(name, as_number(values[name]))
     check_fraction("momentum", values["momentum"])

@@ -17,7 +17,6 @@ from pyrocurv.curvature.particle import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
-from pyrocurv.layers.module_types import has_layer_norm
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters, check_params
@@ -85,8 +84,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.likelihood, self.structure = likelihood, structure
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
         check_structure(structure, LEFT_OUT)
-        is_natural = not self.has_samples and not has_layer_norm(net)
-        self._mean_update = as_mean_update(update, "natural" if is_natural else "whitened-muon")
+        self._mean_update = as_mean_update(update)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
         network, recorder = self._kinds(net)
         super().__init__(check_params(params, net), defaults)

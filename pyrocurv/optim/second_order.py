@@ -13,6 +13,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.likelihood import Likelihood
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
+from pyrocurv.layers.module_types import has_layer_norm
 from pyrocurv.layers.structure_selection import StructureChoice
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.mean_updates import UpdateChoice
@@ -20,12 +21,14 @@ from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
-from pyrocurv.runtime.choices import CurvatureKind
+from pyrocurv.runtime.choices import Auto, CurvatureKind
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_callable
+from pyrocurv.runtime.validation import check_callable, check_nonnegative
 from pyrocurv.runtime.workers import naming_step
 from pyrocurv.structures.rescaled import KroneckerScaling
+
+DECAY, DECAY_OF_TRANSFORMERS = 0.3, 0.1  # decoupled, in the default step
 
 
 class SecondOrderOptimizer(CurvatureOptimizer):
@@ -69,10 +72,12 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             "point" leaves layers to Adam, "frozen" as they are.
         update: how the parameters move; see `pyrocurv.infer.NGVI`. "natural" is the step above,
             the others use the curvature for their coordinates or not at all. "auto" is
-            "whitened-muon" for networks with `LayerNorm` or `RMSNorm`, as transformers, which it
-            trains in fewer steps, and "natural" for others, which overfit less by it.
+            "whitened-muon", whose steps have a fixed length: give it a schedule that ends at 0.
         momentum, damping: β, and what is added to the curvature.
         weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
+        decoupled_weight_decay: λ of w ← w - lr λ w in each step, as AdamW and Muon have it, for
+            layers with weight matrices. "auto" is 0 if `update` or `weight_decay` is given; else
+            0.1 for networks with `LayerNorm` or `RMSNorm`, as transformers, and 0.3 for others.
         kl_clip: trust region κ of a step, over all layers; None for no clipping. The momentum keeps
             of a gradient no more than ten times its radius.
         fallback_lr: of Adam for what no supported op consumes, in proportion to a schedule on lr.
@@ -114,15 +119,20 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         momentum: float = 0.9,
         damping: float = 3e-3,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: float | Auto = AUTO,
         kl_clip: float | None = 1e-2,
         fallback_lr: float = 2e-3,
     ) -> None:
         if as_curvature(curvature).uses_sample_gradients:
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
+        check_nonnegative("decoupled_weight_decay", decoupled_weight_decay, AUTO)
+        if decoupled_weight_decay == AUTO:
+            is_default = update == AUTO and weight_decay == 0
+            decoupled_weight_decay = _default_decay(net) if is_default else 0.0
         super().__init__(
             net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
                 "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
-                "kl_clip": kl_clip,
+                "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
             },
         )
 
@@ -156,6 +166,10 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
         return Hyperparameters.of(group, 1, 1, self._number_of(group))
+
+
+def _default_decay(net: nn.Module) -> float:
+    return DECAY_OF_TRANSFORMERS if has_layer_norm(net) else DECAY
 
 
 @functools.lru_cache(maxsize=64)

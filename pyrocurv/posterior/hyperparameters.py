@@ -14,7 +14,10 @@ AUTO: Final = "auto"
 @serializable
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Of one block: learning rate, its base value before a schedule, β, damping, κ, N and T."""
+    """Of one block: learning rate, its base value before a schedule, β, damping, κ, N and T.
+
+    And λ, the decoupled weight decay.
+    """
 
     lr: float
     base_lr: float
@@ -24,6 +27,7 @@ class Hyperparameters:
     num_data: float
     temperature: float
     group: int = 0  # which of the caller's groups they are from
+    decay: float = 0.0
 
     @staticmethod
     def of(
@@ -33,7 +37,7 @@ class Hyperparameters:
         base = group.get("initial_lr", group["lr"])
         return Hyperparameters(
             group["lr"], base, group["momentum"], group["damping"], group["kl_clip"], num_data,
-            temperature, number,
+            temperature, number, group.get("decoupled_weight_decay", 0.0),
         )
 
     @property

@@ -141,6 +141,7 @@ def step(
             move = _move(direction, energy)
             _check_overflow(move, dot, posterior.step)
             moves.append(_averaged(move, posterior.step) if average else move)
+    _add_decays(moves)
     moved = iter(moves)
     blocks = tuple(
         old if new is None else next(moved).state
@@ -195,6 +196,32 @@ def _move(direction: Direction, energy: float) -> Move:
         kl_clip = state.hyperparameters.kl_clip
         rate *= trust_region_scale(energy, kl_clip)
     return Move(state, direction.solution, rate)
+
+
+def _add_decays(moves: list[Move]) -> None:
+    """Let the weights of layers decay, w - lr λ w, where that is not a part of the objective.
+
+    Loshchilov & Hutter 2019, "Decoupled weight decay regularization", arXiv:1711.05101.
+    """
+    for index, move in enumerate(moves):
+        numbers = move.state.hyperparameters
+        if numbers.decay and move.rate and (weights := _weights(move.state)) is not None:
+            vector = weights * (numbers.lr * numbers.decay / move.rate)
+            moves[index] = replace(move, direction=Solution(
+                move.direction.dot, (move.direction.add_to(vector, 1.0),)
+            ))
+
+
+def _weights(state: BlockState) -> Tensor | None:
+    """The mean [P] with zeros for scales and embeddings; None if there is nothing else."""
+    layers = [layer for layer in state.block.layers if layer.is_matrix]
+    if len(layers) == len(state.block.layers):
+        return state.mean
+    names = {name for layer in layers for name in layer.tensors}
+    return state.block.pack({
+        name: value if name in names else torch.zeros_like(value)
+        for name, value in state.mean_views.items()
+    }) if names else None
 
 
 def average_weight(step: int) -> float:

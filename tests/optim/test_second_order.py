@@ -1034,13 +1034,59 @@ def test_a_reentrant_checkpoint_counts() -> None:
 
 
 @pytest.mark.parametrize(("net", "expected"), [
-    (nn.Linear(2, 2), "natural"),
-    (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "natural"),
-    (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), "whitened-muon"),
-    (nn.Sequential(nn.Linear(2, 2), nn.RMSNorm(2)), "whitened-muon"),
-    (nn.TransformerEncoderLayer(4, 2, 4), "whitened-muon"),
-    (nn.Sequential(nn.Linear(2, 2), type("LlamaRMSNorm", (nn.Identity,), {})()), "whitened-muon"),
+    (nn.Linear(2, 2), 0.3),
+    (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 0.3),
+    (nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1),
+    (nn.Sequential(nn.Linear(2, 2), nn.RMSNorm(2)), 0.1),
+    (nn.TransformerEncoderLayer(4, 2, 4), 0.1),
+    (nn.Sequential(nn.Linear(2, 2), type("LlamaRMSNorm", (nn.Identity,), {})()), 0.1),
 ])
-def test_the_automatic_update_depends_on_layer_norms(net: nn.Module, expected: str) -> None:
-    assert SecondOrderOptimizer(net).state_dict()["update"] == expected
+def test_the_default_decay_depends_on_layer_norms(net: nn.Module, expected: float) -> None:
+    optimizer = SecondOrderOptimizer(net)
+    assert optimizer.state_dict()["update"] == "whitened-muon"
+    assert optimizer.defaults["decoupled_weight_decay"] == expected
+    for options in ({"update": "whitened-muon"}, {"weight_decay": 0.1}):
+        assert SecondOrderOptimizer(net, **options).defaults["decoupled_weight_decay"] == 0
+
+
+@pytest.mark.parametrize("update", ["natural", "muon", "whitened-muon", "soap", torch.optim.SGD])
+@pytest.mark.parametrize("structure", ["kfac", "diag"])
+def test_decoupled_decay_shortens_the_weights_of_layers(update: Any, structure: str) -> None:
+    """By lr λ in each step, besides the same step; scales of norm layers keep their size."""
+    def trained(decay: float) -> Any:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).double()
+        optimizer = SecondOrderOptimizer(
+            net, 0.02, update=update, structure={nn.Linear: structure, nn.LayerNorm: "diag"},
+            decoupled_weight_decay=decay,
+        )
+        x, y = torch.randn(16, 4, dtype=torch.double), torch.randint(3, (16,))
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        return before, dict(net.named_parameters())
+
+    before, plain = trained(0.0)
+    _, decayed = trained(0.5)
+    for name, value in before.items():
+        rate = 0.0 if name.startswith("1.") else 0.02 * 0.5
+        torch.testing.assert_close(plain[name] - decayed[name], rate * value)
+
+
+def test_decoupled_decay_follows_groups_and_schedules() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = SecondOrderOptimizer(net, 0.1, params=[
+        {"params": net[0].parameters(), "decoupled_weight_decay": 0.2},
+        {"params": net[1].parameters(), "decoupled_weight_decay": 0.0},
+    ])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = copy.deepcopy(net.state_dict())
+    F.cross_entropy(net(torch.randn(8, 3)), torch.randint(2, (8,))).backward()
+    optimizer.step()
+    schedule.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="decoupled_weight_decay"):
+        SecondOrderOptimizer(net, decoupled_weight_decay=-1.0)
+    with pytest.raises(ValueError, match="decoupled_weight_decay='no'"):
+        SecondOrderOptimizer(net, decoupled_weight_decay="no")
     assert VIOptimizer(net, 10).state_dict()["update"] == "whitened-muon"
