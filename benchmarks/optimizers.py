@@ -117,11 +117,11 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {  # the grids
         "mlp": (0.5, 1.0, 2.0),
     },
     "second-order": {
-        "gpt": (0.02, 0.03, 0.04), "resnet": (0.01, 0.02, 0.04), "lenet": (0.01, 0.02, 0.04),
-        "mlp": (0.01, 0.02, 0.04),
+        "gpt": (0.03, 0.04, 0.06), "resnet": (0.02, 0.03, 0.04), "lenet": (0.02, 0.03, 0.04),
+        "mlp": (0.02, 0.03, 0.04),
     },
     "ngvi": {
-        "gpt": (0.02, 0.03, 0.04), "resnet": (0.03, 0.06, 0.08), "lenet": (0.01, 0.02, 0.04),
+        "gpt": (0.03, 0.04, 0.06), "resnet": (0.03, 0.06, 0.08), "lenet": (0.01, 0.02, 0.04),
         "mlp": (0.01, 0.02, 0.04),
     },
 }
@@ -393,12 +393,9 @@ METHODS: dict[str, Callable[[Task, float], Run]] = {
     "adamw": plain(adamw), "schedule-free": schedule_free, "sgd": plain(sgd), "muon": plain(muon),
     "soap": plain(soap), "ivon": ivon, "second-order": plain(second_order), "ngvi": ngvi,
 }
-VARIANTS: dict[str, dict[str, Any]] = {  # of "second-order", if named in --methods
-    "second-order-whitened": {"update": "whitened-muon"},
-    "second-order-decay": {"update": "whitened-muon", "weight_decay": 3e-3},
-}
-METHODS |= {name: plain(partial(second_order, **options)) for name, options in VARIANTS.items()}
-RATES |= {name: RATES["second-order"] for name in VARIANTS}
+VARIANTS = ("second-order-natural",)  # if named in --methods
+METHODS["second-order-natural"] = plain(partial(second_order, update="natural"))
+RATES["second-order-natural"] = RATES["second-order"]
 PEERS = {"schedule-free": AdamWScheduleFree, "soap": SOAP, "ivon": IVON}
 
 

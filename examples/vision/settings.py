@@ -80,7 +80,7 @@ METHODS = {
     "adam": ADAM,
     "sgd": SGD,
     "muon": MethodSettings(0.02, 0.1, on={**on(SMALL, lr=0.01), **on(LARGE, lr=0.01)}),
-    "second-order": MethodSettings(0.03, 3e-3),
+    "second-order": MethodSettings(0.03, 0.3),
     "ngvi": MethodSettings(0.02, 0.0, on={**on(SMALL, lr=0.04), **on(LARGE, lr=0.04)}),
     "laplace": MethodSettings(3e-3, 1e-4, on={  # decay x images: the precision of the first prior
         "digits": {"weight_decay": 5e-3}, **on(SMALL, lr=1e-3),

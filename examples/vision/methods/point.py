@@ -87,8 +87,7 @@ def second_order(net: nn.Module, problem: Problem) -> Optimizers:
     check_dense(net, config.guide)
     structure: Any = {"diagonal": "diag"}.get(config.guide, config.guide)
     return [SecondOrderOptimizer(
-        net, settings.lr, weight_decay=settings.weight_decay,
-        update="whitened-muon" if config.update == "auto" else config.update,
+        net, settings.lr, decoupled_weight_decay=settings.weight_decay, update=config.update,
         structure=structure,
         curvature="fisher" if config.curvature == "auto" else config.curvature,
     )]
