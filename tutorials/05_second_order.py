@@ -139,16 +139,17 @@ METHODS = {
                   (0.1, 0.3, 1.0, 3.0)),
     "Adam": Method(lambda net, lr, _: torch.optim.Adam(net.parameters(), lr),
                    (0.001, 0.003, 0.01, 0.03)),
-    "second order": Method(
-        lambda net, lr, likelihood: SecondOrderOptimizer(net, lr, likelihood=likelihood),
+    "natural gradient": Method(
+        lambda net, lr, likelihood: SecondOrderOptimizer(
+            net, lr, likelihood=likelihood, update="natural"),
         (0.1, 0.3, 1.0, 3.0),
     ),
+    "second order": Method(
+        lambda net, lr, likelihood: SecondOrderOptimizer(
+            net, lr, likelihood=likelihood, decoupled_weight_decay=0.0),
+        (0.01, 0.03, 0.1, 0.3),
+    ),
 }
-METHODS["second order, Muon"] = Method(
-    lambda net, lr, likelihood: SecondOrderOptimizer(
-        net, lr, likelihood=likelihood, update="whitened-muon"),
-    (0.01, 0.03, 0.1, 0.3),
-)
 if hasattr(torch.optim, "Muon"):  # torch has it from 2.9 on
     METHODS["Muon"] = Method(lambda net, lr, _: Muon(net, lr), (0.003, 0.01, 0.03, 0.1))
 if importlib.util.find_spec("pytorch_optimizer"):
@@ -158,8 +159,8 @@ if importlib.util.find_spec("pytorch_optimizer"):
         lambda net, lr, _: SOAP(net.parameters(), lr, weight_decay=0.0),
         (0.003, 0.01, 0.03, 0.1)
     )
-COLORS = {"SGD": "0.5", "Adam": "tab:blue", "second order": "tab:red",
-          "second order, Muon": "tab:orange", "Muon": "tab:green", "SOAP": "tab:purple"}
+COLORS = {"SGD": "0.5", "Adam": "tab:blue", "natural gradient": "tab:red",
+          "second order": "tab:orange", "Muon": "tab:green", "SOAP": "tab:purple"}
 
 
 class Run(NamedTuple):
@@ -304,7 +305,8 @@ figure, ax = plt.subplots(figsize=(6, 3.4))
 for initial in (0.01,) if SHORT else (0.1, 0.03, 0.01, 0.003):
     method = Method(
         lambda net, lr, likelihood, initial=initial: SecondOrderOptimizer(
-            net, lr, likelihood=likelihood, curvature=Curvature("fisher", initial=initial)), RATES,
+            net, lr, likelihood=likelihood, update="natural",
+            curvature=Curvature("fisher", initial=initial)), RATES,
     )
     held = [train(PROBLEMS["autoencoder"], method, lr, seed=100).held for lr in RATES]
     ax.plot(RATES, held, "o-", label=f"initial={initial}")

@@ -97,8 +97,9 @@ class NGVI:
             approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
         antithetic: use each perturbation a second time with its sign turned, also across steps.
         update: how the mean moves: "natural", in the trust region of `kl_clip`; "whitened-muon" and
-            "muon", the orthogonalized momentum of each weight matrix with and without whitening by
-            the input factor of its curvature, and Adam at a tenth of `lr` for other tensors;
+            "muon", the orthogonalized (Nesterov) momentum of each weight matrix with and without
+            whitening by the input factor of its curvature, and Adam at a tenth of `lr` for other
+            tensors;
             "soap", Adam in the eigenbasis of the curvature's factors; or a callable from parameters
             (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
             own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
