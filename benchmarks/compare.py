@@ -60,7 +60,7 @@ import fashion_mnist
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
-from pyrocurv.nn import Classifier, bayesianize, rescale_prior
+from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.nn.networks import LeNet5, ResNet
 
 # last, since an example has the name of the package "laplace"
@@ -315,17 +315,14 @@ def init_at_weights(problem: Problem, seed: int) -> Callable[[dict[str, Any]], T
 
 
 def ngvi(
-    make_guide: Callable[..., Any], problem: Problem, seed: int, lr: float, prior: float = 1.0,
-    curvature: str = "fisher",
+    make_guide: Callable[..., Any], problem: Problem, seed: int, lr: float,
+    temperature: float | str = "auto", curvature: str = "fisher",
 ) -> Predict:
-    """`prior` is the width of the priors of weights, as a multiple of the usual one."""
-    net = bayesianize(problem.network())
-    for name, module in net.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            rescale_prior(net, f"{name}.weight", torch.tensor(prior))
-    model = Classifier(net, num_data=problem.num_data)
+    model = Classifier(bayesianize(problem.network()), num_data=problem.num_data)
     guide = make_guide(model)
-    engine = NGVI(model, guide, lr=lr, curvature=Curvature(curvature))
+    engine = NGVI(
+        model, guide, lr=lr, temperature=temperature, curvature=Curvature(curvature)
+    )
     schedule = LambdaLR(engine.optimizer, problem.cosine)
     for x, y in problem.batches(seed):
         engine.step(x, y)
@@ -368,12 +365,12 @@ METHODS: dict[str, Method] = {
         partial(ngvi, KFACGuide), grid(lr=NGVI_RATES, curvature=("empirical",))
     ),
 }
-RESNET_GRIDS = {  # for the ResNet, the same number of settings: higher rates, and narrower priors
+RESNET_GRIDS = {  # for the ResNet, the same number of settings: higher rates, lower temperatures
     "mc-dropout": grid(lr=(4e-3, 8e-3), p=(0.1, 0.25)),
     "swag": grid(lr=(4e-3, 8e-3), swa_lr=(0.01, 0.03)),
     "laplace-torch": grid(lr=(4e-3, 8e-3), subset=("last_layer",), structure=("full", "kron")),
-    "kfac": grid(lr=(0.03, 0.06), prior=(1.0, 0.5)),
-    "ekfac": grid(lr=(0.03, 0.06), prior=(1.0, 0.5)),
+    "kfac": grid(lr=(0.02, 0.04), temperature=("auto", 0.03)),
+    "ekfac": grid(lr=(0.02, 0.04), temperature=("auto", 0.03)),
 }
 ENSEMBLES = {"adam": (5, 10), "muon": (5,), "kfac": (2, 5)}  # method: numbers of members
 REFERENCE = "kfac"
