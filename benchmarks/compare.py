@@ -13,6 +13,7 @@ on the validation data is taken (seed 0). Then three seeds are trained and score
 NGVI runs with its defaults for everything but the learning rate.
 
     adam, muon      point estimates by AdamW and by Muon
+    second-order    a point estimate by `SecondOrderOptimizer`
     mc-dropout      AdamW with dropout before linear layers, 16 masks for a prediction
     swag            16 samples of a Gaussian fitted to the last quarter of the weights' path
     laplace-torch   its Laplace approximation of the network of "adam", with its own choice of prior
@@ -62,6 +63,7 @@ from pyrocurv.guides import DiagonalGuide, EKFACGuide, KFACGuide
 from pyrocurv.infer import NGVI, Predictive
 from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.nn.networks import LeNet5, ResNet
+from pyrocurv.optim import SecondOrderOptimizer
 
 # last, since an example has the name of the package "laplace"
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -196,6 +198,13 @@ def muon(problem: Problem, seed: int, lr: float) -> Predict:
     rest = [p for p in net.parameters() if all(p is not weight for weight in weights)]
     optimizers = [MatrixMuon(weights, lr=lr, weight_decay=0.1), torch.optim.AdamW(rest, lr=3e-3)]
     finish(optimize(net, optimizers, problem, seed))
+    return point_predict(net)
+
+
+def second_order(problem: Problem, seed: int, lr: float, decay: float) -> Predict:
+    net = problem.network()
+    optimizer = SecondOrderOptimizer(net, lr, decoupled_weight_decay=decay)
+    finish(optimize(net, [optimizer], problem, seed))
     return point_predict(net)
 
 
@@ -350,6 +359,7 @@ ADAM_RATES, NGVI_RATES = (1e-3, 2e-3, 4e-3, 8e-3), (0.01, 0.02, 0.04, 0.06)
 METHODS: dict[str, Method] = {
     "adam": Method(adam, grid(lr=ADAM_RATES)),
     "muon": Method(muon, grid(lr=(5e-3, 0.01, 0.02, 0.04))),
+    "second-order": Method(second_order, grid(lr=(0.02, 0.04), decay=(0.1, 0.3))),
     "mc-dropout": Method(mc_dropout, grid(lr=(2e-3, 4e-3), p=(0.1, 0.25))),
     "swag": Method(swag, grid(lr=(2e-3, 4e-3), swa_lr=(0.01, 0.03))),
     "laplace-torch": Method(
@@ -372,7 +382,7 @@ RESNET_GRIDS = {  # for the ResNet, the same number of settings: higher rates, l
     "kfac": grid(lr=(0.02, 0.04), temperature=("auto", 0.03)),
     "ekfac": grid(lr=(0.02, 0.04), temperature=("auto", 0.03)),
 }
-ENSEMBLES = {"adam": (5, 10), "muon": (5,), "kfac": (2, 5)}  # method: numbers of members
+ENSEMBLES = {"adam": (5, 10), "muon": (5,), "second-order": (5,), "kfac": (2, 5)}  # method: numbers of members
 REFERENCE = "kfac"
 
 # ---- runs, kept in files ------------------------------------------------------------------------
