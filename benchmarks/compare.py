@@ -382,7 +382,9 @@ RESNET_GRIDS = {  # for the ResNet, the same number of settings: higher rates, l
     "kfac": grid(lr=(0.02, 0.04), temperature=("auto", 0.03)),
     "ekfac": grid(lr=(0.02, 0.04), temperature=("auto", 0.03)),
 }
-ENSEMBLES = {"adam": (5, 10), "muon": (5,), "second-order": (5,), "kfac": (2, 5)}  # method: numbers of members
+ENSEMBLES = {  # method: numbers of members
+    "adam": (5, 10), "muon": (5,), "second-order": (5,), "kfac": (2, 5),
+}
 REFERENCE = "kfac"
 
 # ---- runs, kept in files ------------------------------------------------------------------------
