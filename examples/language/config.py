@@ -35,7 +35,7 @@ class Config:
     """Sequences of --context characters in a step."""
     lr: float | None = None
     """Learning rate at its peak; it rises linearly, and falls to 0 as a cosine. None: adam 0.003,
-    muon 0.02, second-order 0.01, ngvi 0.03."""
+    muon, second-order and ngvi 0.04."""
     kl_temperature: float = 0.1
     """T of the KL term of ngvi; the larger, the more do the samples of the posterior differ."""
     samples: int = 8

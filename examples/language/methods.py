@@ -17,8 +17,8 @@ from pyrocurv.optim import SecondOrderOptimizer
 from resuming import Refusal
 
 MUON_REST = 0.15  # learning rate of Muon's AdamW, relative to that of the matrices
-LRS = {"adam": 3e-3, "muon": 0.02, "second-order": 0.01, "ngvi": 0.03}  # not tuned for muon and
-# second-order; the others are those of `benchmarks/transformer.py`
+LRS = {"adam": 3e-3, "muon": 0.04, "second-order": 0.04, "ngvi": 0.04}
+# the best of a few in `benchmarks/optimizers.py`, where 5e-3 is that of AdamW
 
 
 @dataclass(frozen=True)
