@@ -24,7 +24,7 @@ from pyrocurv.posterior.prior import BlockPrior, GaussianPrior
 from pyrocurv.runtime.choices import Auto, CurvatureKind
 from pyrocurv.runtime.inference_mode import outside_inference_mode
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_callable, check_nonnegative
+from pyrocurv.runtime.validation import check_callable, check_module, check_nonnegative
 from pyrocurv.runtime.workers import naming_step
 from pyrocurv.structures.rescaled import KroneckerScaling
 
@@ -125,6 +125,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     ) -> None:
         if as_curvature(curvature).uses_sample_gradients:
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
+        check_module("net", net)
         check_nonnegative("decoupled_weight_decay", decoupled_weight_decay, AUTO)
         if decoupled_weight_decay == AUTO:
             is_default = update == AUTO and weight_decay == 0

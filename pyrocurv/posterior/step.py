@@ -203,13 +203,21 @@ def _add_decays(moves: list[Move]) -> None:
 
     Loshchilov & Hutter 2019, "Decoupled weight decay regularization", arXiv:1711.05101.
     """
+    groups: dict[float, list[tuple[int, Tensor]]] = {}
     for index, move in enumerate(moves):
         numbers = move.state.hyperparameters
         if numbers.decay and move.rate and (weights := _weights(move.state)) is not None:
-            vector = weights * (numbers.lr * numbers.decay / move.rate)
-            moves[index] = replace(move, direction=Solution(
-                move.direction.dot, (move.direction.add_to(vector, 1.0),)
-            ))
+            share = numbers.lr * numbers.decay / move.rate
+            groups.setdefault(share, []).append((index, weights))
+    for share, members in groups.items():
+        directions = [moves[index].direction for index, _ in members]
+        vectors = [
+            one.factors[0] if len(one.factors) == 1 else one.add_to(torch.zeros_like(weights), 1.0)
+            for one, (_, weights) in zip(directions, members, strict=True)
+        ]
+        sums = torch._foreach_add(vectors, [weights for _, weights in members], alpha=share)
+        for (index, _), one, total in zip(members, directions, sums, strict=True):
+            moves[index] = replace(moves[index], direction=Solution(one.dot, (total,)))
 
 
 def _weights(state: BlockState) -> Tensor | None:
