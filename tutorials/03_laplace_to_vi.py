@@ -338,10 +338,10 @@ print(f"{'the true curve':<25}{best:>13.2f}{best:>20.2f}")
 # between. Tuning the prior raised the evidence and changed next to nothing here.
 #
 # Variational inference **loses** this one. At T = 1 it underfits: with 481 weights and 60 data
-# the samples are so far from the mode that the mean, in the picture above, follows only half of
-# the data. At the temperature "auto" it fits (0.35 at the data), but its band in the gap is too
-# narrow (-3.7). For small regressions use Laplace, or find the mode by `NGVI(...,
-# curvature="ggn", num_particles=0)` and then fit Laplace.
+# the samples are so far from the mode that a smooth curve is the best that the mean can do. At
+# the temperature "auto" it fits, but its band in the gap is too narrow. For small regressions
+# use Laplace, or find the mode by `NGVI(..., curvature="ggn", num_particles=0)` and then fit
+# Laplace.
 #
 # ## A classifier
 #
@@ -434,12 +434,12 @@ show(scores, ["accuracy %", "NLL (nats)", "far entropy (nats)"], 3)
 
 # %% [markdown]
 # The trained network has a good weight decay, which for 100 points is half of the job. Its NLL
-# is hard to improve on, and nobody does: Laplace is level, variational inference worse, by
-# little at T = 0.3 (NLL 0.34 against 0.30, accuracy 85 % against 87 %) and clearly at T = 1
-# (0.39, 83 %). What they add is doubt far away, where the network has next to none: its entropy
-# there is 0.05 nats, that of Laplace 0.15, that of variational inference 0.25 and 0.37. Which of
-# these you want depends on what your errors cost. In time, T = 0.3 was a training of 400 steps;
-# Laplace is a pass over the data, and a backward pass for each class at each prediction.
+# is hard to improve on, and nobody does: Laplace is level, variational inference a little worse
+# at T = 0.3 (0.33 against 0.30) and clearly worse at T = 1 (0.38). What they add is doubt far
+# away, where the network has next to none: its entropy there is 0.05 nats, that of Laplace
+# 0.15, that of variational inference 0.26 and 0.39. Which of these you want depends on what
+# your errors cost. In time, T = 0.3 was a training of 400 steps; Laplace is a pass over the
+# data, and a backward pass for each class at each prediction.
 #
 # ## Where to read on
 #

@@ -267,9 +267,9 @@ print(f"sigma: {sigmas.mean():.3f} ± {sigmas.std():.3f}, true 0.2")
 
 # %% [markdown]
 # Inputs 0, 1 and 2 keep a scale that falls with what they contribute; those of the other five
-# shrink from the prior median to about 0.15 and would shrink on, slowly, over more steps. The
-# noise is overestimated (0.27 against 0.2): at T = 1 the network underfits a little, and what it
-# does not fit is noise to it.
+# shrink from the prior median to 0.15 and would shrink on, slowly, over more steps. The noise
+# is overestimated (0.27 against 0.2): at T = 1 the network underfits a little, and what it does
+# not fit is noise to it.
 #
 # ## Where to read on
 #

@@ -82,11 +82,11 @@ for update in UPDATES:
 # %% [markdown]
 # All ranks have the same numbers, bit for bit, which is checked during training too. From those
 # of one process they differ by rounding at first, as sums that are added up in another order
-# do. Training amplifies that, and the difference may jump, as it does here with "natural" at
-# step 61. That is no fault: the curvature's eigenvectors are computed anew now and then, and
-# where two eigenvalues are nearly equal, rounding decides how the two are rotated. The random
-# numbers of a step belong to eigenvectors, so that from there on each run draws other samples of
-# the same posterior; the losses go on together, as those of two seeds.
+# do. Later the difference jumps. That is no fault: the curvature's eigenvectors are computed
+# anew now and then, and where two eigenvalues are nearly equal, rounding decides how the two
+# are rotated. The random numbers of a step belong to eigenvectors, so that from there on each
+# run draws other samples of the same posterior; the losses go on together, as those of two
+# seeds.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))

@@ -45,6 +45,7 @@ from pyrocurv.infer.resume_checks import (
     check_state,
 )
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
+from pyrocurv.layers.module_types import has_layer_norm
 from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
 from pyrocurv.posterior.mean_update import NATURAL
 from pyrocurv.posterior.shared_state import state_of_all
@@ -97,9 +98,9 @@ class NGVI:
             approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
         antithetic: use each perturbation a second time with its sign turned, also across steps.
         update: how the mean moves: "natural", in the trust region of `kl_clip`; "whitened-muon" and
-            "muon", the orthogonalized (Nesterov) momentum of each weight matrix with and without
-            whitening by the input factor of its curvature, and Adam at a tenth of `lr` for other
-            tensors;
+            "muon", the orthogonalized momentum of each weight matrix (Nesterov's without samples,
+            and for networks with `LayerNorm` or `RMSNorm`) with and without whitening by the input
+            factor of its curvature, and Adam at a tenth of `lr` for other tensors;
             "soap", Adam in the eigenbasis of the curvature's factors; or a callable from parameters
             (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
             own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
@@ -210,7 +211,8 @@ class NGVI:
         self._is_synchronized = False
         self._has_network = has_network(model)
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
-        self._mean_update = as_mean_update(update, automatic)
+        is_nesterov = self.num_particles == 0 or has_layer_norm(modules(model))
+        self._mean_update = as_mean_update(update, automatic, is_nesterov)
         self._is_automatic_update = update == AUTO
         if lr == AUTO and not self._prefers_joint:
             values["lr"] = self._mean_update.default_lr

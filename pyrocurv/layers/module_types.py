@@ -29,10 +29,10 @@ def has_synchronized_norm(modules: Iterable[nn.Module]) -> bool:
     return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in modules)
 
 
-def has_layer_norm(net: nn.Module) -> bool:
-    """Whether a network has layers as of a transformer, by their type or the name of its class."""
+def has_layer_norm(modules: Iterable[nn.Module]) -> bool:
+    """Whether there are layers as of a transformer, by their type or the name of their class."""
     return any(
         isinstance(module, (nn.LayerNorm, nn.RMSNorm))
         or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
-        for module in net.modules()
+        for module in modules
     )

@@ -17,6 +17,7 @@ from pyrocurv.curvature.particle import SINGLE_PARTICLE, Particle
 from pyrocurv.curvature.spec import as_curvature
 from pyrocurv.layers.block import Block
 from pyrocurv.layers.calls import LayerCall
+from pyrocurv.layers.module_types import has_layer_norm
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
 from pyrocurv.optim.checks import check_hyperparameters, check_params
@@ -84,7 +85,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.likelihood, self.structure = likelihood, structure
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
         check_structure(structure, LEFT_OUT)
-        self._mean_update = as_mean_update(update)
+        is_nesterov = not self.has_samples or has_layer_norm(net.modules())
+        self._mean_update = as_mean_update(update, is_nesterov=is_nesterov)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
         network, recorder = self._kinds(net)
         super().__init__(check_params(params, net), defaults)

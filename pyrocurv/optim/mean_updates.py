@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryPara
 from pyrocurv.posterior.adam import SoapUpdate
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
-from pyrocurv.posterior.muon import MuonUpdate, WhitenedMuonUpdate
+from pyrocurv.posterior.muon import MuonUpdate, Orthogonalizing, WhitenedMuonUpdate
 from pyrocurv.runtime.choices import UpdateName
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -21,8 +22,12 @@ UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdat
 UpdateChoice = UpdateName | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
-def as_mean_update(update: UpdateChoice, automatic: str = "whitened-muon") -> MeanUpdate:
+def as_mean_update(
+    update: UpdateChoice, automatic: str = "whitened-muon", is_nesterov: bool = True
+) -> MeanUpdate:
     """The rule of that name, `automatic` for "auto", or of the optimizer that a callable makes.
+
+    `is_nesterov` is whether the momentum of orthogonalized steps is Nesterov's.
 
     Raises ValueError for an unknown name, TypeError for anything else.
     """
@@ -34,7 +39,10 @@ def as_mean_update(update: UpdateChoice, automatic: str = "whitened-muon") -> Me
                 f"update={update!r}: choose {names}, or a callable from parameters to a "
                 "torch.optim.Optimizer"
             )
-        return UPDATES[name]
+        rule = UPDATES[name]
+        if isinstance(rule, Orthogonalizing):
+            return replace(rule, is_nesterov=is_nesterov)
+        return rule
     if not callable(update):
         raise TypeError(
             f"update: one of {names} or a callable from parameters to a torch.optim.Optimizer is "

@@ -170,7 +170,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
 
 def _default_decay(net: nn.Module) -> float:
-    return DECAY_OF_TRANSFORMERS if has_layer_norm(net) else DECAY
+    return DECAY_OF_TRANSFORMERS if has_layer_norm(net.modules()) else DECAY
 
 
 @functools.lru_cache(maxsize=64)

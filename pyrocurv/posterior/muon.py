@@ -6,10 +6,10 @@ With msign(U S Vᵀ) = U Vᵀ for the gradient h [O, I] of a weight matrix,
     whitened-muon   d = s' msign(h W) W             W = (A / a + ρ I)^-½,  a = tr A / I,  ρ = 1
 
 where A is the mean of the layer's inputs a aᵀ, and s' gives d the Frobenius norm of Muon's. An
-input that varies little then learns as fast as the others, up to ρ. h has Nesterov's momentum,
-which trains in fewer steps. Biases are columns of the matrices that are whitened. All tensors that
-are not weight matrices (scales, embeddings, and in "muon" biases) are Adam's, at a tenth of the
-learning rate.
+input that varies little then learns as fast as the others, up to ρ. Biases are columns of
+the matrices that are whitened. All tensors that are not weight matrices (scales, embeddings, and in
+"muon" biases) are Adam's, at a tenth of the learning rate. h may have Nesterov's momentum, which
+trains in fewer steps where the gradients are not too noisy.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import cast
 
@@ -38,7 +38,20 @@ RIDGE = 1.0  # ρ
 MAX_SIDE = 256  # of matrices whose orthogonalization costs less than a pass over one batch
 
 
-class MuonUpdate(MeanUpdate):
+@dataclass(frozen=True)
+class Orthogonalizing(MeanUpdate):
+    """What the rules of this file share: the momentum, Nesterov's or the plain one."""
+
+    is_nesterov: bool = True
+
+    def momenta(self, pushes: Sequence[Push]) -> list[Push]:
+        """The pushes as the orthogonalization sees them."""
+        found = [push.ahead() for push in pushes] if self.is_nesterov else [*pushes]
+        add_priors(found)
+        return found
+
+
+class MuonUpdate(Orthogonalizing):
     """Orthogonalizes each weight matrix [O, rest]; Adam for all other tensors."""
 
     name = "muon"
@@ -46,8 +59,7 @@ class MuonUpdate(MeanUpdate):
     def directions(
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
-        ahead = [push.ahead() for push in pushes]
-        add_priors(ahead)
+        ahead = self.momenta(pushes)
         views = [push.state.block.views(push.scaled_gradient) for push in ahead]
         matrices = {
             layer.weight: view[layer.weight].flatten(1)
@@ -94,7 +106,7 @@ def muon_scale(outputs: int, inputs: int) -> float:
     return max(1.0, outputs / inputs) ** 0.5
 
 
-class WhitenedMuonUpdate(MeanUpdate):
+class WhitenedMuonUpdate(Orthogonalizing):
     """Orthogonalizes the weight matrices of Kronecker blocks in whitened coordinates.
 
     Other structures, and matrices that are too wide, take the natural gradient.
@@ -107,8 +119,7 @@ class WhitenedMuonUpdate(MeanUpdate):
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
         bases = [_input_basis(push.state) for push in pushes]
-        ahead = [push.ahead() for push in compress(pushes, bases)]
-        add_priors(ahead)
+        ahead = self.momenta([*compress(pushes, bases)])
         natural = [not basis and _is_natural(p) for p, basis in zip(pushes, bases, strict=True)]
         solved = iter(NATURAL.directions([*compress(pushes, natural)]))
         whitened = iter(_whitened_directions(
