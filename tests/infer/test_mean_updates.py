@@ -32,6 +32,7 @@ from toys import (
 from pyrocurv.curvature import Curvature
 from pyrocurv.guides import FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
+from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
 
 Parameters = list[nn.Parameter]
@@ -354,3 +355,22 @@ def test_guides_of_all_structures_take_all_updates() -> None:
             ngvi = NGVI(model, guide(model), update=update)
             losses = [ngvi.step(x, y) for _ in range(2)]
             assert all(torch.isfinite(torch.tensor(losses))), name
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(nn.BatchNorm1d, False), (nn.LayerNorm, True)])
+def test_momentum_looks_ahead_for_point_estimates_and_transformers(
+    norm: type[nn.Module], expected: bool
+) -> None:
+    """Nesterov's, where gradients are not those of a wide posterior's samples."""
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 3), norm(3), nn.Linear(3, 2))
+
+    def is_nesterov(owner: Any) -> bool:
+        return owner._mean_update.is_nesterov
+
+    for update in ("muon", "whitened-muon"):
+        assert is_nesterov(SecondOrderOptimizer(net(), update=update))
+        assert is_nesterov(VIOptimizer(net(), num_data=10, update=update)) == expected
+        model = Classifier(bayesianize(net()), num_data=10)
+        assert is_nesterov(NGVI(model, KFACGuide(model), update=update)) == expected
+        assert is_nesterov(NGVI(model, KFACGuide(model), update=update, num_particles=0))
