@@ -76,8 +76,9 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         momentum, damping: β, and what is added to the curvature.
         weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
         decoupled_weight_decay: λ of w ← w - lr λ w in each step, as AdamW and Muon have it, for
-            layers with weight matrices. "auto" is 0 if `update` or `weight_decay` is given; else
-            0.1 for networks with `LayerNorm` or `RMSNorm`, as transformers, and 0.3 for others.
+            layers with weight matrices. "auto" is 0 if `update` or a `weight_decay` other than 0
+            is given, and for groups with a `weight_decay`; else 0.1 for networks with `LayerNorm`
+            or `RMSNorm`, as transformers, and 0.3 for others.
         kl_clip: trust region κ of a step, over all layers; None for no clipping. The momentum keeps
             of a gradient no more than ten times its radius.
         fallback_lr: of Adam for what no supported op consumes, in proportion to a schedule on lr.
@@ -104,6 +105,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     """
 
     fallback_description = "Adam trains them"
+    settings = ("_is_automatic_decay",)
 
     def __init__(
         self,
@@ -127,6 +129,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             raise ValueError("curvature='noise' needs the samples of a VIOptimizer")
         check_module("net", net)
         check_nonnegative("decoupled_weight_decay", decoupled_weight_decay, AUTO)
+        self._is_automatic_decay = decoupled_weight_decay == AUTO
         if decoupled_weight_decay == AUTO:
             is_default = update == AUTO and weight_decay == 0
             decoupled_weight_decay = _default_decay(net) if is_default else 0.0
@@ -136,6 +139,18 @@ class SecondOrderOptimizer(CurvatureOptimizer):
                 "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
             },
         )
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group, see `torch.optim.Optimizer.add_param_group`.
+
+        One with a `weight_decay` of its own has no decoupled one, unless that is given too.
+
+        Raises ValueError for parameters that do not belong to the network.
+        """
+        has_own = isinstance(param_group, dict) and "weight_decay" in param_group
+        if has_own and self._is_automatic_decay:
+            param_group.setdefault("decoupled_weight_decay", 0.0)
+        super().add_param_group(param_group)
 
     @outside_inference_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -135,13 +135,13 @@ def step(
         if direction.energy_rate is not None
     ), evaluation.loss)
     _clip_momenta(directions, energy)
-    moves = []
     with owners.together(evaluation.loss):
-        for direction, dot in zip(directions, dots, strict=True):
-            move = _move(direction, energy)
+        moves = [_move(direction, energy) for direction in directions]
+        _add_decays(moves)
+        for move, dot in zip(moves, dots, strict=True):
             _check_overflow(move, dot, posterior.step)
-            moves.append(_averaged(move, posterior.step) if average else move)
-    _add_decays(moves)
+        if average:
+            moves = [_averaged(move, posterior.step) for move in moves]
     moved = iter(moves)
     blocks = tuple(
         old if new is None else next(moved).state
@@ -263,11 +263,13 @@ def _check_overflow(move: Move, dot: float, step: int) -> None:
 
     With d the direction, M the preconditioner and λ its least eigenvalue, |d|² ≤ <d, M d> / λ, and
     λ is at least the smallest positive number: without extreme numbers nothing has to be computed.
+    A decay of the weights by lr λ ≤ 1 does not enlarge them.
     """
     state, limits = move.state, torch.finfo(move.state.mean.dtype)
     rate = abs(move.rate)
     least = math.sqrt(limits.tiny * limits.eps)
-    if rate * (math.sqrt(abs(dot)) / least) < limits.max / 4:  # a quotient of squares may overflow
+    is_small = rate * (math.sqrt(abs(dot)) / least) < limits.max / 4  # its square may overflow
+    if is_small and state.hyperparameters.lr * state.hyperparameters.decay <= 1:
         return
     if not (rate < limits.max and bool(torch.isfinite(move.moved(state.mean.clone())).all())):
         lr = state.hyperparameters.lr

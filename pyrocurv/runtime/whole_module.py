@@ -60,14 +60,15 @@ def shards_of(modules: Iterable[nn.Module]) -> Shards | None:
 
     Raises ValueError for networks on different ranks.
     """
-    found = [s for module in modules if (s := vars(module).get(ATTRIBUTE)) is not None]
+    found = [s for module in modules if (s := vars(module).get(ATTRIBUTE)) is not None
+             and not s.workers.is_alone]
     if len({shards.ranks for shards in found}) > 1:
         places = ", ".join(str([*shards.ranks]) for shards in found)
         raise ValueError(
             f"model: fully_shard has sharded its networks over different ranks, {places}: shard "
             "all of them over one mesh"
         )
-    return found[0] if found and not found[0].workers.is_alone else None
+    return found[0] if found else None
 
 
 @contextmanager
@@ -81,8 +82,9 @@ def made_whole(net: nn.Module) -> Iterator[None]:
         check_unsharded("net", net.modules())
         yield
         return
-    group, modules = check_shards(net), [*net.modules()]
+    modules = [*net.modules()]
     reshard(modules)
+    group = check_shards(net)
     with Undo() as undo:
         for module in modules:
             undo.keep(partial(setattr, module, "__class__", type(module)))
@@ -90,9 +92,11 @@ def made_whole(net: nn.Module) -> Iterator[None]:
         gathered: dict[int, nn.Parameter] = {}
         for module in modules:
             for name, p in module._parameters.items():
-                if p is not None:
-                    gathered[id(p)] = gathered.get(id(p)) or _whole(p)
-                    module._parameters[name] = gathered[id(p)]
+                if p is None:
+                    continue
+                if id(p) not in gathered:  # a weight may belong to two modules
+                    gathered[id(p)] = _whole(p)
+                module._parameters[name] = gathered[id(p)]
         for module in modules:
             _leave_sharding(module)
         vars(net)[ATTRIBUTE] = Shards(group)

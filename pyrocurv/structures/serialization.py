@@ -7,7 +7,7 @@ numbers, strings and None stay. `torch.load(weights_only=True)` accepts the resu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -51,13 +51,20 @@ def from_state(state: Any) -> Any:
         return state
     cls = _classes.get(state.get("kind", ""))
     content = {name: from_state(value) for name, value in state.items() if name != "kind"}
-    if cls is None or content.keys() != {field.name for field in fields(cls)}:
+    if cls is None or not _is_complete(cls, {*content}):
         raise ValueError(
             f"the state has a {state.get('kind')!r} with {', '.join(content)}, which this version "
             "of pyrocurv does not have: was it saved by another version, or is it a class of your "
             "own that is not imported?"
         )
     return cls(**content)
+
+
+def _is_complete(cls: type, names: set[str]) -> bool:
+    """Whether names are those of the fields; one with a default may be newer than the state."""
+    known = {field.name: field.default is MISSING for field in fields(cls)}
+    return names <= known.keys() and all(name in names for name, is_needed in known.items()
+                                         if is_needed)
 
 
 def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:

@@ -345,6 +345,18 @@ def refuse(rank: int) -> Any:
     copied = copy.deepcopy(bayesianize(network))
     assert type(network[0]).__mro__[1] is nn.Conv1d and not network.state_dict().keys() & {"0.bias"}
     assert KFACGuide(Classifier(copied, num_data=N)).is_shared_out
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[2].weight = tied[1].weight
+    fully_shard(tied)
+    with torch.no_grad():
+        tied(x)  # whole from here on, until a backward pass
+    tied = Classifier(bayesianize(tied), num_data=N)
+    guide = DiagonalGuide(tied)
+    NGVI(tied, guide).step(x, y)
+    assert {*guide.sites} == {"net.1.weight", "net.1.bias", "net.2.bias"}, guide.sites
+    with mock.patch("torch.distributed.is_initialized", lambda: False):
+        with mock.patch("torch.distributed.get_process_group_ranks", side_effect=KeyError):
+            assert not KFACGuide(Classifier(copied, num_data=N)).is_shared_out
     return skipped, messages
 
 

@@ -1090,3 +1090,48 @@ def test_decoupled_decay_follows_groups_and_schedules() -> None:
     with pytest.raises(ValueError, match="decoupled_weight_decay='no'"):
         SecondOrderOptimizer(net, decoupled_weight_decay="no")
     assert VIOptimizer(net, 10).state_dict()["update"] == "whitened-muon"
+
+
+def test_groups_with_a_weight_decay_have_no_automatic_one() -> None:
+    """Nor have those that a copy gets later; a number that was given stays."""
+    def decays(**options: Any) -> list[float]:
+        net = small()
+        optimizer = SecondOrderOptimizer(net, params=[
+            {"params": [net[0].weight]}, {"params": [net[0].bias], "weight_decay": 0.0},
+        ], **options)
+        net, optimizer = copy.deepcopy((net, optimizer))
+        optimizer.add_param_group({"params": net[2].parameters(), "weight_decay": 1e-3})
+        return [group["decoupled_weight_decay"] for group in optimizer.param_groups]
+
+    assert decays() == [0.3, 0.0, 0.0]
+    assert decays(decoupled_weight_decay=0.2) == [0.2, 0.2, 0.2]
+    assert decays(update="natural") == [0.0, 0.0, 0.0]
+
+
+def test_a_decay_that_overflows_changes_nothing() -> None:
+    net = small()
+    optimizer = SecondOrderOptimizer(net, 1.0, decoupled_weight_decay=1e38)
+    with torch.no_grad():
+        net[0].weight.mul_(100)
+    before = flat(net)
+    with pytest.raises(FloatingPointError, match="the means overflow"):
+        train(net, optimizer, 1)
+    assert torch.equal(flat(net), before)
+
+
+def test_a_state_from_before_decoupled_decay_loads() -> None:
+    def without_decay(value: Any) -> Any:
+        if isinstance(value, dict):
+            names = [name for name in value if name not in ("decay", "decoupled_weight_decay")]
+            return {name: without_decay(value[name]) for name in names}
+        return [*map(without_decay, value)] if isinstance(value, list) else value
+
+    net = small()
+    optimizer = SecondOrderOptimizer(net, decoupled_weight_decay=0.0)
+    train(net, optimizer, 1)
+    other_net = copy.deepcopy(net)
+    other = SecondOrderOptimizer(other_net)
+    other.load_state_dict(without_decay(copy.deepcopy(optimizer.state_dict())))
+    train(net, optimizer, 1)
+    train(other_net, other, 1)
+    assert torch.equal(flat(net), flat(other_net))
