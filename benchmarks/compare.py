@@ -10,7 +10,8 @@ epochs, batches of 50), and LeNet-5 or a ResNet with batch norm on 55,000 images
 validation. All methods have the same first weights, batches and epochs, a learning rate that falls
 to 0 as a cosine, one thread, and a grid of four settings each, of which the one with the lowest NLL
 on the validation data is taken (seed 0). Then three seeds are trained and score the test data once.
-NGVI runs with its defaults for everything but the learning rate.
+NGVI runs with its defaults for everything but the learning rate and, on the ResNet, the
+temperature.
 
     adam, muon      point estimates by AdamW and by Muon
     second-order    a point estimate by `SecondOrderOptimizer`

@@ -33,7 +33,7 @@ class Ownership:
     def of(blocks: Sequence[Block], workers: Workers) -> Ownership | None:
         """By the costs of the blocks; None for a process alone.
 
-        Raises ValueError for structures that are not supported, or less blocks than ranks.
+        Raises ValueError for structures that are not supported, or fewer blocks than ranks.
         """
         if workers.is_alone or not blocks:
             return None

@@ -56,7 +56,7 @@ def check_supported(block: Block, remedy: str) -> None:
 
 
 def check_count(blocks: Sequence[Block], size: int, remedy: str) -> None:
-    """Raise ValueError for less blocks than processes."""
+    """Raise ValueError for fewer blocks than processes."""
     if 0 < len(blocks) < size:
         raise ValueError(
             f"net: {len(blocks)} layers have a curvature, less than the {size} ranks that it is "

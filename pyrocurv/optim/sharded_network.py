@@ -311,7 +311,7 @@ class ShardedNetwork(TracedNetwork):
     ) -> ParameterBlocks:
         """The layout with blocks for new layers, each of one layer, and their owners.
 
-        Raises ValueError for structures that are not supported, or less blocks than ranks.
+        Raises ValueError for structures that are not supported, or fewer blocks than ranks.
         """
         known = len(layout.blocks)
         layout = super().extended(layout, layers, store)

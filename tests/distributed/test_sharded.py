@@ -150,6 +150,10 @@ def test_updates(ranks: Any, kind: str, update: Any) -> None:
     check(ranks, kind, update=update, curvature=curvature, structure="ekfac")
 
 
+def test_decoupled_decay(ranks: Any) -> None:
+    check(ranks, "second-order", decoupled_weight_decay=0.3)
+
+
 def test_intervals_by_the_drift_of_each_block(ranks: Any) -> None:
     curvature = Curvature("ggn", every="auto", batch=None)
     check(ranks, "vi", curvature=curvature, update="natural", steps=22)
