@@ -1,4 +1,4 @@
-"""Guides of networks that `fully_shard` had sharded: each rank has the Gaussians of its blocks.
+"""Guides of networks sharded by `fully_shard`: each rank has the Gaussians of its blocks.
 
 All ranks have the means of all blocks, and the owner of a block alone has its precision.
 """
@@ -92,6 +92,6 @@ class MeanOnly(Family):
 def elsewhere(what: str) -> str:
     """What to do where a posterior is not complete."""
     return (
-        f"the ranks of a network that fully_shard had sharded have a part of its posterior each: "
+        f"the ranks of a network sharded by fully_shard have a part of its posterior each: "
         f"{what}. guide.gathered(), called on all ranks, is a guide with all of it"
     )

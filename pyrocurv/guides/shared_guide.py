@@ -18,7 +18,7 @@ Guide = TypeVar("Guide", bound="SharedGuide")
 
 
 class SharedGuide(ParamStoreGuide):
-    """A guide whose blocks are shared out, if `fully_shard` had sharded the network of its model.
+    """A guide whose blocks are shared out, if `fully_shard` sharded the network of its model.
     """
 
     ownership: Ownership | None = None  # of the blocks, where ranks have some each
@@ -63,13 +63,13 @@ class SharedGuide(ParamStoreGuide):
     def gathered(self: Guide) -> Guide:
         """The guide with the complete posterior; all ranks call it, and each has a copy then.
 
-        For a network that `fully_shard` had sharded, whose ranks have some Gaussians each: for
+        For a network sharded by `fully_shard`, whose ranks have some Gaussians each: for
         `Predictive`, samples and quantiles. Of any other network it is a copy.
         """
         return self._gathered(keeps=True)
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state of all ranks of a network that `fully_shard` had sharded, which all ask for.
+        """The state of all ranks of a network sharded by `fully_shard`, which all ask for.
 
         On rank 0; {} on the others. It continues on any number of ranks, or in one process. Of any
         other network it is `state_dict()`.

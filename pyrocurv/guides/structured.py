@@ -50,7 +50,7 @@ class StructuredGuide(BlockwiseGuide):
         ValueError: the model has a discrete latent, or no latent at all; at a later call, a latent
             of the first call is observed.
 
-    Of a network that `fully_shard` had sharded before `bayesianize`, each rank has the Gaussians of
+    Of a network sharded by `fully_shard` before `bayesianize`, each rank has the Gaussians of
     some layers and the means of all; what needs the others raises a RuntimeError. `gathered()` is a
     guide with all of them.
 

@@ -158,12 +158,12 @@ def check_sharing(
     )
     if not (is_group or isinstance(process_group, str)):
         raise ValueError(
-            f"process_group: fully_shard had sharded the network over the ranks {[*shards.ranks]}, "
+            f"process_group: fully_shard has sharded the network over the ranks {[*shards.ranks]}, "
             "which train it together: leave process_group out"
         )
     if not guide.is_shared_out:
         return
-    what = "of a network that fully_shard had sharded"
+    what = "of a network sharded by fully_shard"
     if sample_parallel:
         raise ValueError(
             f"sample_parallel=True {what}: its ranks have parts of one sample; {REMEDY}"

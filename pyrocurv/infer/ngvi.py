@@ -132,7 +132,7 @@ class NGVI:
     Momentum and damping are not used there. Other arguments of `Curvature`, such as `every`, belong
     to running averages: with them a network is trained layer by layer.
 
-    Of a network that `fully_shard` had sharded before `bayesianize`, each rank has the Gaussians,
+    Of a network sharded by `fully_shard` before `bayesianize`, each rank has the Gaussians,
     curvature and momenta of the blocks that it owns, by their cost, with diagonal structures, K-FAC
     and EK-FAC without truncation; `guide.gathered()` is a guide with all of them.
 
@@ -398,7 +398,7 @@ class NGVI:
 
         {"eigendecompositions": {"net.0 input": 1, ...}, "update": {"net.0": 0, ...}}, for the ranks
         of the process group or for `num_ranks` of them. Empty before the first step. Where
-        `fully_shard` had sharded the network it is {"blocks": {"net.0": 1, ...}}, their owners.
+        `fully_shard` sharded the network it is {"blocks": {"net.0": 1, ...}}, their owners.
         """
         size = self._workers.size if num_ranks is None else num_ranks
         check_integer("num_ranks", size, 1)
@@ -413,7 +413,7 @@ class NGVI:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters of guide and model, which have their own states.
 
-        Of a network that `fully_shard` had sharded, what this rank has; it continues on the same
+        Of a network sharded by `fully_shard`, what this rank has; it continues on the same
         rank of as many. See `full_state_dict`.
         """
         self._follow_store()
@@ -436,7 +436,7 @@ class NGVI:
         }
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state of all ranks of a network that `fully_shard` had sharded, which all ask for.
+        """The state of all ranks of a network sharded by `fully_shard`, which all ask for.
 
         On rank 0; {} on the others. It continues on any number of ranks, or in one process, with a
         guide that has loaded `guide.full_state_dict()`. Of any other network it is `state_dict()`.

@@ -247,7 +247,7 @@ def _check_held_out(ngvi: NGVI, held_out: Any, num_samples: Any, patience: Any) 
     check_loader("held_out", held_out)
     if ngvi.guide.is_shared_out:
         raise ValueError(
-            "held_out: the ranks of a network that fully_shard had sharded have a part of the "
+            "held_out: the ranks of a network sharded by fully_shard have a part of the "
             "posterior each; leave it out, and score ngvi.guide.gathered()"
         )
     if isinstance(held_out, Iterator):

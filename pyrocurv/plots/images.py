@@ -106,7 +106,8 @@ def entropy_histogram(
         'predictive entropy (nats)'
     """
     check_integer("bins", bins, 1)
-    named = {"data of the trained kind": checked_probs("probs", probs)}
+    checked = checked_probs("probs", probs)
+    named: dict[str, Tensor] = {}
     others = {} if unseen is None else unseen
     for label, values in (
         others.items() if isinstance(others, Mapping) else [("other data", others)]
@@ -117,7 +118,7 @@ def entropy_histogram(
             raise ValueError(f"{where} has {values.shape[1]} classes, probs has {probs.shape[1]}")
     ax = axes(ax)
     top = math.log(probs.shape[1]) or 1.0
-    for label, values in named.items():
+    for label, values in [("data of the trained kind", checked), *named.items()]:
         entropy = torch.special.entr(values).sum(-1).clamp(max=top)
         weights = torch.full_like(entropy, 1 / len(entropy))
         ax.hist(

@@ -1,4 +1,4 @@
-"""NGVI of networks that fully_shard had sharded, against one process that has everything."""
+"""NGVI of networks sharded by fully_shard, against one process that has everything."""
 
 from __future__ import annotations
 
