@@ -18,8 +18,7 @@ Guide = TypeVar("Guide", bound="SharedGuide")
 
 
 class SharedGuide(ParamStoreGuide):
-    """A guide whose blocks are shared out, if `fully_shard` sharded the network of its model.
-    """
+    """A guide whose blocks are shared out, if `fully_shard` sharded the network of its model."""
 
     ownership: Ownership | None = None  # of the blocks, where ranks have some each
 
@@ -65,6 +64,9 @@ class SharedGuide(ParamStoreGuide):
 
         For a network sharded by `fully_shard`, whose ranks have some Gaussians each: for
         `Predictive`, samples and quantiles. Of any other network it is a copy.
+
+        Raises RuntimeError before the guide's first call, and where the processes are not those
+        that have its parts, as after unpickling.
         """
         return self._gathered(keeps=True)
 
@@ -72,7 +74,7 @@ class SharedGuide(ParamStoreGuide):
         """The state of all ranks of a network sharded by `fully_shard`, which all ask for.
 
         On rank 0; {} on the others. It continues on any number of ranks, or in one process. Of any
-        other network it is `state_dict()`.
+        other network it is `state_dict()`. Raises RuntimeError as `gathered` does.
         """
         if self.ownership is None:
             return self.state_dict()

@@ -33,7 +33,10 @@ from pyrocurv.runtime.workers import ALONE, Workers
 class ReplicatedBlocks:
     """All processes have all blocks."""
 
-    owners = ALONE  # processes that have blocks of their own
+    @property
+    def owners(self) -> Workers:
+        """The processes that have blocks of their own."""
+        return ALONE
 
     @property
     def average(self) -> Average:
@@ -80,7 +83,7 @@ class OwnedBlocks(ReplicatedBlocks):
     shared: Owners
 
     @property
-    def owners(self) -> Workers:  # type: ignore[override]
+    def owners(self) -> Workers:
         return self.shared.workers
 
     @property

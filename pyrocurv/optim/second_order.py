@@ -34,13 +34,16 @@ DECAY, DECAY_OF_TRANSFORMERS = 0.3, 0.1  # decoupled, in the default step
 class SecondOrderOptimizer(CurvatureOptimizer):
     """Preconditions the gradient by the curvature of the network's layers.
 
-    With C the running curvature per entry of the loss's mean, g the gradient, δ the weight decay:
+    By default a step is Muon's in coordinates whitened by the layers' inputs. With C the running
+    curvature per entry of the loss's mean, g the gradient, δ the weight decay, `update="natural"`
+    is
 
         m ← β m + (1-β) g,   h = m/(1-βᵗ) + δ w,   w ← w - lr ν (C + e + δ + damping)⁻¹ h
 
     e is the initial curvature that fades, ν the trust region of `kl_clip`. Without momentum,
-    damping and e a step at lr 1 from "ggn" is Newton's for least squares, and for one softmax layer
-    in the structure "full"; for deep linear networks "kfac" gives that of Gauss-Newton blocks.
+    damping, clipping and e such a step at lr 1 from "ggn" is Newton's for least squares, and for
+    one softmax layer in the structure "full"; for deep linear networks "kfac" gives that of
+    Gauss-Newton blocks.
 
     The loop stays as it is: `zero_grad`, forward, `backward`, `step`. On steps where curvature is
     due the network runs once more, on a few examples of the batch, inside `step`. Only passes count
@@ -70,13 +73,14 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             gradient in the output (hard classes; for "normal" of a loss that nothing scales).
         structure: one for all layers, or a choice for each; see `pyrocurv.curvature.estimate`.
             "point" leaves layers to Adam, "frozen" as they are.
-        update: how the parameters move; see `pyrocurv.infer.NGVI`. "natural" is the step above,
+        update: how the parameters move; see `pyrocurv.infer.NGVI`. "natural" is the formula above,
             the others use the curvature for their coordinates or not at all. "auto" is
             "whitened-muon", whose steps have a fixed length: give it a schedule that ends at 0.
         momentum, damping: β, and what is added to the curvature.
         weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
         decoupled_weight_decay: λ of w ← w - lr λ w in each step, as AdamW and Muon have it, for
-            layers with weight matrices. "auto" is 0 if `update` or a `weight_decay` other than 0
+            layers with weight matrices. It is no part of the objective, whose fixed points are
+            kept at 0 alone. "auto" is 0 if `update` or a `weight_decay` other than 0
             is given, and for groups with a `weight_decay`; else 0.1 for networks with `LayerNorm`
             or `RMSNorm`, as transformers, and 0.3 for others.
         kl_clip: trust region κ of a step, over all layers; None for no clipping. The momentum keeps
@@ -90,7 +94,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         FloatingPointError: a gradient that is not finite, or means or precisions that would not be;
             nothing has changed then.
 
-    Reference: Martens & Grosse 2015, arXiv:1503.05671.
+    Reference: Martens & Grosse 2015, arXiv:1503.05671; Jordan et al. 2024, "Muon: An optimizer for
+    hidden layers in neural networks"; Loshchilov & Hutter 2019, arXiv:1711.05101.
 
     Example:
         >>> import torch

@@ -150,12 +150,8 @@ class Workers:
     # ---- one for all ----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """Copy the tensors of the process of rank `source` into those of the others."""
-        self.broadcast_from_({source: tensors})
-
     def broadcast_from_(self, shares: Mapping[int, Sequence[Tensor]]) -> None:
-        """`broadcast_` from several processes at the same time, {rank: tensors}."""
+        """Copy {rank: its tensors} of several processes into those of the others, all at once."""
         if self.is_alone:
             return
         sent = [
@@ -172,6 +168,10 @@ class Workers:
         for bucket, tensors, flat, _ in sent:
             for index, value in bucket.unflatten(flat, tensors).items():
                 tensors[index].copy_(value)
+
+    def broadcast_(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Copy the tensors of the process of rank `source` into those of the others."""
+        self.broadcast_from_({source: tensors})
 
     def broadcast(self, value: Any) -> Any:
         """A plain value of the process of rank 0, pickled."""
@@ -236,7 +236,7 @@ class Workers:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise LostProcessError(
                 f"rank {self.rank} cannot reach all of the {self.size} processes: a process of the "
-                f"group has died, has left, or takes no part in this step ({reason})"
+                f"group has died, has left, or does not take part in this step ({reason})"
             ) from error
 
     # ---- random numbers -------------------------------------------------------------------------

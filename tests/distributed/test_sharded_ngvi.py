@@ -14,6 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from test_ngvi_ranks import target
+from test_sharded import Scale
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -29,17 +30,6 @@ from pyrocurv.nn import Classifier, bayesianize
 N, STEPS, ROWS, SIZE = 96, 3, 16, 2  # rows of a rank, ranks
 GUIDES: dict[str, Any] = {"kfac": KFACGuide, "ekfac": EKFACGuide, "diag": DiagonalGuide}
 EXACT = Curvature("fisher", every=1, batch=None, eigen_every=1)
-
-
-class Scale(nn.Module):
-    """A weight that no supported op consumes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rate = nn.Parameter(torch.full((5,), 0.3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.rate.exp()
 
 
 def net(is_traced: bool) -> nn.Module:
