@@ -1,6 +1,8 @@
 """Imports go down the floors; a new room must be given its floor here."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -85,3 +87,16 @@ def test_matplotlib_is_imported_inside_functions_of_plots() -> None:
         assert not any(name.startswith("matplotlib") for name in imports(tree, False)), module
         drawn = any(name.startswith("matplotlib") for name in imports(tree))
         assert not drawn or room(module) == "plots", module
+
+
+def test_a_plain_program_imports_no_launcher() -> None:
+    """As `torchrun` is one."""
+    code = (
+        "import sys, pyrocurv, pyrocurv.infer, pyrocurv.optim\n"
+        "starts = tuple('torch.distributed.' + name for name in ('run', 'launch', 'elastic'))\n"
+        "print([name for name in sys.modules if name.startswith(starts)])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert found.stdout.strip() == "[]"
