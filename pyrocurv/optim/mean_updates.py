@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter
 from pyrocurv.posterior.adam import SoapUpdate
 from pyrocurv.posterior.hyperparameters import AUTO
-from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push
+from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, gradients
 from pyrocurv.posterior.muon import MuonUpdate, Orthogonalizing, WhitenedMuonUpdate
 from pyrocurv.runtime.choices import UpdateName
 from pyrocurv.runtime.undo import Undo
@@ -76,18 +76,19 @@ class TorchUpdate(MeanUpdate):
     def directions(
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
-        moving = [parameter for push in pushes for parameter in self._load(push)]
+        pairs = zip(pushes, gradients(pushes), strict=True)
+        moving = [parameter for pair in pairs for parameter in self._load(*pair)]
         self._optimizer.step(moving)
         return [self._direction(push) for push in pushes]
 
-    def _load(self, push: Push) -> list[AuxiliaryParameter]:
+    def _load(self, push: Push, gradient: Tensor) -> list[AuxiliaryParameter]:
         """The parameters of a block, with the values of its mean and their gradients."""
         block, numbers = push.state.block, push.state.hyperparameters
-        gradients = block.unpack(push.gradient)
+        values = block.unpack(gradient)
         factor = numbers.lr / numbers.base_lr if numbers.base_lr else 1.0
         return [
             AuxiliaryParameter(
-                name, self._parameter(name, mean), gradients[name], numbers.group, {}, factor
+                name, self._parameter(name, mean), values[name], numbers.group, {}, factor
             )
             for name, mean in block.views(push.state.mean).items()
         ]

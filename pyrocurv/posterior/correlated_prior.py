@@ -67,11 +67,6 @@ class CorrelatedPrior:
             return self
         return CorrelatedPrior(self.loc, self.precision.scale(1 / self.power))
 
-    @property
-    def is_centered(self) -> bool:
-        """Whether all weights have the same prior N(0, 1/δ)."""
-        return False
-
     def by_tensor(self, block: Block) -> None:
         """No tensor has a prior of its own."""
 

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrocurv.posterior.natural_gradient import regularized_gradient
+from pyrocurv.posterior.prior import GaussianPrior
 from pyrocurv.posterior.state import BlockState
+from pyrocurv.runtime import foreach
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import LazySolution
@@ -62,25 +63,7 @@ class Push:
     @cached_property
     def scaled_gradient(self) -> Tensor:
         """(1 - βᵗ) h [P]."""
-        return self._with_prior(self.momentum, self.bias_correction)
-
-    @property
-    def gradient(self) -> Tensor:
-        """h [P]."""
-        return self.scaled_gradient / self.bias_correction
-
-    @property
-    def last_gradient(self) -> Tensor:
-        """The gradient of this step alone, with the prior's [P]."""
-        weight = 1 - self.state.hyperparameters.momentum
-        return self._with_prior(self.last_momentum.lerp(self.state.momentum, 1 / weight), 1.0)
-
-    def _with_prior(self, gradient: Tensor, scale: float) -> Tensor:
-        state = self.state
-        return regularized_gradient(
-            gradient, state.mean, state.prior.gaussian, state.hyperparameters.likelihood_weight,
-            scale,
-        )
+        return _with_priors([self], [self.momentum], [self.bias_correction])[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,33 +127,78 @@ NATURAL = MeanUpdate()
 
 
 def add_priors(pushes: Sequence[Push]) -> None:
-    """Compute the `scaled_gradient` of all blocks with priors N(0, 1/δ) at once."""
-    _look_ahead([push for push in pushes if push.is_ahead])
-    simple = [push for push in pushes if push.state.prior.gaussian.is_centered]
-    if simple:
-        states = [push.state for push in simple]
+    """Compute the `scaled_gradient` of all blocks that do not have it yet, at once."""
+    pushes = [push for push in pushes if "scaled_gradient" not in vars(push)]
+    ahead = [push for push in pushes if push.is_ahead]
+    betas = [push.state.hyperparameters.momentum for push in ahead]
+    for push, momentum in zip(ahead, _momenta(ahead, [1 + beta for beta in betas]), strict=True):
+        vars(push)["momentum"] = momentum
+    corrections = [push.bias_correction for push in pushes]
+    sums = _with_priors(pushes, [push.momentum for push in pushes], corrections)
+    for push, total in zip(pushes, sums, strict=True):
+        vars(push)["scaled_gradient"] = total
+
+
+def gradients(pushes: Sequence[Push]) -> list[Tensor]:
+    """h [P] of each block."""
+    if not pushes:
+        return []
+    add_priors(pushes)
+    scaled = [push.scaled_gradient for push in pushes]
+    return [*torch._foreach_div(scaled, [push.bias_correction for push in pushes])]
+
+
+def last_gradients(pushes: Sequence[Push]) -> list[Tensor]:
+    """The gradient of this step alone, with the prior's [P], of each block."""
+    betas = [push.state.hyperparameters.momentum for push in pushes]
+    momenta = _momenta(pushes, [1 / (1 - beta) for beta in betas])
+    return _with_priors(pushes, momenta, [1.0] * len(pushes))
+
+
+def _momenta(pushes: Sequence[Push], weights: Sequence[float]) -> list[Tensor]:
+    """mₜ₋₁ + weight · (mₜ - mₜ₋₁) of each block."""
+    before = [push.last_momentum for push in pushes]
+    return foreach.lerp(before, [push.state.momentum for push in pushes], weights)
+
+
+def _with_priors(
+    pushes: Sequence[Push], momenta: Sequence[Tensor], corrections: Sequence[float]
+) -> list[Tensor]:
+    """m + correction · (δT/N)(M - M₀) of each block; at once where weights are independent."""
+    scales = [
+        correction / push.state.hyperparameters.likelihood_weight
+        for push, correction in zip(pushes, corrections, strict=True)
+    ]
+    priors = [push.state.prior.gaussian for push in pushes]
+    found = {
+        index: prior.add_gradient(momenta[index], pushes[index].state.mean, scales[index])
+        for index, prior in enumerate(priors) if not isinstance(prior, GaussianPrior)
+    }
+    others = [index for index in range(len(pushes)) if index not in found]
+    if others:
         sums = torch._foreach_addcmul(
-            [push.momentum for push in simple], [state.mean for state in states],
-            [state.prior.gaussian.diagonal for state in states],
-            [push.bias_correction / push.state.hyperparameters.likelihood_weight
-             for push in simple],
+            [momenta[index] for index in others], _deviations([pushes[index] for index in others]),
+            [priors[index].diagonal for index in others], [scales[index] for index in others],
         )
-        for push, total in zip(simple, sums, strict=True):
-            vars(push)["scaled_gradient"] = total
+        found.update(zip(others, sums, strict=True))
+    return [found[index] for index in range(len(pushes))]
 
 
-def _look_ahead(pushes: Sequence[Push]) -> None:
-    """Compute Nesterov's `momentum` of all blocks at once."""
-    groups: dict[float, list[Push]] = {}
-    for push in pushes:
-        groups.setdefault(push.state.hyperparameters.momentum, []).append(push)
-    for beta, members in groups.items():
-        ahead = torch._foreach_lerp(
-            [push.last_momentum for push in members],
-            [push.state.momentum for push in members], 1 + beta,
+def _deviations(pushes: Sequence[Push]) -> list[Tensor]:
+    """M - M₀ of blocks with independent weights."""
+    means = [push.state.mean for push in pushes]
+    priors = [push.state.prior.gaussian for push in pushes]
+    shifted = [
+        index for index, prior in enumerate(priors)
+        if isinstance(prior, GaussianPrior) and not prior.zero_mean
+    ]
+    if shifted:
+        differences = torch._foreach_sub(
+            [means[index] for index in shifted], [priors[index].loc for index in shifted]
         )
-        for push, momentum in zip(members, ahead, strict=True):
-            vars(push)["momentum"] = momentum
+        for index, difference in zip(shifted, differences, strict=True):
+            means[index] = difference
+    return means
 
 
 def _natural_direction(push: Push, solution: LazySolution) -> Direction:

@@ -17,7 +17,7 @@ Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from typing import cast
@@ -25,8 +25,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pyrocurv.posterior.adam import adam_direction
-from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, add_priors
+from pyrocurv.posterior.adam import adam_directions, adam_steps
+from pyrocurv.posterior.mean_update import (
+    NATURAL,
+    Direction,
+    MeanUpdate,
+    Push,
+    add_priors,
+    gradients,
+    last_gradients,
+)
 from pyrocurv.posterior.orthogonalization import matrix_norms, orthogonalize
 from pyrocurv.posterior.state import BlockState
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -67,8 +75,10 @@ class MuonUpdate(Orthogonalizing):
             for layer in push.state.block.layers if layer.is_matrix
         }
         signs = dict(zip(matrices, _orthogonalized([*matrices.values()], workers), strict=True))
+        others = _others(pushes, signs)
         return [
-            _muon_direction(push, one, signs) for push, one in zip(pushes, ahead, strict=True)
+            _muon_direction(one, state, signs, values)
+            for one, (state, values) in zip(ahead, others, strict=True)
         ]
 
     def costs(self, states: Sequence[BlockState]) -> dict[str, float]:
@@ -80,25 +90,48 @@ class MuonUpdate(Orthogonalizing):
         }
 
 
-def _muon_direction(push: Push, ahead: Push, signs: dict[str, Tensor]) -> Direction:
+def _muon_direction(
+    push: Push, state: BlockState, signs: dict[str, Tensor], others: dict[str, Tensor]
+) -> Direction:
     """The direction of a block whose weight matrices have been orthogonalized."""
-    state = push.state
-    shapes = state.block.tensors
-    rest = [name for name in shapes if name not in signs]
+    block = state.block
     values = {
         name: (muon_scale(*signs[name].shape) * signs[name]).view(shape)
-        for name, shape in shapes.items() if name in signs
+        for name, shape in block.tensors.items() if name in signs
     }
-    if rest:
-        gradient, last = (
-            torch.cat([state.block.views(vector)[name].flatten() for name in rest])
-            for vector in (push.gradient, push.last_gradient)
-        )
-        vector, moment = adam_direction(gradient, last, state.second_moment)
-        state = replace(state, second_moment=moment)
-        pieces = (ADAM_SHARE * vector).split([math.prod(shapes[name]) for name in rest])
-        values |= {name: piece.view(shapes[name]) for name, piece in zip(rest, pieces, strict=True)}
-    return Direction.of(ahead, state.block.pack(values), state.hyperparameters.lr, state)
+    return Direction.of(push, block.pack(values | others), state.hyperparameters.lr, state)
+
+
+def _others(
+    pushes: Sequence[Push], signs: dict[str, Tensor]
+) -> list[tuple[BlockState, dict[str, Tensor]]]:
+    """Each block with its new second moments, and {name: d [*shape]} by Adam of its tensors that
+    are not matrices.
+    """
+    found = [(push.state, dict[str, Tensor]()) for push in pushes]
+    names = [[name for name in push.state.block.tensors if name not in signs] for push in pushes]
+    used = [index for index, chosen in enumerate(names) if chosen]
+    moving = [pushes[index] for index in used]
+    h, last = (
+        [_joined(pushes[index].state.block.views(vector), names[index])
+         for index, vector in zip(used, vectors, strict=True)]
+        for vectors in (gradients(moving), last_gradients(moving))
+    )
+    moments = [push.state.second_moment for push in moving]
+    for index, vector, moment in zip(
+        used, *adam_directions(h, last, moments, ADAM_SHARE), strict=True
+    ):
+        state, values = found[index]
+        shapes = [state.block.tensors[name] for name in names[index]]
+        pieces = vector.split([*map(math.prod, shapes)])
+        for name, shape, piece in zip(names[index], shapes, pieces, strict=True):
+            values[name] = piece.view(shape)
+        found[index] = replace(state, second_moment=moment), values
+    return found
+
+
+def _joined(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.cat([values[name].flatten() for name in names])
 
 
 def muon_scale(outputs: int, inputs: int) -> float:
@@ -121,13 +154,13 @@ class WhitenedMuonUpdate(Orthogonalizing):
         bases = [_input_basis(push.state) for push in pushes]
         ahead = self.momenta([*compress(pushes, bases)])
         natural = [not basis and _is_natural(p) for p, basis in zip(pushes, bases, strict=True)]
-        solved = iter(NATURAL.directions([*compress(pushes, natural)]))
-        whitened = iter(_whitened_directions(
-            ahead, [basis for basis in bases if basis], workers
-        ))
+        scales = [not (basis or solved) for basis, solved in zip(bases, natural, strict=True)]
+        by_curvature = iter(NATURAL.directions([*compress(pushes, natural)]))
+        by_adam = iter(adam_steps([*compress(pushes, scales)], ADAM_SHARE))
+        whitened = iter(_whitened_directions(ahead, [*filter(None, bases)], workers))
         return [
-            next(solved) if is_natural else next(whitened) if basis else _adam_direction(push)
-            for push, basis, is_natural in zip(pushes, bases, natural, strict=True)
+            next(by_curvature if solved else whitened if basis else by_adam)
+            for basis, solved in zip(bases, natural, strict=True)
         ]
 
     def costs(self, states: Sequence[BlockState]) -> dict[str, float]:
@@ -149,13 +182,6 @@ def _is_natural(push: Push) -> bool:
     """Whether a block that is not whitened is neither scales nor embeddings, which are Adam's."""
     block = push.state.block
     return block.layers[0].is_matrix or not block.structure.is_kronecker
-
-
-def _adam_direction(push: Push) -> Direction:
-    state = push.state
-    vector, moment = adam_direction(push.gradient, push.last_gradient, state.second_moment)
-    new = replace(state, second_moment=moment)
-    return Direction.of(push, ADAM_SHARE * vector, state.hyperparameters.lr, new)
 
 
 def _orthogonalized(matrices: Sequence[Tensor], workers: Workers) -> list[Tensor]:

@@ -75,14 +75,6 @@ def price_hessian_update(
     return Diagonal(old + rate * change + (rate * change).square() / (2 * (old + share)))
 
 
-def regularized_gradient(
-    momentum: Tensor, mean: Tensor, prior: Prior, likelihood_weight: float,
-    bias_correction: float,
-) -> Tensor:
-    """bias_correction · h [P], with bias_correction = 1-βᵗ at the t-th step (from 1)."""
-    return prior.add_gradient(momentum, mean, bias_correction / likelihood_weight)
-
-
 def trust_region_scale(energy: float, kl_clip: float | None) -> float:
     """ν, from energy = Σ lr₀² <d, h> over all blocks, with their base learning rates."""
     if kl_clip is None or energy <= 0:

@@ -82,22 +82,21 @@ class GaussianPrior:
             return self
         return GaussianPrior(self.loc, self.precision / self.power, self.zero_mean)
 
-    @property
-    def is_centered(self) -> bool:
-        """Whether all weights have the same prior N(0, 1/δ)."""
-        return self.zero_mean and not (self.precision.dim() or self.loc.dim())
-
     def by_tensor(self, block: Block) -> Tensor | None:
         """δ of each of the block's tensors, if their priors are N(0, 1/δ); else None."""
         if not self.zero_mean or self.loc.dim():
             return None
+        if block not in self._by_tensor:
+            self._by_tensor[block] = self._constants(block)
+        return self._by_tensor[block]
+
+    def _constants(self, block: Block) -> Tensor | None:
+        """The precision of each tensor, if it has only one."""
         if self.precision.dim() == 0:
             return self.precision.expand(len(block.tensors))
-        if block not in self._by_tensor:
-            values = [x.flatten() for x in block.views(self.precision).values()]
-            is_constant = torch.stack([(x == x[:1]).all() for x in values]).all()
-            self._by_tensor[block] = torch.cat([x[:1] for x in values]) if is_constant else None
-        return self._by_tensor[block]
+        values = [x.flatten() for x in block.views(self.precision).values()]
+        is_constant = torch.stack([(x == x[:1]).all() for x in values]).all()
+        return torch.cat([x[:1] for x in values]) if is_constant else None
 
     @cached_property
     def _by_tensor(self) -> dict[Block, Tensor | None]:
@@ -122,10 +121,6 @@ class GaussianPrior:
     def expected_distance(self, mean: Tensor, precision: Structure) -> Tensor:
         """The mean of `distance` over N(mean, precision⁻¹)."""
         return (self.precision * (precision.inverse_diag() + self.deviation(mean).square())).sum()
-
-    def add_gradient(self, other: Tensor, weights: Tensor, value: float) -> Tensor:
-        """other + value · δ (w - M₀) [P]."""
-        return torch.addcmul(other, self.deviation(weights), self.precision, value=value)
 
 
 Prior = GaussianPrior | CorrelatedPrior

@@ -1,4 +1,4 @@
-"""Copies and magnitudes of many tensors by one operation, `torch._foreach_*`."""
+"""Elementwise work on many tensors by one operation, `torch._foreach_*`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     copied = iter(torch._foreach_mul(chosen, 1) if chosen else ())
     return [next(copied) if is_usual else x.clone()
             for x, is_usual in zip(tensors, usual, strict=True)]
+
+
+def lerp(
+    starts: Sequence[Tensor], ends: Sequence[Tensor], weights: Sequence[float]
+) -> list[Tensor]:
+    """start + weight · (end - start) of each pair; those of equal weight at once."""
+    groups: dict[float, list[int]] = {}
+    for index, weight in enumerate(weights):
+        groups.setdefault(weight, []).append(index)
+    found = dict[int, Tensor]()
+    for weight, members in groups.items():
+        pairs = [starts[index] for index in members], [ends[index] for index in members]
+        found.update(zip(members, torch._foreach_lerp(*pairs, weight), strict=True))
+    return [found[index] for index in range(len(starts))]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pyrocurv.curvature.running_curvature import RunningCurvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import make_blocks
 from pyrocurv.posterior.adam import DECAY, EPSILON, SoapUpdate
-from pyrocurv.posterior.mean_update import Direction, Push
+from pyrocurv.posterior.mean_update import Direction, MeanUpdate, Push, gradients, last_gradients
 from pyrocurv.posterior.muon import (
     ADAM_SHARE,
     MAX_SIDE,
@@ -113,10 +113,10 @@ def vector(direction: Direction) -> Tensor:
 def test_gradients_are_those_of_the_tempered_objective() -> None:
     pushed = push(LAYERS[0])
     h, g = dense_gradients(pushed)
-    torch.testing.assert_close(pushed.gradient, h, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(pushed.last_gradient, g, rtol=1e-12, atol=1e-12)
-    ahead = pushed.ahead()
-    torch.testing.assert_close(ahead.gradient, dense_nesterov(pushed), rtol=1e-12, atol=1e-12)
+    expected = [h, dense_nesterov(pushed)]
+    found = gradients([pushed, pushed.ahead()])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last_gradients([pushed]), [g], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_ahead", [False, True])
@@ -130,7 +130,7 @@ def test_a_constant_gradient_is_the_mean_of_itself(is_ahead: bool) -> None:
         last, momentum = state.momentum, state.momentum.lerp(g, 1 - beta)
         state = replace(state, momentum=momentum)
         found = Push(state, last, step, is_ahead)
-        torch.testing.assert_close(found.gradient, g, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients([found]), [g], rtol=1e-12, atol=1e-12)
         assert found.bias_correction == pytest.approx(1 - beta ** (step + 1 + is_ahead))
 
 
@@ -348,6 +348,21 @@ def test_scales_and_embeddings_are_adams() -> None:
         for rule in (WhitenedMuonUpdate(), MuonUpdate()):
             (direction,) = rule.directions([pushed])
             torch.testing.assert_close(vector(direction), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "structure"), [(WhitenedMuonUpdate(), "kfac"), (SoapUpdate(), "diag")]
+)
+def test_adam_of_many_blocks_is_one_step(rule: MeanUpdate, structure: str) -> None:
+    """But for what is checked of each direction, <h, d>."""
+    layer = Layer("n.weight", "n.bias", (4,), "per_unit")
+    counts = []
+    for number in (1, 2, 12):
+        pushes = [push(layer, structure) for _ in range(number)]
+        with Counter() as counter:
+            rule.directions(pushes)
+        counts.append(counter.count - number)
+    assert counts[0] == counts[1] == counts[2]
 
 
 @pytest.mark.parametrize("structure", ["diag", "full"])
