@@ -27,12 +27,12 @@ from pyrocurv.runtime.validation import (
 )
 
 LAYERWISE: dict[str, Any] = {
-    "lr": 0.02, "momentum": 0.9, "damping": 3e-3, "kl_clip": 1e-3, "num_particles": 1,
-    "average": False,
+    "lr": 0.02, "momentum": 0.9, "damping": 3e-3, "decoupled_weight_decay": 0.0, "kl_clip": 1e-3,
+    "num_particles": 1, "average": False,
 }
 JOINT: dict[str, Any] = {
-    "lr": 0.3, "momentum": 0.0, "damping": 0.0, "kl_clip": 1.0, "num_particles": AUTO,
-    "average": True,
+    "lr": 0.3, "momentum": 0.0, "damping": 0.0, "decoupled_weight_decay": 0.0, "kl_clip": 1.0,
+    "num_particles": AUTO, "average": True,
 }
 
 
@@ -43,13 +43,18 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, *, lr: float, momentum: float, damping: float, kl_clip: float | None
+        self, *, lr: float, momentum: float, damping: float, decoupled_weight_decay: float,
+        kl_clip: float | None,
     ) -> None:
         check_positive("lr", lr)
         check_fraction("momentum", momentum)
         check_nonnegative("damping", damping)
+        check_nonnegative("decoupled_weight_decay", decoupled_weight_decay)
         check_positive("kl_clip", kl_clip, None)
-        values = {"lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip}
+        values = {
+            "lr": lr, "momentum": momentum, "damping": damping,
+            "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
+        }
         super().__init__([torch.zeros(())], values)
 
     @property
@@ -76,7 +81,7 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
 def resolve_defaults(values: dict[str, Any], is_joint: bool) -> dict[str, Any]:
     """The values that were given, and the defaults for those that are "auto"."""
     defaults = JOINT if is_joint else LAYERWISE
-    for name in ("momentum", "damping") if is_joint else ():
+    for name in ("momentum", "damping", "decoupled_weight_decay") if is_joint else ():
         value = values[name]
         if not (isinstance(value, str) and value == AUTO or is_number(value) and value == 0):
             raise ValueError(f"{name}={shown(value)}: steps over all latents have none, use 0")

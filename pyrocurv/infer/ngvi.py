@@ -83,6 +83,8 @@ class NGVI:
             "auto" suits batches of 128 and a thousand steps: 0.02, or 0.03 for "whitened-muon" and
             0.003 for "soap".
         momentum: β of the running average of gradients.
+        nesterov: whether the momentum of "whitened-muon" and "muon" is Nesterov's; "auto" without
+            samples, and for networks with `LayerNorm` or `RMSNorm`. It helps at low temperatures.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which underfits networks with
             few data, and may leave a network with many weights per datum at chance. "auto" is 1
@@ -90,6 +92,11 @@ class NGVI:
             `pyrocurv.posterior.temperature`. `.temperature` of `evaluate_loss` is T at present.
         kl_warmup: steps over which T rises linearly to its value.
         damping: added to the curvature in the step of the mean, never to the posterior.
+        decoupled_weight_decay: λ of M ← M - lr λ (M - M₀) in each step, as AdamW and Muon have it,
+            for layers with weight matrices; M₀ is the mean of the prior. It is no part of the
+            objective. With steps of fixed length, those of both muons, it bounds the singular
+            values of the means by 1/λ, which regularizes networks that are trained for few epochs
+            at a low temperature (0.1 with T = 0.01, and with twice the learning rate).
         kl_clip: trust region κ of a step; None for no clipping. An outlier enters the momentum with
             at most ten times the radius of the trust region.
         num_particles: samples S of the posterior per step, in antithetic pairs; gradients and
@@ -98,9 +105,8 @@ class NGVI:
             approximation, for `Laplace(model, guide).predict(x)` and not for sampling.
         antithetic: use each perturbation a second time with its sign turned, also across steps.
         update: how the mean moves: "natural", in the trust region of `kl_clip`; "whitened-muon" and
-            "muon", the orthogonalized momentum of each weight matrix (Nesterov's without samples,
-            and for networks with `LayerNorm` or `RMSNorm`) with and without whitening by the input
-            factor of its curvature, and Adam at a tenth of `lr` for other tensors;
+            "muon", the orthogonalized momentum of each weight matrix with and without whitening by
+            the input factor of its curvature, and Adam at a tenth of `lr` for other tensors;
             "soap", Adam in the eigenbasis of the curvature's factors; or a callable from parameters
             (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
             own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
@@ -174,10 +180,12 @@ class NGVI:
         *,
         lr: float | Auto = AUTO,
         momentum: float | Auto = AUTO,
+        nesterov: bool | Auto = AUTO,
         curvature: CurvatureKind | Curvature = "fisher",
         temperature: float | Auto = AUTO,
         kl_warmup: int = 0,
         damping: float | Auto = AUTO,
+        decoupled_weight_decay: float = 0.0,
         kl_clip: float | Auto | None = AUTO,
         num_particles: int | Auto = AUTO,
         antithetic: bool = True,
@@ -196,7 +204,8 @@ class NGVI:
             uses_joint_update(self.curvature, model) and guide.supports_joint_of(model)
         )
         values = resolve_defaults({
-            "lr": lr, "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+            "lr": lr, "momentum": momentum, "damping": damping,
+            "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
             "num_particles": num_particles, "average": average,
         }, self._prefers_joint)
         self.num_particles: Any = values.pop("num_particles")
@@ -211,8 +220,8 @@ class NGVI:
         self._is_synchronized = False
         self._has_network = has_network(model)
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
-        is_nesterov = self.num_particles == 0 or has_layer_norm(modules(model))
-        self._mean_update = as_mean_update(update, automatic, is_nesterov)
+        usual = self.num_particles == 0 or has_layer_norm(modules(model))
+        self._mean_update = as_mean_update(update, automatic, nesterov, usual)
         self._is_automatic_update = update == AUTO
         if lr == AUTO and not self._prefers_joint:
             values["lr"] = self._mean_update.default_lr

@@ -42,7 +42,7 @@ from pyrocurv.posterior.summary import (
     update_counts,
     work_assignment,
 )
-from pyrocurv.runtime.choices import CurvatureKind
+from pyrocurv.runtime.choices import Auto, CurvatureKind
 from pyrocurv.runtime.inference_mode import check_differentiable
 from pyrocurv.runtime.representation import counted, described, name_of, word_or
 from pyrocurv.runtime.rng import RandomStream
@@ -76,7 +76,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def __init__(
         self, net: nn.Module, params: Params | None, likelihood: Likelihood,
         class_dim: int | None, curvature: CurvatureKind | Curvature, structure: StructureChoice,
-        update: UpdateChoice, fallback_lr: float, defaults: Group,
+        update: UpdateChoice, nesterov: bool | Auto, fallback_lr: float, defaults: Group,
     ) -> None:
         check_module("net", net)
         check_differentiable(net.modules())
@@ -85,8 +85,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.likelihood, self.structure = likelihood, structure
         self._likelihood = LossLikelihood(likelihood, self.curvature.kind, class_dim)
         check_structure(structure, LEFT_OUT)
-        is_nesterov = not self.has_samples or has_layer_norm(net.modules())
-        self._mean_update = as_mean_update(update, is_nesterov=is_nesterov)
+        usual = not self.has_samples or has_layer_norm(net.modules())
+        self._mean_update = as_mean_update(update, nesterov=nesterov, usual=usual)
         self._auxiliary, self._fallback_lr = AuxiliaryOptimizer(), fallback_lr
         network, recorder = self._kinds(net)
         super().__init__(check_params(params, net), defaults)

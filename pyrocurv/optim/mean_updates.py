@@ -14,8 +14,9 @@ from pyrocurv.posterior.adam import SoapUpdate
 from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, gradients
 from pyrocurv.posterior.muon import MuonUpdate, Orthogonalizing, WhitenedMuonUpdate
-from pyrocurv.runtime.choices import UpdateName
+from pyrocurv.runtime.choices import Auto, UpdateName
 from pyrocurv.runtime.undo import Undo
+from pyrocurv.runtime.validation import check_flag
 from pyrocurv.runtime.workers import ALONE, Workers
 
 UPDATES = {rule.name: rule for rule in (NATURAL, WhitenedMuonUpdate(), MuonUpdate(), SoapUpdate())}
@@ -23,14 +24,30 @@ UpdateChoice = UpdateName | Callable[[list[nn.Parameter]], torch.optim.Optimizer
 
 
 def as_mean_update(
-    update: UpdateChoice, automatic: str = "whitened-muon", is_nesterov: bool = True
+    update: UpdateChoice, automatic: str = "whitened-muon", nesterov: bool | Auto = AUTO,
+    usual: bool = True,
 ) -> MeanUpdate:
     """The rule of that name, `automatic` for "auto", or of the optimizer that a callable makes.
 
-    `is_nesterov` is whether the momentum of orthogonalized steps is Nesterov's.
+    `nesterov` is whether the momentum of orthogonalized steps is Nesterov's, `usual` for "auto".
 
-    Raises ValueError for an unknown name, TypeError for anything else.
+    Raises ValueError for an unknown name, and for a Nesterov's momentum where there is none;
+    TypeError for anything else.
     """
+    if nesterov != AUTO:
+        check_flag("nesterov", nesterov)
+    rule = _rule(update, automatic)
+    if isinstance(rule, Orthogonalizing):
+        return replace(rule, is_nesterov=usual if nesterov == AUTO else bool(nesterov))
+    if nesterov is True:
+        raise ValueError(
+            f"nesterov=True: update={rule.name!r} has no such momentum, 'muon' and 'whitened-muon' "
+            "do"
+        )
+    return rule
+
+
+def _rule(update: UpdateChoice, automatic: str) -> MeanUpdate:
     names = ", ".join(map(repr, (AUTO, *UPDATES)))
     if isinstance(update, str):
         name = automatic if update == AUTO else update
@@ -39,10 +56,7 @@ def as_mean_update(
                 f"update={update!r}: choose {names}, or a callable from parameters to a "
                 "torch.optim.Optimizer"
             )
-        rule = UPDATES[name]
-        if isinstance(rule, Orthogonalizing):
-            return replace(rule, is_nesterov=is_nesterov)
-        return rule
+        return UPDATES[name]
     if not callable(update):
         raise TypeError(
             f"update: one of {names} or a callable from parameters to a torch.optim.Optimizer is "

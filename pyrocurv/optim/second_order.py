@@ -77,6 +77,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             the others use the curvature for their coordinates or not at all. "auto" is
             "whitened-muon", whose steps have a fixed length: give it a schedule that ends at 0.
         momentum, damping: β, and what is added to the curvature.
+        nesterov: whether the momentum of "whitened-muon" and "muon" is Nesterov's, as by default.
         weight_decay: δ, of ½ δ |w|² in the objective; it is part of the curvature too.
         decoupled_weight_decay: λ of w ← w - lr λ w in each step, as AdamW and Muon have it, for
             layers with weight matrices. It is no part of the objective, whose fixed points are
@@ -124,6 +125,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         structure: StructureChoice = "kfac",
         update: UpdateChoice = AUTO,
         momentum: float = 0.9,
+        nesterov: bool | Auto = AUTO,
         damping: float = 3e-3,
         weight_decay: float = 0.0,
         decoupled_weight_decay: float | Auto = AUTO,
@@ -139,7 +141,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             is_default = update == AUTO and weight_decay == 0
             decoupled_weight_decay = _default_decay(net) if is_default else 0.0
         super().__init__(
-            net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
+            net, params, likelihood, class_dim, curvature, structure, update, nesterov,
+            fallback_lr, {
                 "lr": lr, "momentum": momentum, "damping": damping, "weight_decay": weight_decay,
                 "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
             },

@@ -74,6 +74,7 @@ class VIOptimizer(CurvatureOptimizer):
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
         lr: learning rate of the mean; "auto" as for `NGVI`.
+        nesterov, decoupled_weight_decay: as for `NGVI`.
         prior_precision: of independent normal priors: a number, or "fan_in" (fan_in + 1 for each
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
         prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
@@ -140,7 +141,9 @@ class VIOptimizer(CurvatureOptimizer):
         kl_warmup: int = 0,
         augmentation: float = 1.0,
         momentum: float = 0.9,
+        nesterov: bool | Auto = AUTO,
         damping: float = 3e-3,
+        decoupled_weight_decay: float = 0.0,
         kl_clip: float | None = 1e-3,
         num_samples: int = 1,
         antithetic: bool = True,
@@ -153,9 +156,11 @@ class VIOptimizer(CurvatureOptimizer):
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
         super().__init__(
-            net, params, likelihood, class_dim, curvature, structure, update, fallback_lr, {
+            net, params, likelihood, class_dim, curvature, structure, update, nesterov,
+            fallback_lr, {
                 "lr": as_mean_update(update).default_lr if lr == AUTO else lr,
-                "momentum": momentum, "damping": damping, "kl_clip": kl_clip,
+                "momentum": momentum, "damping": damping,
+                "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
                 "prior_precision": prior_precision, "temperature": temperature,
             },
         )

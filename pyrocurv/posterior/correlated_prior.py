@@ -77,8 +77,12 @@ class CorrelatedPrior:
 
     def distance(self, weights: Tensor) -> Tensor:
         """(w - M₀)ᵀ Λ₀ (w - M₀), for weights [P]."""
-        deviation = weights - self.loc
+        deviation = self.deviation(weights)
         return torch.dot(deviation, self.precision @ deviation)
+
+    def deviation(self, weights: Tensor) -> Tensor:
+        """w - M₀, for weights [P]."""
+        return weights - self.loc
 
     def expected_distance(self, mean: Tensor, precision: Structure) -> Tensor:
         """The mean of `distance` over N(mean, precision⁻¹)."""
@@ -86,7 +90,7 @@ class CorrelatedPrior:
 
     def add_gradient(self, other: Tensor, weights: Tensor, value: float) -> Tensor:
         """other + value · Λ₀ (w - M₀) [P]."""
-        return other.add(self.precision @ (weights - self.loc), alpha=value)
+        return other.add(self.precision @ self.deviation(weights), alpha=value)
 
 
 def share_of(normal: Normal) -> Share | None:

@@ -199,37 +199,41 @@ def _move(direction: Direction, energy: float) -> Move:
 
 
 def _add_decays(moves: list[Move]) -> None:
-    """Let the weights of layers decay, w - lr λ w, where that is not a part of the objective.
+    """Let the weights of layers decay to the prior's mean, M - lr λ (M - M₀), outside of the
+    objective.
 
     Loshchilov & Hutter 2019, "Decoupled weight decay regularization", arXiv:1711.05101.
     """
     groups: dict[float, list[tuple[int, Tensor]]] = {}
     for index, move in enumerate(moves):
         numbers = move.state.hyperparameters
-        if numbers.decay and move.rate and (weights := _weights(move.state)) is not None:
+        if numbers.decay and move.rate and (deviation := _deviation(move.state)) is not None:
             share = numbers.lr * numbers.decay / move.rate
-            groups.setdefault(share, []).append((index, weights))
+            groups.setdefault(share, []).append((index, deviation))
     for share, members in groups.items():
         directions = [moves[index].direction for index, _ in members]
         vectors = [
-            one.factors[0] if len(one.factors) == 1 else one.add_to(torch.zeros_like(weights), 1.0)
-            for one, (_, weights) in zip(directions, members, strict=True)
+            one.factors[0] if len(one.factors) == 1 else one.add_to(torch.zeros_like(decay), 1.0)
+            for one, (_, decay) in zip(directions, members, strict=True)
         ]
-        sums = torch._foreach_add(vectors, [weights for _, weights in members], alpha=share)
+        sums = torch._foreach_add(vectors, [decay for _, decay in members], alpha=share)
         for (index, _), one, total in zip(members, directions, sums, strict=True):
             moves[index] = replace(moves[index], direction=Solution(one.dot, (total,)))
 
 
-def _weights(state: BlockState) -> Tensor | None:
-    """The mean [P] with zeros for scales and embeddings; None if there is nothing else."""
+def _deviation(state: BlockState) -> Tensor | None:
+    """M - M₀ [P] with zeros for scales and embeddings; None if there is nothing else."""
     layers = [layer for layer in state.block.layers if layer.is_matrix]
-    if len(layers) == len(state.block.layers):
-        return state.mean
     names = {name for layer in layers for name in layer.tensors}
+    if not names:
+        return None
+    deviation = state.prior.gaussian.deviation(state.mean)
+    if len(layers) == len(state.block.layers):
+        return deviation
     return state.block.pack({
         name: value if name in names else torch.zeros_like(value)
-        for name, value in state.mean_views.items()
-    }) if names else None
+        for name, value in state.block.views(deviation).items()
+    })
 
 
 def average_weight(step: int) -> float:

@@ -1,5 +1,6 @@
 """How the mean moves, in NGVI and both optimizers: where it ends, resumed runs, errors."""
 
+import copy
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ from pyrocurv.guides import FullGuide, KFACGuide
 from pyrocurv.infer import NGVI
 from pyrocurv.nn import Classifier, bayesianize
 from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer
+from pyrocurv.posterior.muon import MuonUpdate
 
 Parameters = list[nn.Parameter]
 
@@ -374,3 +376,100 @@ def test_momentum_looks_ahead_for_point_estimates_and_transformers(
         model = Classifier(bayesianize(net()), num_data=10)
         assert is_nesterov(NGVI(model, KFACGuide(model), update=update)) == expected
         assert is_nesterov(NGVI(model, KFACGuide(model), update=update, num_particles=0))
+
+
+def test_momentum_looks_ahead_if_asked() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    model = Classifier(bayesianize(copy.deepcopy(net)), num_data=10)
+    makers = (
+        partial(NGVI, model, KFACGuide(model)), partial(VIOptimizer, net, 10),
+        partial(SecondOrderOptimizer, net),
+    )
+    for make in makers:
+        for nesterov in (False, True):
+            rule = make(update="muon", nesterov=nesterov)._mean_update
+            assert isinstance(rule, MuonUpdate) and rule.is_nesterov is nesterov
+        for update in ("natural", "soap", adam):
+            make(update=update, nesterov=False)
+            with pytest.raises(ValueError, match="nesterov=True: update="):
+                make(update=update, nesterov=True)
+        with pytest.raises(TypeError, match="nesterov"):
+            make(nesterov="yes")
+
+
+# ---- decoupled weight decay ---------------------------------------------------------------------
+
+
+@each_update
+@pytest.mark.parametrize("prior", ["independent", "correlated"])
+def test_decoupled_decay_pulls_the_means_to_those_of_the_prior(update: str, prior: str) -> None:
+    """By lr λ in each step, besides the same step; scales of norm layers keep their size."""
+    x, y = class_data()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    earlier: Any = "fan_in"
+    if prior == "correlated":
+        model = Classifier(bayesianize(copy.deepcopy(plain)), num_data=len(y))
+        earlier = KFACGuide(model)
+        NGVI(model, earlier, num_particles=0).step(x, y)
+    nets = [bayesianize(copy.deepcopy(plain), prior=earlier) for _ in range(2)]
+
+    def stepped(net: nn.Module, decay: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(1)
+        model = Classifier(net, num_data=len(y))
+        guide = KFACGuide(model)
+        ngvi = NGVI(
+            model, guide, lr=0.02, update=UPDATES[update], decoupled_weight_decay=decay,
+        )
+        guide(x, y)
+        with torch.no_grad():
+            for block in guide.blocks:
+                block.raw_loc.add_(0.1)
+        before = {name: value.clone() for name, value in guide.median().items()}
+        ngvi.step(x, y)
+        return before, guide.median()
+
+    before, free = stepped(nets[0], 0.0)
+    _, decayed = stepped(nets[1], 0.5)
+    centers = {} if prior == "independent" else earlier.median()
+    for name, value in before.items():
+        rate = 0.0 if ".1." in name else 0.02 * 0.5
+        expected = rate * (value - centers.get(name, torch.zeros(())))
+        torch.testing.assert_close(free[name] - decayed[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_decoupled_decay_is_that_of_the_group() -> None:
+    """And `VIOptimizer` takes the same step as NGVI."""
+    x, y = class_data()
+    net = nn.Linear(x.shape[1], 3).double()
+    model = Classifier(bayesianize(copy.deepcopy(net)), num_data=len(y))
+    guide = KFACGuide(model)
+    options = dict[str, Any](
+        lr=0.1, decoupled_weight_decay=0.5, update="muon", nesterov=True, temperature=1e-12
+    )
+    ngvi = NGVI(model, guide, num_particles=0, **options)
+    optimizer = VIOptimizer(net, len(y), **options)
+    for _ in range(3):
+        ngvi.step(x, y)
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    assert (net.weight - guide.median()["net.weight"]).abs().max() < 1e-3
+    for owner in (ngvi.optimizer, optimizer):
+        assert owner.param_groups[0]["decoupled_weight_decay"] == 0.5
+        assert owner.state_dict()["param_groups"][0]["decoupled_weight_decay"] == 0.5
+        owner.param_groups[0]["decoupled_weight_decay"] = -1.0
+    with pytest.raises(ValueError, match="decoupled_weight_decay=-1"):
+        ngvi.step(x, y)
+    with pytest.raises(ValueError, match="decoupled_weight_decay=-1"), optimizer.sampled_params():
+        raise AssertionError
+
+
+def test_a_joint_gaussian_has_no_decoupled_decay() -> None:
+    model = classifier()
+    guide = FullGuide(model)
+    with pytest.raises(ValueError, match="decoupled_weight_decay=0.1"):
+        NGVI(model, guide, curvature="hessian", decoupled_weight_decay=0.1)
+    with pytest.raises(ValueError, match="decoupled_weight_decay=-0.1"):
+        NGVI(model, guide, decoupled_weight_decay=-0.1)
