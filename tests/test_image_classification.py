@@ -65,6 +65,8 @@ def test_each_method(method: str, main: Main) -> None:
     assert ("kl" in found["curves"][0]) == (method == "ngvi")
     assert found["images"] == {"training": 24, "test": 24}
     assert found["curves"][-1]["epoch"] == 1
+    decayed = scores_of(main, "--method", method, "--members", "2", "--weight-decay", "5")
+    assert decayed["scores"]["NLL"] != found["scores"]["NLL"]
 
 
 @pytest.mark.parametrize("model, method, weights", [

@@ -51,7 +51,7 @@ class Config:
     lr: float | None = None
     """Learning rate at its peak; it rises linearly, and falls to 0 as a cosine."""
     weight_decay: float | None = None
-    """Weight decay of the method; of laplace the precision of the prior per image."""
+    """Weight decay of the method, decoupled for ngvi; of laplace the prior precision per image."""
     seed: int = 0
     """Of weights, order of the images, augmentation and samples."""
     device: str = "auto"

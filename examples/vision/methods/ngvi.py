@@ -27,6 +27,7 @@ def ngvi(problem: Problem) -> Trainer:
     guide = GUIDES[config.guide](model)
     engine = NGVI(
         model, guide, lr=settings.lr, update=config.update,
+        decoupled_weight_decay=settings.weight_decay,
         curvature="fisher" if config.curvature == "auto" else config.curvature,
         temperature="auto" if config.temperature is None else config.temperature,
     )
