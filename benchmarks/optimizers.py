@@ -20,7 +20,8 @@ scores the test data, once. Scores are accuracy and expected calibration error (
 NLL in nats (GPT: per character), after a quarter, half and all of the steps. On the ResNet NGVI has
 T = 0.03 and priors of half the usual width, chosen on the validation data too, in nine runs; Muon
 has a decoupled weight decay of 0.1, SGD one of 5e-4. NGVI and IVON predict
-with their mean weights ("mean") and with an average over samples of the posterior.
+with their mean weights ("mean") and with an average over samples of the posterior. "ngvi-decay", if
+named, has a decoupled weight decay of 0.3 and T = 0.003; "second-order-natural" natural gradients.
 
 Every run is a line of JSON in the file `--out`, and a run that is there is not repeated. `--cost`
 times the steps of all methods in turns, as `step_cost.py` does. `--ensembles` adds the averages of
@@ -369,10 +370,10 @@ def ivon(task: Task, lr: float) -> Run:
     return Run(step, predict, partial(evaluation, net))
 
 
-def ngvi(task: Task, lr: float) -> Run:
+def ngvi(task: Task, lr: float, **options: Any) -> Run:
     model = task.bayesian(task.network())
     guide = KFACGuide(model, structure={"*": KFAC(rank=64)} if task.kind == "gpt" else None)
-    engine = NGVI(model, guide, lr=lr, **OURS["ngvi"].get(task.net, {}))
+    engine = NGVI(model, guide, lr=lr, **{**OURS["ngvi"].get(task.net, {}), **options})
     schedule = LambdaLR(engine.optimizer, task.factor)
     predictive = Predictive(
         model, guide=guide, num_samples=task.samples, return_sites=("_RETURN",)
@@ -393,9 +394,14 @@ METHODS: dict[str, Callable[[Task, float], Run]] = {
     "adamw": plain(adamw), "schedule-free": schedule_free, "sgd": plain(sgd), "muon": plain(muon),
     "soap": plain(soap), "ivon": ivon, "second-order": plain(second_order), "ngvi": ngvi,
 }
-VARIANTS = ("second-order-natural",)  # if named in --methods
+VARIANTS = {  # if named in --methods, with the rates of another method
+    "second-order-natural": "second-order", "ngvi-decay": "ngvi",
+}
 METHODS["second-order-natural"] = plain(partial(second_order, update="natural"))
-RATES["second-order-natural"] = RATES["second-order"]
+METHODS["ngvi-decay"] = partial(
+    ngvi, decoupled_weight_decay=0.3, temperature=3e-3, nesterov=True
+)
+RATES |= {variant: RATES[method] for variant, method in VARIANTS.items()}
 PEERS = {"schedule-free": AdamWScheduleFree, "soap": SOAP, "ivon": IVON}
 
 
