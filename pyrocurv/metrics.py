@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, OneHotCategorical
 
+from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
     as_number,
     check_choice,
@@ -147,6 +148,11 @@ def _categorical(name: str, values: Tensor, dim: int) -> Uncertainty:
     is_coarse, values = _is_coarse(values), _real(name, values)
     if values.dim() < 2 or not values.shape[-1]:
         raise ValueError(f"{name} has shape {list(values.shape)}: [S, N, C] is needed")
+    if values.shape[-1] == 1:
+        raise ValueError(
+            f"{name} has shape {list(values.shape)}, one class in the last axis: of two classes in "
+            'one number the likelihood is "bernoulli"'
+        )
     axis = _sample_axis(name, values.shape[:-1], dim, values.dim())
     values = values.movedim(axis, 0)
     if name == "logits":
@@ -238,6 +244,8 @@ def _sample_axis(
         )
     if not shape[axis]:
         raise ValueError(f"{name} has no samples: axis {axis} of {[*shape]} is empty")
+    if shape[axis] == 1:
+        warn_user(f"{name} has one sample, in axis {axis} of {[*shape]}: its epistemic part is 0")
     return axis
 
 

@@ -283,7 +283,7 @@ def _() -> Scene:
     arguments: dict[str, Any] = {
         "model": model, "guide": guide, "lr": 0.02, "momentum": 0.9, "curvature": "fisher",
         "temperature": 1.0, "kl_warmup": 2, "damping": 1e-3, "decoupled_weight_decay": 0.1,
-        "nesterov": True, "kl_clip": 1e-3, "num_particles": 1, "antithetic": True,
+        "nesterov": "auto", "kl_clip": 1e-3, "num_particles": 1, "antithetic": True,
         "update": "auto", "average": False, "optim": None, "on_nonfinite": "raise",
     }
     return Scene(infer.NGVI, arguments, [model, guide], then=then)
@@ -445,14 +445,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SecondOrderOptimizer": {
         "lr": 0.03, "params": None, "likelihood": "categorical", "curvature": "fisher",
         "structure": "kfac", "update": "auto", "momentum": 0.9, "damping": 3e-3,
-        "weight_decay": 0.0, "decoupled_weight_decay": 0.1, "nesterov": True,
+        "weight_decay": 0.0, "decoupled_weight_decay": 0.1, "nesterov": "auto",
         "kl_clip": 1e-2, "fallback_lr": 2e-3,
     },
     "VIOptimizer": {
         "num_data": 12, "lr": 0.02, "params": None, "likelihood": "categorical",
         "curvature": "fisher", "structure": "kfac", "update": "auto", "prior_precision": "fan_in",
         "temperature": 1.0, "kl_warmup": 0, "augmentation": 1.0, "momentum": 0.9,
-        "damping": 3e-3, "decoupled_weight_decay": 0.1, "nesterov": True, "kl_clip": 1e-3,
+        "damping": 3e-3, "decoupled_weight_decay": 0.1, "nesterov": "auto", "kl_clip": 1e-3,
         "num_samples": 1, "antithetic": True,
         "fallback_lr": 2e-3,
     },

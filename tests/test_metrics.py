@@ -118,6 +118,7 @@ def test_variance_of_a_mixture_by_draws() -> None:
     ({"logits": torch.full((3, 4, 2), math.nan)}, ValueError, "logits has NaN"),
     ({"logits": torch.full((3, 4, 2), math.inf)}, ValueError, "logits has infinity"),
     ({"logits": torch.ones(3)}, ValueError, r"logits has shape \[3\]: \[S, N, C\] is needed"),
+    ({"logits": torch.ones(2, 4, 1)}, ValueError, 'one class .* the likelihood is "bernoulli"'),
     ({"logits": torch.ones(0, 4, 2)}, ValueError, "logits has no samples"),
     ({"logits": torch.ones(2, 4, 2), "dim": 2}, ValueError, "dim=2"),
     ({"logits": torch.ones(2, 4, 2), "dim": -1}, ValueError, "dim=-1"),
@@ -136,3 +137,9 @@ def test_variance_of_a_mixture_by_draws() -> None:
 def test_errors(arguments: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         uncertainty(**arguments)
+
+
+def test_one_sample_is_told() -> None:
+    """`VIOptimizer.predict` gives one by default."""
+    with pytest.warns(UserWarning, match=r"logits has one sample, in axis 0 of \[1, 4\]: its epi"):
+        assert float(uncertainty(logits=torch.randn(1, 4, 3)).epistemic.abs().max()) < 1e-6

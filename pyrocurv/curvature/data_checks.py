@@ -74,7 +74,9 @@ class DatasetSizeCheck:
 
 
 def check_num_data(num_data: float | None, loader: Any) -> None:
-    """Warn if N is the number of batches of a `DataLoader`, `len(loader)`, and not of its data."""
+    """Warn if N is the size of a batch of a `DataLoader`, or the number of batches, `len(loader)`,
+    and not the number of its data.
+    """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return
     sampler = loader.sampler
@@ -84,7 +86,14 @@ def check_num_data(num_data: float | None, loader: Any) -> None:
         batches, size = len(loader), len(sampler)
     except TypeError:  # a stream of unknown length
         return
-    if batches > 1 and num_data == batches < size:
+    known = len(loader.dataset) if isinstance(loader.dataset, Sized) else size
+    if batches > 1 and num_data == loader.batch_size < min(size, known):
+        warn_user(
+            f"the model has {num_data:g} data in total, which is the size of one batch, of {known} "
+            f'data. A plate needs the total, pyro.plate("data", {known}, '
+            "subsample=torch.arange(len(x)))"
+        )
+    elif batches > 1 and num_data == batches < size:
         warn_user(
             f"the model has {num_data:g} data in total, which is the number of batches of the "
             f"loader; the number of data is needed, len(loader.dataset): {size} are drawn an epoch"

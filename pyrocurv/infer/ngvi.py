@@ -66,7 +66,13 @@ from pyrocurv.runtime.representation import counted, described
 from pyrocurv.runtime.rng import RandomStream, rewind_rng_on_error
 from pyrocurv.runtime.single_thread import one_thread_at_a_time
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_flag, check_integer, check_values, reading_state
+from pyrocurv.runtime.validation import (
+    check_flag,
+    check_integer,
+    check_nonnegative,
+    check_values,
+    reading_state,
+)
 from pyrocurv.runtime.whole_module import shards_of
 from pyrocurv.runtime.workers import CHECK_EVERY, Workers, naming_step
 from pyrocurv.structures.serialization import FORMAT_VERSION, from_state, to_state
@@ -83,8 +89,9 @@ class NGVI:
             "auto" suits batches of 128 and a thousand steps: 0.02, or 0.03 for "whitened-muon" and
             0.003 for "soap".
         momentum: β of the running average of gradients.
-        nesterov: whether the momentum of "whitened-muon" and "muon" is Nesterov's; "auto" without
-            samples, and for networks with `LayerNorm` or `RMSNorm`. It helps at low temperatures.
+        nesterov: whether the momentum of "whitened-muon" and "muon" is Nesterov's, which helps at
+            low temperatures. "auto" is True with `num_particles=0` and for networks with
+            `LayerNorm` or `RMSNorm`, else False.
         curvature: a kind or a `Curvature`.
         temperature: T multiplies the KL term alone. 1 is the ELBO, which underfits networks with
             few data, and may leave a network with many weights per datum at chance. "auto" is 1
@@ -198,6 +205,7 @@ class NGVI:
     ) -> None:
         check_guide(guide)
         check_options(model, temperature, kl_warmup, antithetic, on_nonfinite)
+        check_nonnegative("decoupled_weight_decay", decoupled_weight_decay)
         self.model, self.guide = model, guide
         self.curvature = as_curvature(curvature)
         self._prefers_joint = (

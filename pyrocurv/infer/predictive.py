@@ -203,9 +203,9 @@ class Predictive(pyro.infer.Predictive):
             progress: whether to show a progress bar; None for on a terminal only.
 
         Raises:
-            ValueError: no batch, or one without a tensor; a site whose axis of the data cannot be
-                told; a latent that neither guide nor `posterior_samples` have, so that it would be
-                drawn anew for each batch.
+            ValueError: no batch, or one without a tensor; a name in `return_sites` that is no site;
+                a site whose axis of the data cannot be told; a latent that neither guide nor
+                `posterior_samples` have, so that it would be drawn anew for each batch.
             TypeError: a return value that is not a tensor.
             RuntimeError: inside of a Pyro handler, which would have to see each run.
             Exception: any error of a call.
@@ -250,6 +250,12 @@ class Predictive(pyro.infer.Predictive):
                     "batches: choose other return_sites"
                 )
         runs = _gathered(samples, results)
+        unknown = [name for name in self.return_sites or () if name not in runs.sites]
+        if unknown:
+            raise ValueError(
+                f"return_sites: the model has no site {unknown[0]!r}, it has "
+                f"{', '.join(map(repr, runs.sites))}"
+            )
         return self._to_pyro_shapes(runs), runs
 
     @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
     as_number,
     check_flag,
@@ -16,6 +18,7 @@ from pyrocurv.runtime.validation import (
     check_iterable,
     check_nonnegative,
     check_positive,
+    shown,
 )
 
 
@@ -29,6 +32,24 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
     for name, word in (("prior_precision", "fan_in"), ("temperature", "auto")):
         if name in values:
             check_positive(name, values[name], word)
+
+
+def check_names(group: Mapping[str, Any], defaults: Mapping[str, Any], owner: type) -> None:
+    """Raise ValueError if a group has an argument of its optimizer that is one for all groups.
+
+    Warns of a weight decay where weights have a prior.
+    """
+    arguments = {*inspect.signature(owner).parameters} - {"params"}
+    if wrong := [name for name in group if name in arguments and name not in defaults]:
+        raise ValueError(
+            f"a group of {owner.__name__} has no {wrong[0]} of its own, it may have "
+            f"{', '.join(defaults)}"
+        )
+    if "weight_decay" not in defaults and group.get("weight_decay"):
+        warn_user(
+            f"weight_decay={shown(group['weight_decay'])} in a group of {owner.__name__} is for "
+            "parameters without a posterior alone: the others have a prior, of prior_precision"
+        )
 
 
 def check_params(params: Any, net: nn.Module | None = None) -> list[Any]:

@@ -20,13 +20,13 @@ from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.module_types import has_layer_norm
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice, check_structure
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer
-from pyrocurv.optim.checks import check_hyperparameters, check_params
+from pyrocurv.optim.checks import check_hyperparameters, check_names, check_params
 from pyrocurv.optim.forward_recorder import ForwardRecorder
 from pyrocurv.optim.loss_targets import LossLikelihood
 from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update, check_update
 from pyrocurv.optim.parameter_blocks import ParameterBlocks, parameter_table
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
-from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible
+from pyrocurv.optim.recorded_pass import RecordedPass, group_compatible, num_examples
 from pyrocurv.optim.sampling import EvaluationSum
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
 from pyrocurv.optim.sharded_network import ShardedNetwork, ShardedRecorder
@@ -145,6 +145,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         Raises ValueError for parameters that do not belong to the network.
         """
         check_is("param_group", param_group, dict, 'a dict with "params"')
+        check_names(param_group, self.defaults, type(self))
         param_group["params"] = check_params(param_group.get("params"))
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -184,6 +185,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             state, prior=self._prior(state.block, store),
             hyperparameters=self._hyperparameters(store.first(state.block)[1], layout),
         ))
+
+    def _check_batch(self, passes: Sequence[RecordedPass]) -> None:
+        """Raise ValueError if no process has an example."""
+        if passes and self._recorder.workers.is_alone and num_examples(passes) == 0:
+            raise ValueError("the batch has no examples")
 
     # ---- curvature ------------------------------------------------------------------------------
 
@@ -283,7 +289,10 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         update = step(self._posterior, evaluation, mean_update=self._mean_update)
         after = update.posterior if samples is None else samples.after(update)
         not_seen = {name: name for name in rest if name not in layout.names}
-        self._network.warn_once(not_seen, "not used yet in a pass that gave a curvature")
+        self._network.warn_once(
+            not_seen, "not used yet in a pass that gave a curvature",
+            "Adam trains them until the next estimate",
+        )
         self._auxiliary.keep(undo, auxiliary)
         with owners.together(loss):
             self._auxiliary.step(auxiliary, 1 / num_samples)

@@ -40,10 +40,10 @@ def as_mean_update(
     if isinstance(rule, Orthogonalizing):
         return replace(rule, is_nesterov=usual if nesterov == AUTO else bool(nesterov))
     if nesterov is True:
-        raise ValueError(
-            f"nesterov=True: update={rule.name!r} has no such momentum, 'muon' and 'whitened-muon' "
-            "do"
+        kind = "an optimizer of torch has its own" if rule.name == "torch" else (
+            f"the update is {rule.name!r} here, without such a momentum"
         )
+        raise ValueError(f"nesterov=True: {kind}; 'muon' and 'whitened-muon' have it")
     return rule
 
 

@@ -39,11 +39,27 @@ def name_parameters(net: nn.Module, groups: Sequence[Group]) -> NamedParameters:
     return {names[id(p)]: (p, group) for p, group in grouped}
 
 
+def padding_rows(net: nn.Module) -> dict[str, int]:
+    """{name: padding index} of embeddings whose weights nothing else uses."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        names[id(module.weight)][0]: module.padding_idx for module in net.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        and len(names.get(id(module.weight), ())) == 1
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class ParameterStore:
-    """The parameters that hold the means of the blocks."""
+    """The parameters that hold the means of the blocks.
+
+    `padding` are rows that keep their values, {name: index}, as they get no gradient.
+    """
 
     named: NamedParameters
+    padding: Mapping[str, int] = field(default_factory=dict)
     _views: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -107,8 +123,11 @@ class ParameterStore:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Copy {name: value} into the parameters."""
+        """Copy {name: value} into the parameters; in the values, padding rows become theirs."""
         if values:
+            for name, row in self.padding.items():
+                if name in values:
+                    values[name][row] = self.named[name][0][row]
             torch._foreach_copy_([self.named[name][0] for name in values], [*values.values()])
 
     @torch.no_grad()

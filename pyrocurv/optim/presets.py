@@ -1,7 +1,8 @@
 """Optimizers of the literature, each a curvature, a structure and an update of `VIOptimizer`.
 
-All take its further arguments as `options`, and raise what it raises. As in the papers, the
-mean moves by `update="natural"` at `temperature=1` unless told otherwise.
+All take its further arguments as `options`, but for the curvature, the structure and what their own
+arguments stand for, and raise what it raises. As in the papers, the mean moves by
+`update="natural"` at `temperature=1` unless told otherwise.
 
     >>> import torch
     >>> from pyrocurv.optim import vogn
@@ -24,19 +25,29 @@ from pyrocurv.runtime.validation import (
 )
 
 
-def _published(net: nn.Module, num_data: int, lr: float, **options: Any) -> VIOptimizer:
-    """With the update and the temperature of the papers."""
-    return VIOptimizer(net, num_data, lr, **{"update": "natural", "temperature": 1.0, **options})
+def _published(
+    name: str, net: nn.Module, num_data: int, lr: float, options: dict[str, Any], **method: Any
+) -> VIOptimizer:
+    """With the update and the temperature of the papers; TypeError for what defines the method."""
+    for option in options:
+        if option in method:
+            raise TypeError(f"{name} has a {option} of its own: use VIOptimizer({option}=...)")
+    usual = {"update": "natural", "temperature": 1.0}
+    return VIOptimizer(net, num_data, lr, **{**usual, **options, **method})
 
 
 def noisy_kfac(net: nn.Module, num_data: int, lr: float = 0.02, **options: Any) -> VIOptimizer:
     """Noisy K-FAC, Zhang et al. 2018, arXiv:1712.02390, with the prior exact in the posterior."""
-    return _published(net, num_data, lr, curvature="fisher", structure="kfac", **options)
+    return _published(
+        "noisy_kfac", net, num_data, lr, options, curvature="fisher", structure="kfac"
+    )
 
 
 def noisy_ekfac(net: nn.Module, num_data: int, lr: float = 0.02, **options: Any) -> VIOptimizer:
     """Noisy EK-FAC, Bae, Zhang & Grosse 2018, arXiv:1811.12565."""
-    return _published(net, num_data, lr, curvature="fisher", structure="ekfac", **options)
+    return _published(
+        "noisy_ekfac", net, num_data, lr, options, curvature="fisher", structure="ekfac"
+    )
 
 
 def vogn(
@@ -52,8 +63,8 @@ def vogn(
     check_fraction("beta2", beta2)
     curvature = Curvature("empirical", every=1, batch=None, decay=beta2, initial=0.0)
     return _published(
-        net, num_data, lr, curvature=curvature, structure="diag", prior_precision=prior_precision,
-        momentum=beta1, damping=damping, kl_clip=None, **options,
+        "vogn", net, num_data, lr, options, curvature=curvature, structure="diag",
+        prior_precision=prior_precision, momentum=beta1, damping=damping, kl_clip=None,
     )
 
 
@@ -80,6 +91,6 @@ def ivon(
     curvature = Curvature("noise", every=1, decay=beta2, initial=hess_init)
     options = {"antithetic": False, "damping": 0.0, "kl_clip": None, **options}
     return _published(
-        net, num_data, lr, curvature=curvature, structure="diag", momentum=beta1,
-        prior_precision=weight_decay * num_data, **options,
+        "ivon", net, num_data, lr, options, curvature=curvature, structure="diag", momentum=beta1,
+        prior_precision=weight_decay * num_data,
     )

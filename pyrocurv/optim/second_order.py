@@ -172,6 +172,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
             self._synchronize()
             undo.keep_attributes(*self._mutable)
             passes, store = self._recorder.pop_passes(), self._store()
+            self._check_batch(passes)
             layout, posterior = self.layout, self._decayed(store, 0.0)
             if self._is_due() and any(recorded.inputs for recorded in passes):
                 layout, posterior = self._update_curvature(layout, posterior, passes, store, 0.0)

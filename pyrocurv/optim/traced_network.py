@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +30,12 @@ from pyrocurv.optim.parameter_blocks import (
     split_by_group,
     untraced_layers,
 )
-from pyrocurv.optim.parameter_store import Group, ParameterStore, name_parameters
+from pyrocurv.optim.parameter_store import (
+    Group,
+    ParameterStore,
+    name_parameters,
+    padding_rows,
+)
 from pyrocurv.optim.recorded_pass import PassGroup
 from pyrocurv.posterior.precision import Average
 from pyrocurv.posterior.state import Posterior
@@ -109,7 +115,11 @@ class TracedNetwork:
 
     def store(self, groups: Sequence[Group]) -> ParameterStore:
         """The parameters of the groups; ValueError for one that is not the network's."""
-        return ParameterStore(name_parameters(self.recorder.inner, groups))
+        return ParameterStore(name_parameters(self.recorder.inner, groups), self._padding)
+
+    @cached_property
+    def _padding(self) -> dict[str, int]:
+        return padding_rows(self.recorder.inner)
 
     @contextmanager
     def forward_pass(
@@ -175,9 +185,11 @@ class TracedNetwork:
             )
         return layout
 
-    def warn_once(self, descriptions: Mapping[str, str], what: str) -> None:
-        """Warn, once for each name, that it has no curvature."""
+    def warn_once(
+        self, descriptions: Mapping[str, str], what: str, fallback: str | None = None
+    ) -> None:
+        """Warn, once for each name, that it has no curvature, and what it gets instead."""
         new = [text for name, text in descriptions.items() if name not in self.warned]
         if new:
-            warn_user(f"{self.owner}: {', '.join(new)} {what}: {self.fallback}")
+            warn_user(f"{self.owner}: {', '.join(new)} {what}: {fallback or self.fallback}")
             self.warned |= {*descriptions}

@@ -43,6 +43,7 @@ from pyrocurv.posterior.summary import at_temperature
 from pyrocurv.posterior.temperature import TemperatureRule, warn_at_chance
 from pyrocurv.runtime.choices import Auto, CurvatureKind, FanIn
 from pyrocurv.runtime.inference_mode import outside_inference_mode
+from pyrocurv.runtime.module_state import preserve_module_state
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_callable, check_flag, check_integer
@@ -69,7 +70,8 @@ class VIOptimizer(CurvatureOptimizer):
     Args:
         net, params, likelihood, class_dim, curvature, structure, update: as for
             `SecondOrderOptimizer`; "point" leaves a layer without a posterior, and update="auto" is
-            "whitened-muon".
+            "whitened-muon". A group may have its own lr, momentum, damping, kl_clip,
+            decoupled_weight_decay, prior_precision and temperature; weight_decay it has none.
         momentum, damping, kl_clip, fallback_lr: as for `SecondOrderOptimizer`.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
@@ -80,7 +82,7 @@ class VIOptimizer(CurvatureOptimizer):
         prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
         temperature: T multiplies the KL term; 1 is the ELBO. "auto" follows the curvature and the
             loss, see `pyrocurv.posterior.temperature`. A callable as `likelihood` needs
-            `step(closure)` for the latter. A group may have its own.
+            `step(closure)` for the latter.
         kl_warmup: steps over which T rises linearly to its value.
         augmentation: N counts so many times, for data that random transformations multiply.
         num_samples: how often `step(closure)` calls the closure, and what `predict` draws.
@@ -196,7 +198,8 @@ class VIOptimizer(CurvatureOptimizer):
     def sampled_params(self) -> Iterator[None]:
         """The parameters are a sample inside, and the mean again afterwards, whatever is raised.
 
-        A forward and a backward pass inside make it one of the samples of the next step.
+        A forward and a backward pass inside make it one of the samples of the next step. Blocks
+        without a backward pass, as for predictions, have a new sample each.
         """
         if self._sample is not None:
             raise RuntimeError("sampled_params() inside another one")
@@ -220,6 +223,10 @@ class VIOptimizer(CurvatureOptimizer):
                     samples = self._samples
                     if passes := self._recorder.pop_passes():
                         samples = self._add_sample(passes, sample, undo)
+                    elif samples is not None:  # a mirrored sample has been seen
+                        samples = replace(samples, mirrors=None)
+                    elif mirrored is not None:
+                        self._posterior = self._posterior.with_mirrors(None)
                 self._samples = samples
             finally:
                 self._sample = None
@@ -233,6 +240,7 @@ class VIOptimizer(CurvatureOptimizer):
         samples, store = self._samples, sample.store
         if samples is None:
             self._check_sample_gradients()
+            self._check_batch(passes)
             batch_size = round(self._recorder.workers.sum(num_examples(passes), store.like))
             check_batch_size(batch_size, self.num_data, self.augmentation)
             decayed = self._decayed(store, batch_size / self._num_data)
@@ -387,9 +395,10 @@ class VIOptimizer(CurvatureOptimizer):
 
     def summary(self) -> str:
         """As that of `SecondOrderOptimizer`, and the temperature of the last step."""
-        blocks = self._posterior.blocks
-        temperature = blocks[0].hyperparameters.temperature if blocks else None
-        return super().summary() + at_temperature(temperature)
+        temperatures = {
+            state.hyperparameters.temperature: None for state in self._posterior.blocks
+        }
+        return super().summary() + at_temperature(*temperatures)
 
     def _kinds(self, net: nn.Module) -> tuple[type[TracedNetwork], type[ForwardRecorder]]:
         kinds = super()._kinds(net)
@@ -419,10 +428,12 @@ class VIOptimizer(CurvatureOptimizer):
         """Outputs of the network at samples of the posterior, [num_samples, ...].
 
         Takes the network's arguments; draws from torch's global generator. Call `net.eval()` first
-        if the network behaves differently in training. Before the first step it is the network
-        itself. In other outputs each tensor is stacked.
+        if the network behaves differently in training; statistics of batch norm stay as they are
+        in either mode. Before the first step it is the network itself. In other outputs each tensor
+        is stacked.
 
         Args:
+            num_samples: by default that of the constructor, one; 16 or more for probabilities.
             process_group: shares the samples out over processes, as for `Predictive`.
 
         Raises ValueError for less than one sample, or for processes with other inputs.
@@ -436,7 +447,7 @@ class VIOptimizer(CurvatureOptimizer):
                 "each sample, and cannot share samples out: use process_group=None"
             )
         sampler = Sampler(self._posterior.blocks, self.antithetic, noise=store.noise)
-        with self.use_mean():
+        with self.use_mean(), preserve_module_state(self._recorder.inner.modules()):
             return predict_at_samples(
                 sampler, count, store, self._recorder.local, args, kwargs, workers
             )

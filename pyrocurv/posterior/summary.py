@@ -82,9 +82,10 @@ def guide_summary(
     return format_table(rows, size, "site", "a posterior") + at_temperature(temperature)
 
 
-def at_temperature(temperature: float | None) -> str:
+def at_temperature(*temperatures: float | None) -> str:
     """The end of a summary."""
-    return "" if temperature is None else f", at temperature {temperature:.3g}"
+    known = [f"{value:.3g}" for value in temperatures if value is not None]
+    return f", at temperature {' and '.join(known)}" if known else ""
 
 
 def format_table(

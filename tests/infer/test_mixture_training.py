@@ -22,7 +22,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from toys import (
     GUIDES,
     NUM_DATA,
@@ -460,5 +460,9 @@ def test_the_number_of_batches_in_place_of_that_of_the_data() -> None:
     small = DataLoader(data, batch_size=5)
     with pytest.warns(UserWarning, match="6 data in total, which is the number of batches .* 30 a"):
         train_mixture(make(6), small, 1, 1, progress=False)
+    with pytest.warns(UserWarning, match="5 data in total, which is the size of one batch, of 30"):
+        train_mixture(make(5), small, 1, 1, progress=False)
+    few = DataLoader(data, sampler=RandomSampler(data, num_samples=12), batch_size=12)
+    train_mixture(make(12), few, 1, 1, progress=False)
     train_mixture(make(30), loader, 1, 1, progress=False)
     train_mixture(make(12), loader, 1, 1, progress=False)  # distinct images, versions of which

@@ -167,6 +167,10 @@ def test_errors() -> None:
     predict = Predictive(model, guide=guide, num_samples=2)
     with pytest.raises(ValueError, match="gave no data"):
         predict.loader([])
+    for names in (["RETURN"], ["_RETURN", "logits"]):
+        unknown = Predictive(model, guide=guide, num_samples=2, return_sites=names)
+        with pytest.raises(ValueError, match=f"the model has no site '{names[-1]}', it has '"):
+            unknown.loader([(X, Y)])
     with pytest.raises(ValueError, match="batches in a list"):
         predict.loader((X, Y))
     with pytest.raises(TypeError, match="loader: a DataLoader"):

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -744,3 +745,171 @@ def test_passes_at_the_mean_are_told() -> None:
     net.zero_grad()
     at_a_sample()
     optimizer.step()
+
+
+# ---- what users do besides training -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [7, 8])
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_blocks_without_a_backward_pass_have_new_samples(steps: int, antithetic: bool) -> None:
+    """And a run goes on from its state as it would have without interruption."""
+    x, y = classes()
+    net = small()
+    optimizer = VIOptimizer(net, N, antithetic=antithetic)
+    for _ in range(steps):
+        step(optimizer, net, x, y)
+    samples = torch.stack([_sample(optimizer, net) for _ in range(40)])
+    assert len({tuple(sample.tolist()) for sample in samples}) == 40
+    assert (samples.std(0) > 0).all()
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    other = small()
+    resumed = VIOptimizer(other, N, antithetic=antithetic)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for _ in range(3):
+        step(optimizer, net, x, y)
+        step(resumed, other, x, y)
+    assert torch.equal(flat(net), flat(other))
+
+
+def test_predictions_between_two_samples_of_a_step_are_new() -> None:
+    x, y = classes()
+    net = small()
+    optimizer = VIOptimizer(net, N)
+    step(optimizer, net, x, y)
+    with optimizer.sampled_params():
+        F.cross_entropy(net(x), y).backward()
+    found = [_sample(optimizer, net) for _ in range(4)]
+    assert len({tuple(sample.tolist()) for sample in found}) == 4
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", [
+    lambda net: VIOptimizer(net, N), lambda net: ivon(net, N),
+    lambda net: VIOptimizer(net, N, update="natural", structure="diag"),
+    lambda net: SecondOrderOptimizer(net, weight_decay=1.0),
+])
+def test_the_row_of_a_padding_index_stays(make: Callable[..., Any]) -> None:
+    """In samples and at the mean, so that padding changes nothing."""
+    net = nn.Sequential(nn.Embedding(6, 4, padding_idx=2), nn.Flatten(), nn.Linear(20, 3))
+    with torch.no_grad():
+        net[0].weight[2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    optimizer = make(net)
+    tokens, y = torch.randint(6, (16, 5)), torch.randint(3, (16,))
+    for _ in range(4):
+        optimizer.zero_grad()
+        inside = getattr(optimizer, "sampled_params", nullcontext)
+        with inside():
+            assert net[0].weight[2].tolist() == [1, 2, 3, 4]
+            F.cross_entropy(net(tokens), y).backward()
+        optimizer.step()
+    assert net[0].weight[2].tolist() == [1, 2, 3, 4]
+    if isinstance(optimizer, VIOptimizer):
+        inner = optimizer.predict(torch.full((1, 5), 2), num_samples=3)
+        with optimizer.sampled_params(), torch.no_grad():
+            assert (net[0].weight[3] != 0).all()
+        assert inner.shape == (3, 1, 3)
+
+
+def test_a_tied_row_of_a_padding_index_is_sampled() -> None:
+    """As it is the weight of a class elsewhere."""
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 6)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens).mean(1))
+
+    net = Tied()
+    optimizer = VIOptimizer(net, N)
+    tokens, y = torch.randint(6, (16, 5)), torch.randint(6, (16,))
+    before = net.head.weight[2].tolist()
+    step(optimizer, net, tokens, y)
+    step(optimizer, net, tokens, y)
+    assert net.head.weight[2].tolist() != before
+
+
+def test_groups_have_no_arguments_that_are_one_for_all() -> None:
+    for name, value in {"update": "muon", "nesterov": True, "kl_warmup": 3, "num_data": 2}.items():
+        with pytest.raises(ValueError, match=f"a group of VIOptimizer has no {name} of its own"):
+            VIOptimizer(net := small(), N, params=[{"params": net.parameters(), name: value}])
+    with pytest.raises(ValueError, match="SecondOrderOptimizer has no structure of its own, it"):
+        SecondOrderOptimizer(
+            net := small(), params=[{"params": net.parameters(), "structure": "diag"}]
+        )
+    net = small()
+    groups = [{"params": net[0].parameters(), "weight_decay": 0.0, "name": "first"},
+              {"params": net[2].parameters(), "decoupled_weight_decay": 0.1, "damping": 0.1}]
+    VIOptimizer(net, N, params=groups)
+    with pytest.warns(UserWarning, match="weight_decay=0.5 in a group of VIOptimizer is for param"):
+        VIOptimizer(net, N, params=[{"params": net.parameters(), "weight_decay": 0.5}])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_batch_without_examples(steps: int) -> None:
+    x, y = classes()
+    for optimizer_class in (VIOptimizer, SecondOrderOptimizer):
+        net = small()
+        is_posterior = optimizer_class is VIOptimizer
+        optimizer: Any = optimizer_class(net, N) if is_posterior else optimizer_class(net)
+        inside = optimizer.sampled_params if is_posterior else nullcontext
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with inside():
+                F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        before = flat(net)
+        with pytest.raises(ValueError, match="the batch has no examples"):
+            with inside():
+                net(x[:0]).sum().backward()
+            optimizer.step()
+        assert torch.equal(flat(net), before)
+        optimizer.zero_grad()
+        with inside():
+            F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        assert not torch.equal(flat(net), before)
+
+
+def test_predictions_in_train_mode_keep_the_statistics_of_batch_norm() -> None:
+    x, y = classes()
+    net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    optimizer = VIOptimizer(net, N)
+    step(optimizer, net, x, y)
+    before = copy.deepcopy(dict(net.named_buffers()))
+    optimizer.predict(100 * x, num_samples=4)
+    assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
+
+
+@pytest.mark.parametrize("make", [noisy_kfac, noisy_ekfac, vogn, ivon])
+def test_presets_have_a_curvature_of_their_own(make: Callable[..., Any]) -> None:
+    for name, value in {"curvature": "ggn", "structure": "full"}.items():
+        with pytest.raises(TypeError, match=f"{make.__name__} has a {name} of its own: use VIOpt"):
+            make(small(), N, **{name: value})
+
+
+def test_an_unfrozen_layer_is_adams_until_the_next_estimate() -> None:
+    x, y = classes()
+    net = small()
+    optimizer = VIOptimizer(net, N, params=net[2].parameters(), curvature=Curvature("ggn", every=3))
+    step(optimizer, net, x, y)
+    optimizer.add_param_group({"params": net[0].parameters()})
+    with pytest.warns(UserWarning, match="0.weight, 0.bias not used yet .*: Adam trains them"):
+        step(optimizer, net, x, y)
+    for _ in range(3):
+        step(optimizer, net, x, y)
+    assert "adam" not in optimizer.summary()
+
+
+def test_a_summary_has_the_temperatures_of_all_groups() -> None:
+    x, y = classes()
+    net = small()
+    optimizer = VIOptimizer(net, N, params=[
+        {"params": net[0].parameters(), "temperature": 1.0},
+        {"params": net[2].parameters(), "temperature": 0.01},
+    ])
+    step(optimizer, net, x, y)
+    assert optimizer.summary().endswith("at temperature 1 and 0.01")
