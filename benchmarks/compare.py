@@ -397,7 +397,7 @@ RESNET_GRIDS = {  # for the ResNet, the same number of settings: higher rates, l
     "ekfac": RESNET_NGVI,
 }
 ENSEMBLES = {  # method: numbers of members
-    "adam": (5, 10), "muon": (5,), "second-order": (5,), "kfac": (2, 5),
+    "adam": (5, 10), "muon": (5,), "kfac": (2, 5),
 }
 REFERENCE = "kfac"
 
