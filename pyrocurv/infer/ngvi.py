@@ -102,8 +102,8 @@ class NGVI:
         decoupled_weight_decay: λ of M ← M - lr λ (M - M₀) in each step, as AdamW and Muon have it,
             for layers with weight matrices; M₀ is the mean of the prior. It is no part of the
             objective. With steps of fixed length, those of both muons, it bounds the singular
-            values of the means by 1/λ, which regularizes networks that are trained for few epochs
-            at a low temperature (0.1 with T = 0.01, and with twice the learning rate).
+            values of the means by 1/λ. For convolutional networks 0.1 to 0.3 with T = 0.003 to
+            0.01, lr 0.04 and `nesterov=True` predicts better than the defaults.
         kl_clip: trust region κ of a step; None for no clipping. An outlier enters the momentum with
             at most ten times the radius of the trust region.
         num_particles: samples S of the posterior per step, in antithetic pairs; gradients and

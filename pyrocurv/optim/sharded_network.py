@@ -190,7 +190,11 @@ class ShardedStore(ParameterStore):
     @torch.no_grad()
     def _assign(self, shards: Mapping[str, Tensor]) -> None:
         for name, rows in shards.items():
-            local(self.named[name][0]).copy_(rows)
+            here = local(self.named[name][0])
+            padding = self.padding.get(name, -1) - self._all.workers.rank * self._padded(name)[0]
+            if 0 <= padding < len(here):
+                rows[padding] = here[padding]
+            here.copy_(rows)
         reshard(self.modules)
 
     @torch.no_grad()
@@ -235,7 +239,9 @@ class ShardedNetwork(TracedNetwork):
     def store(self, groups: Sequence[Group]) -> ParameterStore:
         net = self.recorder.inner
         reshard(net.modules())
-        store = ShardedStore(name_parameters(net, groups), modules=(*net.modules(),))
+        store = ShardedStore(
+            name_parameters(net, groups), self._padding, modules=(*net.modules(),)
+        )
         return self.covering(store, self.layout)
 
     def covering(self, store: ParameterStore, layout: ParameterBlocks) -> ParameterStore:

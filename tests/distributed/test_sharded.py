@@ -150,8 +150,34 @@ def test_updates(ranks: Any, kind: str, update: Any) -> None:
     check(ranks, kind, update=update, curvature=curvature, structure="ekfac")
 
 
-def test_decoupled_decay(ranks: Any) -> None:
-    check(ranks, "second-order", decoupled_weight_decay=0.3)
+@pytest.mark.parametrize("kind", ["second-order", "vi"])
+def test_decoupled_decay(ranks: Any, kind: str) -> None:
+    check(ranks, kind, decoupled_weight_decay=0.3)
+
+
+def padding(rank: int, index: int) -> None:
+    """On either rank's rows of an embedding."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(5, 4, padding_idx=index), nn.Flatten(), nn.Linear(12, 3))
+    with torch.no_grad():
+        network[0].weight[index] = torch.arange(4.0)
+    for module in (network[0], network):
+        fully_shard(module)
+    optimizer = VIOptimizer(network, num_data=96)
+    x, y = torch.randint(5, (8, 3)), torch.randint(3, (8,))
+    for _ in range(3):
+        optimizer.zero_grad()
+        with optimizer.sampled_params():
+            row = network[0].weight.full_tensor()[index]
+            F.cross_entropy(network(x), y).backward()
+        assert row.tolist() == [0, 1, 2, 3]
+        optimizer.step()
+    assert network[0].weight.full_tensor()[index].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("index", [1, 4])
+def test_the_row_of_a_padding_index_stays(ranks: Any, index: int) -> None:
+    ranks(SIZE).run(padding, index)
 
 
 def test_intervals_by_the_drift_of_each_block(ranks: Any) -> None:
