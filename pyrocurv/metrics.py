@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, OneHotCategorical
 
-from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import (
     as_number,
     check_choice,
@@ -244,8 +243,6 @@ def _sample_axis(
         )
     if not shape[axis]:
         raise ValueError(f"{name} has no samples: axis {axis} of {[*shape]} is empty")
-    if shape[axis] == 1:
-        warn_user(f"{name} has one sample, in axis {axis} of {[*shape]}: its epistemic part is 0")
     return axis
 
 

@@ -137,9 +137,3 @@ def test_variance_of_a_mixture_by_draws() -> None:
 def test_errors(arguments: dict[str, Any], kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         uncertainty(**arguments)
-
-
-def test_one_sample_is_told() -> None:
-    """`VIOptimizer.predict` gives one by default."""
-    with pytest.warns(UserWarning, match=r"logits has one sample, in axis 0 of \[1, 4\]: its epi"):
-        assert float(uncertainty(logits=torch.randn(1, 4, 3)).epistemic.abs().max()) < 1e-6
