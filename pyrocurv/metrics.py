@@ -70,8 +70,8 @@ def uncertainty(
 
     Returns:
         `Uncertainty(total, aleatoric, epistemic)`, each [N] (or [...]): entropies in nats,
-        epistemic being the mutual information of outcome and weights; for normals variances, with
-        1/S.
+        epistemic being the mutual information of outcome and weights, 0 for one sample; for normals
+        variances, with 1/S.
 
     Raises:
         TypeError: not exactly one of the four, something that is no tensor of real numbers, or
