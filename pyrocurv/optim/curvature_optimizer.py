@@ -142,7 +142,8 @@ class CurvatureOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, see `torch.optim.Optimizer.add_param_group`.
 
-        Raises ValueError for parameters that do not belong to the network.
+        Raises ValueError for parameters that do not belong to the network, and for an argument that
+        is one for all groups.
         """
         check_is("param_group", param_group, dict, 'a dict with "params"')
         check_names(param_group, self.defaults, type(self))

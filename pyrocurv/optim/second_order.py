@@ -56,8 +56,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         net: the network that the loop calls.
         lr: learning rate.
         params: the parameters or groups of them, as in torch; by default all. A group may have its
-            own lr, momentum, damping, kl_clip and weight_decay; layers of two groups share no
-            block.
+            own lr, momentum, damping, kl_clip, weight_decay and decoupled_weight_decay; layers of
+            two groups share no block.
         likelihood: whose negative logarithm is the loss: "categorical" (`F.cross_entropy` of
             logits), "bernoulli" (`F.binary_cross_entropy_with_logits`), "normal"
             (`F.mse_loss / 2`), or a callable from the output, of any type, to a `Distribution`
@@ -89,8 +89,11 @@ class SecondOrderOptimizer(CurvatureOptimizer):
         fallback_lr: of Adam for what no supported op consumes, in proportion to a schedule on lr.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an unknown name, a number out of its range, a parameter that is none of the
-            network's; at a step, an output that the likelihood does not fit.
+            network's, an argument in a group that is one for all, `nesterov=True` with an update
+            that has no such momentum; at a step, a batch without examples, an output that the
+            likelihood does not fit.
         RuntimeError: a step before any forward pass with a gradient.
         FloatingPointError: a gradient that is not finite, or means or precisions that would not be;
             nothing has changed then.
@@ -153,7 +156,8 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
         One with a `weight_decay` of its own has no decoupled one, unless that is given too.
 
-        Raises ValueError for parameters that do not belong to the network.
+        Raises ValueError for parameters that do not belong to the network, and for an argument that
+        is one for all groups.
         """
         has_own = isinstance(param_group, dict) and "weight_decay" in param_group
         if has_own and self._is_automatic_decay:

@@ -71,7 +71,8 @@ class VIOptimizer(CurvatureOptimizer):
         net, params, likelihood, class_dim, curvature, structure, update: as for
             `SecondOrderOptimizer`; "point" leaves a layer without a posterior, and update="auto" is
             "whitened-muon". A group may have its own lr, momentum, damping, kl_clip,
-            decoupled_weight_decay, prior_precision and temperature; weight_decay it has none.
+            decoupled_weight_decay, prior_precision and temperature; a `weight_decay` is for its
+            parameters without a posterior.
         momentum, damping, kl_clip, fallback_lr: as for `SecondOrderOptimizer`.
         num_data: N, how many numbers the loss would be the mean of on all data: examples, or
             tokens, or examples times outputs.
@@ -94,7 +95,7 @@ class VIOptimizer(CurvatureOptimizer):
     consumes gets independent Gaussians, from gradients.
 
     Raises:
-        ValueError, FloatingPointError: as `SecondOrderOptimizer`.
+        TypeError, ValueError, FloatingPointError: as `SecondOrderOptimizer`.
         RuntimeError: a step without a sample; one `sampled_params()` inside another.
 
     Reference: Zhang et al. 2018, arXiv:1712.02390; Khan & Rue 2023, arXiv:2107.04562.
