@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from typing import cast
 
@@ -239,8 +240,7 @@ def _whitened(pushes: Sequence[Push], bases: Sequence[KroneckerEigen]) -> list[D
     stacked = operands(bases, [_over_root(push, push.scaled_gradient) for push in pushes])
     matrices = [cast(KroneckerEigen, operand.matrix) for operand in stacked]
     h = [operand.vector.view(basis.shape) for basis, operand in zip(matrices, stacked, strict=True)]
-    signs = orthogonalize(_whiten(matrices, h))
-    moved = _whiten(matrices, signs)
+    moved = orthogonalize(h, [partial(basis.whiten_input, ridge=RIDGE) for basis in matrices])
     norms = matrix_norms(moved)
     torch._foreach_div_(moved, torch._foreach_div(norms, [_norm(*x.shape[-2:]) for x in moved]))
     found: dict[int, Direction] = {}
@@ -255,10 +255,6 @@ def _whitened(pushes: Sequence[Push], bases: Sequence[KroneckerEigen]) -> list[D
             else:
                 found[index] = Direction.of(push, _over_root(push, vector), lr)
     return [found[index] for index in range(len(pushes))]
-
-
-def _whiten(bases: Sequence[KroneckerEigen], matrices: Sequence[Tensor]) -> list[Tensor]:
-    return [basis.whiten_input(x, RIDGE) for basis, x in zip(bases, matrices, strict=True)]
 
 
 def _over_root(push: Push, vector: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """The nearest matrices with orthonormal rows or columns, by a Newton-Schulz iteration.
 
-    X ← X / |X|,   X ← (aₜ I + bₜ XXᵀ + cₜ (XXᵀ)²) X,   t = 1 … 4
+    X ← X / |XXᵀ|^½,   X ← (aₜ I + bₜ XXᵀ + cₜ (XXᵀ)²) X,   t = 1 … 3
 
-keeps the singular vectors of X and takes singular values from 0.0025 to 1 into [0.7, 1.2], as five
-steps with one polynomial do from 0.0015. Every iterate is P X with P, and its Gram matrix P XXᵀ P,
-polynomials of XXᵀ, so that X itself, which may be wide, is multiplied twice in all. Gram matrices
-of many sizes are iterated together, as diagonal blocks of a few matrices of one size.
+keeps the singular vectors of X and takes singular values from 0.011 to 1 into [0.7, 1.2]. The
+largest is at most 1, and closer to 1 than after a division by |X|, which would cost an iteration.
+
+Every iterate is P X with P, and its Gram matrix P XXᵀ P, polynomials of XXᵀ, so that X itself,
+which may be wide, is multiplied twice in all. Of a wide X = H W with a positive definite W, P X W
+takes Y = H W² alone: the Gram matrix is Y Hᵀ, the result P Y. Gram matrices of many sizes are
+iterated together, as diagonal blocks of a few matrices of one size.
 
 The Gram matrix has the squared condition number, and the iteration amplifies eigenvalues that are
 negative by rounding: the error is at most 1e-3 in single precision, but in half precision it would
@@ -19,9 +22,9 @@ application to the Muon algorithm", arXiv:2505.16932.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -32,17 +35,21 @@ from pyrocurv.structures.kronecker_eigen import matmul
 from pyrocurv.structures.linalg import at_least_single
 
 COEFFICIENTS = (  # a, b, c; the last polynomial times 0.95, for values around 1
-    (8.3220, -24.1199, 17.5304), (4.0389, -2.9479, 0.5448),
-    (3.5819, -2.6309, 0.5100), (2.5116, -1.8698, 0.4313),
+    (8.0535, -23.4631, 17.3211), (3.5653, -2.6215, 0.5097), (2.4739, -1.8099, 0.4122),
 )
 MAX_SHARED = 256  # rows of a Gram matrix whose products cost a GPU less than their launches
 MAX_PADDING, MIN_SIDE = 1.5, 64  # up to which multiple, or number, of its rows one is padded
 
+Whitening = Callable[[Tensor, int], Tensor]  # X [..., k, m], p -> X Wᵖ, for a W > 0 [..., m, m]
 
-def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
+
+def orthogonalize(
+    matrices: Sequence[Tensor], whitenings: Sequence[Whitening | None] | None = None
+) -> list[Tensor]:
     """About U Vᵀ for each matrix U S Vᵀ, [n, m] or a stack [k, n, m]; zeros for zeros.
 
-    On a GPU matrices of more than 256 rows and columns are iterated in bfloat16.
+    With a whitening of H it is msign(H W) W. On a GPU matrices of more than 256 rows and columns
+    are iterated in bfloat16.
 
     Example:
         >>> import torch
@@ -52,21 +59,19 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """
     if not matrices:
         return []
-    wide = [x if x.shape[-2] <= x.shape[-1] else x.mT for x in map(at_least_single, matrices)]
-    wide = [*torch._foreach_div(wide, matrix_norms(wide))]
-    for group in _groups(tuple((x.shape[:-1], x.dtype, x.device) for x in wide)):
-        members = [wide[place.index] for place in group.places]
-        is_fast_in_half = members[0].device.type != "cpu" and members[0].dtype == torch.float32
-        if is_fast_in_half and group.side > MAX_SHARED:
-            done = [_iterate(x.bfloat16()).to(x.dtype) for x in members]
+    scaled = [*map(at_least_single, matrices)]
+    scaled = [*torch._foreach_div(scaled, matrix_norms(scaled))]  # as small numbers have no squares
+    pairs = zip(scaled, whitenings or [None] * len(matrices), strict=True)
+    factored = [_Factored(x, whitening) for x, whitening in pairs]
+    found: dict[int, Tensor] = {}
+    for group in _groups(tuple((one.rows, one.x.dtype, one.x.device) for one in factored)):
+        members = [factored[place.index] for place in group.places]
+        if group.side > MAX_SHARED and _is_fast_in_half(members[0].x):
+            done = [one.iterated() for one in members]
         else:
             done = _iterate_grams(group, members)
-        for place, x in zip(group.places, done, strict=True):
-            wide[place.index] = x
-    return [
-        (x if x.shape == matrix.shape else x.mT).to(matrix.dtype)
-        for x, matrix in zip(wide, matrices, strict=True)
-    ]
+        found.update(zip([place.index for place in group.places], done, strict=True))
+    return [found[index].to(matrix.dtype) for index, matrix in enumerate(matrices)]
 
 
 def matrix_norms(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -83,22 +88,84 @@ def matrix_norms(matrices: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def _is_fast_in_half(x: Tensor) -> bool:
+    return x.device.type != "cpu" and x.dtype == torch.float32
+
+
 def _iterate(x: Tensor) -> Tensor:
+    """The same of a wide X by products with X itself, in its own precision."""
+    gram = x @ x.mT
+    (norm,) = matrix_norms([gram])
+    x = x / (1.01 * norm.sqrt())  # as norms are rounded too
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x
 
 
+@dataclass(frozen=True, eq=False)
+class _Factored:
+    """X = H [..., n, m] of which P X is wanted, or X = H W of which P X W is."""
+
+    x: Tensor  # H
+    whitening: Whitening | None
+
+    @property
+    def is_wide(self) -> bool:
+        return self.x.shape[-2] <= self.x.shape[-1]
+
+    @cached_property
+    def whitened(self) -> Tensor:
+        """H W²."""
+        return self.x if self.whitening is None else self.whitening(self.x, 2)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows of the Gram matrix, after the size of a stack."""
+        return (*self.x.shape[:-2], min(self.x.shape[-2:]))
+
+    def write_gram(self, block: Tensor) -> None:
+        """XXᵀ of a wide X, XᵀX of a tall one, into a block."""
+        if self.is_wide:
+            matmul(self.whitened, self.x.mT, out=block)
+        elif self.whitening is None:
+            matmul(self.x.mT, self.x, out=block)
+        else:
+            block.copy_(self._both_sides(matmul(self.x.mT, self.x)))
+
+    def result(self, factor: Tensor) -> Tensor:
+        """What is wanted, for P."""
+        if self.is_wide:
+            return matmul(factor, self.whitened)
+        return matmul(self.x, factor if self.whitening is None else self._both_sides(factor))
+
+    def _both_sides(self, symmetric: Tensor) -> Tensor:
+        """W S W."""
+        whiten = self.whitening
+        return symmetric if whiten is None else whiten(whiten(symmetric, 1).mT, 1)
+
+    def iterated(self) -> Tensor:
+        """What is wanted, by an iteration of X in half precision."""
+        x = self.x if self.whitening is None else self.whitening(self.x, 1)
+        sign = _iterate((x if self.is_wide else x.mT).bfloat16()).to(x.dtype)
+        sign = sign if self.is_wide else sign.mT
+        return sign if self.whitening is None else self.whitening(sign, 1)
+
+
 # ---- Gram matrices ------------------------------------------------------------------------------
 
 
-def _iterate_grams(group: _Group, matrices: Sequence[Tensor]) -> list[Tensor]:
+def _iterate_grams(group: _Group, matrices: Sequence[_Factored]) -> list[Tensor]:
     """The same for X [n, m] or [k, n, m], from the blocks of Gram matrices [K, s, s]."""
-    grams = matrices[0].new_zeros(len(group.filled), group.side, group.side)
-    for x, block in zip(matrices, group.blocks(grams), strict=True):
-        matmul(x, x.mT, out=block)
-    return [*map(matmul, group.blocks(_factor(grams)), matrices)]
+    grams = matrices[0].x.new_zeros(len(group.filled), group.side, group.side)
+    blocks = group.blocks(grams)
+    for matrix, block in zip(matrices, blocks, strict=True):
+        matrix.write_gram(block)
+    norms = matrix_norms(blocks)
+    torch._foreach_div_(blocks, norms)
+    factors = group.blocks(_factor(grams))
+    torch._foreach_div_(factors, [*torch._foreach_sqrt(norms)])
+    return [matrix.result(factor) for matrix, factor in zip(matrices, factors, strict=True)]
 
 
 def _factor(gram: Tensor) -> Tensor:

@@ -286,26 +286,27 @@ class KroneckerEigen(Structure):
         mean = (trace * counts).sum(-1, keepdim=True) / counts.sum()
         return torch.where(mean > 0, trace / mean, torch.ones_like(trace))
 
-    def whiten_input(self, x: Tensor, ridge: float) -> Tensor:
-        """X (A + ridge · I)^-½ for X [..., O, I], up to a positive factor for each group.
+    def whiten_input(self, x: Tensor, power: int = 1, ridge: float = 1.0) -> Tensor:
+        """X Wᵖ for W = (A + ridge · I)^-½ and X [..., k, I], where W has a positive factor for each
+        group; in the dtype of X.
 
         A is the trace of M over the outputs, scaled to a mean of 1: for G ⊗ A it is A so scaled.
         """
-        if ridge not in self._whitening:
-            self._whitening[ridge] = self._whiten(ridge)
-        core = self._whitening[ridge]
+        if (power, ridge) not in self._whitening:
+            self._whitening[power, ridge] = self._whiten(power, ridge)
+        core = self._whitening[power, ridge].to(x.dtype)
         if not self._truncated[1]:
             return matmul(x, core)
         add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
-        return add_product(x, matmul(x, core), self.transposed[1])
+        return add_product(x, matmul(x, core), self.transposed[1].to(x.dtype))
 
     @cached_property
-    def _whitening(self) -> dict[float, Tensor]:
+    def _whitening(self) -> dict[tuple[int, float], Tensor]:
         return {}
 
-    def _whiten(self, ridge: float) -> Tensor:
-        """B with (A + ridge · I)^-½ = r (I + B Vᵀ), or B itself if V is complete."""
-        root, v = (self._input_factor + ridge).rsqrt(), self.input_basis
+    def _whiten(self, power: int, ridge: float) -> Tensor:
+        """B with Wᵖ = r (I + B Vᵀ), or B itself if V is complete."""
+        root, v = (self._input_factor + ridge) ** (-power / 2), self.input_basis
         if not self._truncated[1]:
             return (v * root.unsqueeze(-2)) @ v.mT
         leading, rest = root.split((v.shape[-1], 1), -1)
