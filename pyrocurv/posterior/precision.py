@@ -24,6 +24,7 @@ from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.natural_gradient import posterior_precision, price_hessian_update
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior
+from pyrocurv.posterior.temperature import REFERENCE
 from pyrocurv.runtime.workers import ALONE, Workers
 from pyrocurv.structures import Diagonal
 
@@ -167,21 +168,27 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
 def count_determined(
     spec: Curvature, posterior: Posterior, batch_fraction: float, owners: Workers = ALONE
 ) -> Posterior:
-    """The posterior with γ, how many weights its data determine; synchronizes with its device.
+    """The posterior with γ, how many weights its data determine at a low temperature.
 
-    Of `owners` each has blocks of its own.
-
-    Of the others a share counts as well, as much as is left of the initial curvature.
+    Of the others a share counts as well, as much as is left of the initial curvature. Of `owners`
+    each has blocks of its own. Synchronizes with the device.
     """
     initial = initial_curvature(spec, posterior.step, batch_fraction)
     if not posterior.blocks:
         return posterior
-    total = torch.stack([_determined(b, initial) for b in posterior.blocks]).sum()
-    determined = owners.sum(float(total), total)
+
+    def determined(state: BlockState) -> Tensor:
+        numbers = replace(state.hyperparameters, temperature=REFERENCE)
+        return _determined(
+            refresh_block(replace(state, hyperparameters=numbers), spec, initial), initial
+        )
+
+    total = torch.stack([*map(determined, posterior.blocks)]).sum()
+    count = owners.sum(float(total), total)
     share = initial / spec.initial if spec.initial else 0.0
     size = owners.sum(sum(state.block.size for state in posterior.blocks), total)
-    determined += share * (size - determined)
-    return replace(posterior, temperature=replace(posterior.temperature, determined=determined))
+    count += share * (size - count)
+    return replace(posterior, temperature=replace(posterior.temperature, determined=count))
 
 
 def _determined(state: BlockState, initial: float) -> Tensor:

@@ -2,19 +2,22 @@
 
 With s the eigenvalues of the curvature per datum, N data and δ the precision of the prior,
 
-    γ = Σ s / (s + e + δT/N),   T = 0.1 (N/γ)², but within [0.005, 0.1]
+    γ = Σ s / (s + e + δT₀/N),   T₀ = 0.01
+    T = 0.1 (2.8 N/γ)¹², but within [0.005, 0.1]
 
-or tr((N/T) C Λ⁻¹) where curvature and prior have other eigenvectors, is the number of weights that
-the data determine (MacKay 1992, "Bayesian interpolation"); it is exact for a linear model if the
-structure of C is. A sample costs about T γ / (2N) nats per datum more than the mean, exactly that
-where the loss is quadratic. Where there are fewer such weights than data, T is 0.1; a network that
-can fit its data exactly gets a narrower posterior. γ is computed at every estimate of the
-curvature; before the first nothing is sampled. Of the other weights a share counts too, as much as
-is left of the initial curvature e: so T starts low, where it would only slow the run down.
+γ, or tr((N/T₀) C Λ⁻¹) where curvature and prior have other eigenvectors, is the number of weights
+that the data determine at T₀ (MacKay 1992, "Bayesian interpolation"); it is exact for a linear
+model if the structure of C is. So T is 0.1, but for networks with several such weights per datum,
+which fit their data exactly: they have a narrow posterior. The numbers are from experiments with
+networks from 10² to 10⁵ weights (`benchmarks/temperatures.py`). γ is computed at every estimate of
+the curvature; before the first nothing is sampled. Of the other weights a share counts too, as much
+as is left of the initial curvature e: so T starts low, where it would only slow the run down.
 
-T is divided by 10 after a pass over the data, of 50 steps at least, in which the loss at the
-samples was where it started (2 % below to 50 % above), if they cost as much. `VIOptimizer` reads
-that loss off its gradient in the output; with a callable as likelihood only a closure tells it.
+Where the loss is quadratic, a sample at T costs T/(2N) nats per datum more than the mean for each
+weight that is determined at T: T γ / (2N) for T = T₀, and less for a higher one. T is divided by 10
+after a pass over the data, of 50 steps at least, in which the loss at the samples was where it
+started (2 % below to 50 % above), if that is as much. `VIOptimizer` reads that loss off its
+gradient in the output; with a callable as likelihood only a closure tells it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from pyrocurv.runtime.validation import check_integer, check_positive
 from pyrocurv.structures.serialization import serializable
 
 HIGHEST, LOWEST = 0.1, 0.005  # by the rule
+REFERENCE = 0.01  # T₀
+BORNE, POWER = 2.8, 12  # the weights per datum up to which T is the highest, and how fast it falls
 FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
@@ -97,8 +102,8 @@ class TemperatureRule:
         share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if isinstance(self.given, float | int):
             return share * self.given
-        ratio = num_data / max(1.0, state.determined)
-        temperature = min(HIGHEST, max(LOWEST, HIGHEST * ratio * ratio))
+        ratio = min(1.0, BORNE * num_data / max(1.0, state.determined))
+        temperature = max(LOWEST, HIGHEST * ratio**POWER)
         return share * max(FLOOR, state.factor * temperature)
 
 

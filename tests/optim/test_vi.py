@@ -424,7 +424,7 @@ def test_an_automatic_temperature_is_by_the_weights_that_are_determined(likeliho
             loss.backward()
         optimizer.step()
         first, second = (b.hyperparameters.temperature for b in optimizer._posterior.blocks)
-        expected = max(0.005, 0.1 * min(1, 30 / determined) ** 2)
+        expected = max(0.005, 0.1 * min(1, 2.8 * 30 / determined) ** 12)
         assert first == pytest.approx(expected) and second == 0.7
         determined = optimizer._posterior.temperature.determined
         seen.append(determined)

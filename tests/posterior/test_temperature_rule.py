@@ -23,7 +23,12 @@ from pyrocurv.posterior.precision import (
 )
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, Prior, kronecker_scaling
 from pyrocurv.posterior.state import BlockState, Posterior
-from pyrocurv.posterior.temperature import TemperatureRule, TemperatureState, warn_at_chance
+from pyrocurv.posterior.temperature import (
+    REFERENCE,
+    TemperatureRule,
+    TemperatureState,
+    warn_at_chance,
+)
 from pyrocurv.structures import Dense, Diagonal, Kronecker, Structure
 from pyrocurv.structures.serialization import from_state, to_state
 
@@ -51,8 +56,10 @@ def random_curvature(structure: str, sizes: list[int]) -> Structure:
     return basis
 
 
-def states(structure: str, prior: str, initial: float) -> list[tuple[BlockState, Tensor, Tensor]]:
-    """Blocks, with their curvature C + e S [P, P], and the precision of their prior [P, P]."""
+def states(
+    structure: str, prior: str, initial: float
+) -> list[tuple[BlockState, Tensor, Tensor, Tensor]]:
+    """Blocks, with their curvature C, the precision of their prior and e S, [P, P]."""
     spec, result = Curvature("ggn"), []
     for block in make_blocks(LAYERS, structure):
         is_kronecker = block.structure.is_kronecker
@@ -77,7 +84,7 @@ def states(structure: str, prior: str, initial: float) -> list[tuple[BlockState,
         curvature = root * matrix.dense() * root.unsqueeze(-1)
         faint = curvature + initial * torch.diag(root.square())
         torch.testing.assert_close(state.precision.dense(), WEIGHT * faint + dense)
-        result.append((state, curvature, dense + WEIGHT * (faint - curvature)))
+        result.append((state, curvature, dense, faint - curvature))
     return result
 
 
@@ -89,14 +96,15 @@ def states(structure: str, prior: str, initial: float) -> list[tuple[BlockState,
 ])
 @pytest.mark.parametrize("step", [0, 7, 1000])
 def test_the_weights_that_the_data_determine(structure: str, prior: str, step: int) -> None:
-    """γ = tr((N/T) C Λ⁻¹), and of the other weights the share of e in its start."""
+    """γ = tr((N/T₀) C Λ⁻¹), and of the other weights the share of e in its start."""
     spec, fraction = Curvature("ggn"), 0.04
     initial = initial_curvature(spec, step, fraction)
     blocks = states(structure, prior, initial)
     found = count_determined(spec, Posterior(step, tuple(s for s, *_ in blocks)), fraction)
+    cold = NUM_DATA / REFERENCE
     gamma = torch.stack([
-        torch.linalg.solve(WEIGHT * curvature + rest, WEIGHT * curvature).trace()
-        for _, curvature, rest in blocks
+        torch.linalg.solve(cold * (curvature + faint) + delta, cold * curvature).trace()
+        for _, curvature, delta, faint in blocks
     ]).sum()
     expected = gamma + 0.96**step * (15 - gamma)
     assert 0.5 < gamma < 14.5
@@ -117,12 +125,12 @@ def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
 
 
 @pytest.mark.parametrize(("num_data", "determined", "factor", "expected"), [
-    (100, 20.0, 1.0, 0.1),  # fewer weights than data
-    (100, 400.0, 1.0, 0.1 / 16),
-    (5, 12.0, 1.0, 0.1 * (5 / 12) ** 2),
+    (100, 279.0, 1.0, 0.1),  # few weights for each datum
+    (100, 300.0, 1.0, 0.1 * (2.8 / 3) ** 12),
+    (5, 16.0, 1.0, 0.1 * (14 / 16) ** 12),
     (5, 0.0, 1.0, 0.1), (5, 0.2, 1.0, 0.1), (5, -3.0, 1.0, 0.1),
     (5, 50.0, 1.0, 0.005),  # the lowest that curvature asks for
-    (5, 12.0, 0.1, 0.01 * (5 / 12) ** 2),
+    (5, 16.0, 0.1, 0.01 * (14 / 16) ** 12),
     (100, 3.0, 1e-5, 1e-3), (1, 15.0, 1e-5, 1e-3),  # the lowest
 ])
 def test_the_automatic_temperature(
