@@ -14,9 +14,9 @@ the curvature; before the first nothing is sampled. Of the other weights a share
 as is left of the initial curvature e: so T starts low, where it would only slow the run down.
 
 Where the loss is quadratic, a sample at T costs T/(2N) nats per datum more than the mean for each
-weight that is determined at T: T γ / (2N) for T = T₀, and less for a higher one. T is divided by 10
+weight that is determined at T: T γ / (2N) if T = T₀, and less if it is higher. T is divided by 10
 after a pass over the data, of 50 steps at least, in which the loss at the samples was where it
-started (2 % below to 50 % above), if that is as much. `VIOptimizer` reads that loss off its
+started (2 % below to 50 % above), if T γ / (2N) is as much. `VIOptimizer` reads that loss off its
 gradient in the output; with a callable as likelihood only a closure tells it.
 """
 
@@ -31,7 +31,7 @@ from pyrocurv.structures.serialization import serializable
 
 HIGHEST, LOWEST = 0.1, 0.005  # by the rule
 REFERENCE = 0.01  # T₀
-BORNE, POWER = 2.8, 12  # the weights per datum up to which T is the highest, and how fast it falls
+PER_DATUM, POWER = 2.8, 12  # determined weights up to which T is the highest, and how it falls
 FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
@@ -102,7 +102,7 @@ class TemperatureRule:
         share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if isinstance(self.given, float | int):
             return share * self.given
-        ratio = min(1.0, BORNE * num_data / max(1.0, state.determined))
+        ratio = min(1.0, PER_DATUM * num_data / max(1.0, state.determined))
         temperature = max(LOWEST, HIGHEST * ratio**POWER)
         return share * max(FLOOR, state.factor * temperature)
 
