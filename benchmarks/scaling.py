@@ -38,7 +38,7 @@ from pyrocurv.posterior.state import BlockState
 from pyrocurv.structures import automatic_ranks
 
 SHARES_EIGENBASES = True  # whether each is computed by one process, and sent to the others
-POLAR_STEPS = 4  # of an orthogonalization
+POLAR_STEPS = 3  # of an orthogonalization
 EIGH = 9  # flops of an eigendecomposition, times n³
 INT, DOUBLE = 8, 8  # bytes
 
@@ -207,7 +207,7 @@ def eigen_flops(shape: Shape, workers: int) -> float:
 
 
 def direction_flops(shape: Shape, update: str, workers: int) -> float:
-    """Four products by the eigenvectors, and those of the orthogonalization, on average."""
+    """The products of whitening, and those of an orthogonalization that iterates X, on average."""
     if update != "whitened-muon" or not shape.is_whitened:
         return 0.0
     o, i, (_, r) = shape.outputs, shape.inputs, shape.ranks

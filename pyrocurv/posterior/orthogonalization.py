@@ -6,9 +6,10 @@ keeps the singular vectors of X and takes singular values from 0.011 to 1 into [
 largest is at most 1, and closer to 1 than after a division by |X|, which would cost an iteration.
 
 Every iterate is P X with P, and its Gram matrix P XXᵀ P, polynomials of XXᵀ, so that X itself,
-which may be wide, is multiplied twice in all. Of a wide X = H W with a positive definite W, P X W
-takes Y = H W² alone: the Gram matrix is Y Hᵀ, the result P Y. Gram matrices of many sizes are
-iterated together, as diagonal blocks of a few matrices of one size.
+which may be wide, is multiplied twice in all. For X = H W with a positive definite W, of which
+P X W is wanted, a wide H is multiplied by W² alone: with Y = H W² the Gram matrix is Y Hᵀ, and the
+result P Y. Gram matrices of many sizes are iterated together, as diagonal blocks of a few matrices
+of one size.
 
 The Gram matrix has the squared condition number, and the iteration amplifies eigenvalues that are
 negative by rounding: the error is at most 1e-3 in single precision, but in half precision it would
@@ -22,6 +23,7 @@ application to the Muon algorithm", arXiv:2505.16932.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -48,8 +50,8 @@ def orthogonalize(
 ) -> list[Tensor]:
     """About U Vᵀ for each matrix U S Vᵀ, [n, m] or a stack [k, n, m]; zeros for zeros.
 
-    With a whitening of H it is msign(H W) W. On a GPU matrices of more than 256 rows and columns
-    are iterated in bfloat16.
+    With a whitening of a matrix H it is U Vᵀ W for U S Vᵀ = H W. On a GPU matrices of more than 256
+    rows and columns are iterated in bfloat16.
 
     Example:
         >>> import torch
@@ -59,19 +61,28 @@ def orthogonalize(
     """
     if not matrices:
         return []
-    scaled = [*map(at_least_single, matrices)]
-    scaled = [*torch._foreach_div(scaled, matrix_norms(scaled))]  # as small numbers have no squares
-    pairs = zip(scaled, whitenings or [None] * len(matrices), strict=True)
-    factored = [_Factored(x, whitening) for x, whitening in pairs]
+    single = [*map(at_least_single, matrices)]
+    scaled = torch._foreach_div(single, _magnitudes(single))  # whose squares are in range
+    factored = [
+        _Factored(x, whitening, matrix.dtype == x.dtype) for x, whitening, matrix
+        in zip(scaled, whitenings or [None] * len(matrices), matrices, strict=True)
+    ]
     found: dict[int, Tensor] = {}
-    for group in _groups(tuple((one.rows, one.x.dtype, one.x.device) for one in factored)):
+    for group in _groups(tuple((one.gram_shape, one.h.dtype, one.h.device) for one in factored)):
         members = [factored[place.index] for place in group.places]
-        if group.side > MAX_SHARED and _is_fast_in_half(members[0].x):
+        if group.side > MAX_SHARED and _is_fast_in_half(members[0].h):
             done = [one.iterated() for one in members]
         else:
             done = _iterate_grams(group, members)
         found.update(zip([place.index for place in group.places], done, strict=True))
     return [found[index].to(matrix.dtype) for index, matrix in enumerate(matrices)]
+
+
+def _magnitudes(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The largest magnitude in each matrix or stack, (); never zero."""
+    norms = [*torch._foreach_norm([*matrices], math.inf)]
+    torch._foreach_clamp_min_(norms, max(torch.finfo(norm.dtype).tiny for norm in norms))
+    return norms
 
 
 def matrix_norms(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -93,79 +104,82 @@ def _is_fast_in_half(x: Tensor) -> bool:
 
 
 def _iterate(x: Tensor) -> Tensor:
-    """The same of a wide X by products with X itself, in its own precision."""
-    gram = x @ x.mT
-    (norm,) = matrix_norms([gram])
-    x = x / (1.01 * norm.sqrt())  # as norms are rounded too
-    for a, b, c in COEFFICIENTS:
+    """About U Vᵀ of a wide X = U S Vᵀ, by products with X itself in its own precision."""
+    for number, (a, b, c) in enumerate(COEFFICIENTS):
         gram = x @ x.mT
+        if number == 0:
+            scale = 1.01 * matrix_norms([gram])[0].sqrt()  # as norms are rounded too
+            x, gram = x / scale, gram / scale.square()
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x
 
 
 @dataclass(frozen=True, eq=False)
 class _Factored:
-    """X = H [..., n, m] of which P X is wanted, or X = H W of which P X W is."""
+    """X = H W, [..., n, m], or H without a whitening, of which P X W is wanted."""
 
-    x: Tensor  # H
+    h: Tensor
     whitening: Whitening | None
+    is_accurate: bool  # whether W² is that of W but for rounding errors of single precision
 
     @property
     def is_wide(self) -> bool:
-        return self.x.shape[-2] <= self.x.shape[-1]
-
-    @cached_property
-    def whitened(self) -> Tensor:
-        """H W²."""
-        return self.x if self.whitening is None else self.whitening(self.x, 2)
+        return self.h.shape[-2] <= self.h.shape[-1]
 
     @property
-    def rows(self) -> tuple[int, ...]:
+    def gram_shape(self) -> tuple[int, ...]:
         """The rows of the Gram matrix, after the size of a stack."""
-        return (*self.x.shape[:-2], min(self.x.shape[-2:]))
+        return (*self.h.shape[:-2], min(self.h.shape[-2:]))
+
+    @cached_property
+    def x(self) -> Tensor:
+        return self._whiten(self.h)
+
+    @cached_property
+    def y(self) -> Tensor | None:
+        """H W²; None if X itself is to be used."""
+        if self.whitening is None or not (self.is_wide and self.is_accurate):
+            return None
+        return self.whitening(self.h, 2)
+
+    def _whiten(self, matrix: Tensor) -> Tensor:
+        return matrix if self.whitening is None else self.whitening(matrix, 1)
 
     def write_gram(self, block: Tensor) -> None:
         """XXᵀ of a wide X, XᵀX of a tall one, into a block."""
-        if self.is_wide:
-            matmul(self.whitened, self.x.mT, out=block)
-        elif self.whitening is None:
+        if not self.is_wide:
             matmul(self.x.mT, self.x, out=block)
+        elif self.y is None:
+            matmul(self.x, self.x.mT, out=block)
         else:
-            block.copy_(self._both_sides(matmul(self.x.mT, self.x)))
+            matmul(self.y, self.h.mT, out=block)
 
     def result(self, factor: Tensor) -> Tensor:
-        """What is wanted, for P."""
-        if self.is_wide:
-            return matmul(factor, self.whitened)
-        return matmul(self.x, factor if self.whitening is None else self._both_sides(factor))
-
-    def _both_sides(self, symmetric: Tensor) -> Tensor:
-        """W S W."""
-        whiten = self.whitening
-        return symmetric if whiten is None else whiten(whiten(symmetric, 1).mT, 1)
+        """P X W, or X P W of a tall one."""
+        if not self.is_wide:
+            return matmul(self.x, self._whiten(factor))
+        return self._whiten(matmul(factor, self.x)) if self.y is None else matmul(factor, self.y)
 
     def iterated(self) -> Tensor:
-        """What is wanted, by an iteration of X in half precision."""
-        x = self.x if self.whitening is None else self.whitening(self.x, 1)
-        sign = _iterate((x if self.is_wide else x.mT).bfloat16()).to(x.dtype)
-        sign = sign if self.is_wide else sign.mT
-        return sign if self.whitening is None else self.whitening(sign, 1)
+        """The same by an iteration of X in half precision."""
+        sign = _iterate((self.x if self.is_wide else self.x.mT).bfloat16()).to(self.h.dtype)
+        return self._whiten(sign if self.is_wide else sign.mT)
 
 
 # ---- Gram matrices ------------------------------------------------------------------------------
 
 
-def _iterate_grams(group: _Group, matrices: Sequence[_Factored]) -> list[Tensor]:
-    """The same for X [n, m] or [k, n, m], from the blocks of Gram matrices [K, s, s]."""
-    grams = matrices[0].x.new_zeros(len(group.filled), group.side, group.side)
+def _iterate_grams(group: _Group, members: Sequence[_Factored]) -> list[Tensor]:
+    """The results of the members of a group, from the blocks of Gram matrices [K, s, s]."""
+    grams = members[0].h.new_zeros(len(group.filled), group.side, group.side)
     blocks = group.blocks(grams)
-    for matrix, block in zip(matrices, blocks, strict=True):
-        matrix.write_gram(block)
+    for member, block in zip(members, blocks, strict=True):
+        member.write_gram(block)
     norms = matrix_norms(blocks)
     torch._foreach_div_(blocks, norms)
     factors = group.blocks(_factor(grams))
     torch._foreach_div_(factors, [*torch._foreach_sqrt(norms)])
-    return [matrix.result(factor) for matrix, factor in zip(matrices, factors, strict=True)]
+    return [member.result(factor) for member, factor in zip(members, factors, strict=True)]
 
 
 def _factor(gram: Tensor) -> Tensor:

@@ -168,27 +168,35 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
 def count_determined(
     spec: Curvature, posterior: Posterior, batch_fraction: float, owners: Workers = ALONE
 ) -> Posterior:
-    """The posterior with γ, how many weights its data determine at a low temperature.
+    """The posterior with the numbers of weights that its data determine, at T and at T₀.
 
     Of the others a share counts as well, as much as is left of the initial curvature. Of `owners`
     each has blocks of its own. Synchronizes with the device.
     """
-    initial = initial_curvature(spec, posterior.step, batch_fraction)
-    if not posterior.blocks:
+    blocks = posterior.blocks
+    if not blocks:
         return posterior
-
-    def determined(state: BlockState) -> Tensor:
-        numbers = replace(state.hyperparameters, temperature=REFERENCE)
-        return _determined(
-            refresh_block(replace(state, hyperparameters=numbers), spec, initial), initial
-        )
-
-    total = torch.stack([*map(determined, posterior.blocks)]).sum()
-    count = owners.sum(float(total), total)
+    initial = initial_curvature(spec, posterior.step, batch_fraction)
     share = initial / spec.initial if spec.initial else 0.0
-    size = owners.sum(sum(state.block.size for state in posterior.blocks), total)
-    count += share * (size - count)
-    return replace(posterior, temperature=replace(posterior.temperature, determined=count))
+    like = blocks[0].mean
+    size = owners.sum(sum(state.block.size for state in blocks), like)
+
+    def count(states: Iterable[BlockState]) -> float:
+        total = torch.stack([_determined(state, initial) for state in states]).sum()
+        found = owners.sum(float(total), total)
+        return found + share * (size - found)
+
+    warm, cold = count(blocks), count(_at_reference(state, spec, initial) for state in blocks)
+    seen = replace(posterior.temperature, determined=warm, determined_cold=cold)
+    return replace(posterior, temperature=seen)
+
+
+def _at_reference(state: BlockState, spec: Curvature, initial: float) -> BlockState:
+    """The precision of a block at T₀; that of the run if `refresh_block` keeps it."""
+    if not state.curvature.is_in(state.prior.scaling):
+        return state
+    numbers = replace(state.hyperparameters, temperature=REFERENCE)
+    return refresh_block(replace(state, hyperparameters=numbers), spec, initial)
 
 
 def _determined(state: BlockState, initial: float) -> Tensor:

@@ -13,11 +13,11 @@ networks from 10² to 10⁵ weights (`benchmarks/temperatures.py`). γ is comput
 the curvature; before the first nothing is sampled. Of the other weights a share counts too, as much
 as is left of the initial curvature e: so T starts low, where it would only slow the run down.
 
-Where the loss is quadratic, a sample at T costs T/(2N) nats per datum more than the mean for each
-weight that is determined at T: T γ / (2N) if T = T₀, and less if it is higher. T is divided by 10
-after a pass over the data, of 50 steps at least, in which the loss at the samples was where it
-started (2 % below to 50 % above), if T γ / (2N) is as much. `VIOptimizer` reads that loss off its
-gradient in the output; with a callable as likelihood only a closure tells it.
+A sample costs about T γ / (2N) nats per datum more than the mean, with γ at the T of the run;
+exactly that where the loss is quadratic. T is divided by 10 after a pass over the data, of 50 steps
+at least, in which the loss at the samples was where it started (2 % below to 50 % above), if they
+cost more than 2 % of it. `VIOptimizer` reads that loss off its gradient in the output; with a
+callable as likelihood only a closure tells it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pyrocurv.structures.serialization import serializable
 
 HIGHEST, LOWEST = 0.1, 0.005  # by the rule
 REFERENCE = 0.01  # T₀
-PER_DATUM, POWER = 2.8, 12  # determined weights up to which T is the highest, and how it falls
+MOST_PER_DATUM, POWER = 2.8, 12  # determined weights at the highest T, and how it falls above
 FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
@@ -43,13 +43,15 @@ DIVERGED = 1.5  # of it; a loss above is that of a network that was trained befo
 class TemperatureState:
     """What a run has shown.
 
-    `value` is T of the last step, `determined` γ, and `factor` what a loss that stays has left of
-    T. `start` is the negative log likelihood per datum of the first step, `total` its sum over the
+    `value` is T of the last step, `determined` and `determined_cold` are the numbers of weights
+    that the data determine at T and at T₀, and `factor` is what a loss that stays has left of T.
+    `start` is the negative log likelihood per datum of the first step, `total` its sum over the
     `steps` since, in which `passes` of the data were seen; those three start again after a pass.
     """
 
     value: float | None = None
     determined: float = 0.0
+    determined_cold: float = 0.0
     factor: float = 1.0
     start: float | None = None
     total: float = 0.0
@@ -74,7 +76,8 @@ class TemperatureState:
         is_stalled = -progress < change < (DIVERGED - 1) * abs(self.start)
         is_noise = value * self.determined / (2 * num_data) > progress
         return TemperatureState(
-            value, self.determined, self.factor / 10 if is_stalled and is_noise else self.factor,
+            value, self.determined, self.determined_cold,
+            self.factor / 10 if is_stalled and is_noise else self.factor,
             self.start, is_first_pass=False, is_stalled=is_stalled,
         )
 
@@ -102,7 +105,7 @@ class TemperatureRule:
         share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if isinstance(self.given, float | int):
             return share * self.given
-        ratio = min(1.0, PER_DATUM * num_data / max(1.0, state.determined))
+        ratio = min(1.0, MOST_PER_DATUM * num_data / max(1.0, state.determined_cold))
         temperature = max(LOWEST, HIGHEST * ratio**POWER)
         return share * max(FLOOR, state.factor * temperature)
 

@@ -286,8 +286,8 @@ class KroneckerEigen(Structure):
         mean = (trace * counts).sum(-1, keepdim=True) / counts.sum()
         return torch.where(mean > 0, trace / mean, torch.ones_like(trace))
 
-    def whiten_input(self, x: Tensor, power: int = 1, ridge: float = 1.0) -> Tensor:
-        """X Wᵖ for W = (A + ridge · I)^-½ and X [..., k, I], where W has a positive factor for each
+    def whiten_input(self, x: Tensor, power: int = 1, *, ridge: float) -> Tensor:
+        """X Wᵖ for X [..., k, I] and W = (A + ridge · I)^-½, up to a positive factor of W for each
         group; in the dtype of X.
 
         A is the trace of M over the outputs, scaled to a mean of 1: for G ⊗ A it is A so scaled.

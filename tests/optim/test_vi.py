@@ -413,22 +413,23 @@ def test_augmentation_multiplies_the_data_and_warmup_heats_up() -> None:
 def test_an_automatic_temperature_is_by_the_weights_that_are_determined(likelihood: str) -> None:
     """In the groups that have no other, at N data; γ is that of the last estimate."""
     net = small()  # of 57 weights
-    optimizer = VIOptimizer(net, 20, likelihood=likelihood, augmentation=1.5, params=[
+    optimizer = VIOptimizer(net, 12, likelihood=likelihood, augmentation=1.5, params=[
         {"params": net[0].parameters()}, {"params": net[2].parameters(), "temperature": 0.7},
     ])
     determined, seen = 1.0, []
     for _ in range(25):
         with optimizer.sampled_params():
-            out, y = net(torch.randn(16, 5)), torch.randint(3, (16,))
+            out, y = net(torch.randn(11, 5)), torch.randint(3, (11,))
             loss = F.cross_entropy(out, y) if likelihood == "categorical" else out.square().mean()
             loss.backward()
         optimizer.step()
         first, second = (b.hyperparameters.temperature for b in optimizer._posterior.blocks)
-        expected = max(0.005, 0.1 * min(1, 2.8 * 30 / determined) ** 12)
+        expected = max(0.005, 0.1 * min(1, 2.8 * 18 / determined) ** 12)
         assert first == pytest.approx(expected) and second == 0.7
-        determined = optimizer._posterior.temperature.determined
+        determined = optimizer._posterior.temperature.determined_cold
         seen.append(determined)
     assert seen[0] == pytest.approx(57) and seen[19] == seen[0] and 1 < seen[20] < 57
+    assert 0.02 < 0.1 * (2.8 * 18 / 57) ** 12 < 0.03
 
 
 def test_groups_have_priors_and_temperatures_of_their_own() -> None:

@@ -1,6 +1,7 @@
 """The directions of the mean, on dense float64 matrices."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -216,14 +217,42 @@ def test_orthogonalized_in_whitened_coordinates(
     bases = [Kronecker(positive(3), positive(4)).eigen(ranks) for _ in range(*groups or (1,))]
     parts = zip(*((b.output_basis, b.input_basis, b.spectrum) for b in bases), strict=True)
     basis = KroneckerEigen(*map(torch.stack, parts)) if groups else bases[0]
-    root = basis.whiten_input(torch.eye(4).expand(*groups, 4, 4))
+    whitening = partial(basis.whiten_input, ridge=0.7)
+    root = whitening(torch.eye(4).expand(*groups, 4, 4), 1)
     h, other = torch.randn(shape), torch.randn(5, 7)
-    moved, plain = orthogonalize([h, other], [basis.whiten_input, None])
+    moved, plain = orthogonalize([h, other], [whitening, None])
     torch.testing.assert_close(moved, polar(h @ root) @ root, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(plain, polar(other), rtol=1e-9, atol=1e-10)
     u, _, v = torch.linalg.svd(h @ root, full_matrices=False)
-    half = _Factored(h, basis.whiten_input).iterated()  # as a GPU does with large matrices
+    half = _Factored(h, whitening, True).iterated()  # as a GPU does with large matrices
     assert (half - u @ v @ root).norm() < 0.35 * (u @ v @ root).norm()
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (3, 24, 40)])
+def test_whitened_by_bases_of_half_precision(shape: tuple[int, ...]) -> None:
+    """Where the square of a rounded root is not a rounded square."""
+    bases = [Kronecker(positive(shape[-2]), positive(shape[-1])).eigen() for _ in range(3)]
+    parts = [*zip(*((b.output_basis, b.input_basis, b.spectrum) for b in bases), strict=True)]
+    basis = KroneckerEigen(*(
+        (torch.stack(part) if len(shape) == 3 else part[0]).bfloat16() for part in parts
+    ))
+    whitening = partial(basis.whiten_input, ridge=1.0)
+    h = torch.randn(shape).bfloat16()
+    (moved,) = orthogonalize([h], [whitening])
+    root = whitening(torch.eye(shape[-1]).expand(*shape[:-2], shape[-1], shape[-1]))
+    expected = polar(h.double() @ root) @ root
+    assert moved.dtype == torch.bfloat16
+    assert (moved.double() - expected).norm() < 0.004 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-10, 1e15, 1e36])
+def test_matrices_of_any_scale(scale: float) -> None:
+    for shape in ((3, 5), (5, 3), (2, 3, 5)):
+        matrix = torch.randn(shape)
+        matrix = torch.where(matrix > 0, scale, -scale).float()
+        (result,) = orthogonalize([matrix])
+        expected = polar(matrix.double() / scale)
+        torch.testing.assert_close(result.double(), expected, rtol=0.02, atol=0.02)
 
 
 def test_nothing_to_orthogonalize() -> None:

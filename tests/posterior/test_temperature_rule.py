@@ -30,6 +30,7 @@ from pyrocurv.posterior.temperature import (
     warn_at_chance,
 )
 from pyrocurv.structures import Dense, Diagonal, Kronecker, Structure
+from pyrocurv.structures.rescaled import KroneckerScaling
 from pyrocurv.structures.serialization import from_state, to_state
 
 LAYERS = (Layer("a.weight", "a.bias", (3, 2)), Layer("b.weight", None, (2, 3)))
@@ -96,20 +97,42 @@ def states(
 ])
 @pytest.mark.parametrize("step", [0, 7, 1000])
 def test_the_weights_that_the_data_determine(structure: str, prior: str, step: int) -> None:
-    """γ = tr((N/T₀) C Λ⁻¹), and of the other weights the share of e in its start."""
+    """γ = tr((N/T) C Λ⁻¹), and of the other weights the share of e in its start."""
     spec, fraction = Curvature("ggn"), 0.04
     initial = initial_curvature(spec, step, fraction)
     blocks = states(structure, prior, initial)
     found = count_determined(spec, Posterior(step, tuple(s for s, *_ in blocks)), fraction)
-    cold = NUM_DATA / REFERENCE
-    gamma = torch.stack([
-        torch.linalg.solve(cold * (curvature + faint) + delta, cold * curvature).trace()
-        for _, curvature, delta, faint in blocks
-    ]).sum()
-    expected = gamma + 0.96**step * (15 - gamma)
-    assert 0.5 < gamma < 14.5
-    assert found.temperature.determined == pytest.approx(float(expected), rel=1e-9)
-    assert replace(found.temperature, determined=0.0) == TemperatureState()
+
+    def gamma(temperature: float) -> float:
+        weight = NUM_DATA / temperature
+        total = torch.stack([
+            torch.linalg.solve(weight * (curvature + faint) + delta, weight * curvature).trace()
+            for _, curvature, delta, faint in blocks
+        ]).sum()
+        assert 0.5 < total < 14.9
+        return float(total + 0.96**step * (15 - total))
+
+    seen = found.temperature
+    assert seen.determined == pytest.approx(gamma(TEMPERATURE), rel=1e-9)
+    assert seen.determined_cold == pytest.approx(gamma(REFERENCE), rel=1e-9)
+    assert replace(seen, determined=0.0, determined_cold=0.0) == TemperatureState()
+
+
+@pytest.mark.usefixtures("double")
+def test_a_block_whose_scaling_has_changed_is_counted_as_it_is() -> None:
+    """Until its next estimate it keeps the precision at the T of the run."""
+    spec = Curvature("ggn")
+    before = Posterior(7, tuple(state for state, *_ in states("kfac", "scales", 0.01)))
+
+    def rescaled(state: BlockState) -> BlockState:
+        scaling = state.prior.scaling
+        assert scaling is not None and scaling.roots is not None
+        changed = KroneckerScaling(scaling.delta, (1.01 * scaling.roots[0], scaling.roots[1]))
+        return replace(state, prior=replace(state.prior, scaling=changed))
+
+    seen = count_determined(spec, before.map_blocks(rescaled), 0.04).temperature
+    assert seen.determined_cold == seen.determined
+    assert seen.determined == count_determined(spec, before, 0.04).temperature.determined
 
 
 def test_without_blocks_nothing_is_counted() -> None:
@@ -136,14 +159,14 @@ def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
 def test_the_automatic_temperature(
     num_data: float, determined: float, factor: float, expected: float
 ) -> None:
-    state = TemperatureState(determined=determined, factor=factor)
+    state = TemperatureState(determined=99.0, determined_cold=determined, factor=factor)
     assert rule("auto").is_automatic
     assert rule("auto")(num_data, state, 3) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_given_temperature_is_independent_of_the_run() -> None:
     assert not rule(0.7).is_automatic
-    assert rule(0.7)(1, TemperatureState(determined=3.0, factor=1e-3), 5) == 0.7
+    assert rule(0.7)(1, TemperatureState(determined_cold=3.0, factor=1e-3), 5) == 0.7
 
 
 @pytest.mark.parametrize("given", [0.5, "auto"])
