@@ -207,7 +207,7 @@ def eigen_flops(shape: Shape, workers: int) -> float:
 
 
 def direction_flops(shape: Shape, update: str, workers: int) -> float:
-    """The products of whitening, and those of an orthogonalization that iterates X, on average."""
+    """Those of whitening, and of an orthogonalization that iterates X, on average."""
     if update != "whitened-muon" or not shape.is_whitened:
         return 0.0
     o, i, (_, r) = shape.outputs, shape.inputs, shape.ranks
