@@ -285,9 +285,9 @@ for name, rows in found.items():
 # %% [markdown]
 # What the Bayesian network gains is far from the data: an entropy of 0.24 nats against 0.04,
 # six times as much doubt where there is nothing to know. At the test points, which are like the
-# training points, it is level: NLL (0.34 against 0.35) and calibration are slightly better than
+# training points, it is level: NLL (0.345 against 0.354) and calibration are slightly better than
 # those of the ordinary network that was trained for as long, by less than their spread, and the
-# accuracy is two points lower: with 100 points the prior still has a say, and the border
+# accuracy is two to three points lower: with 100 points the prior still has a say, and the border
 # between the classes comes out smoother than it could be. An ordinary network that is stopped
 # after a third of the epochs has the best NLL of the three (0.32); only, one has to know when
 # to stop, and far away it has half the doubt.

@@ -339,7 +339,7 @@ print(f"{'the true curve':<25}{best:>13.2f}{best:>20.2f}")
 #
 # Variational inference **loses** this one. At T = 1 it underfits: with 481 weights and 60 data
 # the samples are so far from the mode that a smooth curve is the best that the mean can do. At
-# the temperature "auto" it fits, but its band in the gap is too narrow. For small regressions
+# the temperature "auto" it fits most data sets, but its band in the gap is too narrow. On such data
 # use Laplace, or find the mode by `NGVI(..., curvature="ggn", num_particles=0)` and then fit
 # Laplace.
 #
