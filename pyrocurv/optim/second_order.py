@@ -54,7 +54,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
 
     Args:
         net: the network that the loop calls.
-        lr: learning rate.
+        lr: learning rate; the default is for about a thousand steps on batches of 128.
         params: the parameters or groups of them, as in torch; by default all. A group may have its
             own lr, momentum, damping, kl_clip, weight_decay and decoupled_weight_decay; layers of
             two groups share no block.
@@ -119,7 +119,7 @@ class SecondOrderOptimizer(CurvatureOptimizer):
     def __init__(
         self,
         net: nn.Module,
-        lr: float = 0.03,
+        lr: float = 0.06,
         *,
         params: Params | None = None,
         likelihood: Likelihood = "categorical",
