@@ -11,8 +11,8 @@ Tasks: the character GPT of `transformer.py`, 500 or 1,000 steps, or 800 on a te
 validation NLL); and a ResNet with batch norm, LeNet-5 and an MLP on the first 12,000 images of
 Fashion-MNIST, 10 epochs of batches of 128, LeNet-5 also on 55,000, 5 epochs ("lenet-55k"). All
 methods have the same first weights, batches, cosine schedule (the GPT after a warm-up of 50 steps),
-number of learning rates to choose from, and one thread. Schedule-free AdamW has no schedule, and a
-warm-up of its own.
+number of learning rates in the first grid, and one thread. Schedule-free AdamW has no schedule, and
+a warm-up of its own.
 
 A learning rate is chosen by the NLL on validation data at the end, with seed 0 (GPT: 16 files;
 images: the training images 12,000-15,999). While the best is at an end of the grid, up to two more
@@ -523,13 +523,14 @@ def run_grid(path: Path, task: Task, method: str, rates: Sequence[float]) -> Non
 
 
 def extend_grid(path: Path, task: Task, method: str) -> None:
-    """Up to two more learning rates, twice or half the last, while the best is at an end."""
-    for _ in range(EXTRA_RATES):
+    """Up to two rates beyond those of the grid, twice or half the last, while it is the best."""
+    while True:
         rates = [record["lr"] for record in grid(read(path), task.name, method)]
         best = best_rate(read(path), task.name, method)
         beyond = {rates[0]: best / 2, rates[-1]: 2 * best}
-        if best in beyond:
-            run_grid(path, task, method, [float(f"{beyond[best]:g}")])
+        if best not in beyond or len({*rates} - {*RATES[method][task.net]}) >= EXTRA_RATES:
+            return
+        run_grid(path, task, method, [float(f"{beyond[best]:g}")])
 
 
 def run_test(path: Path, task: Task, method: str) -> None:

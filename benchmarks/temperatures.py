@@ -40,7 +40,7 @@ from tqdm import tqdm
 import fashion_mnist
 import transformer
 from nets import digits_net
-from optimizers import gpt_task
+from optimizers import Record, gpt_task, read
 from pyrocurv.curvature import KFAC, Curvature
 from pyrocurv.guides import KFACGuide
 from pyrocurv.infer import NGVI, log_predictive_density
@@ -109,7 +109,7 @@ def sequences() -> list[tuple[Tensor, Tensor]]:
 
 
 def topics() -> list[tuple[Tensor, Tensor]]:
-    """Texts of 20 random words, of which a seventh is of one of four topics."""
+    """Texts of 20 random words, of which 15 % are of one of four topics."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(4, (1600,), generator=generator)
     x = torch.randint(200, (1600, 20), generator=generator)
@@ -244,7 +244,7 @@ LARGE = ("lenet-12k", "lenet-55k", "resnet-12k", "gpt-500")
 # ---- runs ---------------------------------------------------------------------------------------
 
 
-def run(problem: Problem, temperature: float | str, seed: int) -> dict[str, Any]:
+def run(problem: Problem, temperature: float | str, seed: int) -> Record:
     """The held-out NLL, T at the end, and the loss at samples in the last tenth of the steps."""
     torch.manual_seed(seed)
     model = problem.model()
@@ -271,13 +271,6 @@ def run(problem: Problem, temperature: float | str, seed: int) -> dict[str, Any]
         density /= problem.held_out[1].shape[1]
     last = ngvi.evaluate_loss(*(part[: problem.batch] for part in problem.train))
     return {"NLL": -density, "T": last.temperature, "loss": mean(losses[-len(losses) // 10 :])}
-
-
-Record = dict[str, Any]
-
-
-def read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def keep(path: Path, name: str, problem: Problem, given: float | str, seed: int) -> None:
@@ -307,11 +300,11 @@ def report(records: Sequence[Record]) -> str:
             continue
         best = min((nll, given) for given, nll in scores.items() if given != "auto")
         ended = mean(record["T"] for record in mine if record["temperature"] == "auto")
-        share = 100 * (scores["auto"] / best[0] - 1) if best[0] > 0 else math.nan
+        share = f"{100 * (scores['auto'] / best[0] - 1):+.0f}" if best[0] > 0 else ""
         cells = [f"{scores[given]:.3f}" if given in scores else "" for given in GRID]
         lines.append(
             f"| {name} | {scores['auto']:.4f} | {ended:.3g} | {best[0]:.4f} at {best[1]:g} | "
-            f"{share:+.0f} | {' | '.join(cells)} |"
+            f"{share} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 

@@ -161,7 +161,7 @@ class _Factored:
         return self._whiten(matmul(factor, self.x)) if self.y is None else matmul(factor, self.y)
 
     def iterated(self) -> Tensor:
-        """The same by an iteration of X in half precision."""
+        """`result`, by an iteration of X in half precision."""
         sign = _iterate((self.x if self.is_wide else self.x.mT).bfloat16()).to(self.h.dtype)
         return self._whiten(sign if self.is_wide else sign.mT)
 
