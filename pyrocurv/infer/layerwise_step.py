@@ -27,8 +27,8 @@ from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.mean_update import MeanUpdate
 from pyrocurv.posterior.precision import (
-    count_determined,
     is_any_due,
+    measure_determined,
     price_estimates,
     refresh,
     update_curvature,
@@ -63,10 +63,9 @@ class StepSettings:
     def __post_init__(self) -> None:
         check_integer("num_particles", self.num_particles, 0, AUTO)
 
-    def temperature_of(self, run: ModelRun, posterior: Posterior) -> float:
-        """T of the posterior's step, which may depend on the data of a run."""
-        num_data = run.num_data if self.temperature.is_automatic else 1
-        return self.temperature(num_data, posterior.temperature, posterior.step)
+    def temperature_of(self, posterior: Posterior) -> float:
+        """T of the posterior's next step."""
+        return self.temperature(posterior.temperature, posterior.step)
 
     def draw(self, sampler: Sampler) -> list[Perturbation]:
         """The next perturbation: the same for all workers, or one for each."""
@@ -242,7 +241,7 @@ class LayerwiseRule:
         sums.pool(settings.workers, model.model)
         is_watched = settings.temperature.is_automatic or posterior.temperature.is_first_pass
         if is_due and is_watched:
-            updated = count_determined(spec, updated, sums.batch_fraction, sharing.owners)
+            updated = measure_determined(spec, updated, sums.batch_fraction, sharing.owners)
         elif not is_due and spec.decays_at(posterior.step):
             updated = refresh(spec, updated, sums.batch_fraction)
         updated = update_from_sample_gradients(spec, updated, sums.price, sums.batch_fraction)
@@ -253,7 +252,7 @@ class LayerwiseRule:
         )
         update = step(posterior, evaluation, settings.average, settings.mean_update)
         seen = update.posterior.temperature.after(
-            sample.temperature, update.nll / sums.num_data, sums.batch_fraction, sums.num_data
+            sample.temperature, update.nll / sums.num_data, sums.batch_fraction
         )
         after = replace(update.posterior, temperature=seen)
         return replace(update, posterior=after, num_data=sums.num_data), sums.auxiliary
@@ -282,7 +281,7 @@ class LayerwiseRule:
         noise = settings.noise(posterior, has_latents=bool(self._store.guide.fallback_sites))
         with noise, model.network(), twice_differentiable() if twice else nullcontext():
             run = model(require_grad(weights), capture)
-        temperature = settings.temperature_of(run, posterior)
+        temperature = settings.temperature_of(posterior)
         numbers = Hyperparameters.of(settings.group, run.num_data, temperature)
         blocks = tuple(
             replace(state, prior=prior, hyperparameters=numbers)

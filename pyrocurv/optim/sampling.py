@@ -98,6 +98,7 @@ class EvaluationSum:
     posterior: Posterior  # with the curvature of the samples
     mirrors: list[Perturbation] | None  # for the next sample
     price: Mapping[str, Tensor]  # {block: sum of Λ ε ∘ g}
+    is_estimate: bool = False  # whether a sample has given one of the curvature
     gradient_norm: Tensor | None = None  # of the last sample, if the curvature relies on it
     losses: tuple[MeanLoss, ...] = ()  # of all passes, as far as they are known
 
@@ -144,7 +145,7 @@ class EvaluationSum:
         num_data = posterior.blocks[0].hyperparameters.num_data
         temperature = max(state.hyperparameters.temperature for state in posterior.blocks)
         fraction = sum(loss.entries for loss in self.losses) / (self.count * num_data)
-        seen = posterior.temperature.after(temperature, update.nll, fraction, num_data)
+        seen = posterior.temperature.after(temperature, update.nll, fraction)
         return replace(posterior, temperature=seen)
 
     def check_scale(

@@ -33,7 +33,7 @@ from pyrocurv.optim.sampling import (
 from pyrocurv.optim.traced_network import TracedNetwork
 from pyrocurv.posterior.hyperparameters import AUTO, Hyperparameters
 from pyrocurv.posterior.precision import (
-    count_determined,
+    measure_determined,
     update_from_sample_gradients,
     uses_sample_gradients,
 )
@@ -252,12 +252,7 @@ class VIOptimizer(CurvatureOptimizer):
                 samples.layout, samples.posterior, passes, store,
                 samples.batch_size / self._num_data, Particle(samples.count, self._num_particles),
             )
-            if self._is_watched:
-                posterior = count_determined(
-                    self.curvature, posterior, samples.batch_size / self._num_data,
-                    self._network.owners,
-                )
-            samples = replace(samples, layout=layout, posterior=posterior)
+            samples = replace(samples, layout=layout, posterior=posterior, is_estimate=True)
         return samples.add(sample, passes, self._likelihood.total_weight)
 
     def _check_sample_gradients(self) -> None:
@@ -315,6 +310,11 @@ class VIOptimizer(CurvatureOptimizer):
             self.curvature, posterior, samples.mean_price, fraction
         )
         posterior = posterior.with_mirrors(samples.mirrors)
+        if samples.is_estimate and self._is_watched:
+            posterior = self._network.covering(store, samples.layout).load(posterior)
+            posterior = measure_determined(
+                self.curvature, posterior, fraction, self._network.owners
+            )
         self._move(samples.layout, posterior, store, undo, samples)
 
     @property
@@ -371,7 +371,7 @@ class VIOptimizer(CurvatureOptimizer):
 
     def _hyperparameters(self, group: Group, layout: ParameterBlocks) -> Hyperparameters:
         rule = TemperatureRule(group["temperature"], self.kl_warmup)
-        temperature = rule(self._num_data, self._posterior.temperature, self._posterior.step)
+        temperature = rule(self._posterior.temperature, self._posterior.step)
         return Hyperparameters.of(
             group, self._num_data, temperature, self._number_of(group)
         )

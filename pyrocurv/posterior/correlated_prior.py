@@ -84,9 +84,13 @@ class CorrelatedPrior:
         """w - M₀, for weights [P]."""
         return weights - self.loc
 
+    def trace_over(self, precision: Structure) -> Tensor:
+        """tr(Λ₀ Λ⁻¹), for a precision Λ of the same weights."""
+        return trace_ratio(precision, self.precision)
+
     def expected_distance(self, mean: Tensor, precision: Structure) -> Tensor:
         """The mean of `distance` over N(mean, precision⁻¹)."""
-        return trace_ratio(precision, self.precision) + self.distance(mean)
+        return self.trace_over(precision) + self.distance(mean)
 
     def add_gradient(self, other: Tensor, weights: Tensor, value: float) -> Tensor:
         """other + value · Λ₀ (w - M₀) [P]."""

@@ -165,50 +165,57 @@ def initial_curvature(spec: Curvature, step: int, batch_fraction: float) -> floa
 
 
 @torch.no_grad()
-def count_determined(
+def measure_determined(
     spec: Curvature, posterior: Posterior, batch_fraction: float, owners: Workers = ALONE
 ) -> Posterior:
-    """The posterior with the numbers of weights that its data determine, at T and at T₀.
+    """The posterior with γ/N, the weights that each of its data determines, and their mean square.
 
-    Of the others a share counts as well, as much as is left of the initial curvature. Of `owners`
-    each has blocks of its own. Synchronizes with the device.
+    Both at T₁, see `pyrocurv.posterior.temperature`. Of the other weights a share counts as well,
+    with a square of 0: as much as is left of the initial curvature. Of `owners` each has blocks of
+    its own. Synchronizes with the device.
     """
-    blocks = posterior.blocks
-    if not blocks:
+    if not posterior.blocks:
         return posterior
     initial = initial_curvature(spec, posterior.step, batch_fraction)
     share = initial / spec.initial if spec.initial else 0.0
+    blocks = [_at_reference(state, spec, initial) for state in posterior.blocks]
+    found = torch.stack([torch.stack(_determined(state, initial)) for state in blocks]).sum(0)
     like = blocks[0].mean
-    size = owners.sum(sum(state.block.size for state in blocks), like)
-
-    def count(states: Iterable[BlockState]) -> float:
-        total = torch.stack([_determined(state, initial) for state in states]).sum()
-        found = owners.sum(float(total), total)
-        return found + share * (size - found)
-
-    warm, cold = count(blocks), count(_at_reference(state, spec, initial) for state in blocks)
-    seen = replace(posterior.temperature, determined=warm, determined_cold=cold)
+    size, number, squares = (
+        owners.sum(value, like)
+        for value in (sum(state.block.size for state in blocks), *found.tolist())
+    )
+    number = max(1.0, number + share * (size - number))
+    seen = replace(
+        posterior.temperature, mean_square=max(0.0, squares) / number,
+        determined=number / blocks[0].hyperparameters.num_data,
+    )
     return replace(posterior, temperature=seen)
 
 
 def _at_reference(state: BlockState, spec: Curvature, initial: float) -> BlockState:
-    """The precision of a block at T₀; that of the run if `refresh_block` keeps it."""
+    """The precision of a block at T₁; that of the run if `refresh_block` keeps it."""
     if not state.curvature.is_in(state.prior.scaling):
         return state
     numbers = replace(state.hyperparameters, temperature=REFERENCE)
     return refresh_block(replace(state, hyperparameters=numbers), spec, initial)
 
 
-def _determined(state: BlockState, initial: float) -> Tensor:
-    """tr((N/T) C Λ⁻¹) = P - tr(Λ₀ Λ⁻¹) - e N/T tr Λ⁻¹, with Λ₀ the prior's precision."""
+def _determined(state: BlockState, initial: float) -> tuple[Tensor, Tensor]:
+    """γ = tr D and dᵀ Λ₀ D d with D = Λ⁻¹ (N/T) C and the deviation d from the prior's mean.
+
+    As (N/T) C = Λ - R with R = Λ₀ + e N/T, γ = P - tr(R Λ⁻¹) and D d = d - Λ⁻¹ R d. A correlated
+    prior, which an earlier task's posterior is, is taken to fit, whatever the deviation.
+    """
     prior, root = state.prior.gaussian, state.curvature.root
     shift = initial * state.hyperparameters.likelihood_weight * (1 if root is None else root**2)
-    inverse = state.precision.inverse_diag()
+    inverse, deviation = state.precision.inverse_diag(), prior.deviation(state.mean)
+    number = state.block.size - prior.trace_over(state.precision) - (shift * inverse).sum()
     if isinstance(prior, CorrelatedPrior):
-        rest = prior.expected_distance(prior.loc, state.precision) + (shift * inverse).sum()
-    else:
-        rest = ((prior.diagonal + shift) * inverse).sum()
-    return state.block.size - rest
+        return number, number
+    pull = prior.precision * deviation
+    determined = deviation - state.precision.solve(pull + shift * deviation)
+    return number, torch.dot(pull, determined)
 
 
 def price_estimates(

@@ -1,23 +1,30 @@
 """The temperature T of a step, and the rule that "auto" stands for.
 
-With s the eigenvalues of the curvature per datum, N data and δ the precision of the prior,
+Whether a colder posterior predicts better shows in the weights that the data determine: are they as
+large as the prior expects (MacKay 1992, "Bayesian interpolation")? With the curvature C per datum
+of N data, the initial curvature e, the prior's mean M₀ and precision Λ₀, and d = M - M₀,
 
-    γ = Σ s / (s + e + δT₀/N),   T₀ = 0.01
-    T = 0.1 (2.8 N/γ)¹², but within [0.005, 0.1]
+    D = Λ⁻¹ (N/T₁) C,   Λ = (N/T₁) (C + e) + Λ₀,   T₁ = 0.1
+    γ = tr D,   r = dᵀ Λ₀ D d / γ
+    T = 0.1 (2.5/r)³, but within [0.003, 0.1]
 
-γ, or tr((N/T₀) C Λ⁻¹) where curvature and prior have other eigenvectors, is the number of weights
-that the data determine at T₀ (MacKay 1992, "Bayesian interpolation"); it is exact for a linear
-model if the structure of C is. So T is 0.1, but for networks with several such weights per datum,
-which fit their data exactly: they have a narrow posterior. The numbers are from experiments with
-networks from 10² to 10⁵ weights (`benchmarks/temperatures.py`). γ is computed at every estimate of
-the curvature; before the first nothing is sampled. Of the other weights a share counts too, as much
-as is left of the initial curvature e: so T starts low, where it would only slow the run down.
+γ is the number of determined weights at T₁, and r is their mean square, in standard deviations of
+the prior; those that are still at their random start do not count. A prior that fits has r = 1. Up
+to 2.5 T is 0.1: so it is for photographs with a few wrong labels, and few rows with noise. Clean
+data that a network fits exactly, or a prior that is too narrow, ask for larger weights. Then T
+falls, which lets them grow. As wrong labels ask for large weights too, T stays at 0.02 or above
+while the mean loss of a pass is more than 1/12 of the first. T is 0.02 in the first pass, in which
+r means little.
 
-A sample costs about T γ / (2N) nats per datum more than the mean, with γ at the T of the run;
-exactly that where the loss is quadratic. T is divided by 10 after a pass over the data, of 50 steps
-at least, in which the loss at the samples was where it started (2 % below to 50 % above), if they
-cost more than 2 % of it. `VIOptimizer` reads that loss off its gradient in the output; with a
-callable as likelihood only a closure tells it.
+γ and r are computed at every estimate of the curvature; before the first nothing is sampled. Of the
+other weights a share counts in γ too, as much as is left of e. The numbers are from experiments
+with networks from 10² to 10⁵ weights (`benchmarks/temperatures.py`).
+
+After a pass in which the loss at the samples was where it started (2 % below to 50 % above) T is
+0.02 at most. The highest T is also divided by 10, if the samples cost more than 2 % of the loss: T
+γ / (2N) nats per datum where it is quadratic. A pass has 50 steps at least. `VIOptimizer` reads the
+loss off its gradient in the output; with a callable as likelihood only a closure tells it, and T
+stays at 0.02 without one.
 """
 
 from __future__ import annotations
@@ -29,9 +36,10 @@ from pyrocurv.runtime.user_warnings import warn_user
 from pyrocurv.runtime.validation import check_integer, check_positive
 from pyrocurv.structures.serialization import serializable
 
-HIGHEST, LOWEST = 0.1, 0.005  # by the rule
-REFERENCE = 0.01  # T₀
-MOST_PER_DATUM, POWER = 2.8, 12  # determined weights at the highest T, and how it falls above
+REFERENCE = 0.1  # T₁, and the highest T by the rule
+LOWEST, CAUTIOUS = 0.003, 0.02  # by the rule, where `is_fitted` and elsewhere
+LARGEST, POWER = 2.5, 3  # r at the highest T, and how T falls above
+FITTED = 1 / 12  # of the loss at the first step; a loss below is that of data without errors
 FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
@@ -43,26 +51,25 @@ DIVERGED = 1.5  # of it; a loss above is that of a network that was trained befo
 class TemperatureState:
     """What a run has shown.
 
-    `value` is T of the last step, `determined` and `determined_cold` are the numbers of weights
-    that the data determine at T and at T₀, and `factor` is what a loss that stays has left of T.
-    `start` is the negative log likelihood per datum of the first step, `total` its sum over the
-    `steps` since, in which `passes` of the data were seen; those three start again after a pass.
+    `value` is T of the last step, `determined` is γ/N, `mean_square` is r, and `factor` is what a
+    loss that stays has left of the highest T. `start` is the negative log likelihood per datum of
+    the first step, `loss` its mean over the last pass, `total` its sum over the `steps` since, in
+    which `passes` of the data were seen; those three start again after a pass.
     """
 
     value: float | None = None
     determined: float = 0.0
-    determined_cold: float = 0.0
+    mean_square: float = 0.0
     factor: float = 1.0
     start: float | None = None
+    loss: float | None = None
     total: float = 0.0
     steps: int = 0
     passes: float = 0.0
     is_first_pass: bool = True
     is_stalled: bool = False  # the loss of the last pass is where it started
 
-    def after(
-        self, value: float, nll: float, batch_fraction: float, num_data: float
-    ) -> TemperatureState:
+    def after(self, value: float, nll: float, batch_fraction: float) -> TemperatureState:
         """With one more step at T = `value`: its loss per datum, on B/N of the data."""
         if self.start is None:
             return replace(self, value=value, start=nll)
@@ -72,14 +79,21 @@ class TemperatureState:
         )
         if new.passes < 1 or new.steps < MIN_STEPS:
             return new
-        progress, change = (1 - PROGRESS) * abs(self.start), new.total / new.steps - self.start
-        is_stalled = -progress < change < (DIVERGED - 1) * abs(self.start)
-        is_noise = value * self.determined / (2 * num_data) > progress
+        loss, progress = new.total / new.steps, (1 - PROGRESS) * abs(self.start)
+        is_stalled = -progress < loss - self.start < (DIVERGED - 1) * abs(self.start)
+        is_noise = value * self.determined / 2 > progress
         return TemperatureState(
-            value, self.determined, self.determined_cold,
+            value, self.determined, self.mean_square,
             self.factor / 10 if is_stalled and is_noise else self.factor,
-            self.start, is_first_pass=False, is_stalled=is_stalled,
+            self.start, loss, is_first_pass=False, is_stalled=is_stalled,
         )
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether nearly nothing of the loss is left."""
+        if self.start is None or self.loss is None:
+            return False
+        return self.loss - self.start < (FITTED - 1) * abs(self.start)
 
 
 @dataclass(frozen=True)
@@ -100,14 +114,18 @@ class TemperatureRule:
     def is_automatic(self) -> bool:
         return self.given == AUTO
 
-    def __call__(self, num_data: float, state: TemperatureState, step: int) -> float:
+    def __call__(self, state: TemperatureState, step: int) -> float:
         """T at a step, counted from 0."""
         share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if isinstance(self.given, float | int):
             return share * self.given
-        ratio = min(1.0, MOST_PER_DATUM * num_data / max(1.0, state.determined_cold))
-        temperature = max(LOWEST, HIGHEST * ratio**POWER)
-        return share * max(FLOOR, state.factor * temperature)
+        is_unknown = state.is_first_pass or state.is_stalled
+        highest = max(FLOOR, state.factor * (CAUTIOUS if is_unknown else REFERENCE))
+        if state.is_first_pass:
+            return share * highest
+        fit = LARGEST / max(LARGEST, state.mean_square)
+        lowest = LOWEST if state.is_fitted else CAUTIOUS
+        return share * min(highest, max(lowest, REFERENCE * fit**POWER))
 
 
 def warn_at_chance(before: TemperatureState, after: TemperatureState, is_automatic: bool) -> None:

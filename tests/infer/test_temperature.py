@@ -38,36 +38,62 @@ from pyrocurv.posterior.temperature import REFERENCE
 CHANCE = "after one pass over the data the loss at samples of the posterior"
 
 
-def formula(num_data: int, determined: Tensor | float) -> float:
-    return max(0.005, 0.1 * min(1.0, 2.8 * num_data / float(determined)) ** 12)
+def formula(mean_square: Tensor | float) -> float:
+    return 0.1 * min(1.0, 2.5 / float(mean_square)) ** 3
 
 
 # ---- the temperature of a run -------------------------------------------------------------------
 
 
+@pytest.fixture
+def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass has 5 steps at least."""
+    monkeypatch.setattr("pyrocurv.posterior.temperature.MIN_STEPS", 5)
+
+
+@pytest.fixture
+def sensitive(monkeypatch: pytest.MonkeyPatch, short_passes: None) -> None:
+    """A loss has not fallen if it is 0.2 % below its start."""
+    monkeypatch.setattr("pyrocurv.posterior.temperature.PROGRESS", 0.998)
+
+
+@pytest.fixture
+def never_at_chance(monkeypatch: pytest.MonkeyPatch, short_passes: None) -> None:
+    """Whatever the loss."""
+    monkeypatch.setattr("pyrocurv.posterior.temperature.PROGRESS", 1.0)
+    monkeypatch.setattr("pyrocurv.posterior.temperature.DIVERGED", 1.0)
+
+
+@pytest.mark.usefixtures("never_at_chance")
 @pytest.mark.parametrize("priors", PRIORS)
 @pytest.mark.parametrize("structure", GUIDES)
 def test_the_temperature_follows_the_curvature(structure: str, priors: str) -> None:
-    """γ of a linear model, whose curvature per datum is known."""
+    """r of a linear model, whose curvature per datum is known; T is 0.02 in the first pass."""
     rows, columns, outputs = 12, 20, 4
     x, y = torch.randn(rows, columns).double(), torch.randn(rows, outputs).double()
-    weight, bias = (deviation / 50 for deviation in PRIORS[priors])
+    weight, bias = (deviation / 10 for deviation in PRIORS[priors])
     design = oracles.linear_layer_design(x, outputs)
-    cold = design.T @ design / NOISE**2 / REFERENCE
+    data = design.T @ design / NOISE**2 / REFERENCE
     if structure == "diag":
-        cold = cold.diag().diag()
+        data = data.diag().diag()
     delta = torch.cat([
         torch.full((outputs * columns,), weight**-2.0), torch.full((outputs,), bias**-2.0)
-    ])
-    expected = formula(rows, torch.linalg.solve(cold + delta.double().diag(), cold).trace())
+    ]).double()
+    determined = torch.linalg.solve(data + delta.diag(), data)
     net = bayesianize(nn.Linear(columns, outputs).double(), normal_prior(weight, bias))
-    model = Regressor(net, rows, noise=NOISE)
-    ngvi = exactly(model, structure, temperature="auto", lr=1e-3)
-    assert ngvi.evaluate_loss(x, y).temperature == 0.1  # before the first estimate
-    for _ in range(3):
+    ngvi = exactly(
+        Regressor(net, rows, noise=NOISE), structure, temperature="auto", lr=0.01, num_particles=1
+    )
+    assert ngvi.evaluate_loss(x, y).temperature == 0.02  # before the first estimate
+    for step in range(9):
+        before = ngvi.guide.posterior.loc.detach() if step else None
         ngvi.step(x, y)
+        expected = 0.02
+        if step >= 5:  # the first step starts no pass
+            square = (before * delta) @ determined @ before
+            expected = formula(square / determined.trace())
+            assert 0.02 < expected < 0.1
         assert ngvi.evaluate_loss(x, y).temperature == pytest.approx(expected, rel=1e-6)
-    assert expected < 0.1 and (expected > 0.005 or structure == "diag")
 
 
 @pytest.mark.parametrize("structure", ["diag", "kfac", "full"])
@@ -75,22 +101,24 @@ def test_what_is_left_of_the_initial_curvature_counts_as_well(structure: str) ->
     """The defaults on batches, from the posterior that each step has left."""
     num_data, batch, spec = 9, 3, Curvature("fisher", every=2)
     model = Classifier(mlp(0.8, 0.8, outputs=3), num_data)  # one standard deviation for all weights
-    ngvi, (x, y) = NGVI(model, GUIDES[structure](model), curvature=spec), class_data(num_data)
-    seen = set()
+    guide = GUIDES[structure](model)
+    ngvi, (x, y) = NGVI(model, guide, curvature=spec), class_data(num_data)
+    guide(x, y)
     for step in range(8):
-        rows = torch.randint(num_data, (batch,))
+        rows, mean = torch.randint(num_data, (batch,)), guide.posterior.loc.detach()
         temperature = ngvi.evaluate_loss(x, y).temperature
         ngvi.step(x[rows], y[rows])
         if step % 2 == 0:
-            precision, left = ngvi.guide.posterior.precision.dense().detach(), 0.95**step
-            prior = 0.8**-2 * torch.eye(len(precision)).to(precision)
-            cold = prior + (precision - prior) * temperature / REFERENCE
+            precision, left = guide.posterior.precision.dense().detach(), 0.95**step
+            unit = torch.eye(len(precision)).to(precision)
+            warm = 0.8**-2 * unit + (precision - 0.8**-2 * unit) * temperature / REFERENCE
             rest = 0.8**-2 + spec.initial * left * num_data / REFERENCE
-            gamma = len(precision) - rest * torch.linalg.inv(cold).trace()
-            expected = formula(num_data, gamma + left * (len(precision) - gamma))
-        assert ngvi.evaluate_loss(x, y).temperature == pytest.approx(expected, rel=1e-8)
-        seen.add(expected)
-    assert len(seen) > 1
+            determined = unit - rest * torch.linalg.inv(warm)
+            gamma, square = determined.trace(), mean @ determined @ mean / 0.8**2
+            number = gamma + left * (len(precision) - gamma)
+        seen = ngvi._posterior.temperature
+        assert seen.determined == pytest.approx(float(number) / num_data, rel=1e-8)
+        assert seen.mean_square == pytest.approx(float(square / number), rel=1e-8)
 
 
 class Line:
@@ -175,12 +203,6 @@ def test_a_warmup_is_a_number_of_steps(kl_warmup: Any) -> None:
 # ---- at chance ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def short_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass has 5 steps at least."""
-    monkeypatch.setattr("pyrocurv.posterior.temperature.MIN_STEPS", 5)
-
-
 def stuck(num_data: int = NUM_DATA, **options: Any) -> NGVI:
     """An NGVI that hardly moves."""
     torch.manual_seed(0)
@@ -193,7 +215,7 @@ def restored(ngvi: NGVI) -> list[dict[str, Any]]:
     return torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
 
 
-@pytest.mark.usefixtures("short_passes")
+@pytest.mark.usefixtures("sensitive")
 @pytest.mark.parametrize("saved_at", [3, 8])
 def test_a_run_at_chance_is_colder_after_each_pass_and_resumed_bit_for_bit(saved_at: int) -> None:
     x, y = class_data()
@@ -205,9 +227,8 @@ def test_a_run_at_chance_is_colder_after_each_pass_and_resumed_bit_for_bit(saved
             ngvi.step(x, y)
             temperatures.append(ngvi.evaluate_loss(x, y).temperature)
     assert "the temperature is reduced" in str(caught[0].message) and len(caught) == 1
-    given = torch.tensor(temperatures)  # the first step starts no pass
-    factors = torch.tensor([1.0] * 5 + [0.1] * 9)  # then the noise costs less than 2 %
-    assert (given > 0.085 * factors).all() and (given < 0.1 * factors * (1 + 1e-5)).all()
+    # the first step starts no pass; the loss of the second is lower by more than 0.2 %
+    assert temperatures == pytest.approx([0.02] * 5 + [0.002] * 5 + [0.01] * 4)
     other = stuck()
     other.guide(x, y)
     other.guide.load_state_dict(state[0])
@@ -255,7 +276,7 @@ class Chance:
         return self.optimizer._posterior.blocks[0].hyperparameters.temperature
 
 
-@pytest.mark.usefixtures("short_passes")
+@pytest.mark.usefixtures("sensitive")
 @pytest.mark.parametrize(("loop", "temperature"), [
     ("plain", "auto"), ("closure", "auto"), ("halves", "auto"), ("plain", 3.0),
     ("closure of one's own likelihood", "auto"),
@@ -273,18 +294,17 @@ def test_an_optimizer_at_chance_is_as_cold_as_ngvi(loop: str, temperature: Any) 
             ngvi.step(x, y)
             assert chance.step(x, y) == pytest.approx(expected, rel=1e-6)
     assert [str(one.message) for one in caught] == 2 * [str(caught[0].message)]
-    assert expected == pytest.approx(0.01, rel=0.2) if temperature == "auto" else expected == 3
+    assert expected == pytest.approx(0.002 if temperature == "auto" else 3)
 
 
 @pytest.mark.usefixtures("short_passes")
 def test_without_a_closure_the_loss_of_ones_own_likelihood_is_unknown() -> None:
-    """Then the temperature is by the curvature alone, without a warning, an error here."""
+    """Then the temperature stays, without a warning, an error here."""
     chance = Chance("own")
-    temperatures = [chance.step(*class_data()) for _ in range(14)]
-    assert min(temperatures) > 0.05
+    assert [chance.step(*class_data()) for _ in range(14)] == [0.02] * 14
 
 
-@pytest.mark.usefixtures("short_passes")
+@pytest.mark.usefixtures("sensitive")
 @pytest.mark.parametrize("saved_at", [3, 8])
 @pytest.mark.parametrize("copied", [False, True])
 def test_an_optimizer_at_chance_is_resumed_bit_for_bit(saved_at: int, copied: bool) -> None:
@@ -307,8 +327,9 @@ def test_an_optimizer_at_chance_is_resumed_bit_for_bit(saved_at: int, copied: bo
 
 
 @pytest.mark.usefixtures("short_passes")
-def test_an_optimizer_at_chance_is_rescued() -> None:
-    """A deep network and few data: with T at 0.005 the loss is 0.5 after 50 steps."""
+def test_an_optimizer_at_chance_is_rescued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deep network and few data, for which T = 0.1 is too high."""
+    monkeypatch.setattr("pyrocurv.posterior.temperature.CAUTIOUS", 0.1)
     torch.manual_seed(0)
     hidden = [nn.Sequential(nn.Linear(size, 40), nn.Tanh()) for size in (60, 40, 40, 40, 40)]
     net = nn.Sequential(*hidden, nn.Linear(40, 2))
@@ -357,4 +378,4 @@ def test_a_run_that_learns_keeps_its_temperature(temperature: Any) -> None:
     losses = [ngvi.step(x, y) for _ in range(32)]
     assert losses[-1] < 0.8 * losses[0]
     expected = ngvi.evaluate_loss(x, y).temperature
-    assert expected == temperature if temperature != "auto" else 0.085 < expected <= 0.1
+    assert expected == (0.1 if temperature == "auto" else temperature)

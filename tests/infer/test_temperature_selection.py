@@ -141,7 +141,7 @@ def test_what_has_no_score() -> None:
             choose_temperature(lambda t: (model, guide), [(x, y)], wrong)
 
 
-@pytest.mark.parametrize(("temperature", "used"), [(0.5, 0.5), ("auto", 0.1)])
+@pytest.mark.parametrize(("temperature", "used"), [(0.5, 0.5), ("auto", 0.02)])
 def test_a_loss_says_its_temperature(temperature: float | str, used: float) -> None:
     x, y = regression_data()
     model = regressor()

@@ -25,11 +25,13 @@ from pyrocurv.optim import (
     noisy_kfac,
     vogn,
 )
+from pyrocurv.posterior.temperature import TemperatureRule
 
 GUIDES = {
     "diag": DiagonalGuide, "kfac": KFACGuide, "ekfac": EKFACGuide, "block": BlockGuide,
     "full": FullGuide,
 }
+
 N = 48
 
 
@@ -410,26 +412,34 @@ def test_augmentation_multiplies_the_data_and_warmup_heats_up() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["categorical", "normal"])
-def test_an_automatic_temperature_is_by_the_weights_that_are_determined(likelihood: str) -> None:
-    """In the groups that have no other, at N data; γ is that of the last estimate."""
+def test_an_automatic_temperature_is_by_the_weights_that_are_determined(
+    likelihood: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the groups that have no other; r is that of the last estimate, γ/N at N data."""
+    for name, value in {"MIN_STEPS": 5, "PROGRESS": 1.0, "DIVERGED": 1.0, "LARGEST": 0.1}.items():
+        monkeypatch.setattr(f"pyrocurv.posterior.temperature.{name}", value)
     net = small()  # of 57 weights
     optimizer = VIOptimizer(net, 12, likelihood=likelihood, augmentation=1.5, params=[
         {"params": net[0].parameters()}, {"params": net[2].parameters(), "temperature": 0.7},
     ])
-    determined, seen = 1.0, []
-    for _ in range(25):
+    temperature, seen = 0.02, []
+    for step in range(25):
         with optimizer.sampled_params():
             out, y = net(torch.randn(11, 5)), torch.randint(3, (11,))
             loss = F.cross_entropy(out, y) if likelihood == "categorical" else out.square().mean()
             loss.backward()
         optimizer.step()
         first, second = (b.hyperparameters.temperature for b in optimizer._posterior.blocks)
-        expected = max(0.005, 0.1 * min(1, 2.8 * 18 / determined) ** 12)
-        assert first == pytest.approx(expected) and second == 0.7
-        determined = optimizer._posterior.temperature.determined_cold
-        seen.append(determined)
-    assert seen[0] == pytest.approx(57) and seen[19] == seen[0] and 1 < seen[20] < 57
-    assert 0.02 < 0.1 * (2.8 * 18 / 57) ** 12 < 0.03
+        assert first == pytest.approx(temperature) and second == 0.7
+        state = optimizer._posterior.temperature
+        temperature = TemperatureRule("auto")(state, step)
+        seen.append(state)
+        assert temperature == pytest.approx(
+            max(0.02, 0.1 * min(1, 0.1 / state.mean_square) ** 3) if step >= 5 else 0.02
+        )
+    assert seen[0].determined == pytest.approx(57 / 18) and seen[19].determined == 57 / 18
+    assert 1 / 18 < seen[20].determined < 57 / 18
+    assert len({state.mean_square for state in seen}) == 2
 
 
 def test_groups_have_priors_and_temperatures_of_their_own() -> None:

@@ -1,5 +1,4 @@
-"""The rule of the automatic temperature: γ on dense float64 matrices, and a run without progress.
-"""
+"""The rule of the automatic temperature: γ and r on dense matrices, and a run without progress."""
 
 import math
 import warnings
@@ -16,9 +15,9 @@ from pyrocurv.layers.block import make_blocks
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import (
-    count_determined,
     init_block,
     initial_curvature,
+    measure_determined,
     refresh_block,
 )
 from pyrocurv.posterior.prior import BlockPrior, GaussianPrior, Prior, kronecker_scaling
@@ -77,7 +76,8 @@ def states(
             gaussian = CorrelatedPrior(torch.randn(block.size), Dense(dense))
         elif is_kronecker:
             scaling = kronecker_scaling(block, gaussian)
-        state = init_block(spec, block, BlockPrior(gaussian, scaling), NUMBERS, torch.randn(1))
+        mean = torch.randn(block.size)
+        state = init_block(spec, block, BlockPrior(gaussian, scaling), NUMBERS, mean)
         matrix = random_curvature(structure, sizes)
         running = RunningCurvature(3, matrix, scaling=scaling)
         state = refresh_block(replace(state, curvature=running), spec, initial)
@@ -97,32 +97,46 @@ def states(
 ])
 @pytest.mark.parametrize("step", [0, 7, 1000])
 def test_the_weights_that_the_data_determine(structure: str, prior: str, step: int) -> None:
-    """γ = tr((N/T) C Λ⁻¹), and of the other weights the share of e in its start."""
+    """γ = tr D and r = dᵀ Λ₀ D d / γ with D = Λ⁻¹ (N/T₁) C, and of the others the share of e."""
     spec, fraction = Curvature("ggn"), 0.04
     initial = initial_curvature(spec, step, fraction)
     blocks = states(structure, prior, initial)
-    found = count_determined(spec, Posterior(step, tuple(s for s, *_ in blocks)), fraction)
-
-    def gamma(temperature: float) -> float:
-        weight = NUM_DATA / temperature
-        total = torch.stack([
-            torch.linalg.solve(weight * (curvature + faint) + delta, weight * curvature).trace()
-            for _, curvature, delta, faint in blocks
-        ]).sum()
-        assert 0.5 < total < 14.9
-        return float(total + 0.96**step * (15 - total))
-
+    found = measure_determined(spec, Posterior(step, tuple(s for s, *_ in blocks)), fraction)
+    weight, number, squares = NUM_DATA / REFERENCE, 0.0, 0.0
+    for state, curvature, delta, faint in blocks:
+        own = torch.linalg.solve(weight * (curvature + faint) + delta, weight * curvature)
+        deviation = state.mean - state.prior.gaussian.loc
+        number += float(own.trace())
+        square = own.trace() if prior == "correlated" else deviation @ delta @ own @ deviation
+        squares += float(square)
+    assert 0.5 < number < 14.9 and squares > 0.1
+    number += 0.96**step * (15 - number)
     seen = found.temperature
-    assert seen.determined == pytest.approx(gamma(TEMPERATURE), rel=1e-9)
-    assert seen.determined_cold == pytest.approx(gamma(REFERENCE), rel=1e-9)
-    assert replace(seen, determined=0.0, determined_cold=0.0) == TemperatureState()
+    assert seen.determined == pytest.approx(number / NUM_DATA, rel=1e-9)
+    assert seen.mean_square == pytest.approx(squares / number, rel=1e-9)
+    assert replace(seen, determined=0.0, mean_square=0.0) == TemperatureState()
 
 
 @pytest.mark.usefixtures("double")
-def test_a_block_whose_scaling_has_changed_is_counted_as_it_is() -> None:
+def test_weights_at_a_random_start_do_not_count() -> None:
+    """Of two weights the data determine one: far from its prior, the other one is not seen."""
+    spec = Curvature("ggn")
+    (block,) = make_blocks((Layer("w", None, (1, 2)),), "diag")
+    gaussian = GaussianPrior(torch.zeros(()), torch.tensor(4.0), zero_mean=True)
+    state = init_block(spec, block, BlockPrior(gaussian), NUMBERS, torch.tensor([3.0, 50.0]))
+    running = RunningCurvature(1, Diagonal(torch.tensor([1e3, 0.0])))
+    state = refresh_block(replace(state, curvature=running), spec, 0.0)
+    seen = measure_determined(spec, Posterior(10**6, (state,)), 0.04).temperature
+    assert seen.determined == pytest.approx(1 / NUM_DATA, rel=1e-4)
+    assert seen.mean_square == pytest.approx(4 * 3**2, rel=1e-4)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_block_whose_scaling_has_changed_is_measured_as_it_is() -> None:
     """Until its next estimate it keeps the precision at the T of the run."""
     spec = Curvature("ggn")
-    before = Posterior(7, tuple(state for state, *_ in states("kfac", "scales", 0.01)))
+    blocks = states("kfac", "scales", 0.0)
+    before = Posterior(10**6, tuple(state for state, *_ in blocks))
 
     def rescaled(state: BlockState) -> BlockState:
         scaling = state.prior.scaling
@@ -130,14 +144,17 @@ def test_a_block_whose_scaling_has_changed_is_counted_as_it_is() -> None:
         changed = KroneckerScaling(scaling.delta, (1.01 * scaling.roots[0], scaling.roots[1]))
         return replace(state, prior=replace(state.prior, scaling=changed))
 
-    seen = count_determined(spec, before.map_blocks(rescaled), 0.04).temperature
-    assert seen.determined_cold == seen.determined
-    assert seen.determined == count_determined(spec, before, 0.04).temperature.determined
+    found = measure_determined(spec, before.map_blocks(rescaled), 0.04).temperature
+    number = sum(
+        torch.linalg.solve(WEIGHT * curvature + delta, WEIGHT * curvature).trace()
+        for _, curvature, delta, _ in blocks
+    )
+    assert found.determined == pytest.approx(float(number) / NUM_DATA, rel=1e-9)
 
 
-def test_without_blocks_nothing_is_counted() -> None:
+def test_without_blocks_nothing_is_measured() -> None:
     empty = Posterior(0, ())
-    assert count_determined(Curvature("ggn"), empty, 0.1) is empty
+    assert measure_determined(Curvature("ggn"), empty, 0.1) is empty
 
 
 # ---- the rule -----------------------------------------------------------------------------------
@@ -147,43 +164,57 @@ def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
     return TemperatureRule(given, warmup)
 
 
-@pytest.mark.parametrize(("num_data", "determined", "factor", "expected"), [
-    (100, 279.0, 1.0, 0.1),  # few weights for each datum
-    (100, 300.0, 1.0, 0.1 * (2.8 / 3) ** 12),
-    (5, 16.0, 1.0, 0.1 * (14 / 16) ** 12),
-    (5, 0.0, 1.0, 0.1), (5, 0.2, 1.0, 0.1), (5, -3.0, 1.0, 0.1),
-    (5, 50.0, 1.0, 0.005),  # the lowest that curvature asks for
-    (5, 16.0, 0.1, 0.01 * (14 / 16) ** 12),
-    (100, 3.0, 1e-5, 1e-3), (1, 15.0, 1e-5, 1e-3),  # the lowest
+def seen(mean_square: float, loss: float = 0.1, factor: float = 1.0) -> TemperatureState:
+    """After the first pass, with a loss that started at 2.4."""
+    return TemperatureState(
+        mean_square=mean_square, factor=factor, start=2.4, loss=loss, is_first_pass=False
+    )
+
+
+@pytest.mark.parametrize(("state", "expected"), [
+    (seen(0.0), 0.1), (seen(2.49), 0.1), (seen(5.0), 0.1 / 8), (seen(4.0), 0.1 * (2.5 / 4) ** 3),
+    (seen(9.0), 0.003), (seen(1e9), 0.003),  # the lowest
+    (seen(9.0, loss=0.21), 0.02), (seen(9.0, loss=0.19), 0.003),  # 1/12 of 2.4
+    (seen(3.0, loss=0.21), 0.1 * (2.5 / 3) ** 3),
+    (seen(1.0, factor=0.1), 0.01), (seen(9.0, factor=0.1), 0.003), (seen(1.0, factor=1e-5), 1e-3),
+    (replace(seen(1.0), is_stalled=True), 0.02),
+    (replace(seen(1.0, factor=0.1), is_stalled=True), 0.002),
+    (replace(seen(9.0), is_stalled=True), 0.003),
+    (TemperatureState(mean_square=99.0), 0.02),  # the first pass
+    (TemperatureState(mean_square=0.1, start=2.4), 0.02),
 ])
-def test_the_automatic_temperature(
-    num_data: float, determined: float, factor: float, expected: float
-) -> None:
-    state = TemperatureState(determined=99.0, determined_cold=determined, factor=factor)
+def test_the_automatic_temperature(state: TemperatureState, expected: float) -> None:
     assert rule("auto").is_automatic
-    assert rule("auto")(num_data, state, 3) == pytest.approx(expected, rel=1e-12)
+    assert rule("auto")(state, 3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_negative_loss_is_fitted_far_below_its_start() -> None:
+    """The log density of a regression: below -1 by 11/12."""
+    below, above = (replace(seen(9.0), start=-1.0, loss=-1.0 - x / 12) for x in (11.1, 10.9))
+    assert rule("auto")(below, 3) == 0.003 and rule("auto")(above, 3) == 0.02
 
 
 def test_a_given_temperature_is_independent_of_the_run() -> None:
     assert not rule(0.7).is_automatic
-    assert rule(0.7)(1, TemperatureState(determined_cold=3.0, factor=1e-3), 5) == 0.7
+    assert rule(0.7)(seen(3.0, factor=1e-3), 5) == 0.7
 
 
 @pytest.mark.parametrize("given", [0.5, "auto"])
-def test_the_temperature_rises_linearly(given: float | str) -> None:
-    state, full = TemperatureState(), rule(given)(30, TemperatureState(), 0)
-    found = [rule(given, 4)(30, state, step) for step in range(6)]
+@pytest.mark.parametrize("state", [TemperatureState(), seen(4.0)])
+def test_the_temperature_rises_linearly(given: float | str, state: TemperatureState) -> None:
+    full = rule(given)(state, 0)
+    found = [rule(given, 4)(state, step) for step in range(6)]
     assert found == pytest.approx([full / 4, full / 2, full * 3 / 4, full, full, full])
 
 
 # ---- a run without progress ---------------------------------------------------------------------
 
 
-def run(losses: list[float], fraction: float, num_data: float = 1) -> list[TemperatureState]:
-    """The states after each step; the samples cost 0.35 / N nats per datum."""
-    state, result = TemperatureState(determined=7.0), []
+def run(losses: list[float], fraction: float, determined: float = 7.0) -> list[TemperatureState]:
+    """The states after each step; the samples cost 0.05 nats for each determined weight."""
+    state, result = TemperatureState(determined=determined), []
     for loss in losses:
-        state = state.after(0.1, loss, fraction, num_data)
+        state = state.after(0.1, loss, fraction)
         result.append(state)
     return result
 
@@ -216,6 +247,12 @@ def test_progress_after_the_first_pass_keeps_the_factor() -> None:
     assert states[-1].determined == 7.0 and states[-1].value == 0.1
 
 
+def test_the_loss_is_the_mean_of_the_last_pass() -> None:
+    states = run([2.3, *range(100), 7.0], 0.02)
+    assert [states[index].loss for index in (49, 50, 99)] == pytest.approx([None, 24.5, 24.5])
+    assert states[-1].loss == 74.5 and not states[-1].is_first_pass
+
+
 def test_a_run_that_loses_its_progress_is_noticed() -> None:
     assert run([2.3] + [1.9] * 50 + [2.3] * 50, 0.1)[-1].factor == 0.1
 
@@ -240,9 +277,9 @@ def test_a_run_at_chance_warns_once(is_automatic: bool, remedy: str) -> None:
 
 
 def test_noise_that_costs_little_is_not_reduced() -> None:
-    """0.35 / 7 and 0.35 / 8 nats, and 2 % of the loss are 0.046."""
-    assert run([2.3] * 51, 0.1, 7)[-1].factor == 0.1
-    states = run([2.3] * 51, 0.1, 8)
+    """0.05 and 0.045 nats, and 2 % of the loss are 0.046."""
+    assert run([2.3] * 51, 0.1, 1.0)[-1].factor == 0.1
+    states = run([2.3] * 51, 0.1, 0.9)
     assert states[-1].factor == 1 and states[-1].is_stalled
     with pytest.warns(UserWarning, match="where it started: unless .* try another learning rate"):
         warn_at_chance(states[-2], states[-1], True)
