@@ -14,7 +14,7 @@ to 2.5 T is 0.1: so it is for photographs with a few wrong labels, and few rows 
 data that a network fits exactly, or a prior that is too narrow, ask for larger weights. Then T
 falls, which lets them grow. As wrong labels ask for large weights too, T stays at 0.02 or above
 while the mean loss of a pass is more than 1/12 of the first. T is 0.02 in the first pass, in which
-r means little.
+r means little. With an informed prior, as an earlier task's posterior, T is 0.1.
 
 γ and r are computed at every estimate of the curvature; before the first nothing is sampled. Of the
 other weights a share counts in γ too, as much as is left of e. The numbers are from experiments
@@ -51,15 +51,17 @@ DIVERGED = 1.5  # of it; a loss above is that of a network that was trained befo
 class TemperatureState:
     """What a run has shown.
 
-    `value` is T of the last step, `determined` is γ/N, `mean_square` is r, and `factor` is what a
-    loss that stays has left of the highest T. `start` is the negative log likelihood per datum of
-    the first step, `loss` its mean over the last pass, `total` its sum over the `steps` since, in
-    which `passes` of the data were seen; those three start again after a pass.
+    `value` is T of the last step, `determined` is γ/N, `mean_square` is r, `is_informed` says
+    whether a prior has a mean other than 0, or correlations, and `factor` is what a loss that stays
+    has left of the highest T. `start` is the negative log likelihood per datum of the first step,
+    `loss` its mean over the last pass, `total` its sum over the `steps` since, in which `passes` of
+    the data were seen; those three start again after a pass.
     """
 
     value: float | None = None
     determined: float = 0.0
     mean_square: float = 0.0
+    is_informed: bool = False
     factor: float = 1.0
     start: float | None = None
     loss: float | None = None
@@ -83,7 +85,7 @@ class TemperatureState:
         is_stalled = -progress < loss - self.start < (DIVERGED - 1) * abs(self.start)
         is_noise = value * self.determined / 2 > progress
         return TemperatureState(
-            value, self.determined, self.mean_square,
+            value, self.determined, self.mean_square, self.is_informed,
             self.factor / 10 if is_stalled and is_noise else self.factor,
             self.start, loss, is_first_pass=False, is_stalled=is_stalled,
         )
@@ -119,6 +121,8 @@ class TemperatureRule:
         share = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         if isinstance(self.given, float | int):
             return share * self.given
+        if state.is_informed:
+            return share * max(FLOOR, state.factor * REFERENCE)
         is_unknown = state.is_first_pass or state.is_stalled
         highest = max(FLOOR, state.factor * (CAUTIOUS if is_unknown else REFERENCE))
         if state.is_first_pass:

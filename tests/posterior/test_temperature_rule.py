@@ -69,7 +69,9 @@ def states(
             delta = torch.outer(*(torch.rand(size) * 5 + 0.1 for size in sizes)).flatten()
         elif prior == "scales":
             delta = torch.rand(block.size) * 5 + 0.1
-        gaussian: Prior = GaussianPrior(loc, delta, zero_mean=True)
+        if prior == "mean":
+            loc = torch.randn(block.size)
+        gaussian: Prior = GaussianPrior(loc, delta, zero_mean=prior != "mean")
         dense = torch.diag(delta.expand(block.size))
         if prior == "correlated":
             dense = 20 * positive(block.size)
@@ -92,7 +94,7 @@ def states(
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("structure", "prior"), [
     *((structure, prior) for structure in ("diag", "kfac", "ekfac", "block", "full")
-      for prior in ("equal", "scales")),
+      for prior in ("equal", "scales", "mean")),
     ("block", "correlated"), ("full", "correlated"),
 ])
 @pytest.mark.parametrize("step", [0, 7, 1000])
@@ -107,14 +109,18 @@ def test_the_weights_that_the_data_determine(structure: str, prior: str, step: i
         own = torch.linalg.solve(weight * (curvature + faint) + delta, weight * curvature)
         deviation = state.mean - state.prior.gaussian.loc
         number += float(own.trace())
-        square = own.trace() if prior == "correlated" else deviation @ delta @ own @ deviation
+        square = deviation @ delta @ own @ deviation
+        if prior in ("correlated", "mean"):  # an earlier task's posterior is taken to fit
+            square = own.trace()
         squares += float(square)
     assert 0.5 < number < 14.9 and squares > 0.1
     number += 0.96**step * (15 - number)
     seen = found.temperature
     assert seen.determined == pytest.approx(number / NUM_DATA, rel=1e-9)
     assert seen.mean_square == pytest.approx(squares / number, rel=1e-9)
-    assert replace(seen, determined=0.0, mean_square=0.0) == TemperatureState()
+    is_informed = prior in ("correlated", "mean")
+    expected = TemperatureState(is_informed=is_informed)
+    assert replace(seen, determined=0.0, mean_square=0.0) == expected
 
 
 @pytest.mark.usefixtures("double")
@@ -180,6 +186,8 @@ def seen(mean_square: float, loss: float = 0.1, factor: float = 1.0) -> Temperat
     (replace(seen(1.0), is_stalled=True), 0.02),
     (replace(seen(1.0, factor=0.1), is_stalled=True), 0.002),
     (replace(seen(9.0), is_stalled=True), 0.003),
+    (TemperatureState(is_informed=True), 0.1),
+    (replace(seen(9.0, factor=0.1), is_informed=True), 0.01),
     (TemperatureState(mean_square=99.0), 0.02),  # the first pass
     (TemperatureState(mean_square=0.1, start=2.4), 0.02),
 ])
