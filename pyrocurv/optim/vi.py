@@ -82,8 +82,8 @@ class VIOptimizer(CurvatureOptimizer):
             layer, as `pyrocurv.nn.bayesianize` has it). Means are 0, those of norm scales 1.
         prior: the posterior of an earlier task, as for `bayesianize`, for the weights in it.
         temperature: T multiplies the KL term; 1 is the ELBO. "auto" follows the curvature and the
-            loss, see `pyrocurv.posterior.temperature`. A callable as `likelihood` needs
-            `step(closure)` for the latter.
+            loss, see `pyrocurv.posterior.temperature`. With a callable as `likelihood` it needs
+            `step(closure)`, and stays at 0.02 without.
         kl_warmup: steps over which T rises linearly to its value.
         augmentation: N counts so many times, for data that random transformations multiply.
         num_samples: how often `step(closure)` calls the closure, and what `predict` draws.

@@ -22,7 +22,7 @@ from pyrocurv.layers.block import Block
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.natural_gradient import posterior_precision, price_hessian_update
-from pyrocurv.posterior.prior import BlockPrior, Prior
+from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.temperature import REFERENCE
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -186,7 +186,7 @@ def measure_determined(
         for value in (sum(state.block.size for state in blocks), *found.tolist())
     )
     number = max(1.0, number + share * (size - number))
-    is_informed = any(_is_informed(state.prior.gaussian) for state in blocks)
+    is_informed = any(_is_informed(state) for state in blocks)
     seen = replace(
         posterior.temperature, mean_square=max(0.0, squares) / number,
         determined=number / blocks[0].hyperparameters.num_data,
@@ -206,23 +206,29 @@ def _at_reference(state: BlockState, spec: Curvature, initial: float) -> BlockSt
 def _determined(state: BlockState, initial: float) -> tuple[Tensor, Tensor]:
     """γ = tr D and dᵀ Λ₀ D d with D = Λ⁻¹ (N/T) C and the deviation d from the prior's mean.
 
-    As (N/T) C = Λ - R with R = Λ₀ + e N/T, γ = P - tr(R Λ⁻¹) and D d = d - Λ⁻¹ R d. An informed
+    As (N/T) C = Λ - R with R = Λ₀ + e N/T, γ = P - tr(R Λ⁻¹) and D d = d - Λ⁻¹ R d. A correlated
     prior is taken to fit, whatever the deviation.
     """
     prior, root = state.prior.gaussian, state.curvature.root
     shift = initial * state.hyperparameters.likelihood_weight * (1 if root is None else root**2)
     inverse, deviation = state.precision.inverse_diag(), prior.deviation(state.mean)
     number = state.block.size - prior.trace_over(state.precision) - (shift * inverse).sum()
-    if isinstance(prior, CorrelatedPrior) or not prior.zero_mean:
+    if isinstance(prior, CorrelatedPrior):
         return number, number
     pull = prior.precision * deviation
     determined = deviation - state.precision.solve(pull + shift * deviation)
     return number, torch.dot(pull, determined)
 
 
-def _is_informed(prior: Prior) -> bool:
-    """Whether a prior says more than a scale, as an earlier task's posterior does."""
-    return isinstance(prior, CorrelatedPrior) or not prior.zero_mean
+def _is_informed(state: BlockState) -> bool:
+    """Whether each weight has a prior of its own, as from the posterior of an earlier task."""
+    prior = state.prior.gaussian
+    if isinstance(prior, CorrelatedPrior):
+        return True
+    if prior.zero_mean or not prior.loc.dim():
+        return False
+    means = [mean.flatten() for mean in state.block.views(prior.loc).values()]
+    return any(bool((mean != mean[:1]).any()) for mean in means)
 
 
 def price_estimates(

@@ -9,22 +9,24 @@ of N data, the initial curvature e, the prior's mean M₀ and precision Λ₀, a
     T = 0.1 (2.5/r)³, but within [0.003, 0.1]
 
 γ is the number of determined weights at T₁, and r is their mean square, in standard deviations of
-the prior; those that are still at their random start do not count. A prior that fits has r = 1. Up
-to 2.5 T is 0.1: so it is for photographs with a few wrong labels, and few rows with noise. Clean
-data that a network fits exactly, or a prior that is too narrow, ask for larger weights. Then T
-falls, which lets them grow. As wrong labels ask for large weights too, T stays at 0.02 or above
+the prior; those that are still at their random start do not count. For a prior that fits r is about
+1. Up to 2.5 T is 0.1: so it is for photographs with a few wrong labels, and few rows with noise.
+Clean data that a network fits exactly, or a prior that is too narrow, ask for larger weights. Then
+T falls, which lets them grow. As wrong labels ask for large weights too, T stays at 0.02 or above
 while the mean loss of a pass is more than 1/12 of the first. T is 0.02 in the first pass, in which
-r means little. With an informed prior, as an earlier task's posterior, T is 0.1.
+r means little. With the posterior of an earlier task as prior, or other means of single weights, T
+is 0.1 from the second step on.
 
 γ and r are computed at every estimate of the curvature; before the first nothing is sampled. Of the
-other weights a share counts in γ too, as much as is left of e. The numbers are from experiments
-with networks from 10² to 10⁵ weights (`benchmarks/temperatures.py`).
+other weights a share counts in γ too, as much as is left of e. With `curvature="noise"`, which has
+no such estimates, T is 0.1 after the first pass. The numbers are from experiments with networks
+from 10² to 10⁵ weights (`benchmarks/temperatures.py`).
 
 After a pass in which the loss at the samples was where it started (2 % below to 50 % above) T is
-0.02 at most. The highest T is also divided by 10, if the samples cost more than 2 % of the loss: T
-γ / (2N) nats per datum where it is quadratic. A pass has 50 steps at least. `VIOptimizer` reads the
-loss off its gradient in the output; with a callable as likelihood only a closure tells it, and T
-stays at 0.02 without one.
+0.02 at most. The highest T is also divided by 10, if the samples cost more than 2 % of the loss:
+about T γ / (2N) nats per datum. A pass has 50 steps at least. `VIOptimizer` reads the loss off its
+gradient in the output; with a callable as likelihood only a closure tells it, and T stays at 0.02
+without one.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class TemperatureState:
     """What a run has shown.
 
     `value` is T of the last step, `determined` is γ/N, `mean_square` is r, `is_informed` says
-    whether a prior has a mean other than 0, or correlations, and `factor` is what a loss that stays
+    whether weights have priors of their own, and `factor` is what a loss that stays
     has left of the highest T. `start` is the negative log likelihood per datum of the first step,
     `loss` its mean over the last pass, `total` its sum over the `steps` since, in which `passes` of
     the data were seen; those three start again after a pass.

@@ -110,7 +110,7 @@ def test_the_weights_that_the_data_determine(structure: str, prior: str, step: i
         deviation = state.mean - state.prior.gaussian.loc
         number += float(own.trace())
         square = deviation @ delta @ own @ deviation
-        if prior in ("correlated", "mean"):  # an earlier task's posterior is taken to fit
+        if prior == "correlated":  # an earlier task's posterior is taken to fit
             square = own.trace()
         squares += float(square)
     assert 0.5 < number < 14.9 and squares > 0.1
@@ -118,9 +118,21 @@ def test_the_weights_that_the_data_determine(structure: str, prior: str, step: i
     seen = found.temperature
     assert seen.determined == pytest.approx(number / NUM_DATA, rel=1e-9)
     assert seen.mean_square == pytest.approx(squares / number, rel=1e-9)
-    is_informed = prior in ("correlated", "mean")
-    expected = TemperatureState(is_informed=is_informed)
+    expected = TemperatureState(is_informed=prior in ("correlated", "mean"))
     assert replace(seen, determined=0.0, mean_square=0.0) == expected
+
+
+@pytest.mark.parametrize(("mean", "is_informed"), [
+    ([0.0, 0.0, 0.0], False), ([1.0, 1.0, 0.0], False), ([1.0, 0.9, 0.0], True),
+])
+def test_a_mean_of_each_weight_is_informed(mean: list[float], is_informed: bool) -> None:
+    """But not one for all weights of a tensor, as the scales of a norm have it, nor zeros."""
+    (block,) = make_blocks((Layer("scale", "bias", (1, 2)),), "diag")
+    assert [*block.views(torch.arange(3.0))] == ["scale", "bias"]
+    prior = BlockPrior(GaussianPrior(torch.tensor(mean), torch.tensor(1.0)))
+    state = init_block(Curvature("ggn"), block, prior, NUMBERS, torch.zeros(3))
+    found = measure_determined(Curvature("ggn"), Posterior(0, (state,)), 0.1)
+    assert found.temperature.is_informed == is_informed
 
 
 @pytest.mark.usefixtures("double")
