@@ -221,14 +221,14 @@ def _determined(state: BlockState, initial: float) -> tuple[Tensor, Tensor]:
 
 
 def _is_informed(state: BlockState) -> bool:
-    """Whether each weight has a prior of its own, as from the posterior of an earlier task."""
+    """Whether weights have prior means of their own, as from the posterior of an earlier task."""
     prior = state.prior.gaussian
     if isinstance(prior, CorrelatedPrior):
         return True
     if prior.zero_mean or not prior.loc.dim():
         return False
     means = [mean.flatten() for mean in state.block.views(prior.loc).values()]
-    return any(bool((mean != mean[:1]).any()) for mean in means)
+    return bool(torch.stack([(mean != mean[:1]).any() for mean in means]).any())
 
 
 def price_estimates(

@@ -54,8 +54,8 @@ class TemperatureState:
     """What a run has shown.
 
     `value` is T of the last step, `determined` is γ/N, `mean_square` is r, `is_informed` says
-    whether weights have priors of their own, and `factor` is what a loss that stays
-    has left of the highest T. `start` is the negative log likelihood per datum of the first step,
+    whether weights have prior means of their own, and `factor` is what a loss that stays has left
+    of the highest T. `start` is the negative log likelihood per datum of the first step,
     `loss` its mean over the last pass, `total` its sum over the `steps` since, in which `passes` of
     the data were seen; those three start again after a pass.
     """

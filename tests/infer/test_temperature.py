@@ -121,6 +121,29 @@ def test_what_is_left_of_the_initial_curvature_counts_as_well(structure: str) ->
         assert seen.mean_square == pytest.approx(float(square / number), rel=1e-8)
 
 
+@pytest.mark.parametrize("structure", ["diag", "kfac"])
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_with_an_earlier_task_as_prior_the_temperature_is_the_highest(
+    structure: str, has_norm: bool
+) -> None:
+    """From the second step on; the scales of a norm, whose mean is 1, are no such prior."""
+    x, y = torch.randn(12, 3), torch.randint(3, (12,))
+    guide, found = None, []
+    for _ in range(2):
+        norm = [nn.LayerNorm(4)] if has_norm else []
+        net = nn.Sequential(nn.Linear(3, 4), *norm, nn.Linear(4, 3))
+        optimizer = VIOptimizer(net, 12, structure=structure, prior=guide)
+        for _ in range(3):
+            with optimizer.sampled_params():
+                F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        found.append(optimizer._posterior.temperature.value)
+        model = Classifier(bayesianize(net, layers=[nn.Linear]), 12)
+        guide = GUIDES[structure](model)
+        NGVI(model, guide).step(x, y)
+    assert found == [0.02, 0.1]
+
+
 class Line:
     """A regression without a network."""
 
