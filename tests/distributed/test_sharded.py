@@ -63,7 +63,7 @@ def whole(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train(rank: int | None, kind: str, options: dict[str, Any], is_traced: bool) -> Any:
-    """The parameters after some steps, and sizes of what is kept of each block."""
+    """The parameters after some steps with γ/N and r, and what is kept of each block."""
     torch.set_default_dtype(torch.float64)
     try:
         return run(rank, kind, options, is_traced)
@@ -111,7 +111,9 @@ def run(rank: int | None, kind: str, options: dict[str, Any], is_traced: bool) -
     states = {
         s.block.name: (s.precision.dense(), s.momentum.clone()) for s in optimizer._posterior.blocks
     }
-    return whole(network), states
+    seen = optimizer._posterior.temperature
+    determined = {"γ/N and r": torch.tensor([seen.determined, seen.mean_square])}
+    return {**whole(network), **determined}, states
 
 
 def check(ranks: Any, kind: str, is_traced: bool = True, **options: Any) -> None:
