@@ -102,6 +102,14 @@ class Block:
         return self._strides is not None
 
     @cached_property
+    def is_flat(self) -> bool:
+        """Whether the block is one tensor, of which a vector [P] is the memory."""
+        views = [*(self._strides or {}).values()]
+        return len(views) == 1 and all(
+            stride == torch.empty(shape, device="meta").stride() for shape, stride, _ in views
+        )
+
+    @cached_property
     def _strides(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] | None:
         """{name: (shape, stride, offset)} in a vector; None if a tensor is in another order."""
         if any(layer.is_transposed for layer in self.layers):

@@ -1,7 +1,7 @@
 """The vectors of several blocks at once: what is dispatched does not grow with their number.
 
-The vectors of all blocks are cut from one tensor, and their values are copied or averaged by one
-call of `torch._foreach_*`.
+The vectors of blocks of several tensors are cut from one tensor, and the values of all are copied
+or averaged by one or two calls of `torch._foreach_*`.
 """
 
 from __future__ import annotations
@@ -40,27 +40,20 @@ def lerp(
     """vectors + weight · (values - vectors), for values {name: [*shape]}."""
     moved: dict[int, Tensor] = {}
     for members in _alike(blocks, vectors):
-        chosen = [blocks[index] for index in members]
-        results = _cut(torch.cat([vectors[index] for index in members]), chosen)
-        targets = _views(chosen, results)
-        torch._foreach_lerp_([*targets.values()], [values[name] for name in targets], weight)
-        moved.update(zip(members, results, strict=True))
+        if flat := [index for index in members if blocks[index].is_flat]:
+            ends = [values[next(iter(blocks[index].tensors))].reshape(-1) for index in flat]
+            starts = [vectors[index] for index in flat]
+            moved.update(zip(flat, torch._foreach_lerp(starts, ends, weight), strict=True))
+        if others := [index for index in members if index not in moved]:
+            chosen = [blocks[index] for index in others]
+            results = _cut(torch.cat([vectors[index] for index in others]), chosen)
+            targets = _views(chosen, results)
+            torch._foreach_lerp_([*targets.values()], [values[name] for name in targets], weight)
+            moved.update(zip(others, results, strict=True))
     return [
         moved[index] if index in moved else torch.lerp(vector, block.pack(values), weight)
         for index, (block, vector) in enumerate(zip(blocks, vectors, strict=True))
     ]
-
-
-def join(vectors: Sequence[Tensor]) -> Tensor:
-    """One tensor of all vectors: a view if they are neighbors in memory, else a copy."""
-    first = vectors[0]
-    place, end = first.untyped_storage().data_ptr(), first.storage_offset()
-    for vector in vectors:
-        is_next = vector.storage_offset() == end and vector.is_contiguous()
-        if not is_next or vector.untyped_storage().data_ptr() != place:
-            return torch.cat([*vectors])
-        end += vector.numel()
-    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def _alike(blocks: Sequence[Block], tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -23,7 +23,6 @@ application to the Muon algorithm", arXiv:2505.16932.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrocurv.runtime.foreach import largest
 from pyrocurv.structures.kronecker_eigen import matmul
 from pyrocurv.structures.linalg import at_least_single
 
@@ -80,9 +80,9 @@ def orthogonalize(
 
 def _magnitudes(matrices: Sequence[Tensor]) -> list[Tensor]:
     """The largest magnitude in each matrix or stack, (); never zero."""
-    norms = [*torch._foreach_norm([*matrices], math.inf)]
-    torch._foreach_clamp_min_(norms, max(torch.finfo(norm.dtype).tiny for norm in norms))
-    return norms
+    found = largest(matrices)
+    torch._foreach_clamp_min_(found, max(torch.finfo(value.dtype).tiny for value in found))
+    return found
 
 
 def matrix_norms(matrices: Sequence[Tensor]) -> list[Tensor]:

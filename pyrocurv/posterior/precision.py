@@ -209,15 +209,20 @@ def _determined(state: BlockState, initial: float) -> tuple[Tensor, Tensor]:
     As (N/T) C = Λ - R with R = Λ₀ + e N/T, γ = P - tr(R Λ⁻¹) and D d = d - Λ⁻¹ R d. A correlated
     prior is taken to fit, whatever the deviation.
     """
-    prior, root = state.prior.gaussian, state.curvature.root
+    prior, precision, root = state.prior.gaussian, state.precision, state.curvature.root
+    size, deviation = state.block.size, prior.deviation(state.mean)
     shift = initial * state.hyperparameters.likelihood_weight * (1 if root is None else root**2)
-    inverse, deviation = state.precision.inverse_diag(), prior.deviation(state.mean)
-    number = state.block.size - prior.trace_over(state.precision) - (shift * inverse).sum()
     if isinstance(prior, CorrelatedPrior):
+        number = size - prior.trace_over(precision) - (shift * precision.inverse_diag()).sum()
         return number, number
-    pull = prior.precision * deviation
-    determined = deviation - state.precision.solve(pull + shift * deviation)
-    return number, torch.dot(pull, determined)
+    remainder = prior.precision + shift
+    if not remainder.dim():
+        by_prior = remainder * precision.solution(deviation.clone()).dot
+        determined = prior.precision * (torch.dot(deviation, deviation) - by_prior)
+        return size - remainder * precision.inverse_trace(), determined
+    determined = deviation - precision.solve(remainder * deviation)
+    number = size - torch.dot(remainder, precision.inverse_diag())
+    return number, torch.dot(prior.precision * deviation, determined)
 
 
 def _is_informed(state: BlockState) -> bool:

@@ -118,10 +118,6 @@ class GaussianPrior:
         """w - M₀, for weights [P]."""
         return weights if self.zero_mean else weights - self.loc
 
-    def trace_over(self, precision: Structure) -> Tensor:
-        """tr(Λ₀ Λ⁻¹), for a precision Λ of the same weights."""
-        return (self.precision * precision.inverse_diag()).sum()
-
     def expected_distance(self, mean: Tensor, precision: Structure) -> Tensor:
         """The mean of `distance` over N(mean, precision⁻¹)."""
         return (self.precision * (precision.inverse_diag() + self.deviation(mean).square())).sum()

@@ -3,7 +3,8 @@
 Every structure stands for a symmetric matrix M [P, P] and acts on the last axis of its arguments:
 
     M @ x, solve(x) = M⁻¹x, rsqrt(z) (covariance M⁻¹ when z ~ N(0, I)), logdet, trace, diag,
-    inverse_diag, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp, psd, map
+    inverse_diag, inverse_trace, eigenvalues, dense, scale(c) = cM, shift(δ) = M + diag(δ), lerp,
+    psd, map
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ class Structure(ABC):
     def trace(self) -> Tensor:
         """The sum of the diagonal, a scalar."""
         return self.diag().sum()
+
+    def inverse_trace(self) -> Tensor:
+        """The trace of M⁻¹, a scalar."""
+        return self.inverse_diag().sum()
 
     def dense(self) -> Tensor:
         """M as a tensor [P, P]."""

@@ -243,6 +243,9 @@ class KroneckerEigen(Structure):
     def inverse_diag(self) -> Tensor:
         return self._diag(self.spectrum.reciprocal())
 
+    def inverse_trace(self) -> Tensor:
+        return (self.multiplicity / self.spectrum).sum()
+
     def eigenvalues(self) -> Tensor:
         counts = self.multiplicity.round().long().flatten()
         return self.spectrum.flatten().repeat_interleave(counts).sort().values

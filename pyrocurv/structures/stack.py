@@ -1,7 +1,8 @@
 """Solutions and samples of several matrices, those of Kronecker factors of equal shape at once.
 
 Their eigenbases are stacked to one `KroneckerEigen` with a group for each, whose products are
-batched, so that layers of equal shape are dispatched as one.
+batched, so that layers of equal shape are dispatched as one. Wide layers, whose products take longer
+than a launch, are not: their vectors would be copied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from pyrocurv.structures.base import LazySolution, Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, matmul
+
+
+MAX_STACKED = 2**20  # weights of a layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,7 @@ def _groups(matrices: Sequence[Structure]) -> list[list[int]]:
 
 
 def _key(matrix: Structure) -> Hashable:
-    if not isinstance(matrix, KroneckerEigen):
+    if not isinstance(matrix, KroneckerEigen) or matrix.size > MAX_STACKED:
         return id(matrix)
     bases = matrix.output_basis, matrix.input_basis
     return tuple((b.shape[-2:], b.dtype, b.device) for b in bases)

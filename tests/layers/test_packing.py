@@ -42,11 +42,13 @@ def test_pack_and_lerp() -> None:
     assert packing.pack([], {}) == ([], {})
 
 
-def test_neighbors_in_memory_are_joined_without_a_copy() -> None:
-    whole = torch.arange(7.0)
-    a, b, c = whole.split([2, 4, 1])
-    assert packing.join([a, b, c]).data_ptr() == whole.data_ptr()
-    assert torch.equal(packing.join([b, c]), whole[2:])
-    assert torch.equal(packing.join([b, a]), torch.cat([b, a]))
-    assert torch.equal(packing.join([a, c]), torch.cat([a, c]))
-    assert torch.equal(packing.join([a, torch.ones(3)]), torch.cat([a, torch.ones(3)]))
+
+def test_of_flat_blocks_a_vector_is_the_tensor() -> None:
+    flat = 0
+    for block in blocks_and_values()[0]:
+        if block.is_flat:
+            (shape,) = block.tensors.values()
+            flat += 1
+            assert block.pack({name: torch.arange(block.size).view(shape) for name in block.tensors}
+                              ).equal(torch.arange(block.size))
+    assert 0 < flat < len(BLOCKS)

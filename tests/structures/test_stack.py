@@ -1,9 +1,10 @@
 """Several matrices at once give what each gives alone."""
 
+import pytest
 import torch
 
-from pyrocurv.structures import Dense, Diagonal, Kronecker, Rescaled, Structure
-from pyrocurv.structures.stack import samples_, solutions
+from pyrocurv.structures import Dense, Diagonal, Kronecker, Rescaled, Structure, stack
+from pyrocurv.structures.stack import operands, samples_, solutions
 
 
 def factor(size: int, *groups: int) -> torch.Tensor:
@@ -24,8 +25,12 @@ def matrices() -> list[Structure]:
     return [complete[0], *grouped, truncated[0], *others, *complete[1:], *truncated[1:]]
 
 
-def test_solutions_and_samples() -> None:
+@pytest.mark.parametrize("limit", [stack.MAX_STACKED, 12, 0])
+def test_solutions_and_samples(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(stack, "MAX_STACKED", limit)
     chosen = matrices()
+    stacked = operands(chosen, [torch.randn(matrix.size) for matrix in chosen])
+    assert len(stacked) == {12: 10, 0: len(chosen)}.get(limit, 8)
     for _ in range(2):  # the second time with the stacks of the first
         x = [torch.randn(matrix.size, dtype=torch.float64) for matrix in chosen]
         found = solutions(chosen, [value.clone() for value in x])

@@ -263,6 +263,7 @@ def test_scalars_and_diagonals(name: str, dtype: torch.dtype) -> None:
     same(structure.trace(), matrix.trace())
     same(structure.diag(), matrix.diag())
     same(structure.inverse_diag(), torch.linalg.inv(matrix).diag())
+    same(structure.inverse_trace(), torch.linalg.inv(matrix).trace())
     same(structure.eigenvalues(), torch.linalg.eigvalsh(matrix))
 
 
