@@ -1,8 +1,8 @@
 """Solutions and samples of several matrices, those of Kronecker factors of equal shape at once.
 
 Their eigenbases are stacked to one `KroneckerEigen` with a group for each, whose products are
-batched, so that layers of equal shape are dispatched as one. Wide layers, whose products take longer
-than a launch, are not: their vectors would be copied.
+batched, so that layers of equal shape are dispatched as one. Wide layers, whose products take
+longer than a launch, are not: their vectors would be copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pyrocurv.structures.base import LazySolution, Structure
 from pyrocurv.structures.kronecker_eigen import KroneckerEigen, matmul
-
 
 MAX_STACKED = 2**20  # weights of a layer
 
