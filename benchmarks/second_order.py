@@ -82,7 +82,7 @@ METHODS = {
     "soap": Method(soap, (1e-3, 3e-3, 8e-3, 0.02), (0.0, 0.01), (3e-3, 0.01)),
     "second-order": Method(
         lambda net, lr, decay: [SecondOrderOptimizer(net, lr, decoupled_weight_decay=decay)],
-        (0.01, 0.02, 0.03, 0.04), (0.1, 0.3), (0.03, 0.3),
+        (0.01, 0.02, 0.03, 0.04), (0.1, 0.3), (0.02, 0.1),
     ),
 }
 
