@@ -33,6 +33,7 @@ NATURAL = "tests/posterior/test_natural_gradient.py::test_"
 BLOCK = "tests/layers/test_block.py::test_"
 PACKING = "tests/layers/test_packing.py::test_"
 STACK = "tests/structures/test_stack.py::test_"
+STRUCTURES = "tests/structures/test_structures.py::test_"
 LAYERS = "tests/layers/test_layers.py::test_"
 TOKENS = "tests/curvature/test_tokens.py::test_"
 UPDATES = "tests/posterior/test_mean_update.py::test_"
@@ -212,8 +213,14 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("state.precision.diag() * epsilons", "epsilons", f"{VI}ivon_is_its_equations"),
         ("        return state\n    numbers = state", "        pass\n    numbers = state",
          f"{PRECISION}a_precision_is_kept_until_the_next_estimate_is_scaled_as_the_prior_is"),
-        ("torch.dot(pull, determined)", "torch.dot(pull, deviation)",
+        ("torch.dot(deviation, deviation) - by_prior", "torch.dot(deviation, deviation)",
          f"{TEMPERATURE}weights_at_a_random_start_do_not_count"),
+        ("prior.precision * deviation, determined", "prior.precision * deviation, deviation",
+         f"{TEMPERATURE}the_weights_that_the_data_determine"),
+        ("remainder * precision.inverse_trace()", "prior.precision * precision.inverse_trace()",
+         f"{TEMPERATURE}the_weights_that_the_data_determine"),
+        ("precision.solution(deviation.clone())", "precision.solution(deviation)",
+         f"{TEMPERATURE}the_weights_that_the_data_determine"),
         ("        return number, number", "        pass",
          f"{TEMPERATURE}the_weights_that_the_data_determine"),
         ("temperature=REFERENCE)", "temperature=state.hyperparameters.temperature)",
@@ -259,10 +266,16 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
     "layers/packing": [
         ("for name in targets], weight)", "for name in targets], 1 - weight)",
          f"{BLOCK}lerp_of_unpacked_values"),
-        ("vector.storage_offset() == end and", "",
-         f"{PACKING}neighbors_in_memory_are_joined_without_a_copy"),
+        ("if blocks[index].is_flat]", "if blocks[index].has_views]", f"{PACKING}pack_and_lerp"),
+        ("torch._foreach_lerp(starts, ends, weight)", "torch._foreach_lerp(ends, starts, weight)",
+         f"{PACKING}pack_and_lerp"),
+    ],
+    "structures/kronecker_eigen": [
+        ("(self.multiplicity / self.spectrum).sum()", "self.spectrum.reciprocal().sum()",
+         f"{STRUCTURES}scalars_and_diagonals"),
     ],
     "structures/stack": [
+        (" or matrix.size > MAX_STACKED", "", f"{STACK}solutions_and_samples"),
         ("split(counts)", "split(counts[::-1])", f"{STACK}solutions_and_samples"),
         ("[*map(id, known)] != [*map(id, others)]", "False",
          f"{STACK}a_stack_follows_its_matrices"),

@@ -12,6 +12,7 @@ from pyrocurv.curvature import Curvature
 from pyrocurv.curvature.running_curvature import RunningCurvature
 from pyrocurv.layers import Layer
 from pyrocurv.layers.block import make_blocks
+from pyrocurv.layers.structure_spec import KFAC
 from pyrocurv.posterior.correlated_prior import CorrelatedPrior
 from pyrocurv.posterior.hyperparameters import Hyperparameters
 from pyrocurv.posterior.precision import (
@@ -50,7 +51,8 @@ def random_curvature(structure: str, sizes: list[int]) -> Structure:
         return Diagonal(10 ** (-4 * torch.rand(size)))
     if structure in ("block", "full"):
         return Dense(positive(size))
-    basis = Kronecker(*(10 * positive(size) for size in sizes)).eigen()
+    ranks = (1, 1) if structure == "truncated" else None
+    basis = Kronecker(*(10 * positive(size) for size in sizes)).eigen(ranks)
     if structure == "ekfac":
         return basis.map_eigenvalues(lambda values: values * torch.rand_like(values))
     return basis
@@ -61,7 +63,7 @@ def states(
 ) -> list[tuple[BlockState, Tensor, Tensor, Tensor]]:
     """Blocks, with their curvature C, the precision of their prior and e S, [P, P]."""
     spec, result = Curvature("ggn"), []
-    for block in make_blocks(LAYERS, structure):
+    for block in make_blocks(LAYERS, KFAC(rank=1) if structure == "truncated" else structure):
         is_kronecker = block.structure.is_kronecker
         sizes = [*block.layers[0].matrix_shape] if is_kronecker else [block.size]
         loc, delta, scaling = torch.zeros(()), torch.tensor(2.0), None
@@ -93,7 +95,7 @@ def states(
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("structure", "prior"), [
-    *((structure, prior) for structure in ("diag", "kfac", "ekfac", "block", "full")
+    *((structure, prior) for structure in ("diag", "kfac", "truncated", "ekfac", "block", "full")
       for prior in ("equal", "scales", "mean")),
     ("block", "correlated"), ("full", "correlated"),
 ])
@@ -103,7 +105,9 @@ def test_the_weights_that_the_data_determine(structure: str, prior: str, step: i
     spec, fraction = Curvature("ggn"), 0.04
     initial = initial_curvature(spec, step, fraction)
     blocks = states(structure, prior, initial)
+    means = [state.mean.clone() for state, *_ in blocks]
     found = measure_determined(spec, Posterior(step, tuple(s for s, *_ in blocks)), fraction)
+    assert all(map(torch.equal, (state.mean for state, *_ in blocks), means))
     weight, number, squares = NUM_DATA / REFERENCE, 0.0, 0.0
     for state, curvature, delta, faint in blocks:
         own = torch.linalg.solve(weight * (curvature + faint) + delta, weight * curvature)
