@@ -95,11 +95,13 @@ def read_folder(path: Path, owners: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _plain_errors(dcp: Any) -> Iterator[None]:
-    """What a rank has raised, in place of dcp's BaseException; without its warning of one process.
+    """What a rank has raised, in place of dcp's BaseException; without its warnings of one process,
+    and of what it uses itself in older versions of torch.
     """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
             yield
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
