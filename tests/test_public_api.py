@@ -108,7 +108,8 @@ class Returns(nn.Module):
 def tensors(draw: st.DrawFn, shapes: Any = SHAPES, dtypes: Any = DTYPES) -> Tensor:
     shape, dtype = draw(st.sampled_from(shapes)), draw(st.sampled_from(dtypes))
     fill, device = draw(st.sampled_from(FILLS)), draw(st.sampled_from(["cpu", "cpu", "meta"]))
-    with warnings.catch_warnings(action="ignore"):  # of a cast of NaN
+    with warnings.catch_warnings():  # of a cast of NaN
+        warnings.simplefilter("ignore")
         return torch.full(shape, fill, device=device).to(dtype)
 
 
@@ -236,7 +237,8 @@ def test_nothing_is_corrupted_and_errors_are_clear(room: str) -> None:
                                     unique=True))
         scene = record.scene(name)
         changes = {key: data.draw(replacement(scene, key)) for key in chosen}
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             record.call(name, changes)
 
     run()
@@ -258,7 +260,8 @@ def test_every_public_name_has_a_scene() -> None:
 @pytest.mark.parametrize("name", SCENES)
 def test_what_is_right_is_accepted(name: str) -> None:
     scene = SCENES[name]()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         made = scene.call(**scene.arguments)
         if scene.then is not None:
             scene.then(made)

@@ -19,7 +19,8 @@ from pyrocurv.guides import BlockGuide, KFACGuide, MixtureGuide
 from pyrocurv.infer import Laplace, to_arviz
 from pyrocurv.nn import Regressor, bayesianize, update_bn
 
-with warnings.catch_warnings(action="ignore"):
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
     arviz = pytest.importorskip("arviz")
 pytestmark = pytest.mark.filterwarnings("ignore:.*ArviZ:FutureWarning")
 
@@ -62,7 +63,8 @@ def test_loo_of_a_conjugate_model() -> None:
     ngvi = exactly(linear("equal"), "full")
     ngvi.step(*data)
     site = "net.bias"
-    with warnings.catch_warnings(action="ignore"):  # of single data, whose weights vary much
+    with warnings.catch_warnings():  # of single data, whose weights vary much
+        warnings.simplefilter("ignore")
         samples = to_arviz(ngvi.guide, *data, num_samples=1000, sites=[site])
         found = arviz.loo(samples, pointwise=True)
     assert found.n_data_points == NUM_DATA
