@@ -42,13 +42,10 @@ def test_pack_and_lerp() -> None:
     assert packing.pack([], {}) == ([], {})
 
 
-
 def test_of_flat_blocks_a_vector_is_the_tensor() -> None:
-    flat = 0
-    for block in blocks_and_values()[0]:
-        if block.is_flat:
-            (shape,) = block.tensors.values()
-            flat += 1
-            assert block.pack({name: torch.arange(block.size).view(shape) for name in block.tensors}
-                              ).equal(torch.arange(block.size))
-    assert 0 < flat < len(BLOCKS)
+    flat = [block for block in blocks_and_values()[0] if block.is_flat]
+    assert 0 < len(flat) < len(BLOCKS)
+    for block in flat:
+        ((name, shape),) = block.tensors.items()
+        numbers = torch.arange(block.size)
+        assert torch.equal(block.pack({name: numbers.view(shape)}), numbers)

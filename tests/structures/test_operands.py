@@ -190,9 +190,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         found = getattr(narrow, verb)(x)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), getattr(exact, verb)(x.double()), **loose)
-    for verb in (
-        "logdet", "trace", "diag", "inverse_diag", "inverse_trace", "eigenvalues"
-    ):
+    for verb in ("logdet", "trace", "diag", "inverse_diag", "inverse_trace", "eigenvalues"):
         found = getattr(narrow, verb)()
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), getattr(exact, verb)(), **loose)
