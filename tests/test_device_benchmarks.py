@@ -13,14 +13,17 @@ CPU = gpu.Place(torch.device("cpu"), torch.float64, rounding=True)
 
 
 @pytest.mark.parametrize(("method", "most"), [
-    ("kfac", 215), ("ekfac", 215), ("natural", 195), ("diagonal", 130), ("second-order", 181),
-    ("vi", 236),
+    ("kfac", 142), ("ekfac", 142), ("natural", 122), ("diagonal", 57), ("second-order", 108),
+    ("vi", 163),
 ])
 def test_operations_of_a_quiet_step_on_lenet(method: str, most: int) -> None:
-    """Adam has 102, with `foreach=True`."""
+    """Above those of the forward and backward pass, which are 73 or more with the version of torch;
+    Adam has 29 above them, with `foreach=True`.
+    """
     x, y = torch.randn(4, 1, 28, 28), torch.arange(4)
+    passes, _ = step_cost.count_dispatches(step_cost.plain_step(LeNet5()), x, y)
     count, views = step_cost.count_dispatches(step_cost.make_step(method, LeNet5()), x, y)
-    assert 0 < views < count <= most
+    assert 0 < views < count <= passes + most
 
 
 def test_rows_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:

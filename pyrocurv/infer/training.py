@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from torch import Tensor
 
 from pyrocurv.curvature.data_checks import check_num_data
 from pyrocurv.handlers.modules import modules
@@ -31,11 +33,11 @@ from pyrocurv.runtime.agreement import check_same, gather
 from pyrocurv.runtime.module_state import train_mode
 from pyrocurv.runtime.rng import RandomStream
 from pyrocurv.runtime.validation import (
-    check_callable,
     check_integer,
     check_is,
     check_iterable,
     check_loader,
+    is_function_of,
     shown,
 )
 
@@ -263,7 +265,10 @@ def _callables(callbacks: Any) -> tuple[Callable[[Epoch], Any], ...]:
     check_iterable("callbacks", callbacks, "a list of callables of an Epoch")
     callbacks = tuple(callbacks)
     for callback in callbacks:
-        check_callable("callbacks", callback, "a list of callables of an Epoch")
+        if not is_function_of(callback, None):
+            raise TypeError(
+                f"callbacks: a list of callables of an Epoch is needed, got {shown(callback)} in it"
+            )
     return callbacks
 
 
@@ -276,10 +281,9 @@ def _log_function(logger: Any) -> Log | None:
             logger.add_scalar(name, value, values["epoch"]) for name, value in values.items()
             if name != "epoch"
         ]
-    if callable(getattr(logger, "log", None)) and not isinstance(logger, logging.Logger):
-        return logger.log
-    if callable(logger) and not isinstance(logger, type):
-        return logger
+    for log in (getattr(logger, "log", None), logger):
+        if is_function_of(log, {}) and not isinstance(logger, type | ModuleType | Tensor):
+            return log
     raise TypeError(
         "logger: an object with log(dict) or add_scalar(name, value, step), or a callable of a "
         f"dict, is needed, got {shown(logger)}"

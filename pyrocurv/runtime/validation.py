@@ -6,6 +6,7 @@ ValueError, objects of a wrong kind TypeError.
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -120,6 +121,19 @@ def check_callable(name: str, value: Any, needed: str) -> None:
     """Raise TypeError unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{name}: {needed} is needed, got {_described(value)}")
+
+
+def is_function_of(value: Any, *args: Any) -> bool:
+    """Whether a value can be called with such arguments, as far as its signature tells."""
+    if not callable(value) or isinstance(value, Tensor):
+        return False
+    try:
+        inspect.signature(value).bind(*args)
+    except ValueError:  # of C, without a signature
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def check_method(name: str, value: Any, method: str, needed: str) -> None:

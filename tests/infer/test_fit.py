@@ -477,6 +477,12 @@ def test_parameters_that_a_checkpoint_would_lose(tmp_path: Path) -> None:
     ({"held_out": iter(HELD_OUT)}, ValueError, "held_out: an iterator"),
     ({"callbacks": 3}, TypeError, "callbacks"), ({"callbacks": [3]}, TypeError, "callbacks"),
     ({"logger": 3}, TypeError, "logger"), ({"logger": logging.getLogger()}, TypeError, "logger"),
+    # the log of these is not a function of a dict
+    *(({"logger": other}, TypeError, "logger") for other in (logging, math, torch, torch.ones(2))),
+    ({"logger": lambda: None}, TypeError, "logger"),
+    ({"callbacks": [lambda: None]}, TypeError, "callbacks"),
+    ({"callbacks": [lambda epoch, history: None]}, TypeError, "callbacks"),
+    ({"callbacks": [torch.ones(2)]}, TypeError, "callbacks"),
     ({"checkpoint": 3}, TypeError, "checkpoint"), ({"progress": 3}, TypeError, "progress=3"),
 ])
 def test_errors(options: dict[str, Any], kind: type[Exception], text: str) -> None:
