@@ -498,6 +498,7 @@ def test_copies_go_on_as_the_original(copied: Callable[[Any], Any]) -> None:
     assert alone(torch.randn(2, 5)).shape == (2, 3)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # of Python 3.13.0
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_compiled_net_trains(how: str) -> None:
     torch.manual_seed(0)
