@@ -80,9 +80,18 @@ class VectorizedRunner:
         is_wanted: Callable[[str], bool] = lambda name: True,
     ) -> RunResults:
         """n runs of program(*args, **kwargs) at values {site: [n, *shape]}."""
-        def run(values: Values) -> RunResults:
-            return _RunMessenger(values, is_wanted)(program, args, kwargs)
+        results = self.at_once(program, values, n, args, kwargs, is_wanted)
+        if results is None:
+            results = _looped(_run_of(program, args, kwargs, is_wanted), values, n)
+        return results
 
+    @torch.no_grad()
+    def at_once(
+        self, program: Program, values: Values, n: int, args: Any, kwargs: Any,
+        is_wanted: Callable[[str], bool] = lambda name: True,
+    ) -> RunResults | None:
+        """The same under vmap; None where vmap cannot run the program, or gains nothing."""
+        run = _run_of(program, args, kwargs, is_wanted)
         signature = call_signature(program, args, kwargs)
         if signature not in self.chunks:
             with isolated_rng(device_of((*values.values(), *args))):
@@ -94,7 +103,14 @@ class VectorizedRunner:
             except Exception as error:  # vmap cannot run it at these values
                 if is_out_of_memory(error):
                     raise
-        return _looped(run, values, n)
+        return None
+
+
+def _run_of(
+    program: Program, args: Any, kwargs: Any, is_wanted: Callable[[str], bool]
+) -> Run:
+    """One run of a program, as a function of the values of its sites."""
+    return lambda values: _RunMessenger(values, is_wanted)(program, args, kwargs)
 
 
 def remember(table: dict[Any, int], signature: Any, value: int) -> None:

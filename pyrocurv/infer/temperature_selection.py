@@ -13,20 +13,13 @@ from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
-from pyro.poutine.condition_messenger import ConditionMessenger
-from torch import Tensor
 
 from pyrocurv.guides import MixtureGuide, StructuredGuide
 from pyrocurv.handlers.modules import module_tensors, modules
 from pyrocurv.infer.loaders import progress_bar
-from pyrocurv.infer.model_run import (
-    ModelRun,
-    require_grad,
-    run_model,
-    setup_guide,
-    split_batch,
-)
+from pyrocurv.infer.model_run import setup_guide, split_batch
 from pyrocurv.infer.ngvi import NGVI
+from pyrocurv.infer.predictive_density import BatchDensity, Component
 from pyrocurv.runtime.agreement import check_same, gather, raise_together
 from pyrocurv.runtime.module_state import eval_mode, preserve_module_state
 from pyrocurv.runtime.rng import RandomStream, device_of, rewind_rng_on_error
@@ -164,7 +157,8 @@ def log_predictive_density(
     The data are the first axis of the likelihoods in plates, or of all if there is no plate;
     masked data are excluded, and a `poutine.scale` does not count. The components of a mixture take
     turns. The samples w_s are the same for all data, from a seed that torch's global generator
-    gives, and do not depend on the batches; the model is in eval mode.
+    gives, and do not depend on the batches; the model is in eval mode. As in `Predictive`, it runs
+    once for many samples where that is possible and faster, and so do its side effects.
 
     Args:
         process_group: the processes that have the data together, each a part of them in its loader:
@@ -183,12 +177,10 @@ def log_predictive_density(
     check_loader("loader", loader)
     check_integer("num_samples", num_samples, 1)
     workers = Workers.of(process_group)
-    turns = [*islice(_turns(guide), num_samples)]
-    tensors: list[dict[str, Tensor]] = [{} for _ in turns]
     if isinstance(guide, MixtureGuide):
         guide.prepare(model)
-        tensors = [guide.tensors_of(component) for component in turns]
-    if any(component.is_laplace for component in turns):
+    turns = _turns_of_components(guide, num_samples)
+    if any(component.guide.is_laplace for component in turns):
         raise ValueError(
             "the guide is a Laplace approximation: score "
             "pyrocurv.infer.Laplace(model, guide).predict(x), not samples"
@@ -198,9 +190,7 @@ def log_predictive_density(
         seed = workers.broadcast(RandomStream().seed)
         with raise_together(workers, "log_predictive_density"):
             for batch in loader:
-                density, size = _sum_of_batch(
-                    model, [*zip(turns, tensors, strict=True)], *split_batch(batch), seed
-                )
+                density, size = _sum_of_batch(model, turns, *split_batch(batch), seed)
                 total, count = total + density, count + size
         check_same(workers, {**module_tensors(guide), **module_tensors(model)},
                    "all of them need the same posterior")
@@ -212,21 +202,28 @@ def log_predictive_density(
 
 
 def _sum_of_batch(
-    model: Callable[..., Any], turns: Sequence[tuple[StructuredGuide, dict[str, Tensor]]],
-    args: Any, kwargs: Any, seed: int,
+    model: Callable[..., Any], turns: Sequence[Component], args: Any, kwargs: Any, seed: int
 ) -> tuple[float, float]:
     """The sum over the data of a batch, and their number."""
-    for component, _ in turns:
-        setup_guide(component, args, kwargs)
-    blocks = turns[0][0].blocks
+    for component in turns:
+        setup_guide(component.guide, args, kwargs)
+    blocks = turns[0].guide.blocks
     device = blocks[0].raw_loc.device if blocks else device_of(args)
     with (eval_mode(modules(model)), preserve_module_state(modules(model)),
           RandomStream(seed)(device)):
-        runs = [_run(model, component, tensors, args, kwargs) for component, tensors in turns]
-    densities = torch.stack([_log_prob(run) for run in runs])  # [S, B]
-    counted = _counted(runs[0])
+        densities, is_counted = BatchDensity(model, args, kwargs, device)(turns)
     mean = torch.logsumexp(densities, 0) - math.log(len(turns))
-    return float(mean[counted].double().sum()), float(counted.sum())
+    return float(mean[is_counted].double().sum()), float(is_counted.sum())
+
+
+def _turns_of_components(guide: Guide, num_samples: int) -> list[Component]:
+    """The component that each sample is from, with its tensors of the model."""
+    turns = [*islice(_turns(guide), num_samples)]
+    components = {
+        each: Component(each, guide.tensors_of(each) if isinstance(guide, MixtureGuide) else {})
+        for each in dict.fromkeys(turns)
+    }
+    return [components[each] for each in turns]
 
 
 def _turns(guide: Guide) -> Iterator[StructuredGuide]:
@@ -234,40 +231,3 @@ def _turns(guide: Guide) -> Iterator[StructuredGuide]:
     if not isinstance(guide, MixtureGuide):
         return repeat(guide)
     return chain.from_iterable(zip(*map(_turns, guide), strict=True))
-
-
-def _run(
-    model: Callable[..., Any], guide: StructuredGuide, tensors: dict[str, Tensor], args: Any,
-    kwargs: Any,
-) -> ModelRun:
-    """The model at one sample of the posterior, with the tensors that belong to it."""
-    weights: dict[str, Tensor] = {}
-    for family in guide.blocks:
-        z = torch.randn_like(family.raw_loc)
-        sample = family.raw_loc.detach() + family.precision().rsqrt_(z)
-        weights.update(family.block.unpack(sample))
-    with ConditionMessenger(tensors):
-        return run_model(model, guide, require_grad(weights), args, kwargs)
-
-
-def _log_prob(run: ModelRun) -> Tensor:
-    """The log likelihood of each datum [B]."""
-    primary = run.primary_likelihood
-    return torch.stack([
-        site.each.reshape(site.rows, -1).sum(-1) for site in run.replay.observed
-        if site.in_plate == primary.in_plate and site.rows == primary.rows
-    ]).sum(0)
-
-
-def _counted(run: ModelRun) -> Tensor:
-    """Which data are not masked [B]."""
-    mask = run.primary_likelihood.mask
-    if mask is None:
-        return torch.ones(
-            run.primary_likelihood.rows, dtype=torch.bool,
-            device=run.primary_likelihood.value.device
-        )
-    mask = torch.as_tensor(mask, device=run.primary_likelihood.value.device)
-    return mask.expand(
-        run.primary_likelihood.fn.batch_shape
-    ).reshape(run.primary_likelihood.rows, -1).any(-1)
