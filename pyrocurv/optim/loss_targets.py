@@ -10,7 +10,7 @@ over all entries that count (rows; tokens; pixels); then that of "normal" has th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelih
 from pyrocurv.optim.loss_weights import (
     LossReading,
     LossSize,
+    WeightSum,
     find_class_dim,
+    is_scale,
     mean_nll,
     read,
     read_distribution,
@@ -42,7 +44,8 @@ class LossLikelihood:
 
     `class_dim` is the axis of the classes of "categorical", found in the first pass if None.
     `has_finite_support`, `total_weight`, the sum of the loss's weights, and `scale`, how much of it
-    is a GradScaler's, are as observed in the last pass.
+    is a GradScaler's, are as observed in the last pass. `late_scale` is how much of that the
+    gradients still had.
 
     Raises ValueError for a likelihood that has not what the curvature needs.
     """
@@ -53,6 +56,8 @@ class LossLikelihood:
     has_finite_support: bool = False
     total_weight: float = 1.0
     scale: float = 1.0
+    late_scale: float = 1.0
+    weights: WeightSum | None = None  # without the scale
     warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -185,12 +190,29 @@ class LossLikelihood:
                 return LikelihoodTerm(fitted, value, 1 / size.entries)
             return LikelihoodTerm(entries, value, size.rows / mask.sum().clamp(min=1), mask)
         weight = size.total * torch.where(reading.mask, reading.weight, 0)
-        self.total_weight = float(weight.sum()) / size.rows
-        self.scale = scale = size.gradient_scale(self.total_weight)
+        scale = self._note_weights(WeightSum.of(weight, reading.mask, size), size)
         relative = weight * (size.entries / scale)
         if mask is None and bool(((relative - 1).abs() <= accuracy).all()):
             return LikelihoodTerm(fitted, value, 1 / size.entries)
         return LikelihoodTerm(entries, value, weight / scale, mask)
+
+    def _note_weights(self, weights: WeightSum, size: LossSize) -> float:
+        """Remember the loss's weights; returns how much of them is a GradScaler's."""
+        scale = size.gradient_scale(weights)
+        self.total_weight, self.scale = weights.total, scale
+        self.late_scale = scale if scale > 1.01 * size.ratio else 1.0
+        self.weights = replace(weights, total=weights.total / scale)
+        return scale
+
+    def scale_lost(self, ratio: float) -> float:
+        """The scale that the gradients have lost since the last pass, `ratio` times larger then.
+
+        It is 1 if they were clipped, as far as the loss's weights can tell.
+        """
+        if self.weights is None:
+            return ratio if is_scale(ratio) else 1.0
+        examples = self.weights.examples
+        return LossSize(examples, examples, ratio).gradient_scale(self.weights)
 
     def _distributions(self, output: Any) -> list[Any]:
         given = self._evaluated(self.likelihood, output)

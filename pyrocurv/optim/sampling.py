@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.optim.loss_targets import LossLikelihood
-from pyrocurv.optim.loss_weights import LEAST_SCALE
+from pyrocurv.optim.loss_weights import LEAST_SCALE, is_scale
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.optim.recorded_pass import MeanLoss, RecordedPass, mean_loss
@@ -115,7 +115,7 @@ class EvaluationSum:
             self, count=self.count + 1, mirrors=sample.sampler.mirrors,
             price={**self.price, **sums},
             gradient_norm=gradient_norm(
-                sample.spec, sample.sampler.blocks, sample.store, total_weight
+                sample.spec, sample.sampler.blocks, sample.store, self._total_weight(total_weight)
             ),
             losses=(*self.losses, *(one.loss for one in passes if one.loss is not None)),
         )
@@ -152,16 +152,35 @@ class EvaluationSum:
         self, spec: Curvature, store: ParameterStore, likelihood: LossLikelihood
     ) -> None:
         """Raise RuntimeError if gradients were unscaled after a curvature was computed from them.
+
+        Gradients that have shrunk by another factor than a power of 2 are taken for clipped, unless
+        there is a scale in the loss's weights.
         """
         before, blocks = self.gradient_norm, self.posterior.blocks
-        now = gradient_norm(spec, blocks, store, likelihood.total_weight)
+        now = gradient_norm(spec, blocks, store, self._total_weight(likelihood.total_weight))
         ratio = 1.0 if before is None or now is None else float(before / now)
-        if ratio > LEAST_SCALE and not 1 < likelihood.scale < 1.01 * ratio:
+        if ratio > 0.99 * LEAST_SCALE and self._has_lost_scale(
+            ratio, likelihood, bool(_names(spec, blocks, store))
+        ):
             raise RuntimeError(
                 f"the gradients were {ratio:.0f} times larger at the end of the sample than at "
                 "step(), so the curvature from them is too large: with a GradScaler, call "
                 "scaler.unscale_(optimizer) inside `with optimizer.sampled_params():`"
             )
+
+    def _has_lost_scale(
+        self, ratio: float, likelihood: LossLikelihood, has_sample_gradients: bool
+    ) -> bool:
+        """Whether gradients have lost a scale that a curvature has."""
+        if not self.is_estimate:
+            return is_scale(ratio)
+        if likelihood.late_scale > 1:
+            return has_sample_gradients or ratio < 0.99 * likelihood.late_scale
+        return likelihood.scale_lost(ratio) > 1
+
+    def _total_weight(self, last: float) -> float:
+        """That of the loss, if the samples have given an estimate; that of a mean otherwise."""
+        return last if self.is_estimate else 1.0
 
     @property
     def mean_price(self) -> dict[str, Tensor]:
