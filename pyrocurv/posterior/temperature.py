@@ -14,13 +14,16 @@ the prior; those that are still at their random start do not count. For a prior 
 Clean data that a network fits exactly, or a prior that is too narrow, ask for larger weights. Then
 T falls, which lets them grow. As wrong labels ask for large weights too, T stays at 0.02 or above
 while the mean loss of a pass is more than 1/12 of the first. T is 0.02 in the first pass, in which
-r means little. With the posterior of an earlier task as prior, or other means of single weights, T
-is 0.1 from the second step on.
+r means little. Networks with normalization layers need no large weights for clean data. There two
+early passes tell, before much is memorized: if ρ, the mean loss of the second as a share of the
+first step's, is below 1/20, T is at most ρ/4; if that of the fourth is below 1/12, less the cost of
+the samples (below), or is 1.5 times that of the second, T is at most 0.02. With the posterior of
+an earlier task as prior, or other means of single weights, T is 0.1 from the second step on.
 
 γ and r are computed at every estimate of the curvature; before the first nothing is sampled. Of the
 other weights a share counts in γ too, as much as is left of e. With `curvature="noise"`, which has
-no such estimates, T is 0.1 after the first pass. The numbers are from experiments with networks
-from 10² to 10⁵ weights (`benchmarks/temperatures.py`).
+no such estimates, T is 0.1 after the first pass, or ρ/4. The numbers are from experiments with
+networks from 10² to 10⁵ weights (`benchmarks/temperatures.py`).
 
 After a pass in which the loss at the samples was where it started (2 % below to 50 % above) T is
 0.02 at most. The highest T is also divided by 10, if the samples cost more than 2 % of the loss:
@@ -41,7 +44,9 @@ from pyrocurv.structures.serialization import serializable
 REFERENCE = 0.1  # T₁, and the highest T by the rule
 LOWEST, CAUTIOUS = 0.003, 0.02  # by the rule, where `is_fitted` and elsewhere
 LARGEST, POWER = 2.5, 3  # r at the highest T, and how T falls above
+LEARNED = 1 / 20  # of the loss at the first step; a second pass below has clean data
 FITTED = 1 / 12  # of the loss at the first step; a loss below is that of data without errors
+RISEN = 1.5  # times the loss of the second pass; a loss above in the fourth was raised by T
 FLOOR = 1e-3  # of a loss that does not fall
 MIN_STEPS = 50  # before a loss that has not fallen says something
 PROGRESS = 0.98  # of the loss at the first step; a loss above has not fallen
@@ -57,7 +62,9 @@ class TemperatureState:
     whether weights have prior means of their own, and `factor` is what a loss that stays has left
     of the highest T. `start` is the negative log likelihood per datum of the first step,
     `loss` its mean over the last pass, `total` its sum over the `steps` since, in which `passes` of
-    the data were seen; those three start again after a pass.
+    the data were seen; those three start again after a pass. `finished` is the number of passes
+    until then, `second` the loss of the second, and `ceiling` the highest T that the second and the
+    fourth have left.
     """
 
     value: float | None = None
@@ -70,7 +77,9 @@ class TemperatureState:
     total: float = 0.0
     steps: int = 0
     passes: float = 0.0
-    is_first_pass: bool = True
+    finished: int = 0
+    second: float | None = None
+    ceiling: float = REFERENCE
     is_stalled: bool = False  # the loss of the last pass is where it started
 
     def after(self, value: float, nll: float, batch_fraction: float) -> TemperatureState:
@@ -89,8 +98,26 @@ class TemperatureState:
         return TemperatureState(
             value, self.determined, self.mean_square, self.is_informed,
             self.factor / 10 if is_stalled and is_noise else self.factor,
-            self.start, loss, is_first_pass=False, is_stalled=is_stalled,
+            self.start, loss, finished=self.finished + 1,
+            second=loss if self.finished == 1 else self.second,
+            ceiling=min(self.ceiling, self._ceiling_of_pass(value, loss)), is_stalled=is_stalled,
         )
+
+    def _ceiling_of_pass(self, value: float, loss: float) -> float:
+        """The highest T by the pass that is complete now, with this mean loss, at T = `value`."""
+        if self.start is None or not 0 <= loss < self.start:  # a log density may be negative
+            return REFERENCE
+        if self.finished == 1 and loss < LEARNED * self.start:
+            return max(LOWEST, loss / self.start / 4)
+        if self.finished != 3 or self.second is None:
+            return REFERENCE
+        is_noise = loss - value * self.determined / 2 < FITTED * self.start
+        return CAUTIOUS if is_noise or loss > RISEN * self.second else REFERENCE
+
+    @property
+    def is_first_pass(self) -> bool:
+        """Whether no pass is complete yet."""
+        return self.finished == 0
 
     @property
     def is_fitted(self) -> bool:
@@ -125,8 +152,8 @@ class TemperatureRule:
             return share * self.given
         if state.is_informed:
             return share * max(FLOOR, state.factor * REFERENCE)
-        is_unknown = state.is_first_pass or state.is_stalled
-        highest = max(FLOOR, state.factor * (CAUTIOUS if is_unknown else REFERENCE))
+        highest = CAUTIOUS if state.is_first_pass or state.is_stalled else REFERENCE
+        highest = max(FLOOR, state.factor * min(highest, state.ceiling))
         if state.is_first_pass:
             return share * highest
         fit = LARGEST / max(LARGEST, state.mean_square)

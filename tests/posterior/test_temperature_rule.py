@@ -189,7 +189,7 @@ def rule(given: float | str, warmup: int = 0) -> TemperatureRule:
 def seen(mean_square: float, loss: float = 0.1, factor: float = 1.0) -> TemperatureState:
     """After the first pass, with a loss that started at 2.4."""
     return TemperatureState(
-        mean_square=mean_square, factor=factor, start=2.4, loss=loss, is_first_pass=False
+        mean_square=mean_square, factor=factor, start=2.4, loss=loss, finished=1
     )
 
 
@@ -205,6 +205,10 @@ def seen(mean_square: float, loss: float = 0.1, factor: float = 1.0) -> Temperat
     (TemperatureState(is_informed=True), 0.1),
     (replace(seen(9.0, factor=0.1), is_informed=True), 0.01),
     (TemperatureState(mean_square=99.0), 0.02),  # the first pass
+    (replace(seen(1.0), finished=0), 0.02),
+    (replace(seen(1.0), ceiling=0.01), 0.01), (replace(seen(9.0), ceiling=0.01), 0.003),
+    (replace(seen(1.0, loss=1.0), ceiling=0.01), 0.01),
+    (replace(seen(1.0, factor=0.1), ceiling=0.01), 0.001),
     (TemperatureState(mean_square=0.1, start=2.4), 0.02),
 ])
 def test_the_automatic_temperature(state: TemperatureState, expected: float) -> None:
@@ -275,6 +279,30 @@ def test_the_loss_is_the_mean_of_the_last_pass() -> None:
     states = run([2.3, *range(100), 7.0], 0.02)
     assert [states[index].loss for index in (49, 50, 99)] == pytest.approx([None, 24.5, 24.5])
     assert states[-1].loss == 74.5 and not states[-1].is_first_pass
+    assert [states[index].finished for index in (49, 50, 99, 100)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("losses", "ceiling"), [
+    ((1.0, 0.11, 1.0, 1.0, 1.0), 0.11 / 2.4 / 4),  # below 1/20 of 2.4 in the second pass
+    ((1.0, 0.13, 0.3, 0.3, 1.0), 0.02), ((1.0, 0.21, 0.3, 0.3, 1.0), 0.1),
+    ((0.1, 1.0, 0.1, 1.0, 0.1), 0.1),
+    ((1.0, 1e-6, 1.0, 1.0, 1.0), 0.003), ((1.0, -1.0, 1.0, -1.0, 1.0), 0.1),
+    ((1.0, 1.0, 1.0, 0.24, 1.0), 0.02), ((1.0, 1.0, 1.0, 0.26, 1.0), 0.1),  # less 0.05
+    ((1.0, 0.11, 1.0, 0.24, 1.0), 0.11 / 2.4 / 4),
+    ((1.0, 0.5, 1.0, 0.76, 1.0), 0.02), ((1.0, 0.5, 1.0, 0.74, 1.0), 0.1),  # risen by half
+    ((1.0, 0.5, 0.5, 0.5, 2.0), 0.1), ((0.3, 1.0, 2.0, 1.0, 1.0), 0.1),
+])
+def test_the_ceiling_is_that_of_two_early_passes(
+    losses: tuple[float, ...], ceiling: float
+) -> None:
+    """The samples cost 0.05 nats."""
+    every = [loss for loss in losses for _ in range(50)]
+    assert run([2.4, *every], 0.1, determined=1.0)[-1].ceiling == pytest.approx(ceiling)
+
+
+def test_a_log_density_below_zero_has_no_ceiling() -> None:
+    every = [loss for loss in (-2.0, -9.0, -9.0, -9.0) for _ in range(50)]
+    assert run([-1.0, *every], 0.1)[-1].ceiling == 0.1
 
 
 def test_a_run_that_loses_its_progress_is_noticed() -> None:
