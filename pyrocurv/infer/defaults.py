@@ -11,7 +11,7 @@ from pyro.optim import PyroOptim
 from pyrocurv.handlers.modules import modules
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryOptimizer, AuxiliaryParameter, gradients
 from pyrocurv.optim.checks import check_hyperparameters
-from pyrocurv.posterior.hyperparameters import AUTO
+from pyrocurv.posterior.hyperparameters import AUTO, lr_factor, set_base_lr
 from pyrocurv.runtime.sharding import check_unsharded
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import (
@@ -56,6 +56,7 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
         }
         super().__init__([torch.zeros(())], values)
+        set_base_lr(self.param_groups[0])
 
     @property
     def group(self) -> dict[str, Any]:
@@ -66,10 +67,9 @@ class ScheduledHyperparameters(torch.optim.Optimizer):
 
     @property
     def lr_factor(self) -> float:
-        """The learning rate relative to that without a schedule."""
+        """The learning rate relative to the one that was given."""
         (group,) = self.param_groups
-        base = group.get("initial_lr", group["lr"])
-        return group["lr"] / base if base else 1.0
+        return lr_factor(group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Called by `NGVI.step` with its commit, so that schedulers count the steps."""

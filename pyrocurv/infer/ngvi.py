@@ -46,7 +46,7 @@ from pyrocurv.infer.resume_checks import (
 )
 from pyrocurv.infer.update_rule import UpdateRule, choose_rule
 from pyrocurv.layers.module_types import has_layer_norm
-from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
+from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update, check_decay
 from pyrocurv.posterior.mean_update import NATURAL
 from pyrocurv.posterior.shared_state import state_of_all
 from pyrocurv.posterior.state import Posterior
@@ -116,11 +116,12 @@ class NGVI:
             "muon", the orthogonalized momentum of each weight matrix with and without whitening by
             the input factor of its curvature, and Adam at a tenth of `lr` for other tensors;
             "soap", Adam in the eigenbasis of the curvature's factors; or a callable from parameters
-            (the means, in the shapes of the weights) to a `torch.optim.Optimizer`, which has its
-            own learning rate, momentum and weight decay, and follows the schedule of `lr`. All see
-            the gradient of the tempered objective and have its fixed points, where the steps of
-            fixed length, those of both muons, come to rest as `lr` falls to 0. "auto" is "natural"
-            without samples or without a network, else "whitened-muon".
+            (the means, in the shapes of the weights) to a `torch.optim.Optimizer` without a
+            closure, which has its own groups, learning rates, momentum and weight decay; its
+            learning rates change in proportion with `lr`. All see the gradient of the tempered
+            objective and have its fixed points, where the steps of fixed length, those of both
+            muons, come to rest as `lr` falls to 0. "auto" is "natural" without samples or without a
+            network, else "whitened-muon".
         average: keep a running average of mean and precision, with weight 4/(t+4), in the guide;
             training continues from the iterate.
         optim: the optimizer of everything without a natural gradient, the parameters of the model
@@ -232,6 +233,7 @@ class NGVI:
         automatic = "whitened-muon" if self._is_sampled_network else "natural"
         usual = self.num_particles == 0 or has_layer_norm(modules(model))
         self._mean_update = as_mean_update(update, automatic, nesterov, usual)
+        check_decay(self._mean_update, decoupled_weight_decay, lr)
         self._is_automatic_update = update == AUTO
         if lr == AUTO and not self._prefers_joint:
             values["lr"] = self._mean_update.default_lr

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo
-from pyrocurv.runtime.validation import check_is
+from pyrocurv.runtime.validation import check_is, is_function_of
 
 Make = Callable[..., torch.optim.Optimizer]
 FUSED = "cpu", "cuda"  # devices on which Adam steps all tensors in one kernel
@@ -24,7 +24,7 @@ class AuxiliaryParameter(NamedTuple):
     name: str
     tensor: Tensor
     gradient: Tensor | None
-    group: Hashable  # parameters of one group share options and a learning rate
+    group: Hashable  # parameters of one group share options and the factor of a schedule
     options: Mapping[str, Any]  # of Adam, for the group
     lr_factor: float = 1.0  # of a schedule
     weight_decay: float | None = None  # None: as the optimizer has it
@@ -32,10 +32,23 @@ class AuxiliaryParameter(NamedTuple):
 
 
 def _made_by(make: Make, tensors: list[Tensor]) -> torch.optim.Optimizer:
-    """Raises TypeError for anything that is no optimizer."""
+    """Raises TypeError for anything that is no optimizer, or one that asks for a closure, and
+    ValueError for one of other parameters.
+    """
     made = make(tensors)
     check_is("update or optim", made, torch.optim.Optimizer,
              "a callable from parameters to a torch.optim.Optimizer")
+    name = type(made).__name__
+    if not is_function_of(made.step):
+        raise TypeError(
+            f"update or optim: {name}.step needs a closure, which evaluates the loss again; an "
+            "optimizer that steps from gradients alone is needed"
+        )
+    if {*map(id, tensors)} != {id(p) for group in made.param_groups for p in group["params"]}:
+        raise ValueError(
+            f"update or optim: the {name} has other parameters than those that the callable was "
+            "given: it needs all of them, and no others"
+        )
     return made
 
 
@@ -50,8 +63,7 @@ class AuxiliaryOptimizer:
         self._make = make
         self._optimizer: torch.optim.Optimizer | None = None
         self._known: dict[str, Tensor] = {}
-        self._lr: list[float] = []  # of each group, before a schedule
-        self._group: dict[Hashable, int] = {}
+        self._lr: list[float] = []  # of each of the optimizer's groups, before a schedule
         self._moved_to: list[tuple[torch.device, torch.dtype]] = []  # at the last step
         self._loaded: dict[str, dict[str, Any]] = {}  # states of parameters that have not joined
 
@@ -70,9 +82,9 @@ class AuxiliaryOptimizer:
         if not moving and self._optimizer is None:
             return
         self._replace(parameters)
-        for group, members in _grouped(p for p in joining if p.name not in self._known).items():
+        for members in _grouped(p for p in joining if p.name not in self._known).values():
             for same in self._with_same_options(members):
-                self._add(group, same)
+                self._add(same)
         if self._optimizer is None:
             return
         with gradients([*self._known.values()], moving, scale):
@@ -147,38 +159,55 @@ class AuxiliaryOptimizer:
                 same.append(parameter)
         return [members for _, members in groups]
 
-    def _add(self, group: Hashable, members: Sequence[AuxiliaryParameter]) -> None:
+    def _add(self, members: Sequence[AuxiliaryParameter]) -> None:
+        """Add parameters with the same options, loaded or new."""
         tensors = [p.tensor for p in members]
-        options = {} if self._make else {**members[0].options}
-        if self._optimizer is None:
-            self._optimizer = (
-                _made_by(self._make, tensors) if self._make
-                else torch.optim.Adam([{"params": tensors, **options}], foreach=True)
-            )
-        else:
-            self._optimizer.add_param_group({"params": tensors, **options})
-        added = self._optimizer.param_groups[-1]
-        self._lr.append(added["lr"])
+        optimizer, added = self._with_groups(tensors, members[0].options)
+        self._optimizer = optimizer
         self._known.update({p.name: p.tensor for p in members})
-        for parameter in members:
-            saved = copy.deepcopy(self._loaded.pop(parameter.name, None))
-            if saved is not None:
-                added.update(saved["options"])
-                self._optimizer.state[parameter.tensor] = saved["state"]
-                self._moved_to = []
-        if not self._make:
-            added["fused"] = _can_fuse(tensors) or None
+        loaded = {p.tensor: copy.deepcopy(self._loaded.pop(p.name, None)) for p in members}
+        for group in added:
+            base = group["lr"]
+            for tensor in group["params"]:
+                saved = loaded[tensor]
+                if saved is not None:
+                    group.update(saved["options"])
+                    optimizer.state[tensor] = saved["state"]
+                    base, self._moved_to = saved["base_lr"], []
+            self._lr.append(base)
+            if not self._make:
+                group["fused"] = _can_fuse(tensors) or None
+
+    def _with_groups(
+        self, tensors: list[Tensor], options: Mapping[str, Any]
+    ) -> tuple[torch.optim.Optimizer, list[dict[str, Any]]]:
+        """The optimizer with new groups for these tensors, and those groups."""
+        optimizer = self._optimizer
+        if self._make is None:
+            group = {"params": tensors, **options}
+            if optimizer is None:
+                optimizer = torch.optim.Adam([group], foreach=True)
+            else:
+                optimizer.add_param_group(group)
+            return optimizer, optimizer.param_groups[-1:]
+        made = _made_by(self._make, tensors)
+        if optimizer is None:
+            return made, made.param_groups
+        for group in made.param_groups:
+            optimizer.add_param_group(group)
+        return optimizer, optimizer.param_groups[-len(made.param_groups):]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint: {parameter name: its options and state}."""
         states, names = dict(self._loaded), {id(p): n for n, p in self._known.items()}
         if self._optimizer is None:
             return states
-        for group in self._optimizer.param_groups:
+        for group, base_lr in zip(self._optimizer.param_groups, self._lr, strict=True):
             options = {key: value for key, value in group.items() if key != "params"}
             for param in group["params"]:
                 state = dict(self._optimizer.state.get(param, {}))
-                states[names[id(param)]] = {"options": options, "state": state}
+                saved = {"options": options, "base_lr": base_lr, "state": state}
+                states[names[id(param)]] = saved
         return states
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

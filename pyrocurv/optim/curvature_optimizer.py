@@ -31,7 +31,7 @@ from pyrocurv.optim.sampling import EvaluationSum
 from pyrocurv.optim.saved_state import posterior_state, read_posterior
 from pyrocurv.optim.sharded_network import ShardedNetwork, ShardedRecorder
 from pyrocurv.optim.traced_network import TracedNetwork
-from pyrocurv.posterior.hyperparameters import Hyperparameters
+from pyrocurv.posterior.hyperparameters import Hyperparameters, set_base_lr
 from pyrocurv.posterior.precision import init_block, is_any_due, refresh, update_curvature
 from pyrocurv.posterior.prior import BlockPrior
 from pyrocurv.posterior.state import BlockState, Posterior, checksums
@@ -150,6 +150,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         param_group["params"] = check_params(param_group.get("params"))
         check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        set_base_lr(param_group)
         if "_network" in vars(self):
             self._schedule_recording()
 

@@ -15,6 +15,7 @@ from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, gradients
 from pyrocurv.posterior.muon import MuonUpdate, Orthogonalizing, WhitenedMuonUpdate
 from pyrocurv.runtime.choices import Auto, UpdateName
+from pyrocurv.runtime.foreach import magnitudes
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_flag
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -65,17 +66,32 @@ def _rule(update: UpdateChoice, automatic: str) -> MeanUpdate:
     return TorchUpdate(update)
 
 
+def check_decay(rule: MeanUpdate, decay: float, lr: float | Auto) -> None:
+    """Raise ValueError for a decoupled decay without the learning rate that it is a multiple of."""
+    if decay and lr == AUTO and isinstance(rule, TorchUpdate):
+        raise ValueError(
+            f"decoupled_weight_decay={decay} is a multiple of lr=, which has to be given as well: "
+            "that of an optimizer of torch as update= is its own, and so is its weight decay"
+        )
+
+
 def check_update(saved: str, here: str, owner: str) -> None:
     """Raise ValueError for a state that was saved with another rule."""
     if saved != here:
         raise ValueError(f"the state is of update={saved!r}, this {owner} has update={here!r}")
 
 
+def _check_finite(gradients: Sequence[Tensor]) -> None:
+    largest = magnitudes(gradients, gradients[0]) if gradients else []
+    if largest and not bool(torch.isfinite(torch.stack(largest)).all()):
+        raise FloatingPointError("a gradient is not finite")
+
+
 class TorchUpdate(MeanUpdate):
     """A `torch.optim.Optimizer` steps copies of the means, in the shapes of their weights.
 
-    It has a parameter group for each of the caller's, whose learning rate follows the schedule of
-    that one, in proportion.
+    The callable makes parameter groups for each group of the caller, whose learning rates follow
+    the one of that group in proportion, from the value that it was made with.
     """
 
     name = "torch"
@@ -90,7 +106,9 @@ class TorchUpdate(MeanUpdate):
     def directions(
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
-        pairs = zip(pushes, gradients(pushes), strict=True)
+        found = gradients(pushes)
+        _check_finite(found)  # as the optimizer may keep what it has seen in any form
+        pairs = zip(pushes, found, strict=True)
         moving = [parameter for pair in pairs for parameter in self._load(*pair)]
         self._optimizer.step(moving)
         return [self._direction(push) for push in pushes]
@@ -98,8 +116,7 @@ class TorchUpdate(MeanUpdate):
     def _load(self, push: Push, gradient: Tensor) -> list[AuxiliaryParameter]:
         """The parameters of a block, with the values of its mean and their gradients."""
         block, numbers = push.state.block, push.state.hyperparameters
-        values = block.unpack(gradient)
-        factor = numbers.lr / numbers.base_lr if numbers.base_lr else 1.0
+        values, factor = block.unpack(gradient), numbers.lr_factor
         return [
             AuxiliaryParameter(
                 name, self._parameter(name, mean), values[name], numbers.group, {}, factor

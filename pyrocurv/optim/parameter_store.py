@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyrocurv.layers import packing
 from pyrocurv.layers.block import Block
 from pyrocurv.optim.auxiliary_optimizer import AuxiliaryParameter
+from pyrocurv.posterior.hyperparameters import lr_factor
 from pyrocurv.posterior.sampling import standard_normals
 from pyrocurv.posterior.state import BlockState, Posterior
 from pyrocurv.posterior.step import Update, apply
@@ -147,10 +148,9 @@ class ParameterStore:
         parameters = []
         for name in (name for name in gradients if name in self.named):
             param, group = self.named[name]
-            base = group.get("initial_lr", group["lr"])
             parameters.append(AuxiliaryParameter(
                 name, param, gradients[name], id(group), {"lr": lr},
-                group["lr"] / base if base else 1.0, group.get("weight_decay", 0.0),
+                lr_factor(group), group.get("weight_decay", 0.0),
             ))
         return parameters
 

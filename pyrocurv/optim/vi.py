@@ -20,7 +20,7 @@ from pyrocurv.optim.checks import check_batch_size, check_run_settings
 from pyrocurv.optim.curvature_optimizer import CurvatureOptimizer
 from pyrocurv.optim.default_prior import DefaultPriors, posterior_parts
 from pyrocurv.optim.forward_recorder import ForwardRecorder
-from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update
+from pyrocurv.optim.mean_updates import UpdateChoice, as_mean_update, check_decay
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import Group, ParameterStore, Params
 from pyrocurv.optim.recorded_pass import RecordedPass, num_examples
@@ -158,10 +158,12 @@ class VIOptimizer(CurvatureOptimizer):
         check_run_settings(num_data, num_samples, kl_warmup, augmentation, antithetic)
         self.num_data, self.num_samples, self.antithetic = num_data, num_samples, antithetic
         self.augmentation, self.kl_warmup = augmentation, kl_warmup
+        rule = as_mean_update(update)
+        check_decay(rule, decoupled_weight_decay, lr)
         super().__init__(
             net, params, likelihood, class_dim, curvature, structure, update, nesterov,
             fallback_lr, {
-                "lr": as_mean_update(update).default_lr if lr == AUTO else lr,
+                "lr": rule.default_lr if lr == AUTO else lr,
                 "momentum": momentum, "damping": damping,
                 "decoupled_weight_decay": decoupled_weight_decay, "kl_clip": kl_clip,
                 "prior_precision": prior_precision, "temperature": temperature,
@@ -454,5 +456,7 @@ class VIOptimizer(CurvatureOptimizer):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if self._sample is not None:
+            raise RuntimeError("load_state_dict() inside of sampled_params(): call it outside")
         super().load_state_dict(state_dict)
         self._samples = None

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pyrocurv.runtime.validation import as_number
 from pyrocurv.structures.serialization import serializable
 
 AUTO: Final = "auto"
+BASE_LR = "base_lr"  # of a parameter group: its learning rate when it was made
 
 
 @serializable
@@ -33,12 +35,16 @@ class Hyperparameters:
     def of(
         group: Mapping[str, Any], num_data: float, temperature: float, number: int = 0
     ) -> Hyperparameters:
-        """From a parameter group, whose learning rate a scheduler may have changed."""
-        base = group.get("initial_lr", group["lr"])
+        """From a parameter group, whose learning rate may have been changed since it was made."""
         return Hyperparameters(
-            group["lr"], base, group["momentum"], group["damping"], group["kl_clip"], num_data,
-            temperature, number, group.get("decoupled_weight_decay", 0.0),
+            group["lr"], _base_lr(group), group["momentum"], group["damping"], group["kl_clip"],
+            num_data, temperature, number, group.get("decoupled_weight_decay", 0.0),
         )
+
+    @property
+    def lr_factor(self) -> float:
+        """The learning rate relative to its base value."""
+        return self.lr / self.base_lr if self.base_lr else float(self.lr > 0)
 
     @property
     def likelihood_weight(self) -> float:
@@ -48,3 +54,21 @@ class Hyperparameters:
     def bias_correction(self, step: int) -> float:
         """1 - βᵗ, for t = step + 1."""
         return 1 - self.momentum ** (step + 1)
+
+
+def set_base_lr(group: dict[str, Any]) -> None:
+    """Keep the learning rate of a new group, of which a later one is a multiple.
+
+    It is not "initial_lr", which only schedulers write, and some, as `OneCycleLR`, anew.
+    """
+    group.setdefault(BASE_LR, as_number(group.get("initial_lr", group["lr"])))
+
+
+def lr_factor(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group relative to that when it was made, 1 if that was 0."""
+    base = _base_lr(group)
+    return group["lr"] / base if base else 1.0
+
+
+def _base_lr(group: Mapping[str, Any]) -> float:
+    return group.get(BASE_LR, group.get("initial_lr", group["lr"]))

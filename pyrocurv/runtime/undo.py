@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrocurv.runtime.foreach import copies
+
+PLAIN = type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device
 
 
 class Undo:
@@ -60,20 +63,49 @@ class Undo:
         self.keep_tensors([*module.parameters(), *module.buffers()])
 
     def keep_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep an optimizer's groups and state, but not its parameters."""
-        groups = [dict(group) for group in optimizer.param_groups]
-        state = {param: dict(values) for param, values in optimizer.state.items()}
-        self.keep_tensors(
-            value for values in state.values() for value in values.values()
-            if isinstance(value, Tensor)
-        )
+        """Keep an optimizer's groups, state and attributes, but not its parameters.
+
+        State may be nested, or in attributes, also of an optimizer that is wrapped.
+        """
+        groups, state = optimizer.param_groups, optimizer.state
+        params = {id(param): param for group in groups for param in group["params"]}
+        attributes = {
+            name: value for name, value in vars(optimizer).items()
+            if name not in ("param_groups", "state", "defaults")
+            and (not name.startswith("_") or isinstance(value, PLAIN))
+        }
+        for value in attributes.values():
+            if isinstance(value, torch.optim.Optimizer):
+                self.keep_optimizer(value)
+        tensors: list[Tensor] = []
+        changing = {"groups": [*groups], "state": dict(state), "own": attributes}
+        kept = _kept(changing, params, tensors)
+        self.keep_tensors(tensors)
 
         def restore() -> None:
-            optimizer.param_groups[:] = groups
-            optimizer.state.clear()
-            optimizer.state.update(state)
+            vars(optimizer).update(kept["own"])
+            groups[:] = kept["groups"]
+            state.clear()
+            state.update(kept["state"])
 
         self.keep(restore)
+
+
+def _kept(value: Any, params: dict[int, Tensor], tensors: list[Tensor]) -> Any:
+    """A copy of nested containers, with the tensors themselves, which are added to `tensors`."""
+    if isinstance(value, Tensor):
+        if id(value) not in params:
+            tensors.append(value)
+        return value
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # of the same kind, as a defaultdict
+        copied.update({key: _kept(item, params, tensors) for key, item in value.items()})
+        return copied
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_kept(item, params, tensors) for item in value)
+    if isinstance(value, (*PLAIN, torch.optim.Optimizer)) or callable(value):
+        return value
+    return copy.deepcopy(value, dict(params))
 
 
 def complete(function: Callable[[], Any], attempts: int = 3) -> None:

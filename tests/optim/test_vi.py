@@ -291,6 +291,9 @@ def test_samples_inside_samples_and_steps_inside(trained: tuple[nn.Module, VIOpt
         F.cross_entropy(net(x), y).backward()
     with pytest.raises(RuntimeError, match="inside sampled_params"), optimizer.sampled_params():
         optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="inside of sampled"), optimizer.sampled_params():
+        optimizer.load_state_dict(state)
     assert torch.equal(flat(net), before)
     optimizer.step()  # from the sample before, which is not lost
 
