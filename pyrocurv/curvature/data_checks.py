@@ -14,6 +14,7 @@ from pyrocurv.runtime.user_warnings import warn_user
 
 LARGEST = 50.0  # root mean square of a feature
 SMALLEST = 0.1  # root of the mean squared length of an input
+MANY_MORE = 1.5  # times the examples of a loader, that N cannot be
 MAX_ROWS = 32  # examples that are looked at
 
 
@@ -73,9 +74,12 @@ class DatasetSizeCheck:
         self._sizes.append(num_data)
 
 
-def check_num_data(num_data: float | None, loader: Any) -> None:
+def check_num_data(
+    num_data: float | None, loader: Any, counts_examples: bool = False, is_alone: bool = True
+) -> None:
     """Warn if N is the size of a batch of a `DataLoader`, or the number of batches, `len(loader)`,
-    and not the number of its data.
+    and not the number of its data; or far more than there are, if N `counts_examples` (which may
+    be tokens otherwise) and this process has all of them.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return
@@ -97,4 +101,9 @@ def check_num_data(num_data: float | None, loader: Any) -> None:
         warn_user(
             f"the model has {num_data:g} data in total, which is the number of batches of the "
             f"loader; the number of data is needed, len(loader.dataset): {size} are drawn an epoch"
+        )
+    elif counts_examples and is_alone and num_data and num_data > MANY_MORE * known:
+        warn_user(
+            f"num_data={num_data:g}, but the loader has {known} examples: the posterior would be "
+            "far too narrow; the number of distinct examples is needed"
         )

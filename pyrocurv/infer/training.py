@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrocurv.curvature.data_checks import check_num_data
-from pyrocurv.handlers.modules import modules
+from pyrocurv.handlers.modules import modules, unwrap_model
 from pyrocurv.infer.history import Epoch, History
 from pyrocurv.infer.loaders import (
     OnDevice,
@@ -29,6 +29,7 @@ from pyrocurv.infer.ngvi import NGVI
 from pyrocurv.infer.schedules import Schedule, check_schedule, make_schedule
 from pyrocurv.infer.temperature_selection import density_at_seed
 from pyrocurv.infer.training_state import Run, TrainingState
+from pyrocurv.nn.models import Classifier, Regressor
 from pyrocurv.runtime.agreement import check_same, gather
 from pyrocurv.runtime.module_state import train_mode
 from pyrocurv.runtime.rng import RandomStream
@@ -90,9 +91,9 @@ def fit(
             values of each epoch, on rank 0.
         checkpoint: a file, written after each epoch, when logger and callbacks have been called. If
             it exists, training continues from it, bit for bit, and a run that was finished is not
-            repeated. `epochs` and `patience` may be others then; the learning rate is that of the
-            checkpoint. The order of the data continues too if it is drawn from the loader's own
-            generator, `DataLoader(..., generator=...)`.
+            repeated. `epochs` and `patience` may be others then; the temperature, the learning rate
+            and the other settings have to be the same. The order of the data continues too if it is
+            drawn from the loader's own generator, `DataLoader(..., generator=...)`.
         progress: whether to show a progress bar, on rank 0; None for on a terminal only.
 
     Processes that train together (`process_group` of the NGVI) all call this, each with its own
@@ -136,14 +137,16 @@ def fit(
     path = _checked_path(checkpoint)
     check_progress(progress)
     workers = ngvi._workers
+    (group,) = ngvi.optimizer.param_groups
+    before: dict[str, Any] = {key: group[key] for key in ("lr", "initial_lr") if key in group}
     plan = {"schedule": schedule if isinstance(schedule, str | None) else "callable",
-            "warmup": warmup, "held_out": held_out is not None, "num_samples": num_samples}
+            "warmup": warmup, "held_out": held_out is not None, "num_samples": num_samples,
+            "temperature": ngvi.temperature, "kl_warmup": ngvi.kl_warmup,
+            **{key: group[key] for key in ngvi.optimizer.defaults}}
     check_same(workers, {**plan, "epochs": epochs, "batches": batches, "patience": patience,
                          "checkpoint": path is None},
                "all of them have to train for as many epochs of as many batches")
     total = None if batches is None else epochs * batches
-    (group,) = ngvi.optimizer.param_groups
-    before: dict[str, Any] = {key: group[key] for key in ("lr", "initial_lr") if key in group}
     try:
         scheduler = make_schedule(schedule, warmup, total, ngvi.optimizer)
         state = TrainingState(ngvi, scheduler, plan)
@@ -192,7 +195,9 @@ def _train(run: Run, loader: Iterable[Any], bar: Any) -> Epoch:
             lr, batches = group["lr"], batches + 1
             loss = ngvi.step(*args, **kwargs)
             if number == batches == 1:
-                check_num_data(ngvi.num_data, loader)
+                counts_examples = isinstance(unwrap_model(ngvi.model)[0], Classifier | Regressor)
+                is_alone = ngvi._workers.is_alone
+                check_num_data(ngvi.num_data, loader, counts_examples, is_alone)
             bar.update()
             terms = ngvi.loss_terms
             if math.isnan(loss) or terms is None:  # skipped

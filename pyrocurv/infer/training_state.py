@@ -47,10 +47,11 @@ class TrainingState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. Raises ValueError for that of another plan."""
-        if state["plan"] != self.plan:
+        saved = state["plan"]
+        if others := [name for name in {**saved, **self.plan} if _differs(name, saved, self.plan)]:
             raise ValueError(
-                f"checkpoint: it is of a run with {_listed(state['plan'])}, this one has "
-                f"{_listed(self.plan)}"
+                f"checkpoint: it is of a run with {_listed(others, saved)}, this one has "
+                f"{_listed(others, self.plan)}: take another file, or the settings of that run"
             )
         self.load_weights(state)
         if self.scheduler is not None:
@@ -151,5 +152,9 @@ class Run:
                 generator.set_state(state)
 
 
-def _listed(plan: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in plan.items())
+def _differs(name: str, saved: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
+    return name not in saved or name not in plan or bool(saved[name] != plan[name])
+
+
+def _listed(names: Iterable[str], plan: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={plan[name]!r}" if name in plan else f"no {name}" for name in names)

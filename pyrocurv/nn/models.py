@@ -75,7 +75,10 @@ class Classifier(PyroModule):
         if len(shape) != 2:
             raise ValueError(f"logits [B, C] are needed, the network returned {shape}")
         if y is not None and tuple(y.shape) != shape[:1]:
-            raise ValueError(f"classes {tuple(y.shape)} do not fit logits {shape}: [B] is needed")
+            hint = "; of one-hot targets take y.argmax(-1)" if tuple(y.shape) == shape else ""
+            raise ValueError(
+                f"classes {tuple(y.shape)} do not fit logits {shape}: [B] is needed{hint}"
+            )
         with _data_plate(self, logits, y):
             pyro.sample("obs", _made(dist.Categorical, logits, logits=logits), obs=y)
         return logits

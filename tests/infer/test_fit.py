@@ -443,6 +443,23 @@ def test_checkpoints_of_other_runs(tmp_path: Path) -> None:
         fit(made(), batches(), 1, checkpoint=tmp_path / "nowhere" / "run.pt")
 
 
+@pytest.mark.parametrize("options", [
+    {"temperature": 0.1}, {"temperature": "auto"}, {"lr": 1e-3}, {"momentum": 0.5},
+    {"damping": 1e-2}, {"kl_clip": 1e-4}, {"decoupled_weight_decay": 0.1}, {"kl_warmup": 3},
+])
+def test_a_checkpoint_of_other_settings(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The state has them too, so that what was given would be ignored."""
+    path = tmp_path / "run.pt"
+    fit(made(), batches(), 1, checkpoint=path)
+    ngvi = made(**options)
+    before = everything(ngvi)
+    (name, value), = options.items()
+    with pytest.raises(ValueError, match=f"of a run with {name}=.*this one has {name}={value!r}"):
+        fit(ngvi, batches(), 2, checkpoint=path)
+    assert identical(before, everything(ngvi))
+    assert len(fit(made(), batches(), 2, checkpoint=path)) == 2
+
+
 def test_parameters_that_a_checkpoint_would_lose(tmp_path: Path) -> None:
     pyro.clear_param_store()
     net = bayesianize(nn.Linear(3, 1).double())
