@@ -6,6 +6,7 @@ import logging
 import math
 from collections import UserDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +509,23 @@ def test_errors(options: dict[str, Any], kind: type[Exception], text: str) -> No
     with pytest.raises(kind, match=text):
         fit(**{"ngvi": ngvi, "loader": batches(), "epochs": 1, **options})
     assert identical(before, everything(ngvi))
+
+
+@pytest.mark.parametrize(("num_data", "warns"), [(N, False), (30, False), (60_000, True)])
+def test_more_data_than_there_are(num_data: int, warns: bool) -> None:
+    pyro.clear_param_store()
+    model = Classifier(bayesianize(nn.Linear(3, 3).double()), num_data=num_data)
+    ngvi = NGVI(model, KFACGuide(model))
+    expected = pytest.warns(UserWarning, match="num_data=60000, but the loader has 24 examples")
+    with expected if warns else nullcontext():
+        fit(ngvi, batches(), 1)
+    fit(NGVI(model, KFACGuide(model)), [*batches()], 1)  # a list may be a part
+
+
+def test_one_hot_targets_are_recognized() -> None:
+    model = Classifier(bayesianize(nn.Linear(3, 3).double()), num_data=N)
+    with pytest.raises(ValueError, match=r"do not fit logits .* take y.argmax\(-1\)"):
+        NGVI(model, KFACGuide(model)).step(X[:N], nn.functional.one_hot(Y[:N], 3))
 
 
 def test_no_held_out_data_for_a_mode() -> None:
