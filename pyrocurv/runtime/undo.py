@@ -105,7 +105,10 @@ def _kept(value: Any, params: dict[int, Tensor], tensors: list[Tensor]) -> Any:
         return type(value)(_kept(item, params, tensors) for item in value)
     if isinstance(value, (*PLAIN, torch.optim.Optimizer)) or callable(value):
         return value
-    return copy.deepcopy(value, dict(params))
+    try:
+        return copy.deepcopy(value, dict(params))
+    except Exception:  # such as a lock or a process group, which stay as they are
+        return value
 
 
 def complete(function: Callable[[], Any], attempts: int = 3) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -285,7 +286,7 @@ class Keeps(torch.optim.SGD):
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=0.1)
-        self.count, self.seen = 0, [torch.zeros(())]
+        self.count, self.seen, self.lock = 0, [torch.zeros(())], threading.Lock()
         self.inner = torch.optim.Adam([p for g in self.param_groups for p in g["params"]], lr=0.01)
         for group in self.param_groups:
             group["sum"] = torch.zeros(())
