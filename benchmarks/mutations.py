@@ -199,7 +199,8 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          f"{PRIOR}a_cached_prior_holds_while_its_distributions_do"),
     ],
     "posterior/correlated_prior": [
-        ("trace_ratio(precision, self.precision) + ", "",
+        ("return trace_ratio(precision, self.precision)",
+         "return 0 * trace_ratio(precision, self.precision)",
          f"{TASKS}the_model_has_the_density_and_the_kl_of_the_prior"),
         ("alpha=value", "alpha=1.0", f"{TASKS}independent_weights_under_a_correlated_prior"),
         ("self.precision.scale(power)", "self.precision",
