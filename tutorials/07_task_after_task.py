@@ -192,8 +192,8 @@ for name, found in learned.items():
 
 # %% [markdown]
 # After the third part the network that went on training has lost the first two: its errors
-# there are 1.3, as large as the curve itself. With the posterior as prior the second part is
-# still there (0.13) and the first half so (0.68, with a band that has become wide). It forgets
+# there are 1.9 and 1.4, larger than the curve itself. With the posterior as prior the second part
+# is mostly there (0.35) and the first half so (0.57, with a band that has become wide). It forgets
 # more slowly, and it says so; but it does forget, since the Gaussian was right near the old
 # mode, and the network has moved away from it.
 #
