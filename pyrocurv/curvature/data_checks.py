@@ -74,12 +74,10 @@ class DatasetSizeCheck:
         self._sizes.append(num_data)
 
 
-def check_num_data(
-    num_data: float | None, loader: Any, counts_examples: bool = False, is_alone: bool = True
-) -> None:
+def check_num_data(num_data: float | None, loader: Any, has_all_examples: bool = False) -> None:
     """Warn if N is the size of a batch of a `DataLoader`, or the number of batches, `len(loader)`,
-    and not the number of its data; or far more than there are, if N `counts_examples` (which may
-    be tokens otherwise) and this process has all of them.
+    and not the number of its data; or far more than there are, if N is of examples, and not of
+    tokens, and this loader `has_all_examples`.
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is None:
         return
@@ -102,7 +100,7 @@ def check_num_data(
             f"the model has {num_data:g} data in total, which is the number of batches of the "
             f"loader; the number of data is needed, len(loader.dataset): {size} are drawn an epoch"
         )
-    elif counts_examples and is_alone and num_data and num_data > MANY_MORE * known:
+    elif has_all_examples and num_data and num_data > MANY_MORE * known:
         warn_user(
             f"num_data={num_data:g}, but the loader has {known} examples: the posterior would be "
             "far too narrow; the number of distinct examples is needed"

@@ -215,8 +215,8 @@ def run_model(
     values, log_volume = guide.constrain(weights)
     values, fallback = {**values, **(auxiliary or {})}, None
     if guide.fallback_sites and auxiliary is None:
-        fallback = poutine.trace(_sample_fallback).get_trace(guide, *args, **kwargs)
-        values.update({n: s["value"] for n, s in fallback.nodes.items() if s["type"] == "sample"})
+        fallback = sample_fallback(guide, args, kwargs)
+        values.update(sampled_values(fallback))
     recorder = Capture(dict(weights)) if capture else None
     modules = named_modules(model)
     with still_frozen(modules.values()), ReplayMessenger(values) as replay:
@@ -286,10 +286,18 @@ def likelihood_term(site: ObservedSite, num_data: int, rows: int) -> LikelihoodT
     return LikelihoodTerm(fn, site.value, site.scale * (rows / num_data), mask)
 
 
-def _sample_fallback(guide: StructuredGuide, *args: Any, **kwargs: Any) -> None:
-    """Sample the fallback latents, and the subsample of data that the plates draw."""
-    guide._create_plates(*args, **kwargs)
-    guide.fallback(*args, **kwargs)
+def sample_fallback(guide: StructuredGuide, args: Any, kwargs: Any) -> Any:
+    """A trace of the fallback latents, and of the subsample of data that the plates draw."""
+    def sample(*args: Any, **kwargs: Any) -> None:
+        guide._create_plates(*args, **kwargs)
+        guide.fallback(*args, **kwargs)
+
+    return poutine.trace(sample).get_trace(*args, **kwargs)
+
+
+def sampled_values(trace: Any) -> dict[str, Tensor]:
+    """{site: value} of what a trace has sampled."""
+    return {name: s["value"] for name, s in trace.nodes.items() if s["type"] == "sample"}
 
 
 def _own_params(model: Callable[..., Any], modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
@@ -28,7 +27,13 @@ from torch import Tensor
 from pyrocurv.guides import StructuredGuide
 from pyrocurv.handlers.replay import ObservedSite, ReplayMessenger
 from pyrocurv.handlers.vectorized import MIN_CHUNK, RETURN, VectorizedRunner
-from pyrocurv.infer.model_run import ModelRun, require_grad, run_model
+from pyrocurv.infer.model_run import (
+    ModelRun,
+    require_grad,
+    run_model,
+    sample_fallback,
+    sampled_values,
+)
 from pyrocurv.infer.predictive import MAX_ELEMENTS
 from pyrocurv.runtime.rng import RandomStream, isolated_rng
 from pyrocurv.runtime.validation import is_out_of_memory
@@ -107,22 +112,12 @@ def draw(turns: Sequence[Component], args: Any, kwargs: Any) -> Iterator[Samples
     for component in turns:
         for z in noise[component]:
             z[len(auxiliary[component])].normal_()
-        auxiliary[component].append(_sample_fallback(component.guide, args, kwargs))
+        guide = component.guide
+        has_others = bool(guide.fallback_sites)
+        others = sampled_values(sample_fallback(guide, args, kwargs)) if has_others else {}
+        auxiliary[component].append(others)
     for component, values in auxiliary.items():
         yield Samples(component, component.weights(noise.pop(component)), values)
-
-
-def _sample_fallback(guide: StructuredGuide, args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """A sample of the fallback guide, {site: value}, also of the plates that it makes."""
-    if not guide.fallback_sites:
-        return {}
-
-    def sample(*args: Any, **kwargs: Any) -> None:
-        guide._create_plates(*args, **kwargs)
-        guide.fallback(*args, **kwargs)
-
-    nodes = poutine.trace(sample).get_trace(*args, **kwargs).nodes
-    return {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
 
 
 # ---- densities ----------------------------------------------------------------------------------

@@ -196,8 +196,7 @@ def _train(run: Run, loader: Iterable[Any], bar: Any) -> Epoch:
             loss = ngvi.step(*args, **kwargs)
             if number == batches == 1:
                 counts_examples = isinstance(unwrap_model(ngvi.model)[0], Classifier | Regressor)
-                is_alone = ngvi._workers.is_alone
-                check_num_data(ngvi.num_data, loader, counts_examples, is_alone)
+                check_num_data(ngvi.num_data, loader, counts_examples and ngvi._workers.is_alone)
             bar.update()
             terms = ngvi.loss_terms
             if math.isnan(loss) or terms is None:  # skipped

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrocurv.runtime.foreach import magnitudes
+from pyrocurv.runtime.foreach import are_finite
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_is, is_function_of
 
@@ -101,8 +101,7 @@ class AuxiliaryOptimizer:
         """In one synchronization."""
         states = [value for x in moved for value in optimizer.state.get(x, {}).values()]
         tensors = [x for x in states if isinstance(x, Tensor) and x.dim() and x.is_floating_point()]
-        largest = magnitudes([*moved, *tensors], moved[0]) if moved else []
-        if largest and not bool(torch.isfinite(torch.stack(largest)).all()):
+        if moved and not are_finite([*moved, *tensors]):
             raise FloatingPointError(
                 f"a parameter of {type(optimizer).__name__}, or its state, would not be finite: "
                 "the learning rate or a gradient is too large"

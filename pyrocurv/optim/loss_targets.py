@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyrocurv.curvature.likelihood import Likelihood, LikelihoodTerm, as_likelihood
+from pyrocurv.optim.loss_scale import LossSize, WeightSum, is_scale
 from pyrocurv.optim.loss_weights import (
     LossReading,
-    LossSize,
-    WeightSum,
     find_class_dim,
-    is_scale,
     mean_nll,
     read,
     read_distribution,

@@ -15,7 +15,7 @@ from pyrocurv.posterior.hyperparameters import AUTO
 from pyrocurv.posterior.mean_update import NATURAL, Direction, MeanUpdate, Push, gradients
 from pyrocurv.posterior.muon import MuonUpdate, Orthogonalizing, WhitenedMuonUpdate
 from pyrocurv.runtime.choices import Auto, UpdateName
-from pyrocurv.runtime.foreach import magnitudes
+from pyrocurv.runtime.foreach import are_finite
 from pyrocurv.runtime.undo import Undo
 from pyrocurv.runtime.validation import check_flag
 from pyrocurv.runtime.workers import ALONE, Workers
@@ -81,12 +81,6 @@ def check_update(saved: str, here: str, owner: str) -> None:
         raise ValueError(f"the state is of update={saved!r}, this {owner} has update={here!r}")
 
 
-def _check_finite(gradients: Sequence[Tensor]) -> None:
-    largest = magnitudes(gradients, gradients[0]) if gradients else []
-    if largest and not bool(torch.isfinite(torch.stack(largest)).all()):
-        raise FloatingPointError("a gradient is not finite")
-
-
 class TorchUpdate(MeanUpdate):
     """A `torch.optim.Optimizer` steps copies of the means, in the shapes of their weights.
 
@@ -107,7 +101,8 @@ class TorchUpdate(MeanUpdate):
         self, pushes: Sequence[Push], workers: Workers = ALONE
     ) -> list[Direction]:
         found = gradients(pushes)
-        _check_finite(found)  # as the optimizer may keep what it has seen in any form
+        if not are_finite(found):  # the optimizer may keep what it has seen, in any form
+            raise FloatingPointError("a gradient is not finite")
         pairs = zip(pushes, found, strict=True)
         moving = [parameter for pair in pairs for parameter in self._load(*pair)]
         self._optimizer.step(moving)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyrocurv.curvature import Curvature
+from pyrocurv.optim.loss_scale import LEAST_SCALE, is_scale
 from pyrocurv.optim.loss_targets import LossLikelihood
-from pyrocurv.optim.loss_weights import LEAST_SCALE, is_scale
 from pyrocurv.optim.parameter_blocks import ParameterBlocks
 from pyrocurv.optim.parameter_store import ParameterStore
 from pyrocurv.optim.recorded_pass import MeanLoss, RecordedPass, mean_loss

@@ -19,8 +19,8 @@ from pyrocurv.layers.calls import LayerCall
 from pyrocurv.layers.structure_selection import LEFT_OUT, StructureChoice
 from pyrocurv.layers.trace import Trace
 from pyrocurv.optim.forward_recorder import ForwardRecorder
+from pyrocurv.optim.loss_scale import LossSize
 from pyrocurv.optim.loss_targets import LossLikelihood
-from pyrocurv.optim.loss_weights import LossSize
 from pyrocurv.optim.parameter_blocks import (
     ParameterBlocks,
     add_layers,

@@ -456,6 +456,7 @@ class VIOptimizer(CurvatureOptimizer):
             )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As the one of all optimizers; RuntimeError inside of `sampled_params()`."""
         if self._sample is not None:
             raise RuntimeError("load_state_dict() inside of sampled_params(): call it outside")
         super().load_state_dict(state_dict)

@@ -43,7 +43,8 @@ class Hyperparameters:
 
     @property
     def lr_factor(self) -> float:
-        """The learning rate relative to its base value."""
+        """The learning rate relative to its base value; if that was 0, whether it is another now.
+        """
         return self.lr / self.base_lr if self.base_lr else float(self.lr > 0)
 
     @property
@@ -65,7 +66,10 @@ def set_base_lr(group: dict[str, Any]) -> None:
 
 
 def lr_factor(group: Mapping[str, Any]) -> float:
-    """The learning rate of a group relative to that when it was made, 1 if that was 0."""
+    """The learning rate of a group relative to that when it was made.
+
+    1 if that was 0, for parameters that have a learning rate of their own.
+    """
     base = _base_lr(group)
     return group["lr"] / base if base else 1.0
 

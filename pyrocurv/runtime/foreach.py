@@ -52,6 +52,12 @@ def magnitudes(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     return [value.to(like) for value in largest(filled)]
 
 
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers of some tensors are finite, in one synchronization."""
+    found = magnitudes(tensors, tensors[0]) if tensors else []
+    return not found or bool(torch.isfinite(torch.stack(found)).all())
+
+
 def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The largest magnitude, or NaN, in each tensor; on CPUs far faster than ∞-norms."""
     if not tensors:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyrocurv.curvature import Curvature
 from pyrocurv.optim import SecondOrderOptimizer, VIOptimizer, ivon
-from pyrocurv.optim.loss_weights import LossSize, WeightSum
+from pyrocurv.optim.loss_scale import LossSize, WeightSum
 
 SCALE = 2.0**16
 SPEC = Curvature("ggn", batch=None, initial=0.0, every=1)
@@ -221,21 +221,12 @@ def test_a_sum_whose_gradients_are_divided_is_a_mean(size: int) -> None:
     torch.testing.assert_close(found, curvature_of(mean, size), rtol=1e-3, atol=1e-5)
 
 
-def test_a_sum_is_clipped_with_all_defaults() -> None:
-    net, (x, y) = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4)), batch(1024)
-    optimizer = VIOptimizer(net, 2048)
-    for _ in range(3):
-        optimizer.zero_grad()
-        with optimizer.sampled_params():
-            total(net(3 * x), y).backward()
-        assert nn.utils.clip_grad_norm_(net.parameters(), 1.0) > 256
-        optimizer.step()
-
-
-def test_clipped_samples_are_no_scaled_ones() -> None:
-    """Where the curvature is of the gradients themselves, which may have shrunk by any number."""
-    net, (x, y) = nn.Linear(5, 4), batch(1000)
-    optimizer = ivon(net, 1000)
+@pytest.mark.parametrize("make", [VIOptimizer, ivon])
+def test_a_sum_is_clipped(make: Callable[[nn.Module, int], VIOptimizer]) -> None:
+    """Also where the curvature is of the gradients themselves, which may have shrunk by any number.
+    """
+    net, (x, y) = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4)), batch(1000)
+    optimizer = make(net, 2000)
     for _ in range(3):
         optimizer.zero_grad()
         with optimizer.sampled_params():
